@@ -1,0 +1,19 @@
+"""Attention that reads the codes of K and V; the semantics are in README.md and reference.py."""
+
+import torch
+
+from ..library import define
+from .reference import attention_reference
+
+
+def _attention_fake(query: torch.Tensor, *unused: object) -> torch.Tensor:
+    batch, heads, queries, width = query.shape
+    return query.new_empty((batch, queries, heads, width))
+
+
+attention = define(
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? key_scale, Tensor? key_zero, Tensor? value_scale, "
+    "Tensor? value_zero, Tensor? query_scale, Tensor? mask, float scaling, bool causal) -> Tensor",
+    attention_reference,
+    _attention_fake,
+)

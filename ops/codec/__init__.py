@@ -1,0 +1,22 @@
+"""Encoding of K, V (and q) into 8-bit codes; the semantics are in README.md and reference.py."""
+
+import torch
+
+from ..library import define
+from .reference import encode_reference, encode_token_reference
+
+
+def _encode_fake(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, codes: torch.Tensor) -> None:
+    return None
+
+
+def _encode_token_fake(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> None:
+    return None
+
+
+encode = define(
+    "encode(Tensor x, Tensor scale, Tensor? zero, Tensor(a!) codes) -> ()", encode_reference, _encode_fake
+)
+encode_token = define(
+    "encode_token(Tensor x, Tensor(a!) codes, Tensor(b!) scale) -> ()", encode_token_reference, _encode_token_fake
+)

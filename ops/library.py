@@ -1,0 +1,54 @@
+"""Registration of the ops with `torch.library`, and the record of what runs where.
+
+Every op has one schema and one Python signature. Its `reference.py` is the semantics, the oracle of the tests and the
+kernel of every device that has no better one; a device file registers a faster kernel of the same signature.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+NAMESPACE = "octavo"
+"""Namespace of the ops and key of the attention function. A bundle carries its digest here, so that two checkpoints of
+different versions live in one process."""
+
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+_KERNELS: dict[tuple[str, str], str] = {}
+
+
+def _is_defined(name: str) -> bool:
+    return hasattr(getattr(torch.ops, NAMESPACE), name)
+
+
+def define(schema: str, reference: Callable, fake: Callable) -> Callable:
+    """Define an op by its schema, with the reference as the kernel of every device; return the callable op.
+
+    A second copy of the same code in one process (the same bundle beside two checkpoints) finds the op defined and uses it.
+    """
+    name = schema.split("(", 1)[0]
+    if not _is_defined(name):
+        _LIBRARY.define(schema)
+        _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+    _KERNELS[name, "every device"] = "reference (PyTorch)"
+    return getattr(getattr(torch.ops, NAMESPACE), name)
+
+
+def implement(name: str, dispatch_key: str, kernel: Callable, description: str) -> None:
+    """Register a kernel for one device (`dispatch_key`: "CPU", "CUDA", "PrivateUse1"), or nothing if one is there."""
+    qualified = f"{NAMESPACE}::{name}"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, dispatch_key):
+        _LIBRARY.impl(name, kernel, dispatch_key)
+    _KERNELS[name, dispatch_key] = description
+
+
+def describe(name: str, dispatch_key: str, description: str) -> None:
+    """Correct what `report` says of a kernel, once it is known what really runs."""
+    _KERNELS[name, dispatch_key] = description
+
+
+def report() -> str:
+    """A table of what runs: a line per op and device."""
+    rows = [("op", "device", "kernel"), *((name, key, text) for (name, key), text in sorted(_KERNELS.items()))]
+    widths = [max(len(row[column]) for row in rows) for column in range(2)]
+    return "\n".join(f"{name:<{widths[0]}}  {key:<{widths[1]}}  {text}" for name, key, text in rows)

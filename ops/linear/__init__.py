@@ -1,0 +1,18 @@
+"""Linear layers that compute on codes; the semantics are in README.md and reference.py."""
+
+import torch
+
+from ..library import define
+from .reference import linear_w8a8_reference
+
+
+def _linear_w8a8_fake(x: torch.Tensor, weight: torch.Tensor, *unused: object) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+linear_w8a8 = define(
+    "linear_w8a8(Tensor x, Tensor weight, Tensor input_scale, Tensor input_offset, Tensor quant_bias, "
+    "Tensor deq_scale) -> Tensor",
+    linear_w8a8_reference,
+    _linear_w8a8_fake,
+)

@@ -1,0 +1,54 @@
+"""The W8A8 linear layer: static int8 activations and per-channel int8 weights, computed on the codes."""
+
+import torch
+from torch import nn
+
+from ..ops import linear_w8a8
+
+
+class W8A8Linear(nn.Module):
+    """A linear layer held as Ascend's static W8A8 tensors, under their names on disk.
+
+    Args:
+        in_features, out_features: K and N.
+        has_bias: the float bias is kept too, as the format does; `quant_bias` is what computes.
+        deq_scale_dtype: float32, or int64 whose low 32 bits are the float32 (Ascend's form for models not in bf16).
+    """
+
+    def __init__(self, in_features: int, out_features: int, has_bias: bool, deq_scale_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.register_buffer("weight", torch.empty((out_features, in_features), dtype=torch.int8))
+        self.register_buffer("weight_scale", torch.empty((out_features, 1), dtype=torch.float32))
+        self.register_buffer("weight_offset", torch.empty((out_features, 1), dtype=torch.float32))
+        self.register_buffer("input_scale", torch.empty(1, dtype=torch.float32))
+        self.register_buffer("input_offset", torch.empty(1, dtype=torch.float32))
+        self.register_buffer("quant_bias", torch.empty(out_features, dtype=torch.int32))
+        self.register_buffer("deq_scale", torch.empty(out_features, dtype=deq_scale_dtype))
+        self.register_buffer("bias", torch.empty(out_features) if has_bias else None)
+        self._deq_scale: torch.Tensor | None = None
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+    def _decoded_deq_scale(self) -> torch.Tensor:
+        """`deq_scale` as float32, decoded once per device."""
+        if self._deq_scale is None or self._deq_scale.device != self.deq_scale.device:
+            self._deq_scale = decode_deq_scale(self.deq_scale)
+        return self._deq_scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., K] -> [..., N]`."""
+        return linear_w8a8(
+            x, self.weight, self.input_scale, self.input_offset, self.quant_bias, self._decoded_deq_scale()
+        )
+
+
+def encode_deq_scale(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """float32 `[N]` to the form on disk: itself, or its bit pattern in int64 as msmodelslim writes it."""
+    return scale if dtype == torch.float32 else scale.view(torch.int32).to(torch.int64)
+
+
+def decode_deq_scale(stored: torch.Tensor) -> torch.Tensor:
+    """The inverse of `encode_deq_scale`."""
+    return stored if stored.dtype == torch.float32 else stored.to(torch.int32).view(torch.float32)

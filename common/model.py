@@ -1,0 +1,163 @@
+"""What turns a causal language model of transformers into one that loads and runs a quantized checkpoint."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import cached_file
+
+from ..ops.library import NAMESPACE
+from .cache import QuantizedCache
+from .checkpoints.ascend import (
+    DESCRIPTION_FILE,
+    SCALAR_DTYPES,
+    attach_buffers,
+    check_description,
+    described_scheme,
+    quantized_linears,
+    read_headers,
+    read_json,
+    read_scales,
+    weight_file_names,
+)
+from .errors import OctavoError
+from .scheme import Scheme, load_scheme
+from .statistics import Scales
+
+CONFIG_KEY = "octavo"
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+_STATIC_CACHES = ("static", "offloaded_static")
+_GROWING_CACHES = (None, "dynamic", "offloaded")
+
+
+def _weight_files(index: Path, find: Any) -> list[Path]:
+    """The files that an index lists, each found (or fetched) by `find(name)`."""
+    names = sorted(set(read_json(index).get("weight_map", {}).values()))
+    files = {name: find(name) for name in names}
+    for name, file in files.items():
+        if file is None:
+            raise OctavoError(f"{index}: lists {name}, which is missing; copy the directory again or convert again")
+    return list(files.values())
+
+
+def describe_checkpoint(config: Any, source: str, hub_arguments: dict[str, Any]) -> None:
+    """Set on `config` what the quantized checkpoint at `source` needs; leave it alone if `source` is an ordinary one.
+
+    Args:
+        config: gets `octavo`: the scheme, the quantized linears and the dtype of `deq_scale`; and
+            `transformers_weights`, the name of the weight file, which keeps a load without this code from succeeding.
+        source: local directory or hub id.
+        hub_arguments: `revision`, `cache_dir` and the like.
+
+    Raises:
+        OctavoError: files are missing or damaged, or description and weights disagree.
+    """
+
+    def find(name: str) -> Path | None:
+        found = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub_arguments)
+        return None if found is None else Path(found)
+
+    description_file = find(DESCRIPTION_FILE)
+    if description_file is None:
+        if CONFIG_KEY in vars(config) and "auto_map" in vars(config):
+            raise OctavoError(f"{source}: {DESCRIPTION_FILE} is missing; copy the directory again or convert again")
+        return
+    description = read_json(description_file)
+    single, index = weight_file_names(description)
+    single_file, index_file = find(single), find(index)
+    if single_file is None and index_file is None:
+        raise OctavoError(f"{source}: neither {single} nor {index} is there; copy the directory again or convert again")
+    files = [single_file] if single_file is not None else _weight_files(index_file, find)
+    headers = read_headers(files)
+    check_description(description, headers)
+    linears = quantized_linears(description)
+    scheme = described_scheme(description, config.num_hidden_layers)
+    own = dict(getattr(config, CONFIG_KEY, None) or {})
+    if scheme is None:
+        scheme = load_scheme(own.get("scheme", "float"))
+    config.octavo = {
+        "scheme": {**scheme.to_dict(), "prefill": (own.get("scheme") or {}).get("prefill", scheme.prefill)},
+        "quantized_linears": linears,
+        "deq_scale": headers[f"{linears[0]}.deq_scale"].dtype if linears else "F32",
+    }
+    config.transformers_weights = single if single_file is not None else index
+
+
+class QuantizedCausalLM:
+    """Mixin placed before a `...ForCausalLM` of transformers.
+
+    What is quantized stands in `config.octavo`: `scheme` (name of a preset or its fields), and, set by
+    `from_pretrained`, `quantized_linears` and `deq_scale`. Without that key the model is the float one.
+    """
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        if config._attn_implementation not in (None, NAMESPACE):
+            raise OctavoError(
+                f"attn_implementation={config._attn_implementation!r} cannot read a quantized cache; leave it out"
+            )
+        config._attn_implementation = NAMESPACE
+        super().__init__(config, *args, **kwargs)
+        recipe = getattr(config, CONFIG_KEY, None) or {}
+        self.scheme: Scheme = load_scheme(recipe.get("scheme", "float"))
+        dtype = SCALAR_DTYPES[recipe.get("deq_scale", "F32")]
+        attach_buffers(self, self.scheme, recipe.get("quantized_linears", ()), dtype)
+        self._scales: Scales | None = None
+        self.base_model.register_forward_pre_hook(self._provide_cache, with_kwargs=True)
+        self.base_model.register_forward_hook(self._withdraw_cache, with_kwargs=True)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+        """As in transformers, from a quantized directory or hub id, or from an ordinary checkpoint.
+
+        Raises:
+            OctavoError: the directory is incomplete, damaged, or not one whole.
+        """
+        hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+        if config is None or isinstance(config, (str, Path)):
+            config = cls.config_class.from_pretrained(source if config is None else config, **hub_arguments)
+        describe_checkpoint(config, str(source), hub_arguments)
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(source, *args, config=config, output_loading_info=True, **kwargs)
+        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if info[problem]:
+                first = sorted(map(str, info[problem]))[0]
+                raise OctavoError(f"{source}: {problem.replace('_', ' ')}: {first}; config and weights disagree")
+        return (model, info) if wants_info else model
+
+    def new_cache(self, max_length: int | None = None, offloading: bool = False) -> QuantizedCache:
+        """An empty cache with this model's scheme and scales; arguments as in `QuantizedCache`."""
+        if self._scales is None:
+            self._scales = read_scales(self, self.scheme)
+        return QuantizedCache(self.config, self.scheme, None, self._scales, max_length, offloading)
+
+    def _provide_cache(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+        """Every pass reads codes: give one without a cache a new one, and refuse one that stores no codes."""
+        cache = kwargs.get("past_key_values")
+        if cache is None:
+            kwargs["past_key_values"] = self.new_cache()
+        elif not hasattr(cache, "scheme"):
+            raise OctavoError(
+                f"past_key_values is a {type(cache).__name__}; pass model.new_cache() or leave it out"
+            )
+        return args, kwargs
+
+    def _withdraw_cache(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        """Do not hand out a cache that the caller said it does not want."""
+        if kwargs.get("use_cache") is False:
+            output.past_key_values = None
+        return output
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch_size: int, max_length: int
+    ) -> None:
+        """`generate` uses the quantized cache by default; `cache_implementation` chooses its storage."""
+        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+            return super()._prepare_cache_for_generation(
+                generation_config, model_kwargs, mode, batch_size, max_length
+            )
+        kind = generation_config.cache_implementation
+        if kind not in _STATIC_CACHES + _GROWING_CACHES:
+            raise OctavoError(f"cache_implementation={kind!r}: this model's cache is quantized already; leave it out")
+        length = max(max_length, generation_config.max_cache_len or 0) if kind in _STATIC_CACHES else None
+        model_kwargs["past_key_values"] = self.new_cache(length, offloading=bool(kind) and "offloaded" in kind)
+        return None

@@ -1,0 +1,20 @@
+"""Llama with a quantized KV cache, quantized attention and W8A8 linears.
+
+    hidden [B, S, hidden]
+      -> q_proj, k_proj, v_proj       int8 x int8 where the checkpoint says W8A8
+      -> RoPE on q [B, H, S, D] and k [B, G, S, D]
+      -> cache.update(k, v)           encodes the new tokens once; returns the codes of all
+      -> attention(q, codes)          reads the codes; nothing decodes the cache
+      -> o_proj
+
+"fa3" is Ascend's word for 8-bit per-head attention quantization (FAQuant), not FlashAttention-3. Llama has no biases in
+its attention and nothing else that quantization must know of, so this file only puts the two classes together.
+"""
+
+import transformers
+
+from ...common.model import QuantizedCausalLM
+
+
+class LlamaForCausalLM(QuantizedCausalLM, transformers.LlamaForCausalLM):
+    """`transformers.LlamaForCausalLM` whose `config.octavo` says what is quantized."""

@@ -13,7 +13,7 @@ NAMESPACE = "octavo"
 different versions live in one process."""
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
-_KERNELS: dict[tuple[str, str], str] = {}
+_KERNELS: dict[tuple[str, str], str | Callable[[], str]] = {}
 
 
 def _is_defined(name: str) -> bool:
@@ -34,8 +34,11 @@ def define(schema: str, reference: Callable, fake: Callable) -> Callable:
     return getattr(getattr(torch.ops, NAMESPACE), name)
 
 
-def implement(name: str, dispatch_key: str, kernel: Callable, description: str) -> None:
-    """Register a kernel for one device (`dispatch_key`: "CPU", "CUDA", "PrivateUse1"), or nothing if one is there."""
+def implement(name: str, dispatch_key: str, kernel: Callable, description: str | Callable[[], str]) -> None:
+    """Register a kernel for one device (`dispatch_key`: "CPU", "CUDA", "PrivateUse1"), or nothing if one is there.
+
+    `description` is for `report`: a text, or a function that finds out, called when somebody asks.
+    """
     qualified = f"{NAMESPACE}::{name}"
     if not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, dispatch_key):
         _LIBRARY.impl(name, kernel, dispatch_key)
@@ -49,6 +52,7 @@ def describe(name: str, dispatch_key: str, description: str) -> None:
 
 def report() -> str:
     """A table of what runs: a line per op and device."""
-    rows = [("op", "device", "kernel"), *((name, key, text) for (name, key), text in sorted(_KERNELS.items()))]
+    known = {key: text if isinstance(text, str) else text() for key, text in _KERNELS.items()}
+    rows = [("op", "device", "kernel"), *((name, key, text) for (name, key), text in sorted(known.items()))]
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
     return "\n".join(f"{name:<{widths[0]}}  {key:<{widths[1]}}  {text}" for name, key, text in rows)

@@ -2,7 +2,8 @@
 
 import torch
 
-from ..library import define
+from ..library import define, implement
+from .cpu import CODEC_KERNEL, encode_cpu, encode_token_cpu
 from .reference import encode_reference, encode_token_reference
 
 
@@ -20,3 +21,5 @@ encode = define(
 encode_token = define(
     "encode_token(Tensor x, Tensor(a!) codes, Tensor(b!) scale) -> ()", encode_token_reference, _encode_token_fake
 )
+implement("encode", "CPU", encode_cpu, CODEC_KERNEL.description)
+implement("encode_token", "CPU", encode_token_cpu, CODEC_KERNEL.description)

@@ -1,0 +1,155 @@
+"""C sources to callable kernels: compiled on first use, kept in a per-user cache, loaded with ctypes.
+
+Environment variables:
+    OCTAVO_KERNELS=reference   compile nothing; the references serve.
+    OCTAVO_CACHE=DIR           where compiled kernels are kept, instead of `~/.cache/octavo/kernels`.
+    CC=COMMAND                 the C compiler, instead of the first of cc, gcc and clang.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from .resources import resource
+
+KINDS = {torch.int8: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+"""Element types that the kernels load, by their number in vector.h."""
+
+BASE_FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=fast", "-Wno-psabi")
+TUNING = (("-march=native", "-fopenmp"), ("-fopenmp",), ("-march=native",), ())
+"""Optional flags, the best first; a compiler that refuses one gets the next. Without OpenMP a kernel uses one thread."""
+
+_COMPILE_LOCK = threading.Lock()
+_WARNED: set[str] = set()
+
+
+class CompileError(Exception):
+    """No compiler, or one that fails; the message is one line."""
+
+
+def find_compiler() -> list[str]:
+    """The command of the C compiler: $CC, or the first of cc, gcc and clang."""
+    chosen = os.environ.get("CC")
+    for candidate in [shlex.split(chosen)] if chosen else [["cc"], ["gcc"], ["clang"]]:
+        if candidate and shutil.which(candidate[0]):
+            return candidate
+    raise CompileError(f"CC={chosen} is not an executable" if chosen else "no C compiler (cc, gcc or clang) is installed")
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept."""
+    chosen = os.environ.get("OCTAVO_CACHE")
+    return Path(chosen) if chosen else Path.home() / ".cache" / "octavo" / "kernels"
+
+
+def _cpu_model() -> str:
+    """What -march=native depends on: the model and the features of the first core."""
+    try:
+        first_core = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0]
+    except OSError:
+        return platform.processor()
+    kept = ("model", "flags", "Features", "CPU")  # not the clock, which changes from one reading to the next
+    return "\n".join(line for line in first_core.splitlines() if line.startswith(kept))
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise CompileError(f"{command[0]}: {error}") from None
+
+
+def compile_shared(name: str, source: str) -> Path:
+    """Path of the shared library of a C source, out of the cache or compiled now.
+
+    Safe beside other processes that do the same: each compiles into a file of its own and moves it into place at once.
+    """
+    compiler = find_compiler()
+    version = _run([*compiler, "--version"]).stdout
+    identity = "\0".join((source, *compiler, version, *BASE_FLAGS, repr(TUNING), platform.machine(), _cpu_model()))
+    library = cache_folder() / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:20]}.so"
+    if library.exists():
+        return library
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(dir=library.parent, prefix=f".{name}-")
+    except OSError as error:
+        raise CompileError(f"cannot write {library.parent}: {error.strerror}") from None
+    with scratch:
+        file, built = Path(scratch.name) / f"{name}.c", Path(scratch.name) / library.name
+        file.write_text(source, encoding="utf-8")
+        first_error = ""
+        for tuning in TUNING:
+            result = _run([*compiler, *BASE_FLAGS, *tuning, "-o", str(built), str(file), "-lm"])
+            if result.returncode == 0:
+                os.replace(built, library)
+                return library
+            lines = [line for line in result.stderr.splitlines() if "error" in line] or result.stderr.splitlines()
+            first_error = first_error or (lines[0].strip() if lines else f"exit status {result.returncode}")
+        raise CompileError(f"{shlex.join(compiler)} failed: {first_error}")
+
+
+class CKernel:
+    """The functions of one C source, compiled when one is first asked for.
+
+    Args:
+        name: of the kernel, in warnings and in the cache.
+        sources: names of the resources that make up the source, in order.
+        functions: names of the exported functions; each takes one pointer to packed arguments and returns an int.
+    """
+
+    def __init__(self, name: str, sources: tuple[str, ...], functions: tuple[str, ...]) -> None:
+        self.name = name
+        self.sources = sources
+        self.functions = functions
+        self.failure: str | None = None
+        self._loaded: dict[str, Callable[[bytes], int]] | None = None
+
+    def load(self) -> dict[str, Callable[[bytes], int]]:
+        """The functions by name; empty if the reference has to serve, of which the first call warns."""
+        if self._loaded is None:
+            with _COMPILE_LOCK:
+                if self._loaded is None:
+                    self._loaded = self._build()
+        return self._loaded
+
+    def _build(self) -> dict[str, Callable[[bytes], int]]:
+        if os.environ.get("OCTAVO_KERNELS") == "reference":
+            self.failure = "OCTAVO_KERNELS=reference"
+            return {}
+        try:
+            source = "\n".join(f'#line 1 "{name}"\n{resource(name)}' for name in self.sources)
+            library = ctypes.CDLL(str(compile_shared(self.name, source)))
+        except (CompileError, OSError) as error:
+            self.failure = str(error)
+            if self.failure not in _WARNED:
+                _WARNED.add(self.failure)
+                warnings.warn(
+                    f"octavo: the C kernels of the CPU could not be built and the PyTorch references run instead, slower;"
+                    f" install gcc or clang, or set CC ({self.failure})",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+            return {}
+        loaded = {}
+        for function in self.functions:
+            entry = getattr(library, function)
+            entry.argtypes, entry.restype = [ctypes.c_char_p], ctypes.c_int
+            loaded[function] = entry
+        return loaded
+
+    def description(self) -> str:
+        """What serves on the CPU, for `ops.report()`; builds the kernel to know."""
+        return "C kernel" if self.load() else f"reference (PyTorch): {self.failure}"
+

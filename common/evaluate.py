@@ -1,0 +1,69 @@
+"""How far a quantized model is from the float one, token by token."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+
+ROWS = 256
+"""Tokens compared at a time, to bound the memory of two vocabularies' worth of float64."""
+
+LogitsOf = Callable[[torch.Tensor], torch.Tensor]
+"""`[1, S]` token ids to `[1, S, vocabulary]` logits."""
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Means over all predicted tokens; perplexities of the next token, KL in nats.
+
+    Attributes:
+        tokens: how many predictions were compared.
+        kl: mean KL(float || quantized).
+        perplexity, float_perplexity: of the quantized and of the float model.
+        top1: share of tokens on which both models' most likely token is the same.
+    """
+
+    tokens: int
+    kl: float
+    perplexity: float
+    float_perplexity: float
+    top1: float
+
+
+def compare(float_logits: LogitsOf, quantized_logits: LogitsOf, samples: Iterable[torch.Tensor]) -> Fidelity:
+    """Compare two models on `[1, S]` samples of token ids, teacher-forced.
+
+    Raises:
+        ValueError: no sample has two tokens, so that nothing is predicted.
+    """
+    sums = torch.zeros(4, dtype=torch.float64)
+    tokens = 0
+    for ids in samples:
+        with torch.inference_mode():
+            pair = [logits_of(ids)[0, :-1] for logits_of in (float_logits, quantized_logits)]
+        targets = ids[0, 1:]
+        for start in range(0, len(targets), ROWS):
+            expected, actual = (logits[start : start + ROWS].double().log_softmax(-1).cpu() for logits in pair)
+            target = targets[start : start + ROWS, None].cpu()
+            sums[0] += (expected.exp() * (expected - actual)).sum()
+            sums[1] -= actual.gather(1, target).sum()
+            sums[2] -= expected.gather(1, target).sum()
+            sums[3] += (expected.argmax(-1) == actual.argmax(-1)).sum()
+            tokens += len(target)
+    if tokens == 0:
+        raise ValueError("nothing to compare: every sample is shorter than two tokens")
+    kl, loss, float_loss, top1 = (sums / tokens).tolist()
+    return Fidelity(tokens, kl, math.exp(loss), math.exp(float_loss), top1)
+
+
+def windows(ids: torch.Tensor, length: int, count: int) -> list[torch.Tensor]:
+    """`count` windows of `length` tokens, `[1, length]` each, spread evenly over the `[N]` tokens of a text.
+
+    Raises:
+        ValueError: the text is too short.
+    """
+    if len(ids) < length * count:
+        raise ValueError(f"the text has {len(ids)} tokens and {count} windows of {length} need {length * count}")
+    stride = len(ids) // count
+    return [ids[start : start + length][None] for start in range(0, stride * count, stride)]

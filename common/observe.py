@@ -1,0 +1,125 @@
+"""Calibration: run the float model over texts and keep what scales are derived from (see `statistics`)."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from ..ops.library import NAMESPACE
+from .checkpoints.ascend import attention_modules
+from .statistics import Statistics, rotary_radius
+
+OBSERVING = f"{NAMESPACE}_observe"
+BINS = 2048
+
+
+class AttentionObserver:
+    """Largest q, k and v of one attention: per channel, and for q and k the length of each rotary pair."""
+
+    def __init__(self) -> None:
+        self.largest: dict[str, torch.Tensor] = {}
+
+    def _keep(self, name: str, values: torch.Tensor) -> None:
+        """Fold `[1, heads, S, width]` into the running maximum `[heads, width]`."""
+        largest = values.float().abs().amax(dim=(0, 2))
+        self.largest[name] = torch.maximum(self.largest.get(name, largest), largest)
+
+    def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        """See `[1, H or G, S, D]` states after RoPE."""
+        for name, states in (("q", query), ("k", key)):
+            self._keep(f"{name}.max", states)
+            self._keep(f"{name}.radius", rotary_radius(states.float()))
+        self._keep("v.max", value)
+
+
+class InputObserver:
+    """Range, spread and histogram of the inputs of one linear layer.
+
+    The histogram has `BINS` equal bins over `[-limit, limit]`; when a value falls outside, the limit doubles and
+    neighbouring bins merge, so that no earlier value is needed again.
+    """
+
+    def __init__(self) -> None:
+        self.low = self.high = self.squares = 0.0
+        self.count = 0
+        self.limit = 0.0
+        self.histogram = torch.zeros(BINS)
+
+    def _widen(self, largest: float) -> None:
+        if self.limit == 0.0:
+            self.limit = largest
+        while largest > self.limit:
+            merged = self.histogram.view(-1, 2).sum(dim=1)
+            self.histogram = nn.functional.pad(merged, (BINS // 4, BINS // 4))
+            self.limit *= 2
+
+    def __call__(self, x: torch.Tensor) -> None:
+        """See inputs of any shape."""
+        values = x.detach().float()
+        low, high = (float(bound) for bound in torch.aminmax(values))
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        self.squares += float(values.square().sum(dtype=torch.float64))
+        self.count += values.numel()
+        if not math.isfinite(self.squares):
+            return
+        self._widen(max(-low, high))
+        if self.limit > 0.0:
+            self.histogram += torch.histc(values, BINS, -self.limit, self.limit).cpu()
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """`range` [low, high, root mean square, limit of the histogram] and `histogram` [BINS]."""
+        spread = math.sqrt(self.squares / max(1, self.count))
+        return {"range": torch.tensor([self.low, self.high, spread, self.limit]), "histogram": self.histogram}
+
+
+def _observing_attention(module: nn.Module, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+    module.attention_observer(query, key, value)
+    return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
+
+
+def calibrate(model: nn.Module, linears: Iterable[str], samples: Iterable[dict[str, torch.Tensor]]) -> Statistics:
+    """Run a float model of transformers over samples and collect statistics; the model is left as it was.
+
+    Args:
+        model: a causal language model.
+        linears: names of the linear layers whose inputs are observed.
+        samples: keyword arguments of the model, `[1, S]` ids and mask each.
+    """
+    AttentionInterface.register(OBSERVING, _observing_attention)
+    AttentionMaskInterface.register(OBSERVING, sdpa_mask)
+    inputs = {name: InputObserver() for name in linears}
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(lambda _, args, see=observer: see(args[0]))
+        for name, observer in inputs.items()
+    ]
+    attentions = attention_modules(model)
+    for _, attention in attentions:
+        attention.attention_observer = AttentionObserver()
+    before = model.config._attn_implementation
+    model.set_attn_implementation(OBSERVING)
+    tokens = 0
+    try:
+        with torch.inference_mode():
+            for sample in samples:
+                tokens += sample["input_ids"].shape[1]
+                model(**{name: part.to(model.device) for name, part in sample.items()}, use_cache=False)
+        tensors = {
+            f"layers.{attention.layer_idx}.{name}": largest.cpu()
+            for _, attention in attentions
+            for name, largest in attention.attention_observer.largest.items()
+        }
+    finally:
+        model.set_attn_implementation(before)
+        for hook in hooks:
+            hook.remove()
+        for _, attention in attentions:
+            del attention.attention_observer
+    for name, observer in inputs.items():
+        tensors.update({f"linears.{name}.{part}": tensor for part, tensor in observer.tensors().items()})
+    facts = {"model_type": model.config.model_type, "num_hidden_layers": len(attentions), "tokens": tokens}
+    return Statistics(tensors, {name: str(value) for name, value in facts.items()})

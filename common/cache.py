@@ -66,7 +66,9 @@ class CodeStore:
         capacity = self.max_length if self.max_length is not None else capacity_for(tokens)
         batch, heads, _, width = like.shape
         dtype = like.dtype if self.codec is None else torch.int8
-        self._codes = self._moved(self._codes, torch.empty((batch, heads, capacity, width), dtype=dtype, device=like.device))
+        self._codes = self._moved(
+            self._codes, torch.empty((batch, heads, capacity, width), dtype=dtype, device=like.device)
+        )
         if self._is_dynamic:
             scale = torch.empty((batch, heads, capacity, 1), dtype=torch.float32, device=like.device)
             self._scale = self._moved(self._scale, scale)
@@ -243,12 +245,14 @@ class QuantizedCache(Cache):
         self.scheme = load_scheme(scheme)
         others = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
         if others:
-            raise OctavoError(f"QuantizedCache serves attention over k and v; this model has {', '.join(sorted(others))}")
+            raise OctavoError(
+                f"QuantizedCache serves attention over k and v; this model has {', '.join(sorted(others))}"
+            )
         count = config.num_hidden_layers
         if scales is None and self.scheme.is_static:
             if statistics is None:
                 raise OctavoError(
-                    f"scheme {self.scheme.name} has static scales; pass statistics=FILE, written by the conversion script"
+                    f"scheme {self.scheme.name} has static scales; pass statistics=FILE, which --save_statistics writes"
                 )
             scales = scales_of(self.scheme, load_statistics(statistics))
         if scales is not None and len(scales) != count:

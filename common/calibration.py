@@ -67,7 +67,9 @@ def tokenize(
             if name not in encoded:
                 raise OctavoError(f"{flag} {name}: the tokenizer returns {', '.join(encoded)}")
         if not tokenizer(text, add_special_tokens=False)[ids_name]:
-            raise OctavoError(f"calibration text {number} ({text[:20]!r}) is shorter than a token; lengthen or remove it")
+            raise OctavoError(
+                f"calibration text {number} ({text[:20]!r}) is shorter than a token; lengthen or remove it"
+            )
         samples.append({"input_ids": encoded[ids_name].long(), "attention_mask": encoded[mask_name]})
     return samples
 

@@ -20,6 +20,7 @@ from .checkpoints.ascend import (
     DESCRIPTION_FILE,
     TensorHeader,
     build_description,
+    in_file_order,
     scale_tensors,
     weight_file_names,
 )
@@ -27,7 +28,7 @@ from .checkpoints.writer import check_output, whole_directory, write_json, write
 from .errors import OctavoError
 from .evaluate import Fidelity, compare
 from .flags import parse_flags, run_script
-from .model import CONFIG_KEY
+from .model import CONFIG_KEY, NATIVE_LOAD_HINT
 from .observe import calibrate
 from .quantize import input_range, outlier_score, quantize_linear
 from .scheme import Scheme, load_scheme
@@ -55,12 +56,14 @@ class Quantized:
         scheme: of attention and cache.
         linears: names of the W8A8 linears.
         tensors: all tensors of the checkpoint, named for the file.
+        tied: names of float tensors that are the same as a stored one.
         deq_scale_dtype: see `W8A8Linear`.
     """
 
     scheme: Scheme
     linears: list[str]
     tensors: dict[str, torch.Tensor]
+    tied: list[str]
     deq_scale_dtype: torch.dtype
 
 
@@ -112,7 +115,9 @@ def quantize_model(
         for name, tensor in model.state_dict().items()
         if name not in replaced and name not in tied
     }
-    return Quantized(scheme, linears, {**tensors, **quantized}, deq_scale_dtype)
+    return Quantized(
+        scheme, linears, in_file_order(model, {**tensors, **quantized}), sorted(tied - replaced), deq_scale_dtype
+    )
 
 
 def build_quantized(architecture: Architecture, model: nn.Module, quantized: Quantized) -> nn.Module:
@@ -149,6 +154,7 @@ def output_config(source: dict[str, Any], architecture: Architecture, quantized:
         "architectures": [architecture.model_class.__name__],
         "auto_map": architecture.auto_map,
         CONFIG_KEY: {"scheme": quantized.scheme.to_dict()},
+        "transformers_weights": NATIVE_LOAD_HINT,
     }
     if "lm_head" in quantized.linears:
         config["tie_word_embeddings"] = False
@@ -169,7 +175,7 @@ def write_checkpoint(
     part_file_size: int | None,
 ) -> int:
     """Write the output directory, whole or not at all; return its size in bytes."""
-    description = build_description(quantized.tensors, quantized.linears, quantized.scheme)
+    description = build_description(quantized.tensors, quantized.tied, quantized.linears, quantized.scheme)
     with whole_directory(directory, "--save_directory") as stage:
         most_bytes = None if part_file_size is None else part_file_size * GIGABYTE
         write_weights(stage, weight_file_names(description)[0], quantized.tensors, most_bytes)
@@ -221,9 +227,7 @@ def _fidelity(model: nn.Module, other: nn.Module, samples: list[dict[str, torch.
     if not ids:
         return None
     progress = tqdm(ids, desc="comparing", unit="text")
-    return compare(
-        lambda i: model(i.to(model.device)).logits, lambda i: other(i.to(other.device)).logits, progress
-    )
+    return compare(lambda i: model(i.to(model.device)).logits, lambda i: other(i.to(other.device)).logits, progress)
 
 
 def convert(architecture: Architecture, flags: argparse.Namespace) -> None:

@@ -56,7 +56,11 @@ REFUSED: dict[str, tuple[Any, Any, str]] = {
     "co_sparse": (_boolean, False, "sparse weights are not supported; dense W8A8 is what is written"),
     "anti_method": (str, "", "outlier treatment is not supported yet; leave it out or give ''"),
     "do_smooth": (_boolean, False, "smoothing is not supported yet; leave it out"),
-    "use_sigma": (_boolean, False, "sigma clipping belongs to sparse and low-bit weights; --act_method clips activations"),
+    "use_sigma": (
+        _boolean,
+        False,
+        "sigma clipping belongs to sparse and low-bit weights; --act_method clips activations",
+    ),
     "sigma_factor": (float, 3.0, "belongs to --use_sigma, which Octavo does not do"),
     "use_reduce_quant": (_boolean, False, "quantized communication belongs to Ascend's tensor parallelism"),
     "tp_size": (int, 1, "belongs to --use_reduce_quant; a checkpoint of Octavo is not split for tensor parallelism"),

@@ -1,5 +1,6 @@
 """What turns a causal language model of transformers into one that loads and runs a quantized checkpoint."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ from .scheme import Scheme, load_scheme
 from .statistics import Scales
 
 CONFIG_KEY = "octavo"
+NATIVE_LOAD_HINT = "needs-trust_remote_code=True.safetensors"
+"""Name of the weight file in config.json: there is none of that name, so that a load by transformers' own class, which
+would read the codes as weights, fails with an error that says what is missing. `from_pretrained` puts in the real one."""
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _STATIC_CACHES = ("static", "offloaded_static")
 _GROWING_CACHES = (None, "dynamic", "offloaded")
@@ -40,13 +44,14 @@ def _weight_files(index: Path, find: Any) -> list[Path]:
     return list(files.values())
 
 
-def describe_checkpoint(config: Any, source: str, hub_arguments: dict[str, Any]) -> None:
+def describe_checkpoint(config: Any, source: str, tied: Iterable[str], hub_arguments: dict[str, Any]) -> None:
     """Set on `config` what the quantized checkpoint at `source` needs; leave it alone if `source` is an ordinary one.
 
     Args:
         config: gets `octavo`: the scheme, the quantized linears and the dtype of `deq_scale`; and
             `transformers_weights`, the name of the weight file, which keeps a load without this code from succeeding.
         source: local directory or hub id.
+        tied: names of weights that are stored once, under another name, if the config ties embeddings.
         hub_arguments: `revision`, `cache_dir` and the like.
 
     Raises:
@@ -69,7 +74,7 @@ def describe_checkpoint(config: Any, source: str, hub_arguments: dict[str, Any])
         raise OctavoError(f"{source}: neither {single} nor {index} is there; copy the directory again or convert again")
     files = [single_file] if single_file is not None else _weight_files(index_file, find)
     headers = read_headers(files)
-    check_description(description, headers)
+    check_description(description, headers, tied if config.tie_word_embeddings else ())
     linears = quantized_linears(description)
     scheme = described_scheme(description, config.num_hidden_layers)
     own = dict(getattr(config, CONFIG_KEY, None) or {})
@@ -115,7 +120,7 @@ class QuantizedCausalLM:
         hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
         if config is None or isinstance(config, (str, Path)):
             config = cls.config_class.from_pretrained(source if config is None else config, **hub_arguments)
-        describe_checkpoint(config, str(source), hub_arguments)
+        describe_checkpoint(config, str(source), cls._tied_weights_keys or (), hub_arguments)
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(source, *args, config=config, output_loading_info=True, **kwargs)
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -136,9 +141,7 @@ class QuantizedCausalLM:
         if cache is None:
             kwargs["past_key_values"] = self.new_cache()
         elif not hasattr(cache, "scheme"):
-            raise OctavoError(
-                f"past_key_values is a {type(cache).__name__}; pass model.new_cache() or leave it out"
-            )
+            raise OctavoError(f"past_key_values is a {type(cache).__name__}; pass model.new_cache() or leave it out")
         return args, kwargs
 
     def _withdraw_cache(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
@@ -152,9 +155,7 @@ class QuantizedCausalLM:
     ) -> None:
         """`generate` uses the quantized cache by default; `cache_implementation` chooses its storage."""
         if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
-            return super()._prepare_cache_for_generation(
-                generation_config, model_kwargs, mode, batch_size, max_length
-            )
+            return super()._prepare_cache_for_generation(generation_config, model_kwargs, mode, batch_size, max_length)
         kind = generation_config.cache_implementation
         if kind not in _STATIC_CACHES + _GROWING_CACHES:
             raise OctavoError(f"cache_implementation={kind!r}: this model's cache is quantized already; leave it out")

@@ -56,7 +56,9 @@ def input_range(statistics: Statistics, name: str, act_method: int) -> tuple[flo
     return _least_squares_range(low, high, limit, statistics.tensors[f"linears.{name}.histogram"])
 
 
-def quantize_linear(linear: nn.Linear, low: float, high: float, deq_scale_dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def quantize_linear(
+    linear: nn.Linear, low: float, high: float, deq_scale_dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
     """The tensors of `W8A8Linear` for a float linear layer whose inputs lie in `[low, high]`, which holds 0.
 
     Weights are symmetric per output channel, inputs affine per tensor (reference: msmodelslim's W8A8).

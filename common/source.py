@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -65,7 +65,9 @@ def read_source_headers(directory: Path) -> dict[str, TensorHeader]:
     headers = read_headers(files)
     for name, header in headers.items():
         if header.dtype not in FLOAT_DTYPES:
-            raise OctavoError(f"--model_path {directory}: {name} is {header.dtype}; give a checkpoint in fp32, fp16 or bf16")
+            raise OctavoError(
+                f"--model_path {directory}: {name} is {header.dtype}; give a checkpoint in fp32, fp16 or bf16"
+            )
     return headers
 
 
@@ -86,7 +88,9 @@ def load_source(directory: Path, device: str) -> nn.Module:
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:
             first = sorted(map(str, info[problem]))[0]
-            raise OctavoError(f"--model_path {directory}: {problem.replace('_', ' ')}: {first}; the checkpoint is not whole")
+            raise OctavoError(
+                f"--model_path {directory}: {problem.replace('_', ' ')}: {first}; the checkpoint is not whole"
+            )
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise OctavoError(f"--model_path {directory}: {name} holds NaN or Inf; the checkpoint is damaged")

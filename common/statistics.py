@@ -26,8 +26,8 @@ class LayerScales:
     """The static scales of one layer's attention.
 
     Attributes:
-        key, value: scale and zero, each broadcastable to `[G, 1, D]`, float32; zero is None where symmetric. The pair is
-            None where the codec is dynamic or none.
+        key, value: scale and zero, each broadcastable to `[G, 1, D]`, float32; zero is None where symmetric. The
+            pair is None where the codec is dynamic or none.
         query: `[H, 1, 1]` float32, or None.
     """
 
@@ -80,7 +80,9 @@ def load_statistics(file: str | Path) -> Statistics:
             metadata = opened.metadata() or {}
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118, it is no dict
     except (OSError, SafetensorError) as error:
-        raise OctavoError(f"statistics file {file}: cannot be read ({error}); write it with --save_statistics") from None
+        raise OctavoError(
+            f"statistics file {file}: cannot be read ({error}); write it with --save_statistics"
+        ) from None
     if metadata.get("format") != STATISTICS_FORMAT:
         raise OctavoError(f"statistics file {file}: no Octavo statistics; write it with --save_statistics")
     statistics = Statistics(tensors, metadata)
@@ -110,8 +112,8 @@ def _static_scale(codec: Codec | None, largest: torch.Tensor) -> tuple[torch.Ten
 def scales_of(scheme: Scheme, statistics: Statistics) -> Scales:
     """Derive the static scales of a scheme.
 
-    K and q take the radius of each rotary pair as the bound of both its channels: a range observed after RoPE holds only
-    for the positions that were observed, since RoPE turns one channel of a pair into the other as the position grows.
+    K and q take the radius of each rotary pair as the bound of both its channels: a range observed after RoPE holds
+    only for the positions that were observed, since RoPE turns one channel of a pair into the other as they grow.
     """
     result = []
     for index in range(statistics.layers):

@@ -34,6 +34,20 @@ NOT_TENSORS = (
 )
 SCALAR_DTYPES = {"I64": torch.int64, "F32": torch.float32}
 PARTS = ("q", "k", "v")
+FILE_ORDER = (
+    "scale",
+    "offset",
+    "kv_cache_scale",
+    "kv_cache_offset",
+    "weight",
+    "bias",
+    "weight_scale",
+    "weight_offset",
+    "input_scale",
+    "input_offset",
+    "quant_bias",
+    "deq_scale",
+)
 
 
 @dataclass(frozen=True)
@@ -145,6 +159,19 @@ def scale_tensors(model: nn.Module, scheme: Scheme, scales: Scales) -> dict[str,
     return tensors
 
 
+def in_file_order(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors in the order in which msmodelslim writes them: module by module, and within one as in `FILE_ORDER`."""
+    positions = {name: position for position, (name, _) in enumerate(model.named_modules())}
+
+    def key(name: str) -> tuple[int, int]:
+        module, _, part = name.rpartition(".")
+        while module not in positions:
+            module = module.rpartition(".")[0]
+        return positions[module], FILE_ORDER.index(part)
+
+    return {name: tensors[name] for name in sorted(tensors, key=key)}
+
+
 def quantized_linears(description: dict[str, Any]) -> list[str]:
     """Names of the linear layers that a description labels W8A8.
 
@@ -162,7 +189,7 @@ def quantized_linears(description: dict[str, Any]) -> list[str]:
 
 
 def described_scheme(description: dict[str, Any], layers: int) -> Scheme | None:
-    """The scheme that a description stands for, layers that stay in float included; None if it quantizes no attention."""
+    """The scheme that a description stands for, float layers included; None if it quantizes no attention."""
     if description.get("fa_quant_type"):
         preset, present = "ascend-fa", "model.layers.{}.self_attn.fa_k.scale"
     elif description.get("kv_cache_type") or description.get("kv_quant_type"):
@@ -212,13 +239,21 @@ def read_headers(files: Iterable[Path]) -> dict[str, TensorHeader]:
     return headers
 
 
-def check_description(description: dict[str, Any], headers: dict[str, TensorHeader]) -> None:
-    """Raise an `OctavoError` that names the first tensor on which description and weight files disagree."""
-    described = {name: label for name, label in description.items() if name not in NOT_TENSORS}
+def check_description(description: dict[str, Any], headers: dict[str, TensorHeader], tied: Iterable[str]) -> None:
+    """Raise an `OctavoError` that names the first tensor on which description and weight files disagree.
+
+    Args:
+        tied: names that may be described without being stored.
+    """
+    described = {
+        name: label
+        for name, label in description.items()
+        if name not in NOT_TENSORS and not (name in tied and name not in headers)
+    }
     where = f"{DESCRIPTION_FILE} and the weights disagree"
-    for name in described.keys() - headers.keys():
+    for name in sorted(described.keys() - headers.keys()):
         raise OctavoError(f"{where}: {name} is described and not stored; convert the model again")
-    for name in headers.keys() - described.keys():
+    for name in sorted(headers.keys() - described.keys()):
         raise OctavoError(f"{where}: {name} is stored and not described; convert the model again")
     for name, label in described.items():
         is_code = headers[name].dtype == "I8" and name.endswith(".weight")
@@ -226,10 +261,19 @@ def check_description(description: dict[str, Any], headers: dict[str, TensorHead
             raise OctavoError(f"{where}: {name} is labelled {label} and stored as {headers[name].dtype}; convert again")
 
 
-def build_description(tensors: Iterable[str], linears: Iterable[str], scheme: Scheme) -> dict[str, Any]:
-    """The description of a checkpoint: what kind it is, and a label for each tensor, as msmodelslim writes them."""
+def build_description(
+    tensors: Iterable[str], tied: Iterable[str], linears: Iterable[str], scheme: Scheme
+) -> dict[str, Any]:
+    """The description of a checkpoint: what kind it is, and a label for each tensor, as msmodelslim writes them.
+
+    Args:
+        tensors: names of what is stored.
+        tied: names that share a stored tensor and are labelled too, since readers look for `lm_head.weight` here.
+        linears: names of the W8A8 linears.
+        scheme: of attention and cache.
+    """
     quantized = set(linears)
-    description: dict[str, Any] = {"model_quant_type": "W8A8" if quantized else "FLOAT", "version": "1.0.0"}
+    description: dict[str, Any] = {"version": "1.0.0", "model_quant_type": "W8A8" if quantized else "FLOAT"}
     if is_c8(scheme):
         description |= {"kv_cache_type": "C8", "kv_quant_type": "C8"}
     elif is_fa(scheme):
@@ -242,4 +286,4 @@ def build_description(tensors: Iterable[str], linears: Iterable[str], scheme: Sc
             description[name] = "FAQuant"
         else:
             description[name] = "W8A8" if module in quantized and part != "bias" else "FLOAT"
-    return description
+    return description | dict.fromkeys(tied, "FLOAT")

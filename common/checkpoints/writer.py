@@ -72,16 +72,16 @@ def _split(tensors: dict[str, torch.Tensor], most_bytes: int | None) -> list[dic
 
 
 def write_weights(directory: Path, name: str, tensors: dict[str, torch.Tensor], most_bytes: int | None) -> None:
-    """Write `name`, or, if that were larger than `most_bytes`, `...-00001-of-0000N.safetensors` and an index."""
+    """Write `name`; or, given `most_bytes`, files of that size, `...-00001-of-0000N.safetensors`, and an index."""
     parts = _split(tensors, most_bytes)
     stem = name.removesuffix(".safetensors")
-    names = [f"{stem}-{i:05d}-of-{len(parts):05d}.safetensors" for i in range(1, len(parts) + 1)]
-    if len(parts) == 1:
-        names = [name]
+    names = [name]
+    if most_bytes is not None:
+        names = [f"{stem}-{i:05d}-of-{len(parts):05d}.safetensors" for i in range(1, len(parts) + 1)]
     for file, part in zip(names, tqdm(parts, desc="writing", unit="file"), strict=True):
         save_file(part, directory / file, metadata={"format": "pt"})
         (directory / file).chmod(0o666 & ~_umask())
-    if len(parts) > 1:
+    if most_bytes is not None:
         weight_map = {tensor: file for file, part in zip(names, parts, strict=True) for tensor in part}
         total = sum(tensor.nbytes for tensor in tensors.values())
         write_json(directory / f"{name}.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})

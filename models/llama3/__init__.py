@@ -13,7 +13,7 @@ _OUTER_LAYERS = 5
 
 
 def float_linears(config: Any) -> list[str]:
-    """The linear layers that Ascend's recipe leaves in float, as globs (MindIE-LLM, llama3/convert_quant_weights.py)."""
+    """Globs of the linear layers that Ascend's recipe leaves in float (MindIE-LLM, llama3/convert_quant_weights.py)."""
     is_large_fp16 = config.hidden_size == _LARGE_HIDDEN_SIZE and config.dtype == torch.float16
     if not is_large_fp16:
         return ["*.mlp.down_proj", "lm_head"]

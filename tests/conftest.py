@@ -1,0 +1,67 @@
+"""Fixtures for every test."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from .support import REPOSITORY, convert_flags, save_source, tiny_llama
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tiny models are faster on one thread, and the sums of two processes are then equal to the last bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny float32 Llama checkpoint with a tokenizer; read only."""
+    return save_source(tmp_path_factory.mktemp("a source") / "tiny llama", tiny_llama())
+
+
+@pytest.fixture(scope="session")
+def converted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`converted(*flags)`: the tiny Llama converted with these flags, once per session; read only."""
+    from octavo.common.convert import main
+    from octavo.models.llama3 import ARCHITECTURE
+
+    made: dict[tuple[str, ...], Path] = {}
+
+    def convert(*flags: str) -> Path:
+        if flags not in made:
+            target = tmp_path_factory.mktemp("an output") / "tiny quantized"
+            assert main(ARCHITECTURE, convert_flags(source, target, *flags)) == 0
+            made[flags] = target
+        return made[flags]
+
+    return convert
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M as an ordinary checkpoint, fetched by the script that users run."""
+    script = REPOSITORY / "examples" / "fetch_smollm2.py"
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"SmolLM2 cannot be had: {done.stderr.strip().splitlines()[-1]}")
+    return Path(done.stdout.strip())
+
+
+@pytest.fixture(scope="session")
+def testbed() -> Path:
+    """The folder of models and texts that the published figures come from."""
+    folder = Path(os.environ.get("OCTAVO_TESTBED") or "~/.cache/octavo-testbed").expanduser()
+    for name in ("smollm2-135m", "boolq.jsonl", "wikipedia-eval.txt"):
+        if not (folder / name).exists():
+            pytest.skip(f"no testbed: {folder / name} is missing; set OCTAVO_TESTBED")
+    return folder

@@ -11,9 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from octavo.common.bundle import commit
 from octavo.common.cache import QuantizedCache
 from octavo.common.calibration import read_calibration_file, tokenize
@@ -22,6 +19,8 @@ from octavo.common.observe import calibrate
 from octavo.common.scheme import load_scheme
 from octavo.common.statistics import scales_of
 from octavo.ops.library import NAMESPACE
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 RESULTS = Path(__file__).parent / "results" / "quality.csv"
 SCHEMES = ("int8-token", "ascend-c8", "ascend-fa")
@@ -52,9 +51,9 @@ def measure(flags: argparse.Namespace) -> Iterator[dict[str, str]]:
         floats = iter(expected)
         result = compare(
             lambda _, floats=floats: next(floats),
-            lambda i, scheme=scheme, scales=scales: model(
-                i, past_key_values=QuantizedCache(model.config, scheme, scales=scales)
-            ).logits,
+            lambda i, scheme=scheme, scales=scales: (
+                model(i, past_key_values=QuantizedCache(model.config, scheme, scales=scales)).logits
+            ),
             tqdm(samples, desc=preset, unit="window"),
         )
         yield _row(name, f"{preset}, float linears", samples, result)
@@ -72,7 +71,9 @@ def main() -> int:
     parser.add_argument("--model_path", required=True, help="float checkpoint")
     parser.add_argument("--eval_file", required=True, type=Path, help="text to score on")
     parser.add_argument("--calib_file", required=True, type=Path, help="calibration texts")
-    parser.add_argument("--checkpoint", nargs="*", type=Path, default=[], help="quantized directories, named for the table")
+    parser.add_argument(
+        "--checkpoint", nargs="*", type=Path, default=[], help="quantized directories, named for the table"
+    )
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--length", type=int, default=2048)
     flags = parser.parse_args()

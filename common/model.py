@@ -27,8 +27,8 @@ from .statistics import Scales
 
 CONFIG_KEY = "octavo"
 NATIVE_LOAD_HINT = "needs-trust_remote_code=True.safetensors"
-"""Name of the weight file in config.json: there is none of that name, so that a load by transformers' own class, which
-would read the codes as weights, fails with an error that says what is missing. `from_pretrained` puts in the real one."""
+"""Name of the weight file in config.json. There is none of that name, so that a load by transformers' own class, which
+would take codes for weights, fails with an error that says what is missing. `from_pretrained` puts in the real one."""
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _STATIC_CACHES = ("static", "offloaded_static")
 _GROWING_CACHES = (None, "dynamic", "offloaded")

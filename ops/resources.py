@@ -1,4 +1,4 @@
-"""Texts that travel with the code: C sources and presets, read from the tree or, in a bundle, out of the file itself."""
+"""Texts that travel with the code, C sources and presets: read from the tree or, in a bundle, out of the file."""
 
 from pathlib import Path
 

@@ -1,0 +1,41 @@
+# Paths are relative, so that a directory with a space in its name works.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help setup demo test check format bench clean
+
+help:
+	@echo "make setup   make .venv and install everything into it"
+	@echo "make demo    fetch SmolLM2-135M, quantize it, and compare it with the float model (about 3 minutes)"
+	@echo "make test    run the tests"
+	@echo "make check   lint, and check that the code can be bundled"
+	@echo "make bench   time the ops on this machine"
+
+setup: .venv/.installed
+
+.venv/.installed: requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	touch $@
+
+demo: setup
+	$(BIN)/python examples/demo.py
+
+test: setup
+	OCTAVO_SMOLLM2="$$($(BIN)/python examples/fetch_smollm2.py)" $(BIN)/python -m pytest -q
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m octavo.common.bundle --arch llama3 --out .cache/bundle
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	$(BIN)/python benchmarks/run.py --device cpu
+
+clean:
+	rm -rf .venv .cache

@@ -1,0 +1,97 @@
+"""Time one decode step of a whole model, float against quantized in alternation, and append rows to `results/decode.csv`.
+
+The caches hold random keys and values of the context's length, so that no long prefill is needed. `float` is the model
+of transformers with DynamicCache and SDPA in fp32.
+"""
+
+import argparse
+import csv
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from octavo.common.bundle import commit
+from octavo.common.cache import QuantizedCache
+from octavo.ops.library import NAMESPACE
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, DynamicCache
+
+RESULTS = Path(__file__).parent / "results" / "decode.csv"
+COLUMNS = ("commit", "torch", "transformers", "machine", "threads", "model", "what", "context", "p50_ms", "p20_ms",
+           "p80_ms", "ratio_to_float")  # fmt: skip
+WARM_UP = 3
+
+
+def _filled(cache: Any, config: Any, context: int) -> Any:
+    """The cache with `context` random tokens in every layer, `[1, G, context, D]`."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    shape = (1, config.num_key_value_heads, context, head_dim)
+    for layer in range(config.num_hidden_layers):
+        cache.update(torch.randn(shape), torch.randn(shape), layer)
+    return cache
+
+
+def measure(flags: argparse.Namespace, context: int) -> list[dict[str, str]]:
+    """A row per variant: float, the stock model with a quantized cache, and the quantized checkpoints."""
+    plain = AutoModelForCausalLM.from_pretrained(flags.model_path, dtype=torch.float32).eval()
+    stock = AutoModelForCausalLM.from_pretrained(flags.model_path, dtype=torch.float32).eval()
+    stock.set_attn_implementation(NAMESPACE)
+    variants = {
+        "float, DynamicCache, SDPA": (plain, DynamicCache(config=plain.config)),
+        "float weights, int8-token cache": (stock, QuantizedCache(stock.config, "int8-token")),
+    }
+    for directory in flags.checkpoint:
+        model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
+        variants[directory.name] = (model, model.new_cache())
+    for model, cache in variants.values():
+        _filled(cache, model.config, context)
+    token = torch.tensor([[1]])
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    with torch.inference_mode():
+        for step in tqdm(range(flags.steps + WARM_UP), desc=f"context {context}", unit="step"):
+            for name, (model, cache) in variants.items():
+                started = time.perf_counter()
+                model(token, past_key_values=cache)
+                if step >= WARM_UP:
+                    seconds[name].append(time.perf_counter() - started)
+    baseline = statistics.median(next(iter(seconds.values())))
+    rows = []
+    for name, times in seconds.items():
+        p20, p50, p80 = (statistics.quantiles(times, n=10)[index] * 1e3 for index in (1, 4, 7))
+        values = (commit(), torch.__version__, transformers.__version__, platform.machine(),
+                  str(torch.get_num_threads()), Path(flags.model_path).name, name, str(context), f"{p50:.1f}",
+                  f"{p20:.1f}", f"{p80:.1f}", f"{baseline * 1e3 / p50:.2f}")  # fmt: skip
+        rows.append(dict(zip(COLUMNS, values, strict=True)))
+    return rows
+
+
+def main() -> int:
+    """Measure, print and append."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model_path", required=True, help="float checkpoint")
+    parser.add_argument(
+        "--checkpoint", nargs="*", type=Path, default=[], help="quantized directories, named for the table"
+    )
+    parser.add_argument("--context", nargs="+", type=int, default=[2048, 8192])
+    parser.add_argument("--steps", type=int, default=20)
+    flags = parser.parse_args()
+    RESULTS.parent.mkdir(exist_ok=True)
+    is_new = not RESULTS.exists()
+    with RESULTS.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if is_new:
+            writer.writeheader()
+        for context in flags.context:
+            for row in measure(flags, context):
+                writer.writerow(row)
+                print("  ".join(row.values()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

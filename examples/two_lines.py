@@ -1,0 +1,31 @@
+"""A stock model of transformers with a quantized KV cache: two lines, no conversion.
+
+python examples/two_lines.py --model_path DIR_OR_HUB_ID
+"""
+
+import argparse
+
+from octavo.common.cache import QuantizedCache
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def main() -> None:
+    """Generate with an int8 cache and say how large it is."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_path", required=True)
+    parser.add_argument("--prompt", default="The capital of France is")
+    flags = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(flags.model_path)
+    model = AutoModelForCausalLM.from_pretrained(flags.model_path)
+    inputs = tokenizer(flags.prompt, return_tensors="pt")
+
+    model.set_attn_implementation("octavo")
+    cache = QuantizedCache(model.config, scheme="int8-token")
+
+    output = model.generate(**inputs, past_key_values=cache, max_new_tokens=40, do_sample=False)
+    print(tokenizer.decode(output[0], skip_special_tokens=True))
+    print(f"KV cache of {cache.get_seq_length()} tokens: {cache.nbytes():,} bytes allocated")
+
+
+if __name__ == "__main__":
+    main()

@@ -11,10 +11,8 @@ import torch
 
 from .support import REPOSITORY, convert_flags, save_source, tiny_llama
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Tiny models are faster on one thread, and the sums of two processes are then equal to the last bit."""
     before = torch.get_num_threads()

@@ -1,0 +1,293 @@
+"""Converted Llama directories as a user gets them: loaded by transformers, with Octavo not installed."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from octavo.common import convert as conversion
+from octavo.models.llama3 import ARCHITECTURE, float_linears
+from octavo.models.llama3.modeling_llama_fa3 import LlamaForCausalLM
+from safetensors.torch import load_file
+
+from ..support import convert_flags, edit_json, random_ids, run_python, save_source, tiny_config, tiny_llama
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+C8, FA = ("--use_kvcache_quant", "True"), ("--use_fa_quant", "True")
+FLOAT_LINEARS = ("--w_bit", "16", "--a_bit", "16")
+SHARDED = ("--part_file_size", "1")
+
+VARIANTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "c8 w8a8": ({}, C8),
+    "c8 float linears": ({}, (*C8, *FLOAT_LINEARS)),
+    "fa w8a8": ({}, FA),
+    "fa float linears": ({}, (*FA, *FLOAT_LINEARS)),
+    "w8a8 alone": ({}, ()),
+    "c8 tied": ({"tie_word_embeddings": True}, C8),
+    "fa tied float linears": ({"tie_word_embeddings": True}, (*FA, *FLOAT_LINEARS)),
+    "c8 tied, lm_head quantized": ({"tie_word_embeddings": True}, (*C8, "--disable_last_linear", "False")),
+    "c8 sharded": ({}, (*C8, *SHARDED)),
+    "fa tied sharded": ({"tie_word_embeddings": True}, (*FA, *SHARDED)),
+    "c8 bf16": ({"dtype": "bfloat16"}, C8),
+    "fa bf16 sharded": ({"dtype": "bfloat16"}, (*FA, *SHARDED)),
+    "c8 fp16": ({"dtype": "float16"}, C8),
+    "c8 with biases": ({"attention_bias": True, "mlp_bias": True}, C8),
+    "fa with biases, float linears": ({"attention_bias": True}, (*FA, *FLOAT_LINEARS)),
+}
+"""Name to changes of the tiny Llama and flags of the conversion."""
+
+LOAD = """
+import json, os, sys
+import torch
+from transformers import AutoModelForCausalLM
+torch.set_num_threads(1)
+ids = torch.tensor(json.loads(sys.argv[1]))
+result = {}
+for name, source, expected in json.loads(sys.argv[2]):
+    model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True).eval()
+    with torch.inference_mode():
+        logits = model(ids).logits
+    tokens = model.generate(ids, max_new_tokens=8, do_sample=False)
+    from safetensors.torch import load_file
+    wanted = load_file(expected)
+    result[name] = [
+        torch.equal(logits, wanted["logits"]),
+        torch.equal(tokens, wanted["tokens"]),
+        type(model).__module__.startswith("transformers_modules."),
+        str(model.dtype),
+    ]
+print(json.dumps(result))
+"""
+
+
+def environment(cache: Path) -> dict[str, str]:
+    """Of a process that is offline and keeps its modules and snapshots in `cache`."""
+    return {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_CACHE": str(cache / "hub"),
+        "HF_MODULES_CACHE": str(cache / "modules"),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def as_snapshot(
+    directory: Path, cache: Path, name: str, revision: str = "0123456789abcdef0123456789abcdef01234567"
+) -> str:
+    """Lay a directory out as the hub library keeps a fetched model; returns its hub id."""
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    folder = cache / "hub" / f"models--octavo-tests--{name}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(revision)
+    shutil.copytree(directory, folder / "snapshots" / revision)
+    return f"octavo-tests/{name}"
+
+
+@pytest.fixture(scope="module")
+def variants(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Every variant, converted into a directory whose path has spaces."""
+    made = {}
+    root = tmp_path_factory.mktemp("models with spaces")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conversion, "GIGABYTE", 100_000)
+        for name, (changes, flags) in VARIANTS.items():
+            dtype = getattr(torch, changes.get("dtype", "float32"))
+            model = tiny_llama(**{k: v for k, v in changes.items() if k != "dtype"}).to(dtype)
+            source = save_source(root / f"source of {name}", model)
+            assert conversion.main(ARCHITECTURE, convert_flags(source, root / name, *flags)) == 0
+            made[name] = root / name
+    return made
+
+
+@pytest.fixture(scope="module")
+def expected(variants: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Logits and tokens of every variant, from the model in this tree."""
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("expected")
+    ids, files = random_ids(2, 33), {}
+    for name, directory in variants.items():
+        model = LlamaForCausalLM.from_pretrained(directory).eval()
+        with torch.inference_mode():
+            logits = model(ids).logits
+        tokens = model.generate(ids, max_new_tokens=8, do_sample=False)
+        files[name] = folder / f"{len(files)}.safetensors"
+        save_file({"logits": logits, "tokens": tokens}, files[name])
+    return files
+
+
+def load_without_octavo(rows: list[tuple[str, str, str]], cache: Path) -> dict[str, list[Any]]:
+    """Load each (name, source, file of what is expected) in a process that cannot import Octavo."""
+    return run_python(LOAD, json.dumps(random_ids(2, 33).tolist()), json.dumps(rows), environment=environment(cache))
+
+
+def test_every_variant_loads_from_a_path_bit_for_bit(
+    variants: dict[str, Path], expected: dict[str, Path], tmp_path: Path
+) -> None:
+    rows = [(name, str(directory), str(expected[name])) for name, directory in variants.items()]
+    found = load_without_octavo(rows, tmp_path)
+    dtypes = {name: "torch." + changes.get("dtype", "float32") for name, (changes, _) in VARIANTS.items()}
+    assert found == {name: [True, True, True, dtypes[name]] for name in variants}
+
+
+def test_every_variant_loads_from_an_offline_snapshot_bit_for_bit(
+    variants: dict[str, Path], expected: dict[str, Path], tmp_path: Path
+) -> None:
+    chosen = ["c8 w8a8", "fa float linears", "c8 tied", "c8 sharded", "fa tied sharded", "c8 bf16"]
+    rows = [
+        (name, as_snapshot(variants[name], tmp_path, name.replace(" ", "-")), str(expected[name])) for name in chosen
+    ]
+    found = load_without_octavo(rows, tmp_path)
+    assert {name: row[:3] for name, row in found.items()} == {name: [True, True, True] for name in chosen}
+
+
+def test_two_versions_of_the_code_live_in_one_process(
+    variants: dict[str, Path], expected: dict[str, Path], tmp_path: Path
+) -> None:
+    """The second copy has another digest and an attention that does nothing, so a mix-up would be seen."""
+    other = tmp_path / "other version"
+    shutil.copytree(variants["c8 w8a8"], other)
+    runtime = other / "octavo_runtime.py"
+    text = runtime.read_text()
+    namespace = text.split('NAMESPACE = "')[1].split('"')[0]
+    assert namespace.startswith("octavo_") and len(namespace) == len("octavo_") + 12
+    broken = text.replace(namespace, "octavo_ffffffffffff").replace(
+        "    output = attention(\n", "    output = 0 * attention(\n"
+    )
+    assert broken.count("0 * attention") == 1
+    runtime.write_text(broken)
+    rows = [
+        ("first", str(variants["c8 w8a8"]), str(expected["c8 w8a8"])),
+        ("other", str(other), str(expected["c8 w8a8"])),
+        ("first again", str(variants["c8 w8a8"]), str(expected["c8 w8a8"])),
+        ("fa", str(variants["fa w8a8"]), str(expected["fa w8a8"])),
+    ]
+    found = load_without_octavo(rows, tmp_path)
+    assert {name: row[0] for name, row in found.items()} == {
+        "first": True,
+        "other": False,
+        "first again": True,
+        "fa": True,
+    }
+
+
+LOAD_NATIVE = """
+import json, sys
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+messages = []
+for directory in sys.argv[1:]:
+    for load, arguments in (
+        (AutoModelForCausalLM, {"trust_remote_code": False}),
+        (AutoModelForCausalLM, {}),
+        (LlamaForCausalLM, {}),
+    ):
+        try:
+            load.from_pretrained(directory, **arguments)
+            messages.append(f"{directory} loaded with {arguments}")
+        except Exception as error:
+            messages.append(str(error))
+print(json.dumps(messages))
+"""
+
+
+def test_a_load_without_remote_code_fails_and_says_why(variants: dict[str, Path], tmp_path: Path) -> None:
+    chosen = [str(variants[name]) for name in ("c8 w8a8", "c8 float linears", "c8 sharded", "c8 tied")]
+    messages = run_python(LOAD_NATIVE, *chosen, environment=environment(tmp_path))
+    assert len(messages) == 12
+    for message in messages:
+        assert "trust_remote_code" in message
+
+
+def test_sharded_directories_hold_several_files_and_an_index(variants: dict[str, Path]) -> None:
+    for name in ("c8 sharded", "fa tied sharded", "fa bf16 sharded"):
+        files = sorted(file.name for file in variants[name].glob("quant_model_weight_w8a8*"))
+        assert len(files) > 2 and files[0].startswith("quant_model_weight_w8a8-00001-of-0000")
+        index = json.loads((variants[name] / "quant_model_weight_w8a8.safetensors.index.json").read_text())
+        stored = {file: set(load_file(variants[name] / file)) for file in files if not file.endswith(".json")}
+        assert {tensor: file for file, tensors in stored.items() for tensor in tensors} == index["weight_map"]
+        sizes = [sum(t.nbytes for t in load_file(variants[name] / file).values()) for file in stored]
+        assert index["metadata"]["total_size"] == sum(sizes)
+        assert all(size <= 100_000 or len(stored[file]) == 1 for size, file in zip(sizes, stored, strict=True))
+
+
+def test_a_sharded_conversion_has_the_tensors_of_a_single_file(variants: dict[str, Path]) -> None:
+    single = load_file(variants["c8 w8a8"] / "quant_model_weight_w8a8.safetensors")
+    parts: dict[str, torch.Tensor] = {}
+    for file in variants["c8 sharded"].glob("*.safetensors"):
+        parts.update(load_file(file))
+    assert parts.keys() == single.keys()
+    assert all(torch.equal(parts[name], tensor) for name, tensor in single.items())
+
+
+def test_biases_reach_the_quantized_model(variants: dict[str, Path]) -> None:
+    model = LlamaForCausalLM.from_pretrained(variants["c8 with biases"])
+    ids = random_ids(1, 30)
+    with torch.inference_mode():
+        expected = tiny_llama(attention_bias=True, mlp_bias=True)(ids).logits
+        error = (model(ids).logits - expected).square().mean().sqrt() / expected.std()
+        for name, buffer in model.named_buffers():
+            if name.endswith("quant_bias"):
+                buffer.add_(3000)
+        broken = (model(ids).logits - expected).square().mean().sqrt() / expected.std()
+    assert error < 0.1 < broken
+
+
+def test_the_class_loads_an_ordinary_checkpoint_as_float(source: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(source).eval()
+    ids = random_ids(2, 30)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(ids).logits, tiny_llama()(ids).logits, atol=1e-4, rtol=1e-4)
+    assert model.scheme.name == "float"
+
+
+def test_config_of_the_output(variants: dict[str, Path]) -> None:
+    config = json.loads((variants["c8 w8a8"] / "config.json").read_text())
+    assert config["auto_map"] == {"AutoModelForCausalLM": "modeling_llama_fa3.LlamaForCausalLM"}
+    assert config["octavo"]["scheme"]["name"] == "ascend-c8"
+    assert config["model_type"] == "llama" and config["hidden_size"] == 64
+    assert config["rope_theta"] == 10000.0, "where readers built on transformers 4 look for it"
+    untied = json.loads((variants["c8 tied, lm_head quantized"] / "config.json").read_text())
+    assert untied["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize(
+    ("changes", "floats"),
+    [
+        ({}, ["*.mlp.down_proj", "lm_head"]),
+        ({"hidden_size": 8192}, ["*.mlp.down_proj", "lm_head"]),
+        ({"hidden_size": 8192, "dtype": torch.float16}, [f"model.layers.{i}.*_proj" for i in range(5)] + ["lm_head"]),
+        (
+            {"hidden_size": 8192, "dtype": torch.float16, "max_position_embeddings": 131072},
+            [f"model.layers.{i}.*_proj" for i in range(5)] + ["*.mlp.down_proj", "lm_head"],
+        ),
+    ],
+)
+def test_recipe_of_ascend(changes: dict[str, Any], floats: list[str]) -> None:
+    assert float_linears(tiny_config(num_attention_heads=64, head_dim=128, **changes)) == floats
+
+
+def test_a_hand_edited_scheme_is_used(variants: dict[str, Path], tmp_path: Path) -> None:
+    directory = tmp_path / "edited"
+    shutil.copytree(variants["c8 w8a8"], directory)
+    scheme = json.loads((directory / "config.json").read_text())["octavo"]["scheme"]
+    edit_json(directory / "config.json", octavo={"scheme": {**scheme, "prefill": "float"}})
+    assert LlamaForCausalLM.from_pretrained(directory).scheme.prefill == "float"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [C8, FA], ids=["c8", "fa"])
+def test_a_real_model_converts_and_loads(
+    flags: tuple[str, ...], smollm2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "smollm2 quantized"
+    assert conversion.main(ARCHITECTURE, convert_flags(smollm2, target, *flags)) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("KL"))
+    assert float(row.split()[-1]) < 0.3
+    model = LlamaForCausalLM.from_pretrained(target).eval()
+    assert (
+        len(model.scheme.of_layer(0).to_dict()) > 0 and model.scheme.name == f"ascend-{'c8' if flags == C8 else 'fa'}"
+    )

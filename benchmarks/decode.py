@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, DynamicCache
 
 RESULTS = Path(__file__).parent / "results" / "decode.csv"
-COLUMNS = ("commit", "torch", "transformers", "machine", "threads", "model", "what", "context", "p50_ms", "p20_ms",
+COLUMNS = ("commit", "torch", "transformers", "machine", "threads", "model", "what", "context", "kv_bytes", "p50_ms", "p20_ms",
            "p80_ms", "ratio_to_float")  # fmt: skip
 WARM_UP = 3
 
@@ -36,14 +36,22 @@ def _filled(cache: Any, config: Any, context: int) -> Any:
     return cache
 
 
+def _kv_bytes(cache: Any) -> int:
+    """Bytes that one more token takes in the cache, over all layers."""
+    if isinstance(cache, DynamicCache):
+        return sum(2 * layer.keys[:, :, 0].nbytes for layer in cache.layers)
+    stores = [store for layer in cache.layers for store in (layer.key_store, layer.value_store)]
+    return sum(part[:, :, 0].nbytes for store in stores for part in store.parts())
+
+
 def measure(flags: argparse.Namespace, context: int) -> list[dict[str, str]]:
     """A row per variant: float, the stock model with a quantized cache, and the quantized checkpoints."""
     plain = AutoModelForCausalLM.from_pretrained(flags.model_path, dtype=torch.float32).eval()
     stock = AutoModelForCausalLM.from_pretrained(flags.model_path, dtype=torch.float32).eval()
     stock.set_attn_implementation(NAMESPACE)
     variants = {
-        "float, DynamicCache, SDPA": (plain, DynamicCache(config=plain.config)),
-        "float weights, int8-token cache": (stock, QuantizedCache(stock.config, "int8-token")),
+        "float": (plain, DynamicCache(config=plain.config)),
+        "float weights + int8-token": (stock, QuantizedCache(stock.config, "int8-token")),
     }
     for directory in flags.checkpoint:
         model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
@@ -59,12 +67,13 @@ def measure(flags: argparse.Namespace, context: int) -> list[dict[str, str]]:
                 model(token, past_key_values=cache)
                 if step >= WARM_UP:
                     seconds[name].append(time.perf_counter() - started)
+    kv_bytes = {name: _kv_bytes(cache) for name, (_, cache) in variants.items()}
     baseline = statistics.median(next(iter(seconds.values())))
     rows = []
     for name, times in seconds.items():
         p20, p50, p80 = (statistics.quantiles(times, n=10)[index] * 1e3 for index in (1, 4, 7))
         values = (commit(), torch.__version__, transformers.__version__, platform.machine(),
-                  str(torch.get_num_threads()), Path(flags.model_path).name, name, str(context), f"{p50:.1f}",
+                  str(torch.get_num_threads()), Path(flags.model_path).name, name, str(context), str(kv_bytes[name]), f"{p50:.1f}",
                   f"{p20:.1f}", f"{p80:.1f}", f"{baseline * 1e3 / p50:.2f}")  # fmt: skip
         rows.append(dict(zip(COLUMNS, values, strict=True)))
     return rows

@@ -56,7 +56,7 @@ def measure(flags: argparse.Namespace) -> Iterator[dict[str, str]]:
             ),
             tqdm(samples, desc=preset, unit="window"),
         )
-        yield _row(name, f"{preset}, float linears", samples, result)
+        yield _row(name, f"float weights + {preset}", samples, result)
     for directory in flags.checkpoint:
         quantized = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
         floats = iter(expected)

@@ -105,9 +105,13 @@ class CodeStore:
         if self._scale is not None:
             self._scale = change(self._scale)
 
+    def parts(self) -> list[torch.Tensor]:
+        """The storage tensors: codes, and where dynamic their scales, `[B, G, capacity, D or 1]`."""
+        return [part for part in (self._codes, self._scale) if part is not None]
+
     def nbytes(self) -> int:
         """Bytes allocated, unused capacity included."""
-        return sum(part.untyped_storage().nbytes() for part in (self._codes, self._scale) if part is not None)
+        return sum(part.untyped_storage().nbytes() for part in self.parts())
 
     def clear(self) -> None:
         """Forget all tokens, and the storage unless it is of a fixed length."""

@@ -237,6 +237,10 @@ def convert(architecture: Architecture, flags: argparse.Namespace) -> None:
         OctavoError: anything that the user can mend.
     """
     check_output(flags.save_directory, "--save_directory")
+    if flags.save_statistics is not None and (
+        flags.save_statistics.is_dir() or not flags.save_statistics.absolute().parent.is_dir()
+    ):
+        raise OctavoError(f"--save_statistics {flags.save_statistics}: is no file in a directory that exists")
     check_device(flags.device_type)
     texts = _texts(flags)
     source = find_source(flags.model_path)
@@ -255,9 +259,9 @@ def convert(architecture: Architecture, flags: argparse.Namespace) -> None:
     preset = "ascend-c8" if flags.use_kvcache_quant else "ascend-fa" if flags.use_fa_quant else "float"
     quantized = quantize_model(model, statistics, linears, load_scheme(preset), flags.act_method, headers)
     fidelity = _fidelity(model, build_quantized(architecture, model, quantized), held_back)
-    size = write_checkpoint(flags.save_directory, source, config, architecture, quantized, flags.part_file_size)
     if flags.save_statistics is not None:
         statistics.save(flags.save_statistics)
+    size = write_checkpoint(flags.save_directory, source, config, architecture, quantized, flags.part_file_size)
 
     float_bytes = max(FLOAT_DTYPES[header.dtype].itemsize for header in headers.values())
     before = sum(file.stat().st_size for file in source.glob("model*.safetensors"))

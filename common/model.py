@@ -77,11 +77,14 @@ def describe_checkpoint(config: Any, source: str, tied: Iterable[str], hub_argum
     check_description(description, headers, tied if config.tie_word_embeddings else ())
     linears = quantized_linears(description)
     scheme = described_scheme(description, config.num_hidden_layers)
-    own = dict(getattr(config, CONFIG_KEY, None) or {})
+    own = getattr(config, CONFIG_KEY, None) or {}
+    if not isinstance(own, dict):
+        raise OctavoError(f"{source}: {CONFIG_KEY!r} in config.json is no object; copy it again or convert again")
+    said = load_scheme(own["scheme"]) if own.get("scheme") else None
     if scheme is None:
-        scheme = load_scheme(own.get("scheme", "float"))
+        scheme = said or load_scheme("float")
     config.octavo = {
-        "scheme": {**scheme.to_dict(), "prefill": (own.get("scheme") or {}).get("prefill", scheme.prefill)},
+        "scheme": {**scheme.to_dict(), "prefill": (said or scheme).prefill},
         "quantized_linears": linears,
         "deq_scale": headers[f"{linears[0]}.deq_scale"].dtype if linears else "F32",
     }

@@ -63,18 +63,45 @@ class InputObserver:
         values = x.detach().float()
         low, high = (float(bound) for bound in torch.aminmax(values))
         self.low, self.high = min(self.low, low), max(self.high, high)
-        self.squares += float(values.square().sum(dtype=torch.float64))
+        self.squares += float(torch.linalg.vector_norm(values)) ** 2
         self.count += values.numel()
         if not math.isfinite(self.squares):
             return
         self._widen(max(-low, high))
         if self.limit > 0.0:
-            self.histogram += torch.histc(values, BINS, -self.limit, self.limit).cpu()
+            bins = ((values.flatten() + self.limit) * (BINS / 2 / self.limit)).int().clamp_(0, BINS - 1)
+            self.histogram += torch.bincount(bins, minlength=BINS).cpu()
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """`range` [low, high, root mean square, limit of the histogram] and `histogram` [BINS]."""
         spread = math.sqrt(self.squares / max(1, self.count))
-        return {"range": torch.tensor([self.low, self.high, spread, self.limit]), "histogram": self.histogram}
+        return {"range": torch.tensor([self.low, self.high, spread, self.limit]), "histogram": self.histogram.clone()}
+
+
+class InputObservers:
+    """The observers of all linear layers; layers that are given the same tensor (q, k and v; gate and up) share one."""
+
+    def __init__(self, model: nn.Module, linears: Iterable[str]) -> None:
+        self.of: dict[str, InputObserver] = {}
+        self._last: tuple[torch.Tensor | None, InputObserver | None] = (None, None)
+        self._hooks = [
+            model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: self._see(name, args[0]))
+            for name in linears
+        ]
+
+    def _see(self, name: str, x: torch.Tensor) -> None:
+        if x is self._last[0]:
+            self.of.setdefault(name, self._last[1])
+            return
+        observer = self.of.setdefault(name, InputObserver())
+        observer(x)
+        self._last = (x, observer)
+
+    def remove(self) -> None:
+        """Stop observing."""
+        self._last = (None, None)
+        for hook in self._hooks:
+            hook.remove()
 
 
 def _observing_attention(module: nn.Module, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
@@ -92,11 +119,7 @@ def calibrate(model: nn.Module, linears: Iterable[str], samples: Iterable[dict[s
     """
     AttentionInterface.register(OBSERVING, _observing_attention)
     AttentionMaskInterface.register(OBSERVING, sdpa_mask)
-    inputs = {name: InputObserver() for name in linears}
-    hooks = [
-        model.get_submodule(name).register_forward_pre_hook(lambda _, args, see=observer: see(args[0]))
-        for name, observer in inputs.items()
-    ]
+    inputs = InputObservers(model, linears)
     attentions = attention_modules(model)
     for _, attention in attentions:
         attention.attention_observer = AttentionObserver()
@@ -115,11 +138,10 @@ def calibrate(model: nn.Module, linears: Iterable[str], samples: Iterable[dict[s
         }
     finally:
         model.set_attn_implementation(before)
-        for hook in hooks:
-            hook.remove()
+        inputs.remove()
         for _, attention in attentions:
             del attention.attention_observer
-    for name, observer in inputs.items():
+    for name, observer in inputs.of.items():
         tensors.update({f"linears.{name}.{part}": tensor for part, tensor in observer.tensors().items()})
     facts = {"model_type": model.config.model_type, "num_hidden_layers": len(attentions), "tokens": tokens}
     return Statistics(tensors, {name: str(value) for name, value in facts.items()})

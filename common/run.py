@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import TextStreamer
 
 from .architecture import Architecture
 from .convert import kv_bytes_per_token
-from .errors import OctavoError
+from .errors import OctavoError, first_line
 from .flags import DEVICES, OneLineParser, run_script
 from .scheme import load_scheme
 from .source import check_device, load_tokenizer
@@ -37,6 +38,10 @@ def _parse(name: str, argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--max_new_tokens {flags.max_new_tokens}: is no positive integer")
     if flags.temperature is not None and not flags.do_sample:
         parser.error("--temperature: needs --do_sample")
+    if flags.temperature is not None and not flags.temperature > 0:
+        parser.error(
+            f"--temperature {flags.temperature}: is not positive; leave --do_sample out for the likeliest token"
+        )
     return flags
 
 
@@ -47,8 +52,8 @@ def _load(architecture: Architecture, flags: argparse.Namespace) -> tuple[Any, A
         raise OctavoError(f"--model_path {directory}: holds no config.json, so it is no converted checkpoint")
     try:
         model = architecture.model_class.from_pretrained(directory)
-    except (OSError, RuntimeError) as error:
-        raise OctavoError(f"--model_path {directory}: cannot be loaded ({error})") from None
+    except (OSError, RuntimeError, StrictDataclassError) as error:
+        raise OctavoError(f"--model_path {directory}: cannot be loaded ({first_line(error)})") from None
     return model.to(flags.device_type).eval(), load_tokenizer(directory, {}, False)
 
 

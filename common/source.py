@@ -5,13 +5,18 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    StrictDataclassError,
+)
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .architecture import Architecture
 from .checkpoints.ascend import DESCRIPTION_FILE, TensorHeader, read_headers, read_json
-from .errors import OctavoError
+from .errors import OctavoError, first_line
 
 PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -30,8 +35,9 @@ def find_source(model_path: str) -> Path:
     try:
         return Path(snapshot_download(model_path, allow_patterns=list(PATTERNS)))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise OctavoError(f"--model_path {model_path}: no such directory, and no hub model ({reason})") from None
+        raise OctavoError(
+            f"--model_path {model_path}: no such directory, and no hub model ({first_line(error)})"
+        ) from None
 
 
 def read_source_config(directory: Path, architecture: Architecture) -> dict[str, Any]:
@@ -82,9 +88,8 @@ def load_source(directory: Path, device: str) -> nn.Module:
         model, info = AutoModelForCausalLM.from_pretrained(
             directory, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise OctavoError(f"--model_path {directory}: cannot be loaded ({reason})") from None
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, StrictDataclassError) as error:
+        raise OctavoError(f"--model_path {directory}: cannot be loaded ({first_line(error)})") from None
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:
             first = sorted(map(str, info[problem]))[0]
@@ -107,9 +112,8 @@ def load_tokenizer(directory: Path, arguments: dict[str, Any], trust_remote_code
         return AutoTokenizer.from_pretrained(
             directory, local_files_only=True, trust_remote_code=trust_remote_code, **arguments
         )
-    except (OSError, ValueError, TypeError, ImportError, KeyError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise OctavoError(f"--model_path {directory}: its tokenizer cannot be loaded ({reason})") from None
+    except (OSError, ValueError, TypeError, ImportError, KeyError, AttributeError, StrictDataclassError) as error:
+        raise OctavoError(f"--model_path {directory}: its tokenizer cannot be loaded ({first_line(error)})") from None
 
 
 def check_device(device: str) -> None:

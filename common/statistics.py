@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..ops.codec.reference import INT8_MAX, SMALLEST_SCALE
-from .errors import OctavoError
+from .errors import OctavoError, first_line
 from .scheme import Codec, Scheme
 
 STATISTICS_FORMAT = "octavo-statistics-1"
@@ -65,8 +65,15 @@ class Statistics:
                 )
 
     def save(self, file: str | Path) -> None:
-        """Write a safetensors file."""
-        save_file(self.tensors, file, metadata={**self.metadata, "format": STATISTICS_FORMAT})
+        """Write a safetensors file.
+
+        Raises:
+            OctavoError: it cannot be written.
+        """
+        try:
+            save_file(self.tensors, file, metadata={**self.metadata, "format": STATISTICS_FORMAT})
+        except (OSError, SafetensorError) as error:
+            raise OctavoError(f"statistics file {file}: cannot be written ({first_line(error)})") from None
 
 
 def load_statistics(file: str | Path) -> Statistics:

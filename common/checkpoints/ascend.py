@@ -94,7 +94,12 @@ def attach_buffers(model: nn.Module, scheme: Scheme, quantized: Iterable[str], d
     """
     for name in quantized:
         parent, _, child = name.rpartition(".")
-        linear = model.get_submodule(name)
+        try:
+            linear = model.get_submodule(name)
+        except AttributeError:
+            raise OctavoError(
+                f"{DESCRIPTION_FILE} names {name}, which config.json gives the model no room for"
+            ) from None
         layer = W8A8Linear(linear.in_features, linear.out_features, linear.bias is not None, deq_scale_dtype)
         setattr(model.get_submodule(parent), child, layer)
     for _, attention in attention_modules(model):
@@ -189,7 +194,14 @@ def quantized_linears(description: dict[str, Any]) -> list[str]:
 
 
 def described_scheme(description: dict[str, Any], layers: int) -> Scheme | None:
-    """The scheme that a description stands for, float layers included; None if it quantizes no attention."""
+    """The scheme that a description stands for, float layers included; None if it quantizes no attention.
+
+    Raises:
+        OctavoError: it quantizes attention in a way that Octavo does not read.
+    """
+    for key, known in (("fa_quant_type", "FAQuant"), ("kv_cache_type", "C8"), ("kv_quant_type", "C8")):
+        if description.get(key) not in (None, "", known):
+            raise OctavoError(f"{DESCRIPTION_FILE}: {key} is {description[key]!r}; Octavo reads {known!r}")
     if description.get("fa_quant_type"):
         preset, present = "ascend-fa", "model.layers.{}.self_attn.fa_k.scale"
     elif description.get("kv_cache_type") or description.get("kv_quant_type"):

@@ -6,6 +6,6 @@ class OctavoError(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, cut to one line; its type if it says nothing."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    """What an exception says, as one line (two joined, if the first only announces); its type if it says nothing."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
+from transformers.utils import logging
+
 from .errors import OctavoError
 from .quantize import AUTOMATIC, HISTOGRAM, MIN_MAX
 
@@ -130,6 +132,8 @@ def parse_flags(name: str, argv: list[str] | None) -> argparse.Namespace:
 
 def run_script(work: Any, argv: list[str] | None) -> int:
     """Run a script's `work(argv)`; an error the user can mend is one line on stderr and exit code 1."""
+    # transformers' report of a failed load fills a screen; the one line of the error names the tensor
+    logging.set_verbosity_error()
     try:
         work(argv)
     except OctavoError as error:

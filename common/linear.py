@@ -1,5 +1,7 @@
 """The W8A8 linear layer: static int8 activations and per-channel int8 weights, computed on the codes."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -27,6 +29,15 @@ class W8A8Linear(nn.Module):
         self.register_buffer("deq_scale", torch.empty(out_features, dtype=deq_scale_dtype))
         self.register_buffer("bias", torch.empty(out_features) if has_bias else None)
         self._deq_scale: torch.Tensor | None = None
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "W8A8Linear":
+        """Scales follow the layer to another device and keep their dtype, which `model.half()` would round."""
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name in ("weight_scale", "weight_offset", "input_scale", "input_offset", "deq_scale"):
+            if getattr(self, name).dtype != before[name].dtype:
+                setattr(self, name, before[name].to(getattr(self, name).device))
+        return self
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

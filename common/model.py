@@ -44,6 +44,22 @@ def _weight_files(index: Path, find: Any) -> list[Path]:
     return list(files.values())
 
 
+def _agreed_scheme(source: str, config: Any, description: dict[str, Any]) -> Scheme:
+    """The scheme that config.json names, if it does, which must be the one that the description tells of."""
+    own = getattr(config, CONFIG_KEY, None)
+    if own is not None and not (isinstance(own, dict) and "scheme" in own):
+        raise OctavoError(f"{source}: {CONFIG_KEY!r} in config.json names no scheme; copy it again or convert again")
+    described = described_scheme(description, config.num_hidden_layers)
+    scheme = load_scheme(own["scheme"]) if own else described or load_scheme("float")
+    stored = described or (load_scheme("float") if scheme.is_static else scheme)
+    for part in ("key", "value", "query", "float_layers"):
+        if getattr(scheme, part) != getattr(stored, part):
+            raise OctavoError(
+                f"{source}: config.json says scheme {scheme.name} and {DESCRIPTION_FILE} {stored.name}; convert again"
+            )
+    return scheme
+
+
 def describe_checkpoint(config: Any, source: str, tied: Iterable[str], hub_arguments: dict[str, Any]) -> None:
     """Set on `config` what the quantized checkpoint at `source` needs; leave it alone if `source` is an ordinary one.
 
@@ -76,15 +92,8 @@ def describe_checkpoint(config: Any, source: str, tied: Iterable[str], hub_argum
     headers = read_headers(files)
     check_description(description, headers, tied if config.tie_word_embeddings else ())
     linears = quantized_linears(description)
-    scheme = described_scheme(description, config.num_hidden_layers)
-    own = getattr(config, CONFIG_KEY, None) or {}
-    if not isinstance(own, dict):
-        raise OctavoError(f"{source}: {CONFIG_KEY!r} in config.json is no object; copy it again or convert again")
-    said = load_scheme(own["scheme"]) if own.get("scheme") else None
-    if scheme is None:
-        scheme = said or load_scheme("float")
     config.octavo = {
-        "scheme": {**scheme.to_dict(), "prefill": (said or scheme).prefill},
+        "scheme": _agreed_scheme(source, config, description).to_dict(),
         "quantized_linears": linears,
         "deq_scale": headers[f"{linears[0]}.deq_scale"].dtype if linears else "F32",
     }
@@ -125,12 +134,19 @@ class QuantizedCausalLM:
             config = cls.config_class.from_pretrained(source if config is None else config, **hub_arguments)
         describe_checkpoint(config, str(source), cls._tied_weights_keys or (), hub_arguments)
         wants_info = kwargs.pop("output_loading_info", False)
+        kwargs["ignore_mismatched_sizes"] = True  # reported below, by name
         model, info = super().from_pretrained(source, *args, config=config, output_loading_info=True, **kwargs)
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if info[problem]:
                 first = sorted(map(str, info[problem]))[0]
                 raise OctavoError(f"{source}: {problem.replace('_', ' ')}: {first}; config and weights disagree")
         return (model, info) if wants_info else model
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers for a float model; a quantized one is its directory, which can be copied."""
+        if self.scheme != load_scheme("float") or getattr(self.config, CONFIG_KEY, {}).get("quantized_linears"):
+            raise OctavoError(f"save_pretrained: copy the directory that was loaded instead ({self.name_or_path})")
+        super().save_pretrained(*args, **kwargs)
 
     def new_cache(self, max_length: int | None = None, offloading: bool = False) -> QuantizedCache:
         """An empty cache with this model's scheme and scales; arguments as in `QuantizedCache`."""

@@ -86,7 +86,12 @@ def load_source(directory: Path, device: str) -> nn.Module:
     dtype = torch.float32 if device == "cpu" else "auto"
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+            directory,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # reported below, by name
+            output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, StrictDataclassError) as error:
         raise OctavoError(f"--model_path {directory}: cannot be loaded ({first_line(error)})") from None

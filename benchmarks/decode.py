@@ -1,4 +1,4 @@
-"""Time one decode step of a whole model, float against quantized in alternation, and append rows to `results/decode.csv`.
+"""Time one decode step of a whole model, float and quantized in alternation; append rows to `results/decode.csv`.
 
 The caches hold random keys and values of the context's length, so that no long prefill is needed. `float` is the model
 of transformers with DynamicCache and SDPA in fp32.
@@ -15,15 +15,29 @@ from typing import Any
 
 import torch
 import transformers
-from octavo.common.bundle import commit
-from octavo.common.cache import QuantizedCache
-from octavo.ops.library import NAMESPACE
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from octavo.common.bundle import commit
+from octavo.common.cache import QuantizedCache
+from octavo.ops.library import NAMESPACE
+
 RESULTS = Path(__file__).parent / "results" / "decode.csv"
-COLUMNS = ("commit", "torch", "transformers", "machine", "threads", "model", "what", "context", "kv_bytes", "p50_ms", "p20_ms",
-           "p80_ms", "ratio_to_float")  # fmt: skip
+COLUMNS = (
+    "commit",
+    "torch",
+    "transformers",
+    "machine",
+    "threads",
+    "model",
+    "what",
+    "context",
+    "kv_bytes",
+    "p50_ms",
+    "p20_ms",
+    "p80_ms",
+    "ratio_to_float",
+)
 WARM_UP = 3
 
 
@@ -72,10 +86,22 @@ def measure(flags: argparse.Namespace, context: int) -> list[dict[str, str]]:
     rows = []
     for name, times in seconds.items():
         p20, p50, p80 = (statistics.quantiles(times, n=10)[index] * 1e3 for index in (1, 4, 7))
-        values = (commit(), torch.__version__, transformers.__version__, platform.machine(),
-                  str(torch.get_num_threads()), Path(flags.model_path).name, name, str(context), str(kv_bytes[name]), f"{p50:.1f}",
-                  f"{p20:.1f}", f"{p80:.1f}", f"{baseline * 1e3 / p50:.2f}")  # fmt: skip
-        rows.append(dict(zip(COLUMNS, values, strict=True)))
+        values = (
+            commit(),
+            torch.__version__,
+            transformers.__version__,
+            platform.machine(),
+            torch.get_num_threads(),
+            Path(flags.model_path).name,
+            name,
+            context,
+            kv_bytes[name],
+            f"{p50:.1f}",
+            f"{p20:.1f}",
+            f"{p80:.1f}",
+            f"{baseline * 1e3 / p50:.2f}",
+        )
+        rows.append(dict(zip(COLUMNS, map(str, values), strict=True)))
     return rows
 
 

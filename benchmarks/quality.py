@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from octavo.common.bundle import commit
 from octavo.common.cache import QuantizedCache
 from octavo.common.calibration import read_calibration_file, tokenize
@@ -19,8 +22,6 @@ from octavo.common.observe import calibrate
 from octavo.common.scheme import load_scheme
 from octavo.common.statistics import scales_of
 from octavo.ops.library import NAMESPACE
-from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 RESULTS = Path(__file__).parent / "results" / "quality.csv"
 SCHEMES = ("int8-token", "ascend-c8", "ascend-fa")

@@ -1,7 +1,7 @@
 """Write the tables of README.md from the newest rows of `results/*.csv`, between their markers.
 
-    python benchmarks/tables.py            rewrites README.md
-    python benchmarks/tables.py --check    exit code 1 if README.md is not what the results say
+python benchmarks/tables.py            rewrites README.md
+python benchmarks/tables.py --check    exit code 1 if README.md is not what the results say
 """
 
 import csv
@@ -46,10 +46,10 @@ def results_table() -> str:
     any_speed, any_score = next(iter(decode.values())), next(iter(quality.values()))
     conditions = (
         f"Decode: one token at batch 1, median of alternating steps, {any_speed['threads']} threads of an "
-        f"{any_speed['machine']} CPU, fp32, against transformers {any_speed['transformers']} with DynamicCache and SDPA, "
-        f"torch {any_speed['torch']}. Perplexity and KL: {any_score['windows']} windows of {any_score['length']} tokens of "
-        "English Wikipedia, teacher-forced, every query reading the stored codes; calibrated on 50 BoolQ prompts; "
-        "`W8A8` leaves the layers in float that Ascend's recipe leaves (down_proj, lm_head)."
+        f"{any_speed['machine']} CPU, fp32, against transformers {any_speed['transformers']} with DynamicCache and "
+        f"SDPA, torch {any_speed['torch']}. Perplexity and KL: {any_score['windows']} windows of {any_score['length']} "
+        "tokens of English Wikipedia, teacher-forced, every query reading the stored codes, calibrated on 50 BoolQ "
+        "prompts. `W8A8` leaves the layers in float that Ascend's recipe leaves (down_proj, lm_head)."
     )
     return f"{_markdown(rows)}\n\n{conditions}"
 

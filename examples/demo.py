@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 from fetch_smollm2 import FetchError, default_directory, fetch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from octavo.common.calibration import default_texts, hold_back, tokenize
 from octavo.common.convert import kv_bytes_per_token
 from octavo.common.convert import main as convert
 from octavo.common.evaluate import compare
 from octavo.common.scheme import load_scheme
 from octavo.models.llama3 import ARCHITECTURE
-from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PROMPT = "Explain in two sentences why the sky is blue."
 NEW_TOKENS = 60
@@ -75,10 +76,9 @@ def main() -> int:
         ("tokens per second", f"{plain_speed:.1f}", f"{speed:.1f}"),
     ]
     print("\n".join(f"{name:<40}{left:>12}{right:>12}" for name, left, right in rows))
-    print(
-        f"\nSmolLM2-135M-Instruct, W8A8 and int8 KV cache, {fidelity.tokens} held-back tokens, {torch.get_num_threads()}"
-    )
-    print(f"CPU threads. The quantized model is in {output}; load it anywhere with trust_remote_code=True.")
+    print(f"\nSmolLM2-135M-Instruct, W8A8 and int8 KV cache; {fidelity.tokens} held-back tokens of text; ", end="")
+    print(f"{torch.get_num_threads()} CPU threads")
+    print(f"The quantized model is in {output}; load it anywhere with trust_remote_code=True.")
     return 0
 
 

@@ -5,8 +5,9 @@ python examples/two_lines.py --model_path DIR_OR_HUB_ID
 
 import argparse
 
-from octavo.common.cache import QuantizedCache
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from octavo.common.cache import QuantizedCache
 
 
 def main() -> None:

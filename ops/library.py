@@ -23,7 +23,7 @@ def _is_defined(name: str) -> bool:
 def define(schema: str, reference: Callable, fake: Callable) -> Callable:
     """Define an op by its schema, with the reference as the kernel of every device; return the callable op.
 
-    A second copy of the same code in one process (the same bundle beside two checkpoints) finds the op defined and uses it.
+    A second copy of the same code in one process (the same bundle beside two checkpoints) uses the op of the first.
     """
     name = schema.split("(", 1)[0]
     if not _is_defined(name):

@@ -1,6 +1,7 @@
 """The attention op: softmax(q k^T) v where k and v are codes.
 
-B batch, Q query tokens, S stored tokens, H query heads, G KV heads, D head_dim; query head h reads KV head h // (H // G).
+B batch, Q query tokens, S stored tokens, H query heads, G KV heads, D head_dim. Query head h reads KV head
+`h // (H // G)`.
 """
 
 import torch

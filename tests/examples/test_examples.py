@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from octavo.common.bundle import main as bundle_main
 
 from ..support import REPOSITORY

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from transformers import DynamicCache
+
 from octavo.common.attention import Codes, quantized_attention
 from octavo.common.cache import SMALLEST_CAPACITY, QuantizedCache, capacity_for
 from octavo.common.errors import OctavoError
@@ -14,7 +16,6 @@ from octavo.common.observe import calibrate
 from octavo.common.scheme import Scheme, load_scheme
 from octavo.common.statistics import LayerScales
 from octavo.models.llama3.modeling_llama_fa3 import LlamaForCausalLM
-from transformers import DynamicCache
 
 from ..support import random_ids, randomized, tiny_config, tiny_llama
 

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from octavo.common.convert import choose_linears, drop_worst, kv_bytes_per_token, main
 from octavo.common.flags import REFUSED, parse_flags
 from octavo.common.scheme import load_scheme
 from octavo.common.statistics import Statistics, load_statistics
 from octavo.models.llama3 import ARCHITECTURE
-from safetensors.torch import load_file, save_file
 
 from ..support import (
     REPOSITORY,

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from octavo.common.run import _common_length, main
 from octavo.models.llama3 import ARCHITECTURE
 from octavo.models.llama3.modeling_llama_fa3 import LlamaForCausalLM
-from safetensors.torch import load_file, save_file
 
 from ..support import REPOSITORY, assert_one_error_line, edit_json, tiny_tokenizer
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from octavo.common import convert as conversion
 from octavo.models.llama3 import ARCHITECTURE, float_linears
 from octavo.models.llama3.modeling_llama_fa3 import LlamaForCausalLM
-from safetensors.torch import load_file
 
 from ..support import convert_flags, edit_json, random_ids, run_python, save_source, tiny_config, tiny_llama
 

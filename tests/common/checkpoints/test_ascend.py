@@ -12,6 +12,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.nn import functional
+
 from octavo.common.checkpoints.ascend import (
     check_description,
     described_scheme,
@@ -23,9 +27,6 @@ from octavo.common.convert import main
 from octavo.common.errors import OctavoError
 from octavo.models.llama3 import ARCHITECTURE
 from octavo.models.llama3.modeling_llama_fa3 import LlamaForCausalLM
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch.nn import functional
 
 from ...support import convert_flags, random_ids, save_source, tiny_config, tiny_llama
 

@@ -30,7 +30,7 @@ def _scale_part(part: torch.Tensor | None, codes: torch.Tensor) -> tuple[torch.T
         part = part.float()
     batch, groups, keys, width = codes.shape
     rows, columns = part.shape[-2:]
-    per_token = rows != 1 or keys == 1 and columns == 1 and part.dim() == 4
+    per_token = rows != 1 or (keys == 1 and columns == 1 and part.dim() == 4)
     if per_token and columns != 1:
         raise ValueError(
             f"attention on the CPU takes scales per channel [G, 1, D], per head [G, 1, 1] or per token [B, G, S, 1], "

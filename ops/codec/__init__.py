@@ -15,9 +15,7 @@ def _encode_token_fake(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor
     return None
 
 
-encode = define(
-    "encode(Tensor x, Tensor scale, Tensor? zero, Tensor(a!) codes) -> ()", encode_reference, _encode_fake
-)
+encode = define("encode(Tensor x, Tensor scale, Tensor? zero, Tensor(a!) codes) -> ()", encode_reference, _encode_fake)
 encode_token = define(
     "encode_token(Tensor x, Tensor(a!) codes, Tensor(b!) scale) -> ()", encode_token_reference, _encode_token_fake
 )

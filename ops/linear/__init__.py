@@ -2,7 +2,8 @@
 
 import torch
 
-from ..library import define
+from ..library import define, implement
+from .cpu import LINEAR_KERNEL, linear_w8a8_cpu
 from .reference import linear_w8a8_reference
 
 
@@ -16,3 +17,4 @@ linear_w8a8 = define(
     linear_w8a8_reference,
     _linear_w8a8_fake,
 )
+implement("linear_w8a8", "CPU", linear_w8a8_cpu, LINEAR_KERNEL.description)

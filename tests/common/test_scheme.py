@@ -1,0 +1,70 @@
+"""Schemes and their codecs as plain data."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from octavo.common.errors import OctavoError
+from octavo.common.scheme import PRESETS, Codec, Scheme, load_scheme
+
+from ..support import REPOSITORY
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_say_what_they_are_and_where_they_come_from(name: str) -> None:
+    scheme = load_scheme(name)
+    assert scheme.name == name and scheme.origin
+    assert Scheme.from_dict(scheme.to_dict()) == scheme == load_scheme(scheme) == load_scheme(scheme.to_dict())
+
+
+def test_every_preset_file_is_listed() -> None:
+    assert sorted(PRESETS) == sorted(Path(file).stem for file in (REPOSITORY / "common" / "presets").glob("*.json"))
+
+
+@pytest.mark.parametrize(
+    ("name", "static", "codecs"),
+    [
+        ("float", False, (None, None, None)),
+        ("int8-token", False, ("token", "token", None)),
+        ("ascend-c8", True, ("channel", "channel", None)),
+        ("ascend-fa", True, ("head", "head", "head")),
+    ],
+)
+def test_codecs_of_the_presets(name: str, static: bool, codecs: tuple[str | None, ...]) -> None:
+    scheme = load_scheme(name)
+    assert scheme.is_static == static
+    found = tuple(codec and codec.granularity for codec in (scheme.key, scheme.value, scheme.query))
+    assert found == codecs and scheme.prefill == "codes"
+
+
+def test_float_layers() -> None:
+    scheme = Scheme.from_dict({**load_scheme("ascend-c8").to_dict(), "float_layers": [0, 2]})
+    assert scheme.of_layer(1) is scheme
+    assert scheme.of_layer(2).key is None and not scheme.of_layer(2).is_static
+    assert Scheme.from_dict(scheme.to_dict()).float_layers == (0, 2)
+
+
+BAD: list[tuple[Any, str]] = [
+    ("int7", "ascend-c8, ascend-fa, float, int8-token"),
+    ({}, "name"),
+    ({"name": "x", "keys": None}, "'keys'"),
+    ({"name": "x", "key": {"dtype": "int4"}}, "int4"),
+    ({"name": "x", "key": {"granularity": "row"}}, "row"),
+    ({"name": "x", "key": {"granularity": "token"}}, "dynamic"),
+    ({"name": "x", "key": {"granularity": "head", "dynamic": True}}, "dynamic"),
+    ({"name": "x", "key": {"bits": 8}}, "bits"),
+    ({"name": "x", "query": {"granularity": "channel"}}, "per head"),
+    ({"name": "x", "prefill": "both"}, "both"),
+]
+
+
+@pytest.mark.parametrize(("data", "part"), BAD, ids=str)
+def test_what_is_no_scheme(data: Any, part: str) -> None:
+    with pytest.raises(OctavoError, match=part):
+        load_scheme(data)
+
+
+def test_a_codec_of_ones_own() -> None:
+    mixed = Scheme("mine", key=Codec(granularity="channel"), value=Codec(granularity="token", dynamic=True))
+    assert mixed.is_static and Scheme.from_dict(mixed.to_dict()) == mixed

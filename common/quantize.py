@@ -71,13 +71,14 @@ def quantize_linear(
     deq_scale = input_scale * weight_scale.squeeze(1).cpu()
     bias = torch.zeros_like(deq_scale) if linear.bias is None else linear.bias.detach().float().cpu()
     quant_bias = (bias.double() / deq_scale - input_offset * codes.sum(dim=1, dtype=torch.float64).cpu()).round()
+    int32 = torch.iinfo(torch.int32)  # out of reach but for a bias on a row of zeros, whose scale is the smallest
     tensors = {
         "weight": codes.to(torch.int8),
         "weight_scale": weight_scale,
         "weight_offset": torch.zeros_like(weight_scale),
         "input_scale": input_scale,
         "input_offset": input_offset,
-        "quant_bias": quant_bias.to(torch.int32),
+        "quant_bias": quant_bias.clamp(int32.min, int32.max).to(torch.int32),
         "deq_scale": encode_deq_scale(deq_scale, deq_scale_dtype),
     }
     if linear.bias is not None:

@@ -1,0 +1,139 @@
+"""The attention function that transformers calls: what it serves, and what it refuses by name."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+
+from octavo.common.attention import Codes, causal_or_explicit_mask, quantized_attention
+from octavo.common.errors import OctavoError
+from octavo.models.llama3.modeling_llama_fa3 import LlamaForCausalLM
+
+from ..support import random_ids, tiny_config, tiny_llama
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+GENERATOR = torch.Generator().manual_seed(0)
+QUERY = torch.randn((2, 4, 6, 16), generator=GENERATOR)
+KEY, VALUE = (torch.randn((2, 2, 11, 16), generator=GENERATOR) for _ in range(2))
+
+
+def attend(**changes: Any) -> torch.Tensor:
+    arguments = {"query": QUERY, "key": KEY, "value": VALUE, "attention_mask": None, **changes}
+    return quantized_attention(torch.nn.Module(), **arguments)[0]
+
+
+def sdpa(mask: torch.Tensor | None, **arguments: Any) -> torch.Tensor:
+    key, value = (part.repeat_interleave(2, dim=1) for part in (KEY, VALUE))
+    return functional.scaled_dot_product_attention(QUERY, key, value, mask, **arguments).transpose(1, 2)
+
+
+CAUSAL = torch.ones(6, 11, dtype=torch.bool).tril(5)
+
+
+def test_plain_tensors_are_attended_to_as_they_are() -> None:
+    torch.testing.assert_close(attend(), sdpa(CAUSAL))
+    torch.testing.assert_close(attend(is_causal=False), sdpa(None))
+    torch.testing.assert_close(attend(scaling=0.5), sdpa(CAUSAL, scale=0.5))
+
+
+def test_masks_may_be_longer_than_the_keys_as_static_caches_make_them() -> None:
+    mask = torch.rand((2, 1, 6, 11), generator=torch.Generator().manual_seed(1)) > 0.3
+    mask[..., 0] = True
+    longer = functional.pad(mask, (0, 9), value=True)
+    torch.testing.assert_close(attend(attention_mask=longer), sdpa(mask))
+    additive = torch.zeros(mask.shape).masked_fill(~mask, float("-inf"))
+    torch.testing.assert_close(attend(attention_mask=additive), sdpa(mask))
+
+
+def test_codes_stand_for_code_less_zero_times_scale() -> None:
+    generator = torch.Generator().manual_seed(2)
+    codes = torch.randint(-128, 128, (2, 2, 11, 16), generator=generator, dtype=torch.int8)
+    scale, zero = torch.rand((2, 1, 16), generator=generator) / 50, torch.randint(-9, 9, (2, 1, 16)).float()
+    decoded = (codes.float() - zero) * scale
+    handle = Codes(codes, scale, zero)
+    torch.testing.assert_close(attend(key=handle), attend(key=decoded), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(attend(value=handle), attend(value=decoded), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(attend(key=handle), attend(key=Codes(codes, scale)), atol=1e-4, rtol=0)  # softmax
+    assert (attend(value=handle) - attend(value=Codes(codes, scale))).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        ({"dropout": 0.1}, "inference"),
+        ({"softcap": 30.0}, "softcap"),
+        ({"s_aux": torch.ones(4)}, "s_aux"),
+        ({"position_bias": torch.ones(1)}, "position_bias"),
+        ({"output_attentions": True}, "output_attentions"),
+    ],
+)
+def test_what_is_not_served_is_refused_by_name(arguments: dict[str, Any], part: str) -> None:
+    with pytest.raises(OctavoError, match=part):
+        attend(**arguments)
+
+
+def test_no_mask_is_made_where_causality_says_it_all() -> None:
+    arguments = {"batch_size": 2, "q_length": 3, "kv_length": 8, "q_offset": 5, "device": torch.device("cpu")}
+    assert causal_or_explicit_mask(**arguments) is None
+    assert causal_or_explicit_mask(**arguments, attention_mask=torch.ones((2, 8), dtype=torch.bool)) is None
+    padded = torch.ones((2, 8), dtype=torch.bool)
+    padded[1, :2] = False
+    mask = causal_or_explicit_mask(**arguments, attention_mask=padded)
+    wanted = torch.ones(3, 8, dtype=torch.bool).tril(5) & padded[:, None, None, :]
+    assert torch.equal(mask.expand(2, 1, 3, 8), wanted)
+
+
+# The model class around it.
+
+
+def quantized_llama() -> LlamaForCausalLM:
+    config = tiny_config()
+    config.octavo = {"scheme": "int8-token"}
+    model = LlamaForCausalLM(config)
+    model.load_state_dict(tiny_llama().state_dict())
+    return model.eval()
+
+
+def test_another_attention_implementation_is_refused() -> None:
+    config = tiny_config()
+    config._attn_implementation = "eager"
+    with pytest.raises(OctavoError, match="eager"):
+        LlamaForCausalLM(config)
+
+
+def test_a_cache_without_codes_is_refused() -> None:
+    from transformers import DynamicCache
+
+    model = quantized_llama()
+    with pytest.raises(OctavoError, match="DynamicCache"):
+        model(random_ids(1, 3), past_key_values=DynamicCache(config=model.config))
+    with pytest.raises(OctavoError, match="quantized already"):
+        model.generate(random_ids(1, 3), max_new_tokens=2, cache_implementation="quantized")
+
+
+@pytest.mark.parametrize("return_dict", [True, False])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_cache_is_handed_out_if_it_is_wanted(use_cache: bool, return_dict: bool) -> None:
+    model = quantized_llama()
+    with torch.inference_mode():
+        output = model(random_ids(1, 3), use_cache=use_cache, return_dict=return_dict)
+    if return_dict:
+        assert (output.past_key_values is not None) == use_cache
+    else:
+        assert len(output) == (2 if use_cache else 1)
+
+
+def test_training_is_refused_where_there_is_dropout() -> None:
+    config = tiny_config(attention_dropout=0.1)
+    config.octavo = {"scheme": "int8-token"}
+    model = LlamaForCausalLM(config).train()
+    with pytest.raises(OctavoError, match="eval"):
+        model(random_ids(1, 3))
+
+
+def test_a_quantized_model_is_copied_not_saved(tmp_path: Any) -> None:
+    with pytest.raises(OctavoError, match="copy the directory"):
+        quantized_llama().save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,57 @@
+"""How far quantized attention is from float on a real model: small versions of the published figures."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from octavo.common.cache import QuantizedCache
+from octavo.common.calibration import read_calibration_file, tokenize
+from octavo.common.evaluate import Fidelity, compare, windows
+from octavo.common.observe import calibrate
+from octavo.common.scheme import load_scheme
+from octavo.common.statistics import scales_of
+
+pytestmark = pytest.mark.slow
+
+TOKENS = 2048
+
+
+@pytest.fixture(scope="module")
+def fidelity(testbed: Path) -> Callable[[str], Fidelity]:
+    """`fidelity(scheme)`: SmolLM2 on one window of Wikipedia, calibrated on the prompts of BoolQ."""
+    folder = testbed / "smollm2-135m"
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    texts = read_calibration_file(testbed / "boolq.jsonl")
+    samples = tokenize(tokenizer, texts, TOKENS, "input_ids", "attention_mask")
+    assert max(sample["input_ids"].shape[1] for sample in samples) < 400, "short prompts, scored at 2,048 tokens"
+    statistics = calibrate(model, [], samples)
+    text = (testbed / "wikipedia-eval.txt").read_text(encoding="utf-8")
+    window = windows(tokenizer(text[:100_000], return_tensors="pt")["input_ids"][0], TOKENS, 1)
+    with torch.inference_mode():
+        expected = model(window[0]).logits
+    model.set_attn_implementation("octavo")
+
+    def measure(name: str) -> Fidelity:
+        scheme = load_scheme(name)
+        scales = scales_of(scheme, statistics) if scheme.is_static else None
+        return compare(
+            lambda _: expected,
+            lambda ids: model(ids, past_key_values=QuantizedCache(model.config, scheme, scales=scales)).logits,
+            window,
+        )
+
+    return measure
+
+
+@pytest.mark.parametrize(
+    ("scheme", "most"), [("float", 1e-7), ("int8-token", 8e-4), ("ascend-c8", 2e-3), ("ascend-fa", 5e-3)]
+)
+def test_kl_on_a_window_of_2048_tokens(scheme: str, most: float, fidelity: Callable[[str], Fidelity]) -> None:
+    found = fidelity(scheme)
+    assert found.tokens == TOKENS - 1
+    assert (-1e-9 if scheme == "float" else 1e-5) < found.kl <= most
+    assert found.perplexity < found.float_perplexity * 1.02 and found.top1 > 0.95

@@ -285,7 +285,8 @@ class Simulation:
     def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
         t = {part: self.tensors[f"{name}.{part}"] for part in ("weight", "weight_scale", "input_scale", "input_offset")}
         codes = (x / t["input_scale"] + t["input_offset"]).round().clamp(-128, 127)
-        return functional.linear((codes - t["input_offset"]) * t["input_scale"], t["weight"] * t["weight_scale"])
+        inputs, weight = (codes - t["input_offset"]) * t["input_scale"], t["weight"] * t["weight_scale"]
+        return functional.linear(inputs, weight, self.tensors.get(f"{name}.bias"))
 
     def through(self, x: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
         return ((x / scale + offset).round().clamp(-128, 127) - offset) * scale

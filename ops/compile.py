@@ -44,7 +44,9 @@ def find_compiler() -> list[str]:
     for candidate in [shlex.split(chosen)] if chosen else [["cc"], ["gcc"], ["clang"]]:
         if candidate and shutil.which(candidate[0]):
             return candidate
-    raise CompileError(f"CC={chosen} is not an executable" if chosen else "no C compiler (cc, gcc or clang) is installed")
+    raise CompileError(
+        f"CC={chosen} is not an executable" if chosen else "no C compiler (cc, gcc or clang) is installed"
+    )
 
 
 def cache_folder() -> Path:
@@ -152,4 +154,3 @@ class CKernel:
     def description(self) -> str:
         """What serves on the CPU, for `ops.report()`; builds the kernel to know."""
         return "C kernel" if self.load() else f"reference (PyTorch): {self.failure}"
-

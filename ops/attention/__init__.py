@@ -4,6 +4,7 @@ import torch
 
 from ..library import define, implement
 from .cpu import ATTENTION_KERNEL, attention_cpu
+from .npu import ATTENTION_NPU, attention_npu
 from .reference import attention_reference
 
 
@@ -19,3 +20,4 @@ attention = define(
     _attention_fake,
 )
 implement("attention", "CPU", attention_cpu, ATTENTION_KERNEL.description)
+implement("attention", "PrivateUse1", attention_npu, ATTENTION_NPU)

@@ -4,7 +4,7 @@
  * read the same codes stand together. A task is a block of rows over a chunk of keys; it runs a softmax block by block of
  * keys, and a second pass merges the chunks. */
 
-enum { KEY_BLOCK = 128, MAX_ROWS = 192, DIRECT_ROWS = 8, MIN_CHUNK = 512 };
+enum { KEY_BLOCK = 96, MAX_ROWS = 192, DIRECT_ROWS = 8, MIN_CHUNK = 512 };
 enum { MASK_NONE = 0, MASK_BOOL = 1, MASK_FLOAT = 2 };
 
 /* A scale or a zero point: 0 if there is none; `per_token` if it varies along the keys (then not along the channels). */

@@ -42,18 +42,13 @@ INLINE void direct_scores_of(const float *q, int64_t width, const char *key, int
             for (int h = 0; h < heads; h++)
                 for (int t = 0; t < step; t++) sums[h * step + t] += load_f32(q + h * width + d) * codes[t];
         }
-        if (step == 4) {
-            for (int h = 0; h < heads; h++)
-                sum_of_four(sums[4 * h], sums[4 * h + 1], sums[4 * h + 2], sums[4 * h + 3],
-                            scores + h * scores_stride + j);
-        } else {
-            for (int h = 0; h < heads; h += 2) {
-                float four[4];
-                sum_of_four(sums[2 * h], sums[2 * h + 1], sums[2 * h + 2], sums[2 * h + 3], four);
-                memcpy(scores + h * scores_stride + j, four, 8);
-                memcpy(scores + (h + 1) * scores_stride + j, four + 2, 8);
-            }
+        for (int t = 0; heads == 4 && t < step; t++) {
+            float four[4];
+            sum_of_four(sums[t], sums[step + t], sums[2 * step + t], sums[3 * step + t], four);
+            for (int h = 0; h < 4; h++) scores[h * scores_stride + j + t] = four[h];
         }
+        for (int h = 0; heads < 4 && h < heads; h++)
+            sum_of_four(sums[4 * h], sums[4 * h + 1], sums[4 * h + 2], sums[4 * h + 3], scores + h * scores_stride + j);
     }
     for (; j < keys; j++)
         for (int h = 0; h < heads; h++) {
@@ -64,16 +59,18 @@ INLINE void direct_scores_of(const float *q, int64_t width, const char *key, int
         }
 }
 
-/* output[h][d] += sum_j weights[h][j] * value[j][d], for `vectors` * 8 channels at a time. */
-INLINE void direct_output_of(const float *weights, int64_t weights_stride, const char *value, int64_t value_stride,
-                             int64_t keys, float *output, int64_t width, int kind, const int heads, const int vectors) {
+/* output[h][d] += sum_j weights[h][j] * value[j][d], from channel `d` on, `vectors` * 8 at a time while they fit; returns
+ * the first channel left. */
+INLINE int64_t direct_output_of(const float *weights, int64_t weights_stride, const char *value, int64_t value_stride,
+                                int64_t keys, float *output, int64_t width, int64_t d, int kind, const int heads,
+                                const int vectors) {
     int64_t size = kind_size(kind);
-    for (int64_t d = 0; d + 8 * vectors <= width; d += 8 * vectors) {
+    for (; d + 8 * vectors <= width; d += 8 * vectors) {
         f32x8 sums[16];
         for (int h = 0; h < heads; h++)
             for (int v = 0; v < vectors; v++) sums[h * vectors + v] = load_f32(output + h * width + d + 8 * v);
         for (int64_t j = 0; j < keys; j++) {
-            f32x8 codes[4];
+            f32x8 codes[8];
             for (int v = 0; v < vectors; v++)
                 codes[v] = load_as_f32(value + (j * value_stride + d + 8 * v) * size, kind);
             for (int h = 0; h < heads; h++)
@@ -83,6 +80,7 @@ INLINE void direct_output_of(const float *weights, int64_t weights_stride, const
         for (int h = 0; h < heads; h++)
             for (int v = 0; v < vectors; v++) store_f32(output + h * width + d + 8 * v, sums[h * vectors + v]);
     }
+    return d;
 }
 
 /* Both of the above for any number of rows, in groups of up to four. */
@@ -91,7 +89,7 @@ INLINE void direct_scores(const float *q, int64_t rows, int64_t width, const cha
     while (rows > 0) {
         int64_t taken = rows >= 4 ? 4 : rows;
         switch (taken) {
-        case 4: direct_scores_of(q, width, key, key_stride, keys, scores, stride, kind, 4, 2); break;
+        case 4: direct_scores_of(q, width, key, key_stride, keys, scores, stride, kind, 4, 3); break;
         case 3: direct_scores_of(q, width, key, key_stride, keys, scores, stride, kind, 3, 4); break;
         case 2: direct_scores_of(q, width, key, key_stride, keys, scores, stride, kind, 2, 4); break;
         default: direct_scores_of(q, width, key, key_stride, keys, scores, stride, kind, 1, 4);
@@ -103,12 +101,23 @@ INLINE void direct_scores(const float *q, int64_t rows, int64_t width, const cha
 INLINE void direct_output(const float *weights, int64_t rows, int64_t stride, const char *value, int64_t value_stride,
                           int64_t keys, float *output, int64_t width, int kind) {
     while (rows > 0) {
-        int64_t taken = rows >= 4 ? 4 : rows;
+        int64_t taken = rows >= 4 ? 4 : rows, d = 0;
         switch (taken) {
-        case 4: direct_output_of(weights, stride, value, value_stride, keys, output, width, kind, 4, 2); break;
-        case 3: direct_output_of(weights, stride, value, value_stride, keys, output, width, kind, 3, 2); break;
-        case 2: direct_output_of(weights, stride, value, value_stride, keys, output, width, kind, 2, 2); break;
-        default: direct_output_of(weights, stride, value, value_stride, keys, output, width, kind, 1, 2);
+        case 4:
+            d = direct_output_of(weights, stride, value, value_stride, keys, output, width, d, kind, 4, 3);
+            direct_output_of(weights, stride, value, value_stride, keys, output, width, d, kind, 4, 1);
+            break;
+        case 3:
+            d = direct_output_of(weights, stride, value, value_stride, keys, output, width, d, kind, 3, 3);
+            direct_output_of(weights, stride, value, value_stride, keys, output, width, d, kind, 3, 1);
+            break;
+        case 2:
+            d = direct_output_of(weights, stride, value, value_stride, keys, output, width, d, kind, 2, 4);
+            direct_output_of(weights, stride, value, value_stride, keys, output, width, d, kind, 2, 2);
+            break;
+        default:
+            d = direct_output_of(weights, stride, value, value_stride, keys, output, width, d, kind, 1, 8);
+            direct_output_of(weights, stride, value, value_stride, keys, output, width, d, kind, 1, 2);
         }
         rows -= taken, weights += taken * stride, output += taken * width;
     }

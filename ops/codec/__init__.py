@@ -4,6 +4,7 @@ import torch
 
 from ..library import define, implement
 from .cpu import CODEC_KERNEL, encode_cpu, encode_token_cpu
+from .npu import ENCODE_NPU, ENCODE_TOKEN_NPU, encode_npu, encode_token_npu
 from .reference import encode_reference, encode_token_reference
 
 
@@ -21,3 +22,5 @@ encode_token = define(
 )
 implement("encode", "CPU", encode_cpu, CODEC_KERNEL.description)
 implement("encode_token", "CPU", encode_token_cpu, CODEC_KERNEL.description)
+implement("encode", "PrivateUse1", encode_npu, ENCODE_NPU)
+implement("encode_token", "PrivateUse1", encode_token_npu, ENCODE_TOKEN_NPU)

@@ -4,6 +4,7 @@ import torch
 
 from ..library import define, implement
 from .cpu import LINEAR_KERNEL, linear_w8a8_cpu
+from .npu import LINEAR_NPU, linear_w8a8_npu
 from .reference import linear_w8a8_reference
 
 
@@ -18,3 +19,4 @@ linear_w8a8 = define(
     _linear_w8a8_fake,
 )
 implement("linear_w8a8", "CPU", linear_w8a8_cpu, LINEAR_KERNEL.description)
+implement("linear_w8a8", "PrivateUse1", linear_w8a8_npu, LINEAR_NPU)

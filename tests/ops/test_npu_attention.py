@@ -1,0 +1,269 @@
+"""Contract tests of attention on an NPU, over storage with room for more tokens than are used, as in the cache."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from octavo.common import attention as attention_module
+from octavo.common import cache as cache_module
+from octavo.common.cache import QuantizedCache
+from octavo.common.statistics import LayerScales
+from octavo.ops import attention, encode, encode_token
+from octavo.ops.attention.reference import attention_reference
+from octavo.ops.codec.reference import encode_reference
+
+from ..support import random_ids, tiny_llama
+from ..tolerances import TOLERANCES
+from .npu_double import TorchNpu, installed_double, on_npu, relative_rmse
+
+FLOATS = (torch.float16, torch.bfloat16)
+BATCH, HEADS, GROUPS, WIDTH = 2, 6, 3, 32
+NAMES = ("query", "key", "value", "key_scale", "key_zero", "value_scale", "value_zero", "query_scale", "mask")
+
+
+@pytest.fixture
+def npu(monkeypatch: pytest.MonkeyPatch) -> TorchNpu:
+    return installed_double(monkeypatch)
+
+
+def problem(granularity: str | None, affine: bool, dtype: torch.dtype, tokens: int, capacity: int) -> dict[str, Any]:
+    """Arguments of a decode step whose K and V are views of storage with garbage behind the valid tokens."""
+    generator = torch.Generator().manual_seed(tokens)
+
+    def part(code_range: int) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        if granularity is None:
+            storage = torch.full((BATCH, GROUPS, capacity, WIDTH), float("nan"), dtype=dtype)
+            storage[:, :, :tokens] = torch.randn((BATCH, GROUPS, tokens, WIDTH), generator=generator).to(dtype)
+            return storage[:, :, :tokens], None, None
+        storage = torch.randint(-code_range, code_range, (BATCH, GROUPS, capacity, WIDTH), generator=generator)
+        shape = {"channel": (GROUPS, 1, WIDTH), "head": (GROUPS, 1, 1), "token": (BATCH, GROUPS, capacity, 1)}
+        scale = torch.rand(shape[granularity], generator=generator) * 0.02 + 0.005
+        zero = torch.randint(-60, 60, scale.shape, generator=generator).float() if affine else None
+        if granularity == "token":
+            scale, zero = scale[:, :, :tokens], None if zero is None else zero[:, :, :tokens]
+        return storage.to(torch.int8)[:, :, :tokens], scale, zero
+
+    (key, key_scale, key_zero), (value, value_scale, value_zero) = part(120), part(120)
+    query = torch.randn((BATCH, HEADS, 1, WIDTH), generator=generator).to(dtype)
+    values = (query, key, value, key_scale, key_zero, value_scale, value_zero, None, None)
+    return {**dict(zip(NAMES, values, strict=True)), "scaling": WIDTH**-0.5, "causal": True}
+
+
+def both(arguments: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the NPU kernel and the reference make of the same arguments."""
+    values = list(arguments.values())
+    return on_npu(attention, *values), attention_reference(*values)
+
+
+def test_decode_over_codes_reads_the_storage_where_it_is(npu: TorchNpu) -> None:
+    arguments = problem("channel", False, torch.float16, 70, 80)
+    both(arguments)
+    (op, call), = npu.calls  # fmt: skip
+    assert op == "npu_fused_infer_attention_score" and call["actual_seq_lengths_kv"] == [70, 70]
+    for name in ("key", "value"):
+        assert call[name].data_ptr() == arguments[name].data_ptr() and call[name].shape[2] == 80
+    assert call["scale"] == WIDTH**-0.5  # the op's default is 1
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize(("granularity", "mode"), [("channel", 0), ("head", 2), ("token", 3)])
+@pytest.mark.parametrize(("tokens", "capacity"), [(1, 64), (70, 80), (64, 64)])
+def test_decode_over_codes(
+    npu: TorchNpu, dtype: torch.dtype, affine: bool, granularity: str, mode: int, tokens: int, capacity: int
+) -> None:
+    result, expected = both(problem(granularity, affine, dtype, tokens, capacity))
+    call = npu.calls[0][1]
+    assert (call["key_antiquant_mode"], call["value_antiquant_mode"]) == (mode, mode)
+    assert result.shape == (BATCH, 1, HEADS, WIDTH) and result.dtype == dtype
+    assert relative_rmse(result, expected) <= TOLERANCES[f"npu rmse {str(dtype)[6:]}"]
+
+
+@pytest.mark.parametrize("granularity", ["channel", "head", "token"])
+def test_zeros_of_the_wrong_sign_fail(npu: TorchNpu, granularity: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = problem(granularity, True, torch.float16, 70, 80)
+    right = npu.npu_fused_infer_attention_score
+
+    def wrong(*args: Any, **kwargs: Any) -> Any:
+        return right(*args, **{name: -x if name.endswith("offset") else x for name, x in kwargs.items()})
+
+    monkeypatch.setattr(npu, "npu_fused_infer_attention_score", wrong)
+    result, expected = both(arguments)
+    assert relative_rmse(result, expected) > 100 * TOLERANCES["npu rmse float16"]
+
+
+def test_one_of_k_and_v_affine_and_the_other_not(npu: TorchNpu) -> None:
+    arguments = {**problem("channel", True, torch.float16, 70, 80), "key_zero": None}
+    result, expected = both(arguments)
+    assert relative_rmse(result, expected) <= TOLERANCES["npu rmse float16"]
+
+
+def test_a_scale_per_head_beside_one_per_channel(npu: TorchNpu) -> None:
+    channel, head = (problem(name, False, torch.float16, 70, 80) for name in ("channel", "head"))
+    result, expected = both({**channel, "value": head["value"], "value_scale": head["value_scale"]})
+    assert npu.calls[0][1]["key_antiquant_mode"] == 0
+    assert relative_rmse(result, expected) <= TOLERANCES["npu rmse float16"]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("queries", [1, 5, 70])
+@pytest.mark.parametrize("causal", [False, True])
+def test_float_keys_and_values(npu: TorchNpu, dtype: torch.dtype, queries: int, causal: bool) -> None:
+    query = torch.randn((BATCH, queries, HEADS, WIDTH), generator=torch.Generator().manual_seed(0)).to(dtype)
+    arguments = {**problem(None, False, dtype, 70, 80), "query": query.transpose(1, 2), "causal": causal}
+    result, expected = both(arguments)
+    assert npu.ops() == ["npu_fused_infer_attention_score"]
+    assert relative_rmse(result, expected) <= TOLERANCES[f"npu rmse {str(dtype)[6:]}"]
+
+
+def padding_mask(queries: int, tokens: int) -> torch.Tensor:
+    """Causal, and the second sequence begins with 3 tokens of padding, which see nothing."""
+    mask = torch.ones((BATCH, 1, queries, tokens), dtype=torch.bool).tril(tokens - queries)
+    mask[1, ..., :3] = False
+    return mask
+
+
+def test_float_states_of_a_padded_prompt_in_the_layout_of_a_model(npu: TorchNpu) -> None:
+    arguments = problem(None, False, torch.float16, 9, 9)
+    for name in ("key", "value"):
+        arguments[name] = arguments[name].transpose(1, 2).contiguous().transpose(1, 2)
+    arguments["query"] = torch.randn((BATCH, HEADS, 9, WIDTH)).half()
+    result, expected = both({**arguments, "mask": padding_mask(9, 9)})
+    assert npu.ops() == ["npu_fused_infer_attention_score"] and not result[1, :3].any()
+    assert relative_rmse(result, expected) <= TOLERANCES["npu rmse float16"]
+
+
+@pytest.mark.parametrize("granularity", ["channel", "head", "token"])
+@pytest.mark.parametrize("queries", [1, 5])
+def test_masked_decode_and_prefill_over_codes_take_the_reference(npu: TorchNpu, granularity: str, queries: int) -> None:
+    arguments = problem(granularity, True, torch.bfloat16, 70, 80)
+    arguments["query"] = torch.randn((BATCH, HEADS, queries, WIDTH)).bfloat16()
+    result, expected = both({**arguments, "mask": padding_mask(queries, 70) if queries == 1 else None})
+    assert npu.calls == [] and torch.equal(result, expected)
+
+
+def int8_problem(dtype: torch.dtype, tokens: int, capacity: int) -> dict[str, Any]:
+    scale = torch.rand((HEADS, 1, 1), generator=torch.Generator().manual_seed(3)) * 0.01 + 0.015
+    return {**problem("head", False, dtype, tokens, capacity), "query_scale": scale}
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("tokens", "capacity"), [(1, 64), (70, 80), (97, 112), (150, 160), (300, 320), (256, 256)])
+def test_int8_queries(npu: TorchNpu, dtype: torch.dtype, tokens: int, capacity: int) -> None:
+    arguments = int8_problem(dtype, tokens, capacity)
+    result, expected = both(arguments)
+    assert npu.ops() == ["npu_quantize"] + ["_npu_paged_attention_quant"] * GROUPS
+    for _, call in npu.calls[1:]:
+        is_copied = call["key_cache"].data_ptr() != arguments["key"].data_ptr()
+        assert is_copied == (capacity in (80, 112))  # tiny storage that does not divide into pages
+    assert result.shape == (BATCH, 1, HEADS, WIDTH) and result.dtype == dtype
+    assert relative_rmse(result, expected) <= TOLERANCES["npu int8 attention rmse"]
+
+
+def test_a_call_per_head_over_our_storage_is_one_call_over_pages(npu: TorchNpu) -> None:
+    """What MindIE calls, once for all heads, on its own pages `[pages, 128, G, D]` in shuffled order."""
+    arguments = int8_problem(torch.float16, 300, 320)
+    result = on_npu(attention, *arguments.values())
+    order = torch.randperm(3 * BATCH, generator=torch.Generator().manual_seed(0))
+    caches = []
+    for name in ("key", "value"):
+        padded = torch.nn.functional.pad(arguments[name], (0, 0, 0, 84)).transpose(1, 2)
+        pages = padded.reshape(3 * BATCH, 128, GROUPS, WIDTH)
+        caches.append(torch.empty_like(pages).index_copy_(0, order, pages))
+    codes = torch.empty((BATCH, HEADS, 1, WIDTH), dtype=torch.int8)
+    encode_reference(arguments["query"], arguments["query_scale"], None, codes)
+    descales = [arguments[name].repeat_interleave(HEADS // GROUPS, 0) for name in ("key_scale", "value_scale")]
+    expected = torch.empty((BATCH, HEADS, WIDTH), dtype=torch.float16)
+    npu._npu_paged_attention_quant(
+        codes[:, :, 0].contiguous(), *caches, GROUPS, HEADS, WIDTH**-0.5, order.int().view(BATCH, 3),
+        torch.full((BATCH,), 300, dtype=torch.int32), 3, 1,
+        (arguments["query_scale"] * descales[0]).flatten(), descales[1].flatten(), expected,
+    )  # fmt: skip
+    assert torch.equal(result[:, 0], expected)
+
+
+def strided(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {**arguments, "key": arguments["key"].transpose(1, 2).contiguous().transpose(1, 2)}
+
+
+def of_width(arguments: dict[str, Any], width: int) -> dict[str, Any]:
+    cut = {name: arguments[name][..., :width].contiguous() for name in ("query", "key", "value")}
+    return {**arguments, **cut}
+
+
+def limits() -> dict[str, tuple[dict[str, Any], type[Exception], str]]:
+    half = torch.float16
+    head, token, int8 = (
+        problem("head", False, half, 9, 64),
+        problem("token", False, half, 9, 64),
+        int8_problem(half, 9, 64),
+    )
+    floats, affine = problem(None, False, half, 9, 64), problem("head", True, half, 9, 64)
+    per_both = torch.ones(BATCH, GROUPS, 9, WIDTH)
+    long = {name: torch.empty((1, GROUPS, 262145, WIDTH), dtype=torch.int8) for name in ("key", "value")}
+    odd = {name: torch.zeros((BATCH, GROUPS, 1000, WIDTH), dtype=torch.int8) for name in ("key", "value")}
+    many = torch.zeros((BATCH, GROUPS * 65, 1, WIDTH), dtype=half)
+    return {
+        "float32": ({**floats, "query": floats["query"].float()}, ValueError, "not torch.float32"),
+        "dtype of K": ({**floats, "query": floats["query"].bfloat16()}, ValueError, "the dtype of q"),
+        "K in codes only": ({**head, "value": floats["value"], "value_scale": None}, NotImplementedError, "both in"),
+        "token beside head": ({**head, "key_scale": token["key_scale"]}, NotImplementedError, "per token"),
+        "token and channel": ({**head, "key_scale": per_both}, NotImplementedError, "per token and channel"),
+        "strides": (strided(head), ValueError, "contiguous"),
+        "width of codes": (of_width(head, 16), ValueError, "32 divides"),
+        "width of floats": (of_width(floats, 8), ValueError, "16 divides"),
+        "heads": ({**head, "query": many}, ValueError, "64 per KV head"),
+        "keys": ({**head, **long, "query": head["query"][:1]}, ValueError, "262144"),
+        "int8 with zeros": ({**int8, "key_zero": affine["key_zero"]}, NotImplementedError, "no zero points"),
+        "int8 per token": ({**token, "query_scale": int8["query_scale"]}, NotImplementedError, "scales per head"),
+        "int8 over floats": ({**floats, "query_scale": int8["query_scale"]}, NotImplementedError, "both in"),
+        "int8 width": (of_width(int8, 16), ValueError, "32 divides"),
+        "int8 capacity": ({**int8, **odd}, ValueError, "multiple of 32"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", limits())
+def test_limits_raise_with_the_reason(npu: TorchNpu, name: str) -> None:
+    arguments, error, reason = limits()[name]
+    with pytest.raises(error, match=reason) as caught:
+        on_npu(attention, *arguments.values())
+    assert "\n" not in str(caught.value) and "_npu_paged_attention_quant" not in npu.ops()
+
+
+def static_scales(layers: int) -> list[LayerScales]:
+    """Scales for the tiny model: per head, which the codec per channel takes as well."""
+    scale = torch.full((2, 1, 1), 0.1)
+    return [LayerScales(key=(scale, None), value=(scale, None), query=torch.full((4, 1, 1), 0.1))] * layers
+
+
+@pytest.mark.parametrize("scheme", ["float", "int8-token", "ascend-c8", "ascend-fa"])
+def test_a_model_decodes_as_on_the_cpu(npu: TorchNpu, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole model: a prompt of 60 tokens, then 8 one at a time, over a storage that grows meanwhile."""
+    model = tiny_llama(head_dim=WIDTH).half()
+    model.set_attn_implementation("octavo")
+    layers = model.config.num_hidden_layers
+    ids = random_ids(BATCH, 68)
+
+    def logits() -> torch.Tensor:
+        scales = static_scales(layers) if scheme.startswith("ascend") else None
+        cache = QuantizedCache(model.config, scheme, scales=scales)
+        steps = [model(ids[:, :60], past_key_values=cache).logits]
+        steps += [model(ids[:, n : n + 1], past_key_values=cache).logits for n in range(60, 68)]
+        return torch.cat(steps, dim=1)
+
+    with torch.no_grad():
+        expected = logits()
+        for module, name, op in (
+            (cache_module, "encode", encode),
+            (cache_module, "encode_token", encode_token),
+            (attention_module, "attention", attention),
+        ):
+            monkeypatch.setattr(module, name, lambda *args, op=op: on_npu(op, *args))
+        result = logits()
+    is_int8 = scheme == "ascend-fa"
+    attends, calls_per_step = ("_npu_paged_attention_quant", 2) if is_int8 else ("npu_fused_infer_attention_score", 1)
+    steps = 9 if scheme == "float" else 8  # of codes, the prompt is attended to by the reference
+    assert npu.ops().count(attends) == layers * steps * calls_per_step
+    tolerance = TOLERANCES["npu int8 attention rmse" if is_int8 else "npu rmse of a model"]
+    assert relative_rmse(result, expected) <= tolerance

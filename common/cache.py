@@ -18,17 +18,19 @@ from .scheme import Codec, Scheme, load_scheme
 from .statistics import LayerScales, Scales, load_statistics, scales_of
 
 SMALLEST_CAPACITY = 64
+CAPACITY_STEP = 32
+"""Storage is a multiple of it: the pages in which an Ascend NPU reads int8 codes are."""
 
 
 def capacity_for(tokens: int) -> int:
-    """The smallest storage size that holds `tokens`: 64, then four sizes per power of two (80, 96, 112, 128, 160, ...).
+    """The smallest storage size that holds `tokens`: 64, 96, 128, and then four sizes per power of two.
 
     Sizes grow geometrically, so that appending copies each token a bounded number of times, and never by more than a
-    quarter, so that little is left unused.
+    quarter beyond 128, so that little is left unused; powers of two are among them.
     """
     if tokens <= SMALLEST_CAPACITY:
         return SMALLEST_CAPACITY
-    step = 1 << max(0, math.ceil(math.log2(tokens)) - 3)
+    step = max(CAPACITY_STEP, 1 << (math.ceil(math.log2(tokens)) - 3))
     return -(-tokens // step) * step
 
 

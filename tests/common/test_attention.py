@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional
+from transformers.masking_utils import sliding_window_causal_mask_function
 
 from octavo.common.attention import Codes, causal_or_explicit_mask, quantized_attention
 from octavo.common.errors import OctavoError
@@ -83,6 +84,16 @@ def test_no_mask_is_made_where_causality_says_it_all() -> None:
     mask = causal_or_explicit_mask(**arguments, attention_mask=padded)
     wanted = torch.ones(3, 8, dtype=torch.bool).tril(5) & padded[:, None, None, :]
     assert torch.equal(mask.expand(2, 1, 3, 8), wanted)
+
+
+def test_a_window_needs_a_mask_however_it_is_asked_for() -> None:
+    arguments = {"batch_size": 1, "q_length": 3, "kv_length": 8, "q_offset": 5, "device": torch.device("cpu")}
+    window = sliding_window_causal_mask_function(4)
+    wanted = torch.ones(3, 8, dtype=torch.bool).tril(5).triu(2)
+    for asked in ({"mask_function": window}, {"mask_function": window, "local_size": 4}):
+        assert torch.equal(causal_or_explicit_mask(**arguments, **asked)[0, 0], wanted)
+    assert causal_or_explicit_mask(**arguments, local_size=4) is not None
+    assert causal_or_explicit_mask(**arguments, allow_is_causal_skip=False) is not None
 
 
 # The model class around it.

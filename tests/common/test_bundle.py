@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from transformers.dynamic_module_utils import get_imports
 
 from octavo.common import architecture, bundle
 from octavo.common.architecture import Architecture
@@ -19,6 +20,7 @@ from octavo.models.llama3 import ARCHITECTURE
 from ..support import REPOSITORY, run_python
 
 PACKAGES = {"torch", "transformers", "safetensors"}
+OPTIONAL = {"torch_npu", "triton"}
 
 
 @pytest.fixture(scope="module")
@@ -57,22 +59,35 @@ def test_two_files_with_a_header(files: dict[str, str]) -> None:
     assert f'NAMESPACE = "octavo_{digest(files)[:12]}"\n' in files["octavo_runtime.py"]
 
 
-def test_files_compile_and_import_four_things_only(files: dict[str, str]) -> None:
-    """Whatever else they can use, torch_npu, is imported inside a `try`, as transformers asks of remote code."""
+def imported(node: ast.AST) -> set[str]:
+    """Top-level names of the absolute imports at or below a node."""
+    found = set()
+    for part in ast.walk(node):
+        if isinstance(part, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in part.names}
+        elif isinstance(part, ast.ImportFrom) and not part.level:
+            found.add(part.module.split(".")[0])
+    return found - sys.stdlib_module_names
+
+
+def test_files_compile_and_need_three_packages(files: dict[str, str], tmp_path: Path) -> None:
     for name, text in files.items():
         tree = ast.parse(text)
         compile(tree, name, "exec")
-        guarded = {id(node) for part in ast.walk(tree) if isinstance(part, ast.Try) for node in part.body}
-        for node in ast.walk(tree):
-            if id(node) in guarded:
-                continue
-            if isinstance(node, ast.ImportFrom) and node.level:
-                assert (node.level, node.module) == (1, "octavo_runtime") and name.startswith("modeling_")
-            elif isinstance(node, (ast.Import, ast.ImportFrom)):
-                modules = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
-                for module in modules:
-                    top = module.split(".")[0]
-                    assert top in PACKAGES or top in sys.stdlib_module_names, f"{name} imports {module}"
+        guarded = [node for node in ast.walk(tree) if isinstance(node, ast.Try)]
+        optional = set().union(*(imported(node) for node in guarded))
+        assert imported(tree) - PACKAGES <= optional <= OPTIONAL | PACKAGES, "what is optional is imported in a try"
+        (tmp_path / name).write_text(text)
+        assert set(get_imports(tmp_path / name)) - sys.stdlib_module_names <= PACKAGES, (
+            "what transformers asks a user to install"
+        )
+
+
+def test_imports_of_this_tree_point_at_the_runtime(files: dict[str, str]) -> None:
+    for name, text in files.items():
+        relative = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.ImportFrom) and n.level]
+        assert {(n.level, n.module) for n in relative} == ({(1, "octavo_runtime")} if "modeling" in name else set())
+        assert "octavo" not in imported(ast.parse(text))
 
 
 def test_no_name_is_missing(files: dict[str, str]) -> None:

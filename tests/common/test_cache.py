@@ -18,6 +18,7 @@ from octavo.common.statistics import LayerScales
 from octavo.models.llama3.modeling_llama_fa3 import LlamaForCausalLM
 
 from ..support import random_ids, randomized, tiny_config, tiny_llama
+from ..tolerances import TOLERANCES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -166,7 +167,7 @@ def test_a_left_padded_row_equals_the_row_alone(quantized: torch.nn.Module) -> N
     with torch.inference_mode():
         padded = quantized(ids, attention_mask=mask, position_ids=positions).logits[1, 9:]
         alone = quantized(short).logits[0]
-    torch.testing.assert_close(padded, alone, atol=1e-4, rtol=0)
+    torch.testing.assert_close(padded, alone, atol=TOLERANCES["logits"], rtol=0)
 
 
 def test_going_on_from_a_cache_equals_one_generation(quantized: torch.nn.Module) -> None:
@@ -200,7 +201,7 @@ def test_attention_does_not_depend_on_how_tokens_are_cut(
             outputs.append(quantized_attention(torch.nn.Module(), q, *handles, None)[0])
         return torch.cat(outputs, dim=1)
 
-    torch.testing.assert_close(attend(chunk), attend(520), atol=1e-5, rtol=0)
+    torch.testing.assert_close(attend(chunk), attend(520), atol=TOLERANCES["attention"], rtol=0)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 512])
@@ -216,15 +217,18 @@ def test_logits_do_not_depend_on_how_a_prompt_is_cut(chunk: int, quantized: torc
         whole = quantized(ids, past_key_values=one).logits
         parts = torch.cat([quantized(part, past_key_values=many).logits for part in ids.split(chunk, dim=1)], dim=1)
     if chunk > 1 or one.scheme.name == "float":
-        torch.testing.assert_close(parts, whole, atol=1e-4, rtol=0)
+        torch.testing.assert_close(parts, whole, atol=TOLERANCES["logits"], rtol=0)
     for layer in range(LAYERS if one.scheme.key else 0):
         for name in ("key_store", "value_store"):
             difference = (
                 getattr(one.layers[layer], name).codes().codes.int()
                 - getattr(many.layers[layer], name).codes().codes.int()
             )
-            assert difference.abs().max() <= 1 and difference.count_nonzero() <= 5e-3 * difference.numel()
-    assert (parts - whole).square().mean().sqrt() <= 1e-3 * whole.std()
+            assert (
+                difference.abs().max() <= 1
+                and difference.count_nonzero() <= TOLERANCES["codes tipped over"] * difference.numel()
+            )
+    assert (parts - whole).square().mean().sqrt() <= TOLERANCES["logits rmse with codes tipped over"] * whole.std()
 
 
 def test_chunks_would_matter_if_the_first_pass_were_in_float(
@@ -289,7 +293,7 @@ def test_stock_models_with_the_float_scheme_equal_sdpa(build: Callable[[], torch
     with torch.inference_mode():
         logits = model(ids, attention_mask=mask, past_key_values=QuantizedCache(model.config, "float")).logits
     seen = mask.bool()
-    torch.testing.assert_close(logits[seen], expected[seen], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits[seen], expected[seen], atol=TOLERANCES["logits"], rtol=1e-4)
     cache = QuantizedCache(model.config, "float")
     assert torch.equal(generate(model, ids, attention_mask=mask, past_key_values=cache), tokens)
 
@@ -500,7 +504,7 @@ def test_appending_copies_a_bounded_number_of_times(cache: Callable[..., Quantiz
 
 @pytest.mark.parametrize("tokens", [0, 1, 63, 64, 65, 80, 81, 127, 128, 129, 1000, 2047, 2048, 2049, 100_000])
 def test_capacity_wastes_less_than_a_quarter(tokens: int) -> None:
-    assert tokens <= capacity_for(tokens) <= max(SMALLEST_CAPACITY, tokens * 1.25)
+    assert tokens <= capacity_for(tokens) <= max(2 * SMALLEST_CAPACITY, tokens * 1.25)
     assert capacity_for(capacity_for(tokens)) == capacity_for(tokens)
 
 

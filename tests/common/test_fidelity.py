@@ -14,6 +14,8 @@ from octavo.common.observe import calibrate
 from octavo.common.scheme import load_scheme
 from octavo.common.statistics import scales_of
 
+from ..tolerances import TOLERANCES
+
 pytestmark = pytest.mark.slow
 
 TOKENS = 2048
@@ -47,10 +49,10 @@ def fidelity(testbed: Path) -> Callable[[str], Fidelity]:
     return measure
 
 
-@pytest.mark.parametrize(("scheme", "most"), [("int8-token", 8e-4), ("ascend-c8", 2e-3), ("ascend-fa", 5e-3)])
-def test_kl_on_a_window_of_2048_tokens(scheme: str, most: float, fidelity: Callable[[str], Fidelity]) -> None:
+@pytest.mark.parametrize("scheme", ["int8-token", "ascend-c8", "ascend-fa"])
+def test_kl_on_a_window_of_2048_tokens(scheme: str, fidelity: Callable[[str], Fidelity]) -> None:
     found = fidelity(scheme)
     print(found)
     assert found.tokens == TOKENS - 1
-    assert 1e-5 < found.kl <= most
+    assert 1e-5 < found.kl <= TOLERANCES[f"kl {scheme}"]
     assert found.perplexity < found.float_perplexity * 1.02 and found.top1 > 0.95

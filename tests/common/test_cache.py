@@ -155,6 +155,12 @@ def test_prompt_lookup_equals_plain_decoding(quantized: torch.nn.Module) -> None
     assert torch.equal(generate(quantized, ids, prompt_lookup_num_tokens=3), generate(quantized, ids))
 
 
+def test_an_assistant_changes_nothing(quantized: torch.nn.Module) -> None:
+    """Its candidates that are wrong (nearly all, of another random model) are cropped from the codes."""
+    ids = random_ids(1, 20)
+    assert torch.equal(generate(quantized, ids, assistant_model=tiny_llama(seed=1)), generate(quantized, ids))
+
+
 def test_a_left_padded_row_equals_the_row_alone(quantized: torch.nn.Module) -> None:
     long, short = random_ids(1, 20, seed=3), random_ids(1, 11, seed=4)
     padding = torch.full((1, 9), quantized.config.pad_token_id)

@@ -38,17 +38,23 @@ OPS = {
 }
 
 
+@functools.cache
+def _download(wheel: Path) -> str:
+    """Have pip put the wheel where it belongs; its last words if it cannot."""
+    wheel.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "pip", *DOWNLOAD.split(), "manylinux_2_28_x86_64", "--dest", str(wheel.parent)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return "" if wheel.exists() else (done.stderr.strip().splitlines() or ["no file"])[-1]
+
+
 def fetch_wheel() -> Path:
-    """The wheel of torch_npu, downloaded once; read, never installed or imported. Skips the test where pip has none."""
-    folder = Path(os.environ.get("OCTAVO_CACHE") or "~/.cache/octavo").expanduser() / "wheels"
-    wheel = folder / WHEEL
-    if not wheel.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "pip", *DOWNLOAD.split(), "manylinux_2_28_x86_64", "--dest", str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode or not wheel.exists():
-            reason = (done.stderr.strip().splitlines() or ["no file"])[-1]
-            pytest.skip(f"pip cannot download torch-npu==2.13.0, whose schemas this test reads: {reason}")
+    """The wheel of torch_npu, 42 MB, downloaded once; read, never installed or imported.
+
+    Skips the test where pip cannot get it.
+    """
+    wheel = Path(os.environ.get("OCTAVO_CACHE") or "~/.cache/octavo").expanduser() / "wheels" / WHEEL
+    if not wheel.exists() and (reason := _download(wheel)):
+        pytest.skip(f"pip cannot download torch-npu==2.13.0, whose schemas this test reads: {reason}")
     assert hashlib.sha256(wheel.read_bytes()).hexdigest() == WHEEL_SHA256, f"{wheel} is not what PyPI has; delete it"
     return wheel
 

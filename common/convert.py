@@ -256,6 +256,8 @@ def convert(architecture: Architecture, flags: argparse.Namespace) -> None:
     statistics = calibrate(model, linears, tqdm(samples, desc="calibrating", unit="text"))
     statistics.check_finite()
     linears = drop_worst(linears, statistics, flags.disable_level)
+    if not (linears or flags.use_kvcache_quant or flags.use_fa_quant):
+        raise OctavoError("--disable_names and --disable_level leave every linear in float; nothing would be quantized")
     preset = "ascend-c8" if flags.use_kvcache_quant else "ascend-fa" if flags.use_fa_quant else "float"
     quantized = quantize_model(model, statistics, linears, load_scheme(preset), flags.act_method, headers)
     fidelity = _fidelity(model, build_quantized(architecture, model, quantized), held_back)

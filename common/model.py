@@ -54,9 +54,7 @@ def _agreed_scheme(source: str, config: Any, description: dict[str, Any]) -> Sch
     stored = described or (load_scheme("float") if scheme.is_static else scheme)
     for part in ("key", "value", "query", "float_layers"):
         if getattr(scheme, part) != getattr(stored, part):
-            raise OctavoError(
-                f"{source}: config.json says scheme {scheme.name} and {DESCRIPTION_FILE} {stored.name}; convert again"
-            )
+            raise OctavoError(f"{source}: config.json and {DESCRIPTION_FILE} disagree on {part}; convert again")
     return scheme
 
 

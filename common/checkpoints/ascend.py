@@ -33,6 +33,22 @@ NOT_TENSORS = (
     "optional",
 )
 SCALAR_DTYPES = {"I64": torch.int64, "F32": torch.float32}
+FLOATS = ("F32", "F16", "BF16")
+STORED_AS = {
+    "weight": (("W8A8",), ("I8",)),
+    "bias": (("FLOAT",), FLOATS),
+    "weight_scale": (("W8A8",), FLOATS),
+    "weight_offset": (("W8A8",), FLOATS),
+    "input_scale": (("W8A8",), FLOATS),
+    "input_offset": (("W8A8",), FLOATS),
+    "quant_bias": (("W8A8",), ("I32",)),
+    "deq_scale": (("W8A8",), ("I64", "F32")),
+    "kv_cache_scale": (("C8", "W8A8"), FLOATS),
+    "kv_cache_offset": (("C8", "W8A8"), FLOATS),
+    "scale": (("FAQuant",), FLOATS),
+    "offset": (("FAQuant",), ("I8", *FLOATS)),
+}
+"""Labels and dtypes of each part of a quantized module; the labels of the KV cache were W8A8 before they were C8."""
 PARTS = ("q", "k", "v")
 FILE_ORDER = (
     "scale",
@@ -268,9 +284,14 @@ def check_description(description: dict[str, Any], headers: dict[str, TensorHead
     for name in sorted(headers.keys() - described.keys()):
         raise OctavoError(f"{where}: {name} is stored and not described; convert the model again")
     for name, label in described.items():
-        is_code = headers[name].dtype == "I8" and name.endswith(".weight")
-        if name.endswith(".weight") and is_code != (label == "W8A8"):
+        module, _, part = name.rpartition(".")
+        kind = part if described.get(f"{module}.weight") == "W8A8" or part not in ("weight", "bias") else "float"
+        labels, dtypes = STORED_AS.get(kind, (("FLOAT",), FLOATS))
+        if label not in labels or headers[name].dtype not in dtypes:
             raise OctavoError(f"{where}: {name} is labelled {label} and stored as {headers[name].dtype}; convert again")
+    kinds = {header.dtype for name, header in headers.items() if name.endswith(".deq_scale")}
+    if len(kinds) > 1:
+        raise OctavoError(f"{where}: deq_scale is stored as {' and '.join(sorted(kinds))}; convert the model again")
 
 
 def build_description(

@@ -53,14 +53,14 @@ def attention_cpu(
     scaling: float,
     causal: bool,
 ) -> torch.Tensor:
-    """`attention_reference` in C.
+    """`attention_reference` in C; the reference itself for a query in float64.
 
     Raises:
         ValueError: shapes that do not go together, or a scale both per token and per channel.
         MemoryError: no room for the scratch of the threads.
     """
     run = ATTENTION_KERNEL.load().get("attention")
-    if run is None:
+    if run is None or query.dtype == torch.float64:
         return attention_reference(
             query, key, value, key_scale, key_zero, value_scale, value_zero, query_scale, mask, scaling, causal
         )

@@ -11,14 +11,19 @@ KEY_BLOCK = 1024
 
 
 def _decode(
-    codes: torch.Tensor, scale: torch.Tensor | None, zero: torch.Tensor | None, start: int, stop: int
+    codes: torch.Tensor,
+    scale: torch.Tensor | None,
+    zero: torch.Tensor | None,
+    start: int,
+    stop: int,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
     """Float values `(code - zero) * scale` of tokens `start:stop`; scale and zero may be per token or not."""
 
     def of_block(part: torch.Tensor) -> torch.Tensor:
         return part[..., start:stop, :] if part.shape[-2] != 1 else part
 
-    values = codes[:, :, start:stop].float()
+    values = codes[:, :, start:stop].to(dtype)
     if zero is not None:
         values = values - of_block(zero)
     return values if scale is None else values * of_block(scale)
@@ -31,7 +36,7 @@ def _visible(
     if mask is not None:
         part = mask[..., start:stop]
         if part.dtype != torch.bool:
-            return part.float()
+            return part
         return torch.zeros(part.shape, device=device).masked_fill_(~part, float("-inf"))
     if causal and stop > keys - queries + 1:
         last_visible = torch.arange(keys - queries, keys, device=device)[:, None]
@@ -53,7 +58,9 @@ def attention_reference(
     scaling: float,
     causal: bool,
 ) -> torch.Tensor:
-    """Attention over stored codes, in float32, one block of keys at a time with a running softmax.
+    """Attention over stored codes, one block of keys at a time with a running softmax.
+
+    It computes in float32, or in float64 where the query is float64, which serves to check all else.
 
     Args:
         query: `[B, H, Q, D]`, any float dtype.
@@ -72,16 +79,17 @@ def attention_reference(
     """
     batch, heads, queries, width = query.shape
     groups, keys = key.shape[1], key.shape[2]
-    q = query.float()
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    q = query.to(dtype)
     if query_scale is not None:
         q = (q / query_scale).round().clamp(-128, 127) * query_scale
     q = q.reshape(batch, groups, heads // groups * queries, width) * scaling
-    best = torch.full((batch, heads, queries, 1), float("-inf"), device=q.device)
+    best = torch.full((batch, heads, queries, 1), float("-inf"), dtype=dtype, device=q.device)
     total = torch.zeros_like(best)
-    output = torch.zeros((batch, heads, queries, width), device=q.device)
+    output = torch.zeros((batch, heads, queries, width), dtype=dtype, device=q.device)
     for start in range(0, keys, KEY_BLOCK):
         stop = min(start + KEY_BLOCK, keys)
-        scores = (q @ _decode(key, key_scale, key_zero, start, stop).mT).view(batch, heads, queries, -1)
+        scores = (q @ _decode(key, key_scale, key_zero, start, stop, dtype).mT).view(batch, heads, queries, -1)
         bias = _visible(mask, causal, queries, keys, start, stop, q.device)
         scores = scores if bias is None else scores + bias
         new_best = torch.maximum(best, scores.amax(dim=-1, keepdim=True))
@@ -89,7 +97,7 @@ def attention_reference(
         weights = torch.exp(scores - shift)
         fade = torch.exp(best - shift)
         total = total * fade + weights.sum(dim=-1, keepdim=True)
-        decoded = _decode(value, value_scale, value_zero, start, stop)
+        decoded = _decode(value, value_scale, value_zero, start, stop, dtype)
         grouped = weights.view(batch, groups, heads // groups * queries, -1)
         output = output * fade + (grouped @ decoded).view(batch, heads, queries, width)
         best = new_best

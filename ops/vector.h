@@ -14,6 +14,12 @@
 #include <omp.h>
 #endif
 
+/* Before loops of a constant few turns over arrays that must live in registers: GCC unrolls others too late for that. */
+#ifdef __clang__
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
 #define INLINE static inline __attribute__((always_inline))
 #define EXPORT __attribute__((visibility("default")))
 

@@ -38,20 +38,20 @@ INLINE void direct_scores_of(const float *q, int64_t width, const char *key, int
         f32x8 sums[16] = {0};
         for (int64_t d = 0; d < width; d += 8) {
             f32x8 codes[4];
-            for (int t = 0; t < step; t++) codes[t] = load_as_f32(key + ((j + t) * key_stride + d) * size, kind);
-            for (int h = 0; h < heads; h++)
-                for (int t = 0; t < step; t++) sums[h * step + t] += load_f32(q + h * width + d) * codes[t];
+            UNROLL for (int t = 0; t < step; t++) codes[t] = load_as_f32(key + ((j + t) * key_stride + d) * size, kind);
+            UNROLL for (int h = 0; h < heads; h++)
+                UNROLL for (int t = 0; t < step; t++) sums[h * step + t] += load_f32(q + h * width + d) * codes[t];
         }
-        for (int t = 0; heads == 4 && t < step; t++) {
+        UNROLL for (int t = 0; heads == 4 && t < step; t++) {
             float four[4];
             sum_of_four(sums[t], sums[step + t], sums[2 * step + t], sums[3 * step + t], four);
-            for (int h = 0; h < 4; h++) scores[h * scores_stride + j + t] = four[h];
+            UNROLL for (int h = 0; h < 4; h++) scores[h * scores_stride + j + t] = four[h];
         }
-        for (int h = 0; heads < 4 && h < heads; h++)
+        UNROLL for (int h = 0; heads < 4 && h < heads; h++)
             sum_of_four(sums[4 * h], sums[4 * h + 1], sums[4 * h + 2], sums[4 * h + 3], scores + h * scores_stride + j);
     }
     for (; j < keys; j++)
-        for (int h = 0; h < heads; h++) {
+        UNROLL for (int h = 0; h < heads; h++) {
             f32x8 sum = {0};
             for (int64_t d = 0; d < width; d += 8)
                 sum += load_f32(q + h * width + d) * load_as_f32(key + (j * key_stride + d) * size, kind);
@@ -67,18 +67,18 @@ INLINE int64_t direct_output_of(const float *weights, int64_t weights_stride, co
     int64_t size = kind_size(kind);
     for (; d + 8 * vectors <= width; d += 8 * vectors) {
         f32x8 sums[16];
-        for (int h = 0; h < heads; h++)
-            for (int v = 0; v < vectors; v++) sums[h * vectors + v] = load_f32(output + h * width + d + 8 * v);
+        UNROLL for (int h = 0; h < heads; h++)
+            UNROLL for (int v = 0; v < vectors; v++) sums[h * vectors + v] = load_f32(output + h * width + d + 8 * v);
         for (int64_t j = 0; j < keys; j++) {
             f32x8 codes[8];
-            for (int v = 0; v < vectors; v++)
+            UNROLL for (int v = 0; v < vectors; v++)
                 codes[v] = load_as_f32(value + (j * value_stride + d + 8 * v) * size, kind);
-            for (int h = 0; h < heads; h++)
-                for (int v = 0; v < vectors; v++)
+            UNROLL for (int h = 0; h < heads; h++)
+                UNROLL for (int v = 0; v < vectors; v++)
                     sums[h * vectors + v] += splat(weights[h * weights_stride + j]) * codes[v];
         }
-        for (int h = 0; h < heads; h++)
-            for (int v = 0; v < vectors; v++) store_f32(output + h * width + d + 8 * v, sums[h * vectors + v]);
+        UNROLL for (int h = 0; h < heads; h++)
+            UNROLL for (int v = 0; v < vectors; v++) store_f32(output + h * width + d + 8 * v, sums[h * vectors + v]);
     }
     return d;
 }
@@ -166,16 +166,16 @@ INLINE void decode_values(const char *value, int64_t value_stride, int64_t keys,
 INLINE void gemm_rows(const float *a, int64_t a_stride, const float *b, int64_t depth, float *c, int64_t c_stride,
                       const int accumulate) {
     f32x8 sums[ROW_STEP][2];
-    for (int r = 0; r < ROW_STEP; r++)
-        for (int v = 0; v < 2; v++) sums[r][v] = accumulate ? load_f32(c + r * c_stride + 8 * v) : splat(0.0f);
+    UNROLL for (int r = 0; r < ROW_STEP; r++)
+        UNROLL for (int v = 0; v < 2; v++) sums[r][v] = accumulate ? load_f32(c + r * c_stride + 8 * v) : splat(0.0f);
     for (int64_t k = 0; k < depth; k++) {
         f32x8 b0 = load_f32(b + k * PANEL), b1 = load_f32(b + k * PANEL + 8);
-        for (int r = 0; r < ROW_STEP; r++) {
+        UNROLL for (int r = 0; r < ROW_STEP; r++) {
             f32x8 one = splat(a[r * a_stride + k]);
             sums[r][0] += one * b0;
             sums[r][1] += one * b1;
         }
     }
-    for (int r = 0; r < ROW_STEP; r++)
-        for (int v = 0; v < 2; v++) store_f32(c + r * c_stride + 8 * v, sums[r][v]);
+    UNROLL for (int r = 0; r < ROW_STEP; r++)
+        UNROLL for (int v = 0; v < 2; v++) store_f32(c + r * c_stride + 8 * v, sums[r][v]);
 }

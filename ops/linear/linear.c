@@ -17,16 +17,14 @@ enum {
 };
 
 typedef struct {
-    int64_t x, weight, output, scratch, quant_bias, deq_scale, kind, rows, depth, columns, x_stride, threads;
+    int64_t x, weight, output, codes, quant_bias, deq_scale, kind, rows, depth, columns, code_stride, threads;
     double input_scale, input_offset;
 } LinearArguments;
 
-INLINE int64_t padded_depth(const LinearArguments *a) { return (a->depth + LANES - 1) / LANES * LANES; }
-
 /* One row of x as int16 codes, zeros behind the last. */
 INLINE void quantize_row(const LinearArguments *a, int64_t row, int kind) {
-    const char *x = (const char *)a->x + row * a->x_stride * kind_size(kind);
-    int16_t *codes = (int16_t *)a->scratch + row * padded_depth(a);
+    const char *x = (const char *)a->x + row * a->depth * kind_size(kind);
+    int16_t *codes = (int16_t *)a->codes + row * a->code_stride;
     f32x8 scale = splat((float)a->input_scale), offset = splat((float)a->input_offset);
     int64_t k = 0;
     for (; k < a->depth; k += 8) {
@@ -42,7 +40,7 @@ INLINE void quantize_row(const LinearArguments *a, int64_t row, int kind) {
         for (int i = 0; i < 8; i++) codes[k + i] = (int16_t)rounded[i];
 #endif
     }
-    for (k = a->depth; k < padded_depth(a); k++) codes[k] = 0;
+    for (k = a->depth; k < a->code_stride; k++) codes[k] = 0;
 }
 
 INLINE float dequantized(const LinearArguments *a, int32_t sum, int64_t column) {
@@ -63,32 +61,32 @@ INLINE int32_t sum_of_lanes(__m256i x) {
 
 /* `rows` rows of x times `columns` rows of the weight. */
 INLINE void dot_tile(const LinearArguments *a, int64_t row, int64_t column, const int rows, const int columns) {
-    int64_t stride = padded_depth(a), whole = a->depth / LANES * LANES;
-    const int16_t *x = (const int16_t *)a->scratch + row * stride;
+    int64_t stride = a->code_stride, whole = a->depth / LANES * LANES;
+    const int16_t *x = (const int16_t *)a->codes + row * stride;
     const int8_t *w = (const int8_t *)a->weight + column * a->depth;
     __m256i sums[8];
-    for (int i = 0; i < rows * columns; i++) sums[i] = _mm256_setzero_si256();
+    UNROLL for (int i = 0; i < rows * columns; i++) sums[i] = _mm256_setzero_si256();
     for (int64_t k = 0; k < whole; k += LANES)
-        for (int c = 0; c < columns; c++) {
+        UNROLL for (int c = 0; c < columns; c++) {
             __m256i codes = load_codes16(w + c * a->depth + k);
-            for (int r = 0; r < rows; r++) {
+            UNROLL for (int r = 0; r < rows; r++) {
                 __m256i values = _mm256_loadu_si256((const __m256i *)(x + r * stride + k));
                 sums[r * columns + c] = _mm256_add_epi32(sums[r * columns + c], _mm256_madd_epi16(values, codes));
             }
         }
     if (whole < a->depth)
-        for (int c = 0; c < columns; c++) {
+        UNROLL for (int c = 0; c < columns; c++) {
             int8_t tail[LANES] = {0};
             memcpy(tail, w + c * a->depth + whole, (size_t)(a->depth - whole));
-            for (int r = 0; r < rows; r++) {
+            UNROLL for (int r = 0; r < rows; r++) {
                 __m256i values = _mm256_loadu_si256((const __m256i *)(x + r * stride + whole));
                 sums[r * columns + c] =
                     _mm256_add_epi32(sums[r * columns + c], _mm256_madd_epi16(values, load_codes16(tail)));
             }
         }
     float *output = (float *)a->output + row * a->columns + column;
-    for (int r = 0; r < rows; r++)
-        for (int c = 0; c < columns; c++)
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int c = 0; c < columns; c++)
             output[r * a->columns + c] = dequantized(a, sum_of_lanes(sums[r * columns + c]), column + c);
 }
 #else
@@ -96,7 +94,7 @@ INLINE void dot_tile(const LinearArguments *a, int64_t row, int64_t column, cons
 INLINE void dot_tile(const LinearArguments *a, int64_t row, int64_t column, const int rows, const int columns) {
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < columns; c++) {
-            const int16_t *x = (const int16_t *)a->scratch + (row + r) * padded_depth(a);
+            const int16_t *x = (const int16_t *)a->codes + (row + r) * a->code_stride;
             const int8_t *w = (const int8_t *)a->weight + (column + c) * a->depth;
             int32_t sum = 0;
             for (int64_t k = 0; k < a->depth; k++) sum += x[k] * (int16_t)w[k];
@@ -153,17 +151,17 @@ static void pack_panel(const LinearArguments *a, int64_t column, int64_t start, 
         }
 }
 
-/* sums[rows][16] += x[rows][depth] * panel. */
-INLINE void gemm_tile(const int16_t *x, int64_t stride, const int16_t *panel, int64_t depth, int32_t *sums_at,
-                      const int rows) {
+/* sums[6][16] += x[6][depth] * panel. Not static: what GCC 12 learns of the callers makes it spill the sums. */
+void gemm_tile(const int16_t *x, int64_t stride, const int16_t *panel, int64_t depth, int32_t *sums_at);
+void gemm_tile(const int16_t *x, int64_t stride, const int16_t *panel, int64_t depth, int32_t *sums_at) {
     __m256i sums[ROW_TILE][2];
-    for (int r = 0; r < rows; r++)
-        for (int v = 0; v < 2; v++)
+    UNROLL for (int r = 0; r < ROW_TILE; r++)
+        UNROLL for (int v = 0; v < 2; v++)
             sums[r][v] = _mm256_loadu_si256((const __m256i *)(sums_at + r * BLOCK_COLUMNS + 8 * v));
     for (int64_t k = 0; k < depth; k += 2) {
         __m256i w0 = _mm256_loadu_si256((const __m256i *)(panel + k * PANEL_COLUMNS));
         __m256i w1 = _mm256_loadu_si256((const __m256i *)(panel + k * PANEL_COLUMNS + 16));
-        for (int r = 0; r < rows; r++) {
+        UNROLL for (int r = 0; r < ROW_TILE; r++) {
             int32_t pair;
             memcpy(&pair, x + r * stride + k, 4);
             __m256i pairs = _mm256_set1_epi32(pair);
@@ -171,8 +169,8 @@ INLINE void gemm_tile(const int16_t *x, int64_t stride, const int16_t *panel, in
             sums[r][1] = _mm256_add_epi32(sums[r][1], _mm256_madd_epi16(pairs, w1));
         }
     }
-    for (int r = 0; r < rows; r++)
-        for (int v = 0; v < 2; v++)
+    UNROLL for (int r = 0; r < ROW_TILE; r++)
+        UNROLL for (int v = 0; v < 2; v++)
             _mm256_storeu_si256((__m256i *)(sums_at + r * BLOCK_COLUMNS + 8 * v), sums[r][v]);
 }
 
@@ -183,19 +181,17 @@ typedef struct {
 
 /* `rows` rows from `row` times up to BLOCK_COLUMNS output channels from `column`. */
 static void gemm_block(const LinearArguments *a, int64_t row, int64_t rows, int64_t column, GemmScratch *scratch) {
-    int64_t stride = padded_depth(a), columns = a->columns - column < BLOCK_COLUMNS ? a->columns - column : BLOCK_COLUMNS;
-    const int16_t *x = (const int16_t *)a->scratch + row * stride;
+    int64_t columns = a->columns - column < BLOCK_COLUMNS ? a->columns - column : BLOCK_COLUMNS;
+    int64_t stride = a->code_stride, end = (a->depth + LANES - 1) / LANES * LANES;
+    const int16_t *x = (const int16_t *)a->codes + row * stride;
     memset(scratch->sums, 0, sizeof scratch->sums);
-    for (int64_t start = 0; start < stride; start += BLOCK_DEPTH) {
-        int64_t depth = stride - start < BLOCK_DEPTH ? stride - start : BLOCK_DEPTH;
+    for (int64_t start = 0; start < end; start += BLOCK_DEPTH) {
+        int64_t depth = end - start < BLOCK_DEPTH ? end - start : BLOCK_DEPTH;
         for (int64_t c = 0; c < columns; c += PANEL_COLUMNS) {
             int16_t *panel = scratch->panels + c * BLOCK_DEPTH;
             pack_panel(a, column + c, start, depth, panel);
-            int64_t r = 0;
-            for (; r + ROW_TILE <= rows; r += ROW_TILE)
-                gemm_tile(x + r * stride + start, stride, panel, depth, scratch->sums + r * BLOCK_COLUMNS + c, ROW_TILE);
-            for (; r < rows; r++)
-                gemm_tile(x + r * stride + start, stride, panel, depth, scratch->sums + r * BLOCK_COLUMNS + c, 1);
+            for (int64_t r = 0; r < rows; r += ROW_TILE) /* past the last row lie codes of no meaning */
+                gemm_tile(x + r * stride + start, stride, panel, depth, scratch->sums + r * BLOCK_COLUMNS + c);
         }
     }
     for (int64_t r = 0; r < rows; r++)
@@ -205,7 +201,7 @@ static void gemm_block(const LinearArguments *a, int64_t row, int64_t rows, int6
 }
 #endif
 
-/* Returns 0, or 1 if there is not enough memory. `scratch` holds the codes of x: int16 [rows][padded depth]. */
+/* Returns 0, or 1 if there is not enough memory. `codes` is room for the codes of x: int16 [rows + 5][code_stride]. */
 EXPORT int linear_w8a8(const LinearArguments *a) {
     int threads = a->rows * a->depth * a->columns < SMALL ? 1 : (int)a->threads, failed = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)

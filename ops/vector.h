@@ -4,6 +4,7 @@
  * intrinsics stand only where compilers do not find the instruction. Prepended to each kernel's own source. */
 #include <float.h>
 #include <math.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>

@@ -8,12 +8,7 @@ from ..compile import KINDS, CKernel
 from .reference import linear_w8a8_reference
 
 LINEAR_KERNEL = CKernel("linear", ("ops/vector.h", "ops/linear/linear.c"), ("linear_w8a8",))
-_pack_linear = struct.Struct("12q2d").pack
-_CODE_LANES = 16
-"""The kernel pads the codes of a row to a multiple of this; where there are many rows, an odd multiple of 64 bytes keeps
-them out of each other's cache sets."""
-_SPARE_ROWS = 5
-"""The kernel takes six rows at a time and may read this many behind the last."""
+_pack_linear = struct.Struct("10q2d").pack
 
 
 def linear_w8a8_cpu(
@@ -48,21 +43,17 @@ def linear_w8a8_cpu(
     rows = output.numel() // columns if columns else 0
     if rows == 0:
         return output.to(x.dtype)
-    code_stride = -(-depth // _CODE_LANES) * _CODE_LANES if rows == 1 else (-(-depth // 64) * 2 + 1) * 32
-    codes = torch.empty((rows + _SPARE_ROWS) * code_stride, dtype=torch.int16)
     failed = run(
         _pack_linear(
             values.data_ptr(),
             weight.data_ptr(),
             output.data_ptr(),
-            codes.data_ptr(),
             quant_bias.data_ptr(),
             deq_scale.data_ptr(),
             KINDS[values.dtype],
             rows,
             depth,
             columns,
-            code_stride,
             torch.get_num_threads(),
             input_scale.item(),
             input_offset.item(),

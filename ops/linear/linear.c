@@ -17,14 +17,16 @@ enum {
 };
 
 typedef struct {
-    int64_t x, weight, output, codes, quant_bias, deq_scale, kind, rows, depth, columns, code_stride, threads;
+    int64_t x, weight, output, quant_bias, deq_scale, kind, rows, depth, columns, threads;
     double input_scale, input_offset;
+    int16_t *codes;      /* of x: [rows + ROW_TILE - 1][code_stride], allocated here */
+    int64_t code_stride; /* zeros behind the last code of a row */
 } LinearArguments;
 
 /* One row of x as int16 codes, zeros behind the last. */
 INLINE void quantize_row(const LinearArguments *a, int64_t row, int kind) {
     const char *x = (const char *)a->x + row * a->depth * kind_size(kind);
-    int16_t *codes = (int16_t *)a->codes + row * a->code_stride;
+    int16_t *codes = a->codes + row * a->code_stride;
     f32x8 scale = splat((float)a->input_scale), offset = splat((float)a->input_offset);
     int64_t k = 0;
     for (; k < a->depth; k += 8) {
@@ -62,7 +64,7 @@ INLINE int32_t sum_of_lanes(__m256i x) {
 /* `rows` rows of x times `columns` rows of the weight. */
 INLINE void dot_tile(const LinearArguments *a, int64_t row, int64_t column, const int rows, const int columns) {
     int64_t stride = a->code_stride, whole = a->depth / LANES * LANES;
-    const int16_t *x = (const int16_t *)a->codes + row * stride;
+    const int16_t *x = a->codes + row * stride;
     const int8_t *w = (const int8_t *)a->weight + column * a->depth;
     __m256i sums[8];
     UNROLL for (int i = 0; i < rows * columns; i++) sums[i] = _mm256_setzero_si256();
@@ -94,7 +96,7 @@ INLINE void dot_tile(const LinearArguments *a, int64_t row, int64_t column, cons
 INLINE void dot_tile(const LinearArguments *a, int64_t row, int64_t column, const int rows, const int columns) {
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < columns; c++) {
-            const int16_t *x = (const int16_t *)a->codes + (row + r) * a->code_stride;
+            const int16_t *x = a->codes + (row + r) * a->code_stride;
             const int8_t *w = (const int8_t *)a->weight + (column + c) * a->depth;
             int32_t sum = 0;
             for (int64_t k = 0; k < a->depth; k++) sum += x[k] * (int16_t)w[k];
@@ -183,7 +185,7 @@ typedef struct {
 static void gemm_block(const LinearArguments *a, int64_t row, int64_t rows, int64_t column, GemmScratch *scratch) {
     int64_t columns = a->columns - column < BLOCK_COLUMNS ? a->columns - column : BLOCK_COLUMNS;
     int64_t stride = a->code_stride, end = (a->depth + LANES - 1) / LANES * LANES;
-    const int16_t *x = (const int16_t *)a->codes + row * stride;
+    const int16_t *x = a->codes + row * stride;
     memset(scratch->sums, 0, sizeof scratch->sums);
     for (int64_t start = 0; start < end; start += BLOCK_DEPTH) {
         int64_t depth = end - start < BLOCK_DEPTH ? end - start : BLOCK_DEPTH;
@@ -201,8 +203,14 @@ static void gemm_block(const LinearArguments *a, int64_t row, int64_t rows, int6
 }
 #endif
 
-/* Returns 0, or 1 if there is not enough memory. `codes` is room for the codes of x: int16 [rows + 5][code_stride]. */
-EXPORT int linear_w8a8(const LinearArguments *a) {
+/* Returns 0, or 1 if there is not enough memory. `codes` and `code_stride` of the arguments are set here. */
+EXPORT int linear_w8a8(const LinearArguments *given) {
+    LinearArguments arguments, *a = &arguments;
+    memcpy(a, given, offsetof(LinearArguments, codes));
+    /* an odd multiple of 64 bytes keeps the rows out of each other's cache sets */
+    a->code_stride = (a->depth + 31) / 32 * 32 + (a->rows > 1 && (a->depth + 31) / 32 % 2 == 0 ? 32 : 0);
+    a->codes = malloc(sizeof(int16_t) * (size_t)((a->rows + ROW_TILE - 1) * a->code_stride));
+    if (!a->codes) return 1;
     int threads = a->rows * a->depth * a->columns < SMALL ? 1 : (int)a->threads, failed = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -234,5 +242,6 @@ EXPORT int linear_w8a8(const LinearArguments *a) {
                 dot_rows(a, first, first + DOT_GRAIN < a->columns ? first + DOT_GRAIN : a->columns);
         }
     }
+    free(a->codes);
     return failed;
 }

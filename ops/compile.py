@@ -28,7 +28,7 @@ KINDS = {torch.int8: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
 BASE_FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=fast", "-Wno-psabi")
 TUNING = (("-march=native", "-fopenmp"), ("-fopenmp",), ("-march=native",), ())
-"""Optional flags, the best first; a compiler that refuses one gets the next. Without OpenMP a kernel uses one thread."""
+"""Optional flags, the best first; a compiler that refuses one gets the next. Without OpenMP there is one thread."""
 
 _COMPILE_LOCK = threading.Lock()
 _WARNED: set[str] = set()
@@ -138,8 +138,8 @@ class CKernel:
             if self.failure not in _WARNED:
                 _WARNED.add(self.failure)
                 warnings.warn(
-                    f"octavo: the C kernels of the CPU could not be built and the PyTorch references run instead, slower;"
-                    f" install gcc or clang, or set CC ({self.failure})",
+                    "octavo: the C kernels of the CPU could not be built and the PyTorch references run instead, "
+                    f"slower; install gcc or clang, or set CC ({self.failure})",
                     RuntimeWarning,
                     stacklevel=2,
                 )

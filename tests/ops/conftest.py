@@ -1,0 +1,49 @@
+"""Fixtures of the tests of ops: memory that nobody wrote is poisoned, and kernels are built in more than one way."""
+
+import platform
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from octavo.ops.attention.cpu import ATTENTION_KERNEL
+from octavo.ops.codec.cpu import CODEC_KERNEL
+from octavo.ops.linear.cpu import LINEAR_KERNEL
+
+CPU_KERNELS = (ATTENTION_KERNEL, CODEC_KERNEL, LINEAR_KERNEL)
+
+
+def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """`allocate`, with NaN or the largest number in every element that it leaves unwritten."""
+
+    def allocate_poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+        tensor = allocate(*args, **kwargs)
+        if tensor.is_floating_point():
+            return tensor.fill_(float("nan"))
+        return tensor if tensor.dtype == torch.bool else tensor.fill_(torch.iinfo(tensor.dtype).max)
+
+    return allocate_poisoned
+
+
+@pytest.fixture(autouse=True, scope="module")
+def poisoned_memory() -> Iterator[None]:
+    """An op that returns memory it did not write fails its test, also where that memory happens to be 0."""
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+            patch.setattr(owner, name, _poisoned(getattr(owner, name)))
+        yield
+
+
+@pytest.fixture(scope="module", params=["native", "portable"])
+def build(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The kernels as this machine runs them, and as a machine without its vector instructions does."""
+    if request.param == "portable" and platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("the native build is the portable one here")
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "portable":
+            patch.setenv("CC", "cc -mno-avx2 -mno-fma -mno-f16c")
+        for kernel in CPU_KERNELS:
+            patch.setattr(kernel, "_loaded", None)
+            assert kernel.load(), kernel.failure
+        yield request.param

@@ -19,12 +19,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from .resources import resource
-
-KINDS = {torch.int8: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-"""Element types that the kernels load, by their number in vector.h."""
 
 BASE_FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=fast", "-Wno-psabi")
 TUNING = (("-march=native", "-fopenmp"), ("-fopenmp",), ("-march=native",), ())

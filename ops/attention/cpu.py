@@ -4,7 +4,8 @@ import struct
 
 import torch
 
-from ..compile import KINDS, CKernel
+from ..compile import CKernel
+from ..operands import KINDS, broadcast_strides
 from .reference import attention_reference
 
 ATTENTION_KERNEL = CKernel(
@@ -22,22 +23,24 @@ def _last_contiguous(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _scale_part(part: torch.Tensor | None, codes: torch.Tensor) -> tuple[torch.Tensor | None, tuple[int, ...]]:
-    """A scale or zero point as float32, and what the kernel knows of it: address, whether per token, strides."""
+def _scale_part(
+    part: torch.Tensor | None, shape: tuple[int, int, int, int]
+) -> tuple[torch.Tensor | None, tuple[int, ...]]:
+    """A scale or zero of codes of shape `[B, G, S, D]` as float32, and its address, whether per token, and strides."""
     if part is None:
         return None, _NO_PART
     if part.dtype != torch.float32:
         part = part.float()
-    batch, groups, keys, width = codes.shape
+    batch, groups, keys, width = shape
     rows, columns = part.shape[-2:]
-    per_token = rows != 1 or (keys == 1 and columns == 1 and part.dim() == 4)
-    if per_token and columns != 1:
+    if rows == 1:
+        return part, (part.data_ptr(), 0, *broadcast_strides(part, (batch, groups, 1, width)))
+    if columns != 1:
         raise ValueError(
             f"attention on the CPU takes scales per channel [G, 1, D], per head [G, 1, 1] or per token [B, G, S, 1], "
             f"not both per token and per channel: {tuple(part.shape)}"
         )
-    view = part.expand(batch, groups, keys if per_token else 1, 1 if per_token else width)
-    return part, (part.data_ptr(), int(per_token), *view.stride())
+    return part, (part.data_ptr(), 1, *broadcast_strides(part, (batch, groups, keys, 1)))
 
 
 def attention_cpu(
@@ -77,15 +80,15 @@ def attention_cpu(
     q = query if query.dtype == torch.float32 else query.float()
     q = _last_contiguous(q)
     key, value = _last_contiguous(key), _last_contiguous(value)
-    key_scale, key_scale_part = _scale_part(key_scale, key)
-    key_zero, key_zero_part = _scale_part(key_zero, key)
-    value_scale, value_scale_part = _scale_part(value_scale, value)
-    value_zero, value_zero_part = _scale_part(value_zero, value)
+    key_scale, key_scale_part = _scale_part(key_scale, key.shape)
+    key_zero, key_zero_part = _scale_part(key_zero, key.shape)
+    value_scale, value_scale_part = _scale_part(value_scale, key.shape)
+    value_zero, value_zero_part = _scale_part(value_zero, key.shape)
     mask_kind, mask_strides = 0, _NO_MASK
     if mask is not None:
         mask_kind = 1 if mask.dtype == torch.bool else 2
         mask = mask if mask.dtype in (torch.bool, torch.float32) else mask.float()
-        mask_strides = mask.expand(batch, heads, queries, keys).stride()
+        mask_strides = broadcast_strides(mask, (batch, heads, queries, keys))
     if query_scale is not None:
         query_scale = query_scale.float().expand(heads, 1, 1).contiguous()
     q_strides, key_strides, value_strides = q.stride(), key.stride(), value.stride()

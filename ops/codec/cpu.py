@@ -4,7 +4,8 @@ import struct
 
 import torch
 
-from ..compile import KINDS, CKernel
+from ..compile import CKernel
+from ..operands import KINDS, broadcast_strides
 from .reference import encode_reference, encode_token_reference
 
 CODEC_KERNEL = CKernel("codec", ("ops/vector.h", "ops/codec/codec.c"), ("encode", "encode_token"))
@@ -23,12 +24,11 @@ def _encode_operands(x: torch.Tensor, codes: torch.Tensor) -> tuple[torch.Tensor
     return x, codes if codes.stride(3) == 1 else torch.empty_like(codes, memory_format=torch.contiguous_format)
 
 
-def _row_strides(part: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
-    """A scale or zero as float32 broadcast to `x`, and its strides; the last is 0 or 1."""
-    part = part.float().expand(x.shape)
-    if part.stride(3) not in (0, 1):
-        part = part.contiguous()
-    return part, part.stride()
+def _row_part(part: torch.Tensor, shape: tuple[int, ...]) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """A scale or zero as float32, and its strides broadcast to `shape`; the last is 0 or 1."""
+    if part.dtype != torch.float32 or (part.dim() and part.stride(-1) != 1):
+        part = part.float().contiguous()
+    return part, broadcast_strides(part, shape)
 
 
 def encode_cpu(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, codes: torch.Tensor) -> None:
@@ -37,10 +37,11 @@ def encode_cpu(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, 
     if run is None:
         return encode_reference(x, scale, zero, codes)
     values, target = _encode_operands(x, codes)
-    scale, scale_strides = _row_strides(scale, x)
+    shape = values.shape
+    scale, scale_strides = _row_part(scale, shape)
     zero_strides: tuple[int, ...] = _NO_STRIDES
     if zero is not None:
-        zero, zero_strides = _row_strides(zero, x)
+        zero, zero_strides = _row_part(zero, shape)
     arguments = _pack_encode(
         values.data_ptr(),
         target.data_ptr(),

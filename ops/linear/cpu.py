@@ -4,7 +4,8 @@ import struct
 
 import torch
 
-from ..compile import KINDS, CKernel
+from ..compile import CKernel
+from ..operands import KINDS
 from .reference import linear_w8a8_reference
 
 LINEAR_KERNEL = CKernel("linear", ("ops/vector.h", "ops/linear/linear.c"), ("linear_w8a8",))

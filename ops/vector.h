@@ -15,7 +15,7 @@
 #include <omp.h>
 #endif
 
-/* Before loops of a constant few turns over arrays that must live in registers: GCC unrolls others too late for that. */
+/* Before loops of a few turns over arrays that must live in registers: GCC unrolls others too late for that. */
 #ifdef __clang__
 #define UNROLL _Pragma("unroll")
 #else
@@ -108,7 +108,8 @@ INLINE f32x8 load_few_as_f32(const void *from, int64_t count, int kind) {
     return load_as_f32(padded, kind);
 }
 
-/* clamp(round(x), -128, 127), halves to even, still as floats. Adding 1.5 * 2^23 leaves no bit for a fraction. NaN stays. */
+/* clamp(round(x), -128, 127), halves to even, still as floats: adding 1.5 * 2^23 leaves no bit for a fraction. NaN
+ * stays NaN. */
 INLINE f32x8 round_to_code(f32x8 x) {
     x = max_f32(splat(-128.0f), min_f32(splat(127.0f), x));
     return (x + splat(12582912.0f)) - splat(12582912.0f);

@@ -1,13 +1,13 @@
 /* attention: softmax(q k^T) v over stored codes; README.md has the semantics and the folds.
  *
- * Rows are (query, head) pairs of one KV head: row m is query m / R of head g R + m % R, with R = H / G, so that all that
- * read the same codes stand together. A task is a block of rows over a chunk of keys; it runs a softmax block by block of
- * keys, and a second pass merges the chunks. */
+ * Rows are (query, head) pairs of one KV head: row m is query m / R of head g R + m % R, with R = H / G, so that all
+ * that read the same codes stand together. A task is a block of rows over a chunk of keys; it runs a softmax block by
+ * block of keys, and a second pass merges the chunks. */
 
 enum { KEY_BLOCK = 96, MAX_ROWS = 192, DIRECT_ROWS = 8, MIN_CHUNK = 512 };
 enum { MASK_NONE = 0, MASK_BOOL = 1, MASK_FLOAT = 2 };
 
-/* A scale or a zero point: 0 if there is none; `per_token` if it varies along the keys (then not along the channels). */
+/* A scale or a zero point: 0 if there is none; `per_token` if it varies along the keys, and then not the channels. */
 typedef struct {
     int64_t data, per_token, stride[4];
 } Part;
@@ -147,8 +147,7 @@ INLINE void soften_row(const AttentionArguments *a, Row *row, float *scores, int
     row->best = best;
 }
 
-/* Products of all rows with a block of keys, and later the weights times the values, for many rows. Groups of ROW_STEP rows
- * that see none of the keys, or only the first of them, do only what is needed. */
+/* Keys of a block that any of the rows m to m + ROW_STEP sees: such a group multiplies no more than these. */
 static int64_t seen_by(const Scratch *scratch, int64_t m, int64_t count, int64_t start, int64_t keys) {
     int64_t last = m + ROW_STEP - 1 < count ? m + ROW_STEP - 1 : count - 1; /* later rows see more */
     int64_t seen = scratch->rows[last].limit - start;

@@ -59,8 +59,8 @@ INLINE void direct_scores_of(const float *q, int64_t width, const char *key, int
         }
 }
 
-/* output[h][d] += sum_j weights[h][j] * value[j][d], from channel `d` on, `vectors` * 8 at a time while they fit; returns
- * the first channel left. */
+/* output[h][d] += sum_j weights[h][j] * value[j][d], from channel `d` on, `vectors` * 8 at a time while they fit;
+ * returns the first channel left. */
 INLINE int64_t direct_output_of(const float *weights, int64_t weights_stride, const char *value, int64_t value_stride,
                                 int64_t keys, float *output, int64_t width, int64_t d, int kind, const int heads,
                                 const int vectors) {

@@ -1,7 +1,7 @@
 /* linear_w8a8: int8 activations times int8 weights, exact in int32; README.md has the semantics.
  *
- * Codes are widened to int16, and pmaddwd multiplies and adds pairs: exact for every code, -128 included. Few rows stream
- * the weights once (`dot_rows`); many rows share weights packed into panels (`gemm_block`). */
+ * Codes are widened to int16, and pmaddwd multiplies and adds pairs: exact for every code, -128 included. Few rows
+ * stream the weights once (`dot_rows`); many rows share weights packed into panels (`gemm_block`). */
 
 enum {
     DOT_ROWS = 4,    /* rows of x that share a load of a weight */
@@ -212,6 +212,7 @@ EXPORT int linear_w8a8(const LinearArguments *given) {
     a->codes = malloc(sizeof(int16_t) * (size_t)((a->rows + ROW_TILE - 1) * a->code_stride));
     if (!a->codes) return 1;
     int threads = a->rows * a->depth * a->columns < SMALL ? 1 : (int)a->threads, failed = 0;
+    (void)threads; /* unused where the compiler has no OpenMP */
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
 #pragma omp for schedule(static)

@@ -7,7 +7,8 @@ enum {
     DOT_ROWS = 4,    /* rows of x that share a load of a weight */
     DOT_LIMIT = 12,  /* up to so many rows dot_rows is faster */
     DOT_GRAIN = 32,  /* output channels that a thread takes at a time */
-    SMALL = 1 << 16, /* products below which a second thread costs more than it brings */
+    SMALL = 1 << 19, /* products below which a second thread costs more than it brings */
+    SMALL_X = 1 << 14, /* values of x, likewise */
     LANES = 16,
     ROW_TILE = 6,
     PANEL_COLUMNS = 16,
@@ -212,22 +213,23 @@ EXPORT int linear_w8a8(const LinearArguments *given) {
     a->codes = malloc(sizeof(int16_t) * (size_t)((a->rows + ROW_TILE - 1) * a->code_stride));
     if (!a->codes) return 1;
     int threads = a->rows * a->depth * a->columns < SMALL ? 1 : (int)a->threads, failed = 0;
-    (void)threads; /* unused where the compiler has no OpenMP */
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < a->rows; row++) switch (a->kind) {
-            case KIND_FLOAT32: quantize_row(a, row, KIND_FLOAT32); break;
-            case KIND_BFLOAT16: quantize_row(a, row, KIND_BFLOAT16); break;
-            default: quantize_row(a, row, KIND_FLOAT16);
-            }
+    int quantizing = a->rows * a->depth < SMALL_X ? 1 : threads;
+    (void)threads, (void)quantizing; /* unused where the compiler has no OpenMP */
+#pragma omp parallel for num_threads(quantizing) if (quantizing > 1) schedule(static)
+    for (int64_t row = 0; row < a->rows; row++) switch (a->kind) {
+        case KIND_FLOAT32: quantize_row(a, row, KIND_FLOAT32); break;
+        case KIND_BFLOAT16: quantize_row(a, row, KIND_BFLOAT16); break;
+        default: quantize_row(a, row, KIND_FLOAT16);
+        }
 #ifdef __AVX2__
-        if (a->rows > DOT_LIMIT) {
+    if (a->rows > DOT_LIMIT) {
+        int64_t row_blocks = (a->rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+        int64_t column_blocks = (a->columns + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS;
+        int64_t block_rows = ((a->rows + row_blocks - 1) / row_blocks + ROW_TILE - 1) / ROW_TILE * ROW_TILE;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+        {
             GemmScratch *scratch = malloc(sizeof(GemmScratch));
             if (!scratch) failed = 1;
-            int64_t row_blocks = (a->rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
-            int64_t column_blocks = (a->columns + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS;
-            int64_t block_rows = ((a->rows + row_blocks - 1) / row_blocks + ROW_TILE - 1) / ROW_TILE * ROW_TILE;
 #pragma omp for schedule(dynamic, 1)
             for (int64_t block = 0; block < row_blocks * column_blocks; block++) {
                 int64_t row = block / column_blocks * block_rows, column = block % column_blocks * BLOCK_COLUMNS;
@@ -235,14 +237,14 @@ EXPORT int linear_w8a8(const LinearArguments *given) {
                 if (scratch && rows > 0) gemm_block(a, row, rows, column, scratch);
             }
             free(scratch);
-        } else
-#endif
-        {
-#pragma omp for schedule(static)
-            for (int64_t first = 0; first < a->columns; first += DOT_GRAIN)
-                dot_rows(a, first, first + DOT_GRAIN < a->columns ? first + DOT_GRAIN : a->columns);
         }
+        free(a->codes);
+        return failed;
     }
+#endif
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic, 1)
+    for (int64_t first = 0; first < a->columns; first += DOT_GRAIN)
+        dot_rows(a, first, first + DOT_GRAIN < a->columns ? first + DOT_GRAIN : a->columns);
     free(a->codes);
     return failed;
 }

@@ -195,7 +195,8 @@ INLINE void attend(const AttentionArguments *a, const Plan *plan, int64_t b, int
         load_tokens(&a->value_scale, b, g, start, keys, scratch->value_scale);
         load_tokens(&a->value_zero, b, g, start, keys, scratch->value_zero);
         if (plan->direct) {
-            direct_scores(scratch->q, count, padded, k, key_step, keys, scratch->scores, KEY_BLOCK, key_kind);
+            direct_scores(scratch->q, count, padded, k, key_step, keys, scratch->scores, KEY_BLOCK, v,
+                          value_step * kind_size(value_kind), key_kind);
         } else {
             decode_keys(k, key_step, keys, a->width, padded, scratch->keys, key_kind);
             decode_values(v, value_step, keys, a->width, padded, KEY_BLOCK, scratch->values, value_kind);

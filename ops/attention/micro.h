@@ -30,12 +30,16 @@ INLINE void sum_of_four(f32x8 a, f32x8 b, f32x8 c, f32x8 d, float to[4]) {
 }
 
 /* scores[h][j] = q[h] . key[j] for `heads` rows of q and `keys` rows of codes. `step` keys share each load of q and
- * `heads` rows each widened key; heads * step sums fit the registers. */
+ * `heads` rows each widened key; heads * step sums fit the registers. The rows of V, at `ahead`, are fetched meanwhile,
+ * because direct_output walks them in columns, which no hardware foresees. */
 INLINE void direct_scores_of(const float *q, int64_t width, const char *key, int64_t key_stride, int64_t keys,
-                             float *scores, int64_t scores_stride, int kind, const int heads, const int step) {
+                             float *scores, int64_t scores_stride, const char *ahead, int64_t ahead_stride, int kind,
+                             const int heads, const int step) {
     int64_t size = kind_size(kind), j = 0;
     for (; j + step <= keys; j += step) {
         f32x8 sums[16] = {0};
+        for (int t = 0; t < step; t++)
+            for (int64_t d = 0; d < width * size; d += 64) __builtin_prefetch(ahead + (j + t) * ahead_stride + d);
         for (int64_t d = 0; d < width; d += 8) {
             f32x8 codes[4];
             UNROLL for (int t = 0; t < step; t++) codes[t] = load_as_f32(key + ((j + t) * key_stride + d) * size, kind);
@@ -85,14 +89,21 @@ INLINE int64_t direct_output_of(const float *weights, int64_t weights_stride, co
 
 /* Both of the above for any number of rows, in groups of up to four. */
 INLINE void direct_scores(const float *q, int64_t rows, int64_t width, const char *key, int64_t key_stride,
-                          int64_t keys, float *scores, int64_t stride, int kind) {
+                          int64_t keys, float *scores, int64_t stride, const char *ahead, int64_t ahead_stride,
+                          int kind) {
     while (rows > 0) {
         int64_t taken = rows >= 4 ? 4 : rows;
         switch (taken) {
-        case 4: direct_scores_of(q, width, key, key_stride, keys, scores, stride, kind, 4, 3); break;
-        case 3: direct_scores_of(q, width, key, key_stride, keys, scores, stride, kind, 3, 4); break;
-        case 2: direct_scores_of(q, width, key, key_stride, keys, scores, stride, kind, 2, 4); break;
-        default: direct_scores_of(q, width, key, key_stride, keys, scores, stride, kind, 1, 4);
+        case 4:
+            direct_scores_of(q, width, key, key_stride, keys, scores, stride, ahead, ahead_stride, kind, 4, 3);
+            break;
+        case 3:
+            direct_scores_of(q, width, key, key_stride, keys, scores, stride, ahead, ahead_stride, kind, 3, 4);
+            break;
+        case 2:
+            direct_scores_of(q, width, key, key_stride, keys, scores, stride, ahead, ahead_stride, kind, 2, 4);
+            break;
+        default: direct_scores_of(q, width, key, key_stride, keys, scores, stride, ahead, ahead_stride, kind, 1, 4);
         }
         rows -= taken, q += taken * width, scores += taken * stride;
     }

@@ -6,7 +6,7 @@ BIN := .venv/bin
 
 help:
 	@echo "make setup   make .venv and install everything into it"
-	@echo "make demo    fetch SmolLM2-135M, quantize it, and compare it with the float model (about 3 minutes)"
+	@echo "make demo    fetch SmolLM2-135M, quantize it, and compare it with the float model (some minutes)"
 	@echo "make test    run the tests"
 	@echo "make check   lint, and check that the code can be bundled"
 	@echo "make bench   time the ops on this machine"
@@ -23,7 +23,7 @@ demo: setup
 	$(BIN)/python examples/demo.py
 
 test: setup
-	OCTAVO_SMOLLM2="$$($(BIN)/python examples/fetch_smollm2.py)" $(BIN)/python -m pytest -q
+	smollm2="$$($(BIN)/python examples/fetch_smollm2.py)" && OCTAVO_SMOLLM2="$$smollm2" $(BIN)/python -m pytest -q
 
 check: setup
 	$(BIN)/ruff check .

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 REPOSITORY = Path(__file__).parents[1]
 
 
@@ -16,13 +18,14 @@ class Architecture:
         name: folder under `models/`.
         model_type: as in the config.json of the checkpoints it converts.
         model_class: the quantized model class, in `models/{name}/{module}.py`.
-        float_linears: from a config, globs of the linear layers that the recipe leaves in float.
+        float_linears: from a config and the dtype of the checkpoint, globs of the linear layers that the recipe leaves
+            in float.
     """
 
     name: str
     model_type: str
     model_class: type
-    float_linears: Callable[[Any], list[str]]
+    float_linears: Callable[[Any, torch.dtype], list[str]]
 
     @property
     def module(self) -> str:

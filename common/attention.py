@@ -56,15 +56,16 @@ def quantized_attention(
     Raises:
         OctavoError: an argument that the op does not serve, named.
     """
-    if dropout:
-        raise OctavoError("quantized attention is for inference: call model.eval() or set attention_dropout to 0")
+    if dropout or (module.training and torch.is_grad_enabled()):
+        raise OctavoError("quantized attention is for inference and has no gradients: call model.eval()")
     for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
             raise OctavoError(f"quantized attention does not serve {name!r}, which this model's attention passes")
     if kwargs.get("output_attentions"):
         raise OctavoError("quantized attention returns no attention weights; leave output_attentions=False")
-    keys = key if isinstance(key, Codes) else Codes(key)
-    values = value if isinstance(value, Codes) else Codes(value)
+    # Not `isinstance(key, Codes)`: another copy of this very code, beside another checkpoint, has a class of its own.
+    keys = Codes(key) if isinstance(key, torch.Tensor) else key
+    values = Codes(value) if isinstance(value, torch.Tensor) else value
     if attention_mask is not None:
         attention_mask = attention_mask[..., : keys.codes.shape[2]]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal

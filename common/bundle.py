@@ -127,7 +127,9 @@ def _embedded(modules: list[Module]) -> str:
 
 
 def commit() -> str:
-    """The commit of this tree, or "unknown" outside a checkout."""
+    """The commit of this tree, or "unknown" outside a checkout of its own."""
+    if not (REPOSITORY / ".git").exists():
+        return "unknown"
     command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=12", "--exclude", "*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

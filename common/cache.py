@@ -63,6 +63,11 @@ class CodeStore:
             raise OctavoError(
                 f"the cache holds max_length={self.max_length} tokens and {tokens} are needed; make it larger"
             )
+        if self._codes is not None and self._codes.shape[:2] != like.shape[:2]:
+            raise OctavoError(
+                f"the cache holds {self._codes.shape[0]} sequences of {self._codes.shape[1]} heads, and "
+                f"{like.shape[0]} of {like.shape[1]} come; use a new cache"
+            )
         if self._codes is not None and tokens <= self._codes.shape[2]:
             return
         capacity = self.max_length if self.max_length is not None else capacity_for(tokens)
@@ -173,8 +178,6 @@ class QuantizedLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         """Number of tokens that fit, or -1 if there is no limit."""
         return -1 if self.max_length is None else self.max_length
-
-    get_max_cache_shape = get_max_length  # its name before transformers 5.20
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys that a mask for `query_length` new tokens covers."""

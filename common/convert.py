@@ -4,6 +4,7 @@ import argparse
 import copy
 import shutil
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -44,8 +45,19 @@ from .source import (
 from .statistics import Statistics, scales_of
 
 LONGEST_SAMPLE = 2048
-TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*.jinja", "*.model", "generation_config.json")
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges*",
+    "*.jinja",
+    "*.model",
+    "generation_config.json",
+)
 GIGABYTE = 10**9
+FEW_TOKENS = 100
+"""Below this the summary says that its figures mean little."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +77,11 @@ class Quantized:
     tensors: dict[str, torch.Tensor]
     tied: list[str]
     deq_scale_dtype: torch.dtype
+
+
+def source_dtype(headers: dict[str, TensorHeader]) -> torch.dtype:
+    """The dtype of a checkpoint: that of most of its tensors."""
+    return FLOAT_DTYPES[Counter(header.dtype for header in headers.values()).most_common(1)[0][0]]
 
 
 def choose_linears(model: nn.Module, flags: argparse.Namespace, recipe: list[str]) -> list[str]:
@@ -100,8 +117,7 @@ def quantize_model(
     headers: dict[str, TensorHeader],
 ) -> Quantized:
     """All tensors of the quantized checkpoint, in the order of the model; float ones in the dtype of the source."""
-    is_bf16 = any(header.dtype == "BF16" for header in headers.values())
-    deq_scale_dtype = torch.float32 if is_bf16 else torch.int64
+    deq_scale_dtype = torch.float32 if source_dtype(headers) == torch.bfloat16 else torch.int64
     replaced = {f"{name}.{part}" for name in linears for part in ("weight", "bias")}
     tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
     quantized: dict[str, torch.Tensor] = {}
@@ -134,7 +150,7 @@ def build_quantized(architecture: Architecture, model: nn.Module, quantized: Qua
         result = architecture.model_class(config)
     float_state = model.state_dict()
     result.load_state_dict(
-        {name: float_state.get(name, t) if t.is_floating_point() and name in float_state else t
+        {name: float_state.get(name, t) if t.is_floating_point() else t
          for name, t in quantized.tensors.items()},
         strict=False,
         assign=True,
@@ -160,7 +176,7 @@ def output_config(source: dict[str, Any], architecture: Architecture, quantized:
         config["tie_word_embeddings"] = False
     if "dtype" in config:
         config.setdefault("torch_dtype", config["dtype"])
-    if "rope_theta" in config.get("rope_parameters", {}):
+    if "rope_theta" in (config.get("rope_parameters") or {}):
         # Readers built on transformers 4, MindIE among them, look for it here and else take 10000 in silence.
         config.setdefault("rope_theta", config["rope_parameters"]["rope_theta"])
     return config
@@ -183,7 +199,8 @@ def write_checkpoint(
         write_json(stage / "config.json", output_config(config, architecture, quantized))
         for pattern in TOKENIZER_FILES:
             for file in source.glob(pattern):
-                shutil.copyfile(file, stage / file.name)
+                if file.is_file():
+                    shutil.copyfile(file, stage / file.name)
         for name, text in bundle(architecture).items():
             (stage / name).write_text(text, encoding="utf-8")
         return sum(file.stat().st_size for file in stage.iterdir())
@@ -209,6 +226,17 @@ def _summary(rows: list[tuple[str, str, str]]) -> str:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr)
+
+
+def _check_statistics_file(file: Path | None, output: Path) -> None:
+    if file is None:
+        return
+    if file.is_dir() or not file.absolute().parent.is_dir():
+        raise OctavoError(f"--save_statistics {file}: is no file in a directory that exists")
+    if file.resolve().parent == output.resolve():
+        raise OctavoError(
+            f"--save_statistics {file}: lies in --save_directory, written whole; name another place"
+        )
 
 
 def _texts(flags: argparse.Namespace) -> list[str]:
@@ -237,10 +265,7 @@ def convert(architecture: Architecture, flags: argparse.Namespace) -> None:
         OctavoError: anything that the user can mend.
     """
     check_output(flags.save_directory, "--save_directory")
-    if flags.save_statistics is not None and (
-        flags.save_statistics.is_dir() or not flags.save_statistics.absolute().parent.is_dir()
-    ):
-        raise OctavoError(f"--save_statistics {flags.save_statistics}: is no file in a directory that exists")
+    _check_statistics_file(flags.save_statistics, flags.save_directory)
     check_device(flags.device_type)
     texts = _texts(flags)
     source = find_source(flags.model_path)
@@ -252,7 +277,7 @@ def convert(architecture: Architecture, flags: argparse.Namespace) -> None:
     samples, held_back = hold_back(samples)
     model = load_source(source, flags.device_type)
 
-    linears = choose_linears(model, flags, architecture.float_linears(model.config))
+    linears = choose_linears(model, flags, architecture.float_linears(model.config, source_dtype(headers)))
     statistics = calibrate(model, linears, tqdm(samples, desc="calibrating", unit="text"))
     statistics.check_finite()
     linears = drop_worst(linears, statistics, flags.disable_level)
@@ -278,7 +303,10 @@ def convert(architecture: Architecture, flags: argparse.Namespace) -> None:
         rows.append(("KL(float || quantized), nats per token", "", f"{fidelity.kl:.5f}"))
     print(_summary(rows))
     if fidelity is not None:
-        print(f"perplexity and KL over {fidelity.tokens} tokens of {len(held_back)} texts held back from calibration")
+        where = f"{len(held_back)} text(s) held back from calibration" if len(texts) > 1 else "the one calibration text"
+        print(f"perplexity and KL over {fidelity.tokens} tokens of {where}")
+        if fidelity.tokens < FEW_TOKENS:
+            print(f"fewer than {FEW_TOKENS} tokens: give more calibration texts for figures that mean something")
     print(f"wrote {flags.save_directory}: {len(linears)} linears in W8A8, attention {quantized.scheme.name}")
 
 

@@ -5,6 +5,7 @@ Names, types and defaults: MindIE-LLM, `examples/atb_models/examples/convert/mod
 
 import argparse
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, NoReturn
 
 from transformers.utils import logging
 
-from .errors import OctavoError
+from .errors import OctavoError, first_line
 from .quantize import AUTOMATIC, HISTOGRAM, MIN_MAX
 
 DEVICES = ("cpu", "cuda", "npu")
@@ -142,4 +143,9 @@ def run_script(work: Any, argv: list[str] | None) -> int:
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:  # a damaged file can make torch or transformers raise anything
+        if os.environ.get("OCTAVO_TRACEBACK"):
+            raise
+        print(f"error: {type(error).__name__}: {first_line(error)} (OCTAVO_TRACEBACK=1 shows where)", file=sys.stderr)
+        return 1
     return 0

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ..ops import linear_w8a8
+from .errors import OctavoError
 
 
 class W8A8Linear(nn.Module):
@@ -38,6 +39,12 @@ class W8A8Linear(nn.Module):
             if getattr(self, name).dtype != before[name].dtype:
                 setattr(self, name, before[name].to(getattr(self, name).device))
         return self
+
+    def check(self, name: str) -> None:
+        """Raise an `OctavoError` if a scale is no positive number, as in a damaged file."""
+        for part in (self.input_scale, self.weight_scale, self._decoded_deq_scale()):
+            if not part.is_meta and not bool((torch.isfinite(part) & (part > 0)).all()):
+                raise OctavoError(f"{name} holds a scale that is no positive number; copy it again or convert again")
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

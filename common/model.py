@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 from transformers.utils import cached_file
 
 from ..ops.library import NAMESPACE
@@ -22,8 +23,8 @@ from .checkpoints.ascend import (
     weight_file_names,
 )
 from .errors import OctavoError
+from .linear import W8A8Linear
 from .scheme import Scheme, load_scheme
-from .statistics import Scales
 
 CONFIG_KEY = "octavo"
 NATIVE_LOAD_HINT = "needs-trust_remote_code=True.safetensors"
@@ -36,8 +37,12 @@ _GROWING_CACHES = (None, "dynamic", "offloaded")
 
 def _weight_files(index: Path, find: Any) -> list[Path]:
     """The files that an index lists, each found (or fetched) by `find(name)`."""
-    names = sorted(set(read_json(index).get("weight_map", {}).values()))
-    files = {name: find(name) for name in names}
+    data = read_json(index)
+    weight_map = data.get("weight_map")
+    names = set(weight_map.values()) if isinstance(weight_map, dict) and "metadata" in data else {None}
+    if not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise OctavoError(f"{index}: maps no tensors to files of this directory; copy it again or convert again")
+    files = {name: find(name) for name in sorted(names)}
     for name, file in files.items():
         if file is None:
             raise OctavoError(f"{index}: lists {name}, which is missing; copy the directory again or convert again")
@@ -98,6 +103,43 @@ def describe_checkpoint(config: Any, source: str, tied: Iterable[str], hub_argum
     config.transformers_weights = single if single_file is not None else index
 
 
+def _new_cache(decoder: torch.nn.Module, max_length: int | None = None, offloading: bool = False) -> QuantizedCache:
+    scheme = decoder.octavo_scheme
+    return QuantizedCache(decoder.config, scheme, None, read_scales(decoder, scheme), max_length, offloading)
+
+
+def _provide_cache(decoder: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+    """Every pass reads codes: give one without a cache a new one, and refuse what cannot read or store codes."""
+    if decoder.config._attn_implementation != NAMESPACE:
+        raise OctavoError(
+            f"attn_implementation {decoder.config._attn_implementation!r} cannot read a quantized cache; "
+            f"call set_attn_implementation({NAMESPACE!r})"
+        )
+    cache = kwargs.get("past_key_values")
+    if cache is None:
+        kwargs["past_key_values"] = _new_cache(decoder)
+    elif not hasattr(cache, "scheme"):
+        raise OctavoError(f"past_key_values is a {type(cache).__name__}; pass model.new_cache() or leave it out")
+    return args, kwargs
+
+
+def _withdraw_cache(decoder: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+    """Do not hand out a cache that the caller said it does not want."""
+    if kwargs.get("use_cache") is False and hasattr(output, "past_key_values"):
+        output.past_key_values = None
+    return output
+
+
+def _check_loaded(source: str, model: torch.nn.Module) -> None:
+    """Raise an `OctavoError` that names the first scale that is no positive number, or norm that is not finite."""
+    for name, module in model.named_modules():
+        if isinstance(module, W8A8Linear):
+            module.check(f"{source}: {name}")
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1 and not parameter.is_meta and not torch.isfinite(parameter).all():
+            raise OctavoError(f"{source}: {name} holds NaN or Inf; copy the directory again or convert again")
+
+
 class QuantizedCausalLM:
     """Mixin placed before a `...ForCausalLM` of transformers.
 
@@ -116,9 +158,9 @@ class QuantizedCausalLM:
         self.scheme: Scheme = load_scheme(recipe.get("scheme", "float"))
         dtype = SCALAR_DTYPES[recipe.get("deq_scale", "F32")]
         attach_buffers(self, self.scheme, recipe.get("quantized_linears", ()), dtype)
-        self._scales: Scales | None = None
-        self.base_model.register_forward_pre_hook(self._provide_cache, with_kwargs=True)
-        self.base_model.register_forward_hook(self._withdraw_cache, with_kwargs=True)
+        self.base_model.octavo_scheme = self.scheme
+        self.base_model.register_forward_pre_hook(_provide_cache, with_kwargs=True)
+        self.base_model.register_forward_hook(_withdraw_cache, with_kwargs=True)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *args: Any, config: Any = None, **kwargs: Any) -> Any:
@@ -129,7 +171,9 @@ class QuantizedCausalLM:
         """
         hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
         if config is None or isinstance(config, (str, Path)):
-            config = cls.config_class.from_pretrained(source if config is None else config, **hub_arguments)
+            config = AutoConfig.from_pretrained(source if config is None else config, **hub_arguments)
+        if not isinstance(config, cls.config_class):
+            raise OctavoError(f"{source}: model_type is {config.model_type!r}, not {cls.config_class.model_type!r}")
         describe_checkpoint(config, str(source), cls._tied_weights_keys or (), hub_arguments)
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs["ignore_mismatched_sizes"] = True  # reported below, by name
@@ -138,6 +182,7 @@ class QuantizedCausalLM:
             if info[problem]:
                 first = sorted(map(str, info[problem]))[0]
                 raise OctavoError(f"{source}: {problem.replace('_', ' ')}: {first}; config and weights disagree")
+        _check_loaded(str(source), model)
         return (model, info) if wants_info else model
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
@@ -148,24 +193,7 @@ class QuantizedCausalLM:
 
     def new_cache(self, max_length: int | None = None, offloading: bool = False) -> QuantizedCache:
         """An empty cache with this model's scheme and scales; arguments as in `QuantizedCache`."""
-        if self._scales is None:
-            self._scales = read_scales(self, self.scheme)
-        return QuantizedCache(self.config, self.scheme, None, self._scales, max_length, offloading)
-
-    def _provide_cache(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
-        """Every pass reads codes: give one without a cache a new one, and refuse one that stores no codes."""
-        cache = kwargs.get("past_key_values")
-        if cache is None:
-            kwargs["past_key_values"] = self.new_cache()
-        elif not hasattr(cache, "scheme"):
-            raise OctavoError(f"past_key_values is a {type(cache).__name__}; pass model.new_cache() or leave it out")
-        return args, kwargs
-
-    def _withdraw_cache(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        """Do not hand out a cache that the caller said it does not want."""
-        if kwargs.get("use_cache") is False:
-            output.past_key_values = None
-        return output
+        return _new_cache(self.base_model, max_length, offloading)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch_size: int, max_length: int

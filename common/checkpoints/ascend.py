@@ -5,6 +5,7 @@ It is also the form in which Octavo's own models hold their tensors. Zero points
 """
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,6 +117,8 @@ def attach_buffers(model: nn.Module, scheme: Scheme, quantized: Iterable[str], d
             raise OctavoError(
                 f"{DESCRIPTION_FILE} names {name}, which config.json gives the model no room for"
             ) from None
+        if not isinstance(linear, nn.Linear):
+            raise OctavoError(f"{DESCRIPTION_FILE}: {name} is labelled W8A8 and is no linear layer; convert again")
         layer = W8A8Linear(linear.in_features, linear.out_features, linear.bias is not None, deq_scale_dtype)
         setattr(model.get_submodule(parent), child, layer)
     for _, attention in attention_modules(model):
@@ -230,7 +233,10 @@ def described_scheme(description: dict[str, Any], layers: int) -> Scheme | None:
 
 def weight_file_names(description: dict[str, Any]) -> tuple[str, str]:
     """Names of the weight file and of the index that replaces it when the weights are in several files."""
-    single = WEIGHT_FILE.format(kind=str(description.get("model_quant_type", "")).lower())
+    kind = str(description.get("model_quant_type", "")).lower()
+    if not re.fullmatch(r"[a-z0-9_]+", kind):
+        raise OctavoError(f"{DESCRIPTION_FILE}: model_quant_type {kind!r} is none; copy it again or convert again")
+    single = WEIGHT_FILE.format(kind=kind)
     return single, f"{single}.index.json"
 
 
@@ -289,6 +295,10 @@ def check_description(description: dict[str, Any], headers: dict[str, TensorHead
         labels, dtypes = STORED_AS.get(kind, (("FLOAT",), FLOATS))
         if label not in labels or headers[name].dtype not in dtypes:
             raise OctavoError(f"{where}: {name} is labelled {label} and stored as {headers[name].dtype}; convert again")
+    for linear in quantized_linears(described):
+        for part in ("input_scale", "input_offset", "quant_bias", "deq_scale"):
+            if f"{linear}.{part}" not in headers:
+                raise OctavoError(f"{where}: {linear}.{part} is missing; convert the model again")
     kinds = {header.dtype for name, header in headers.items() if name.endswith(".deq_scale")}
     if len(kinds) > 1:
         raise OctavoError(f"{where}: deq_scale is stored as {' and '.join(sorted(kinds))}; convert the model again")

@@ -19,7 +19,8 @@ def main() -> None:
     settings = json.loads((Path(__file__).parent / "settings.json").read_text(encoding="utf-8"))
 
     config = AutoConfig.from_pretrained(flags.model_path)
-    config.octavo = {"scheme": settings["scheme"]}
+    if not hasattr(config, "octavo"):  # a converted checkpoint names its own scheme
+        config.octavo = {"scheme": settings["scheme"]}
     model = LlamaForCausalLM.from_pretrained(flags.model_path, config=config)
     tokenizer = AutoTokenizer.from_pretrained(flags.model_path)
 

@@ -12,9 +12,9 @@ _LONG_CONTEXT = 131072
 _OUTER_LAYERS = 5
 
 
-def float_linears(config: Any) -> list[str]:
+def float_linears(config: Any, dtype: torch.dtype) -> list[str]:
     """Globs of the linear layers that Ascend's recipe leaves in float (MindIE-LLM, llama3/convert_quant_weights.py)."""
-    is_large_fp16 = config.hidden_size == _LARGE_HIDDEN_SIZE and config.dtype == torch.float16
+    is_large_fp16 = config.hidden_size == _LARGE_HIDDEN_SIZE and dtype == torch.float16
     if not is_large_fp16:
         return ["*.mlp.down_proj", "lm_head"]
     outer = [f"model.layers.{index}.*_proj" for index in range(_OUTER_LAYERS)]

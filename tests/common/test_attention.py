@@ -22,7 +22,7 @@ KEY, VALUE = (torch.randn((2, 2, 11, 16), generator=GENERATOR) for _ in range(2)
 
 def attend(**changes: Any) -> torch.Tensor:
     arguments = {"query": QUERY, "key": KEY, "value": VALUE, "attention_mask": None, **changes}
-    return quantized_attention(torch.nn.Module(), **arguments)[0]
+    return quantized_attention(torch.nn.Module().eval(), **arguments)[0]
 
 
 def sdpa(mask: torch.Tensor | None, **arguments: Any) -> torch.Tensor:
@@ -58,6 +58,11 @@ def test_codes_stand_for_code_less_zero_times_scale() -> None:
     torch.testing.assert_close(attend(value=handle), attend(value=decoded), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(attend(key=handle), attend(key=Codes(codes, scale)), atol=1e-4, rtol=0)  # softmax
     assert (attend(value=handle) - attend(value=Codes(codes, scale))).abs().max() > 1e-3
+
+
+def test_training_is_refused() -> None:
+    with pytest.raises(OctavoError, match="no gradients"):
+        quantized_attention(torch.nn.Module().train(), *torch.randn(3, 1, 2, 4, 16).unbind(), None)
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,11 @@ from transformers import DynamicCache
 
 from octavo.common.attention import Codes, quantized_attention
 from octavo.common.cache import SMALLEST_CAPACITY, QuantizedCache, capacity_for
+from octavo.common.checkpoints.ascend import scale_tensors
 from octavo.common.errors import OctavoError
 from octavo.common.observe import calibrate
 from octavo.common.scheme import Scheme, load_scheme
-from octavo.common.statistics import LayerScales
+from octavo.common.statistics import LayerScales, load_statistics, scales_of
 from octavo.models.llama3.modeling_llama_fa3 import LlamaForCausalLM
 
 from ..support import random_ids, randomized, tiny_config, tiny_llama
@@ -126,17 +127,13 @@ def test_float_cache_with_prompt_lookup(stock: torch.nn.Module, reader: torch.nn
 
 @pytest.fixture(scope="module", params=SCHEMES)
 def quantized(request: pytest.FixtureRequest, statistics: Path) -> torch.nn.Module:
-    """The zoo's own Llama with a scheme; static scales are put in by `new_cache`."""
-    config = tiny_config()
-    config.octavo = {"scheme": "float"}
-    model = LlamaForCausalLM(config)
-    model.load_state_dict(tiny_llama().state_dict())
+    """The zoo's own Llama with a scheme, its static scales loaded as from a checkpoint."""
     scheme = load_scheme(request.param)
-
-    def new_cache(max_length: int | None = None, offloading: bool = False) -> QuantizedCache:
-        return QuantizedCache(config, scheme, statistics=statistics, max_length=max_length, offloading=offloading)
-
-    model.new_cache = new_cache
+    config = tiny_config()
+    config.octavo = {"scheme": request.param}
+    model = LlamaForCausalLM(config)
+    scales = scales_of(scheme, load_statistics(statistics))
+    model.load_state_dict({**tiny_llama().state_dict(), **scale_tensors(model, scheme, scales)})
     return model.eval()
 
 
@@ -204,7 +201,7 @@ def test_attention_does_not_depend_on_how_tokens_are_cut(
         filled, outputs = cache(scheme), []
         for q, k, v in zip(*(part.split(size, dim=2) for part in (query, key, value)), strict=True):
             handles = filled.update(k, v, 0)
-            outputs.append(quantized_attention(torch.nn.Module(), q, *handles, None)[0])
+            outputs.append(quantized_attention(torch.nn.Module().eval(), q, *handles, None)[0])
         return torch.cat(outputs, dim=1)
 
     torch.testing.assert_close(attend(chunk), attend(520), atol=TOLERANCES["attention"], rtol=0)

@@ -79,7 +79,7 @@ def test_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
     assert "llama3" in build_parser("llama3").description
 
 
-def test_errors_that_a_user_can_mend_end_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_end_in_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(argv: list[str] | None) -> None:
         raise OctavoError("the way out")
 
@@ -91,6 +91,9 @@ def test_errors_that_a_user_can_mend_end_in_one_line(capsys: pytest.CaptureFixtu
     assert capsys.readouterr().err == "error: the way out\n"
     assert run_script(interrupted, []) == 130
     assert capsys.readouterr().err == "error: interrupted\n"
+    assert run_script(lambda argv: 1 / 0, []) == 1
+    assert capsys.readouterr().err.startswith("error: ZeroDivisionError: division by zero (")
+    monkeypatch.setenv("OCTAVO_TRACEBACK", "1")
     with pytest.raises(ZeroDivisionError):
         run_script(lambda argv: 1 / 0, [])
 

@@ -49,8 +49,6 @@ def test_the_minimal_project_runs_without_octavo(project: Path, source: Path, sc
 
 
 def test_the_minimal_project_loads_a_converted_checkpoint_too(project: Path, converted: Callable[..., Path]) -> None:
-    settings = project / "settings.json"
-    settings.write_text(settings.read_text().replace("int8-token", "ascend-c8"))
     directory = converted("--use_kvcache_quant", "True")
     assert "scheme ascend-c8" in run("main.py", "--model_path", str(directory), cwd=project)
 

@@ -1,5 +1,6 @@
 """Converted Llama directories as a user gets them: loaded by transformers, with Octavo not installed."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -256,19 +257,49 @@ def test_config_of_the_output(variants: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "floats"),
+    ("changes", "dtype", "floats"),
     [
-        ({}, ["*.mlp.down_proj", "lm_head"]),
-        ({"hidden_size": 8192}, ["*.mlp.down_proj", "lm_head"]),
-        ({"hidden_size": 8192, "dtype": torch.float16}, [f"model.layers.{i}.*_proj" for i in range(5)] + ["lm_head"]),
+        ({}, torch.float16, ["*.mlp.down_proj", "lm_head"]),
+        ({"hidden_size": 8192}, torch.bfloat16, ["*.mlp.down_proj", "lm_head"]),
+        ({"hidden_size": 8192}, torch.float16, [f"model.layers.{i}.*_proj" for i in range(5)] + ["lm_head"]),
         (
-            {"hidden_size": 8192, "dtype": torch.float16, "max_position_embeddings": 131072},
+            {"hidden_size": 8192, "max_position_embeddings": 131072},
+            torch.float16,
             [f"model.layers.{i}.*_proj" for i in range(5)] + ["*.mlp.down_proj", "lm_head"],
         ),
     ],
 )
-def test_recipe_of_ascend(changes: dict[str, Any], floats: list[str]) -> None:
-    assert float_linears(tiny_config(num_attention_heads=64, head_dim=128, **changes)) == floats
+def test_recipe_of_ascend(changes: dict[str, Any], dtype: torch.dtype, floats: list[str]) -> None:
+    assert float_linears(tiny_config(num_attention_heads=64, head_dim=128, **changes), dtype) == floats
+
+
+def test_the_recipe_is_told_the_dtype_of_the_checkpoint_and_not_of_the_calculation(tmp_path: Path) -> None:
+    told = []
+
+    def recipe(config: Any, dtype: torch.dtype) -> list[str]:
+        told.append(dtype)
+        return float_linears(config, dtype)
+
+    source = save_source(tmp_path / "half", tiny_llama().half())
+    architecture = dataclasses.replace(ARCHITECTURE, float_linears=recipe)
+    assert conversion.main(architecture, convert_flags(source, tmp_path / "out")) == 0
+    assert told == [torch.float16]
+
+
+SAME_CODE_TWICE = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM
+first, second = (AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True) for path in sys.argv[1:])
+ids = torch.arange(3, 40)[None]
+with torch.inference_mode():
+    print(json.dumps([torch.equal(first(ids).logits, second(ids).logits), type(first) is type(second)]))
+"""
+
+
+def test_two_checkpoints_with_the_same_code_run_in_turns(variants: dict[str, Path], tmp_path: Path) -> None:
+    """transformers makes a module of its own from each directory, and both register under the same digest."""
+    copy = shutil.copytree(variants["c8 w8a8"], tmp_path / "a copy")
+    assert run_python(SAME_CODE_TWICE, str(variants["c8 w8a8"]), str(copy)) == [True, False]
 
 
 def test_a_hand_edited_scheme_is_used(variants: dict[str, Path], tmp_path: Path) -> None:

@@ -112,6 +112,7 @@ static void load_bias(const AttentionArguments *a, int64_t b, int64_t head, int6
 INLINE void soften_row(const AttentionArguments *a, Row *row, float *scores, int64_t keys, int64_t columns,
                        const Scratch *scratch, const float *bias, float *output, int64_t padded) {
     f32x8 largest = splat(-INFINITY), factor = splat(row->factor);
+    __typeof__(largest <= factor) sound = largest <= largest; /* all true, until a score is NaN or +inf */
     int tokens = a->key_scale.per_token || a->key_zero.per_token;
     for (int64_t j = 0; j < columns; j += 8) {
         f32x8 s = load_f32(scores + j) * factor;
@@ -123,6 +124,7 @@ INLINE void soften_row(const AttentionArguments *a, Row *row, float *scores, int
         if (j + 8 > keys)
             for (int64_t i = keys > j ? keys - j : 0; i < 8; i++) s[i] = -INFINITY;
         largest = max_f32(largest, s);
+        sound &= s <= splat(FLT_MAX);
         store_f32(scores + j, s);
     }
     float best = max_of(largest) > row->best ? max_of(largest) : row->best;
@@ -140,6 +142,8 @@ INLINE void soften_row(const AttentionArguments *a, Row *row, float *scores, int
         store_f32(scores + j, weight);
     }
     row->total = row->total * fade + sum_of(total);
+    for (int i = 0; i < 8; i++)
+        if (!sound[i]) row->total = NAN; /* max and exp2 would hide it */
     row->weighted = row->weighted * fade + sum_of(scaled ? weighted : total);
     row->zeros = row->zeros * fade + sum_of(zeros);
     if (best != row->best)
@@ -244,7 +248,7 @@ static void finish_row(const AttentionArguments *a, const Plan *plan, int64_t b,
     const float *zero = a->value_zero.data && !a->value_zero.per_token ? part_at(&a->value_zero, b, g) : NULL;
     int64_t query = m / plan->ratio, head = g * plan->ratio + m % plan->ratio;
     float *to = (float *)a->output + ((b * a->queries + query) * a->heads + head) * a->width;
-    float inverse = row->total > 0.0f ? 1.0f / row->total : 0.0f;
+    float inverse = row->total == 0.0f ? 0.0f : 1.0f / row->total;
     for (int64_t d = 0; d < a->width; d++) {
         float x = output[d] - row->zeros;
         if (zero) x -= row->weighted * zero[d * a->value_zero.stride[3]];

@@ -240,3 +240,22 @@ def test_what_does_not_go_together_is_refused() -> None:
 
 def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.octavo.attention.default, tuple(vars(int8_call()).values()))
+
+
+@pytest.mark.parametrize("queries", [1, 40])
+@pytest.mark.parametrize("broken", ["query", "key", "value"])
+@pytest.mark.parametrize("what", [float("nan"), float("inf")])
+def test_what_is_no_number_stays_none(what: float, broken: str, queries: int) -> None:
+    """An overflow must not become plausible text."""
+    generator = torch.Generator().manual_seed(0)
+    parts = {
+        "query": torch.randn((1, 2, queries, 16), generator=generator),
+        "key": torch.randn((1, 1, 200, 16), generator=generator),
+        "value": torch.randn((1, 1, 200, 16), generator=generator),
+    }
+    parts[broken][0, 0, 0] = what
+    unused = [None] * 6
+    output = attention(*parts.values(), *unused, 0.25, True)
+    expected = attention_reference(*parts.values(), *unused, 0.25, True)
+    assert torch.equal(output.isfinite(), expected.isfinite())
+    assert not output.isfinite().all()

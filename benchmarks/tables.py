@@ -5,7 +5,6 @@ python benchmarks/tables.py --check    exit code 1 if README.md is not what the 
 """
 
 import csv
-import re
 import sys
 from pathlib import Path
 
@@ -56,8 +55,12 @@ def results_table() -> str:
 
 def rewritten(readme: str) -> str:
     """README.md with its tables made anew."""
-    pattern = r"(<!-- table: results -->\n).*?(\n<!-- end -->)"
-    return re.sub(pattern, lambda match: match[1] + results_table() + match[2], readme, flags=re.DOTALL)
+    start, table_end = "<!-- table: results -->\n", "\n<!-- end -->"
+    before, found, rest = readme.partition(start)
+    _, closed, after = rest.partition("<!-- end -->")
+    if not (found and closed):
+        raise SystemExit("README.md: the markers of the results table are missing")
+    return before + start + results_table() + table_end + after
 
 
 def main() -> int:

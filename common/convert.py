@@ -234,9 +234,7 @@ def _check_statistics_file(file: Path | None, output: Path) -> None:
     if file.is_dir() or not file.absolute().parent.is_dir():
         raise OctavoError(f"--save_statistics {file}: is no file in a directory that exists")
     if file.resolve().parent == output.resolve():
-        raise OctavoError(
-            f"--save_statistics {file}: lies in --save_directory, written whole; name another place"
-        )
+        raise OctavoError(f"--save_statistics {file}: lies in --save_directory, written whole; name another place")
 
 
 def _texts(flags: argparse.Namespace) -> list[str]:
@@ -267,10 +265,10 @@ def convert(architecture: Architecture, flags: argparse.Namespace) -> None:
     check_output(flags.save_directory, "--save_directory")
     _check_statistics_file(flags.save_statistics, flags.save_directory)
     check_device(flags.device_type)
-    texts = _texts(flags)
     source = find_source(flags.model_path)
     config = read_source_config(source, architecture)
     headers = read_source_headers(source)
+    texts = _texts(flags)
     tokenizer = load_tokenizer(source, flags.tokenizer_args, flags.trust_remote_code)
     longest = min(LONGEST_SAMPLE, config.get("max_position_embeddings", LONGEST_SAMPLE))
     samples = tokenize(tokenizer, texts, longest, flags.input_ids_name, flags.attention_mask_name)

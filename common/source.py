@@ -32,6 +32,8 @@ def find_source(model_path: str) -> Path:
         return Path(model_path)
     if Path(model_path).exists():
         raise OctavoError(f"--model_path {model_path}: is a file; give the directory that holds config.json")
+    if model_path.count("/") > 1 or model_path.startswith((".", "/", "~")):
+        raise OctavoError(f"--model_path {model_path}: no such directory")
     try:
         return Path(snapshot_download(model_path, allow_patterns=list(PATTERNS)))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

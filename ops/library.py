@@ -53,6 +53,10 @@ def describe(name: str, dispatch_key: str, description: str) -> None:
 def report() -> str:
     """A table of what runs: a line per op and device."""
     known = {key: text if isinstance(text, str) else text() for key, text in _KERNELS.items()}
-    rows = [("op", "device", "kernel"), *((name, key, text) for (name, key), text in sorted(known.items()))]
+    devices = {"PrivateUse1": "NPU"}
+    rows = [
+        ("op", "device", "kernel"),
+        *((name, devices.get(key, key), text) for (name, key), text in sorted(known.items())),
+    ]
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
     return "\n".join(f"{name:<{widths[0]}}  {key:<{widths[1]}}  {text}" for name, key, text in rows)

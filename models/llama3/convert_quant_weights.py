@@ -2,8 +2,11 @@
 
 import sys
 
-from octavo.common.convert import main
-from octavo.models.llama3 import ARCHITECTURE
+try:
+    from octavo.common.convert import main
+    from octavo.models.llama3 import ARCHITECTURE
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error}; run 'make setup' once and then .venv/bin/python instead of python")
 
 if __name__ == "__main__":
     sys.exit(main(ARCHITECTURE))

@@ -35,8 +35,8 @@ def results_table() -> str:
     rows = [HEADER]
     for what in dict.fromkeys([key[0] for key in decode] + [key[0] for key in quality]):
         speed, score = decode.get((what, CONTEXT)), quality.get((what,))
-        kv = f"{int(speed['kv_bytes']):,}" if speed else ""
-        step = f"{float(speed['p50_ms']):.0f} ms ({speed['ratio_to_float']}x)" if speed else ""
+        kv = f"{int(speed['kv_bytes']):,}" if speed else "-"
+        step = f"{float(speed['p50_ms']):.0f} ms ({speed['ratio_to_float']}x)" if speed else "not timed"
         perplexity = f"{float(score['perplexity']):.2f}" if score else ""
         kl = f"{float(score['kl']):.4f}" if score else ""
         if what == "float":

@@ -5,7 +5,6 @@ of transformers with DynamicCache and SDPA in fp32.
 """
 
 import argparse
-import csv
 import platform
 import statistics
 import sys
@@ -15,14 +14,14 @@ from typing import Any
 
 import torch
 import transformers
+from rows import append_rows
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from octavo.common.bundle import commit
-from octavo.common.cache import QuantizedCache
+from octavo.common.cache import QuantizedCache, head_dim_of
 from octavo.ops.library import NAMESPACE
 
-RESULTS = Path(__file__).parent / "results" / "decode.csv"
 COLUMNS = (
     "commit",
     "torch",
@@ -43,8 +42,7 @@ WARM_UP = 3
 
 def _filled(cache: Any, config: Any, context: int) -> Any:
     """The cache with `context` random tokens in every layer, `[1, G, context, D]`."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    shape = (1, config.num_key_value_heads, context, head_dim)
+    shape = (1, config.num_key_value_heads, context, head_dim_of(config))
     for layer in range(config.num_hidden_layers):
         cache.update(torch.randn(shape), torch.randn(shape), layer)
     return cache
@@ -115,16 +113,8 @@ def main() -> int:
     parser.add_argument("--context", nargs="+", type=int, default=[2048, 8192])
     parser.add_argument("--steps", type=int, default=20)
     flags = parser.parse_args()
-    RESULTS.parent.mkdir(exist_ok=True)
-    is_new = not RESULTS.exists()
-    with RESULTS.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if is_new:
-            writer.writeheader()
-        for context in flags.context:
-            for row in measure(flags, context):
-                writer.writerow(row)
-                print("  ".join(row.values()))
+    for context in flags.context:
+        append_rows("decode.csv", COLUMNS, measure(flags, context))
     return 0
 
 

@@ -5,12 +5,12 @@ quantized checkpoints are scored as they load.
 """
 
 import argparse
-import csv
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from rows import append_rows
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -23,7 +23,6 @@ from octavo.common.scheme import load_scheme
 from octavo.common.statistics import scales_of
 from octavo.ops.library import NAMESPACE
 
-RESULTS = Path(__file__).parent / "results" / "quality.csv"
 SCHEMES = ("int8-token", "ascend-c8", "ascend-fa")
 COLUMNS = ("commit", "model", "what", "windows", "length", "kl", "perplexity", "float_perplexity", "top1")
 
@@ -78,16 +77,7 @@ def main() -> int:
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--length", type=int, default=2048)
     flags = parser.parse_args()
-    RESULTS.parent.mkdir(exist_ok=True)
-    is_new = not RESULTS.exists()
-    with RESULTS.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if is_new:
-            writer.writeheader()
-        for row in measure(flags):
-            writer.writerow(row)
-            file.flush()
-            print("  ".join(row.values()))
+    append_rows("quality.csv", COLUMNS, measure(flags))
     return 0
 
 

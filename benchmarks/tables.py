@@ -8,8 +8,9 @@ import csv
 import sys
 from pathlib import Path
 
+from rows import RESULTS
+
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 MODEL = "smollm2-135m"
 CONTEXT = "8192"

@@ -34,6 +34,23 @@ def capacity_for(tokens: int) -> int:
     return -(-tokens // step) * step
 
 
+def head_dim_of(config: PreTrainedConfig) -> int:
+    """D of a model: what its config says, or the hidden size shared among the query heads."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def kv_bytes_per_token(config: PreTrainedConfig, scheme: Scheme, float_bytes: int) -> int:
+    """Bytes that one token takes in the cache, over all layers."""
+    values = config.num_key_value_heads * head_dim_of(config)
+    total = 0
+    for index in range(config.num_hidden_layers):
+        part = scheme.of_layer(index)
+        for codec in (part.key, part.value):
+            total += values * (float_bytes if codec is None else 1)
+            total += 4 * config.num_key_value_heads if codec is not None and codec.dynamic else 0
+    return total
+
+
 class CodeStore:
     """The codes of K or of V of one layer, in storage `[B, G, capacity, D]` of which `length` tokens are in use.
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from .architecture import Architecture
 from .bundle import bundle
+from .cache import kv_bytes_per_token
 from .calibration import default_texts, hold_back, read_calibration_file, tokenize
 from .checkpoints.ascend import (
     DESCRIPTION_FILE,
@@ -117,7 +118,8 @@ def quantize_model(
     headers: dict[str, TensorHeader],
 ) -> Quantized:
     """All tensors of the quantized checkpoint, in the order of the model; float ones in the dtype of the source."""
-    deq_scale_dtype = torch.float32 if source_dtype(headers) == torch.bfloat16 else torch.int64
+    dtype = source_dtype(headers)
+    deq_scale_dtype = torch.float32 if dtype == torch.bfloat16 else torch.int64
     replaced = {f"{name}.{part}" for name in linears for part in ("weight", "bias")}
     tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
     quantized: dict[str, torch.Tensor] = {}
@@ -127,7 +129,8 @@ def quantize_model(
         quantized.update({f"{name}.{part}": tensor for part, tensor in parts.items()})
     quantized.update(scale_tensors(model, scheme, scales_of(scheme, statistics)))
     tensors = {
-        name: tensor.detach().cpu().to(FLOAT_DTYPES[headers[name].dtype]).contiguous()
+        # transformers renames some tensors as it loads them; those take the dtype of the others
+        name: tensor.detach().cpu().to(FLOAT_DTYPES[headers[name].dtype] if name in headers else dtype).contiguous()
         for name, tensor in model.state_dict().items()
         if name not in replaced and name not in tied
     }
@@ -204,19 +207,6 @@ def write_checkpoint(
         for name, text in bundle(architecture).items():
             (stage / name).write_text(text, encoding="utf-8")
         return sum(file.stat().st_size for file in stage.iterdir())
-
-
-def kv_bytes_per_token(config: Any, scheme: Scheme, float_bytes: int) -> int:
-    """Bytes that one token takes in the cache, over all layers."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    values = config.num_key_value_heads * head_dim
-    total = 0
-    for index in range(config.num_hidden_layers):
-        part = scheme.of_layer(index)
-        for codec in (part.key, part.value):
-            total += values * (float_bytes if codec is None else 1)
-            total += 4 * config.num_key_value_heads if codec is not None and codec.dynamic else 0
-    return total
 
 
 def _summary(rows: list[tuple[str, str, str]]) -> str:

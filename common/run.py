@@ -11,7 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import TextStreamer
 
 from .architecture import Architecture
-from .convert import kv_bytes_per_token
+from .cache import kv_bytes_per_token
 from .errors import OctavoError, first_line
 from .flags import DEVICES, OneLineParser, run_script
 from .scheme import load_scheme

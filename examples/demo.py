@@ -15,8 +15,8 @@ from fetch_smollm2 import FetchError, default_directory, fetch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from octavo.common.cache import kv_bytes_per_token
 from octavo.common.calibration import default_texts, hold_back, tokenize
-from octavo.common.convert import kv_bytes_per_token
 from octavo.common.convert import main as convert
 from octavo.common.evaluate import compare
 from octavo.common.scheme import load_scheme

@@ -45,11 +45,6 @@ def implement(name: str, dispatch_key: str, kernel: Callable, description: str |
     _KERNELS[name, dispatch_key] = description
 
 
-def describe(name: str, dispatch_key: str, description: str) -> None:
-    """Correct what `report` says of a kernel, once it is known what really runs."""
-    _KERNELS[name, dispatch_key] = description
-
-
 def report() -> str:
     """A table of what runs: a line per op and device."""
     known = {key: text if isinstance(text, str) else text() for key, text in _KERNELS.items()}

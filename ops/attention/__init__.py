@@ -3,7 +3,7 @@
 import torch
 
 from ..library import define, implement
-from .cpu import ATTENTION_KERNEL, attention_cpu
+from .cpu import attention_cpu, attention_cpu_description
 from .npu import ATTENTION_NPU, attention_npu
 from .reference import attention_reference
 
@@ -19,5 +19,5 @@ attention = define(
     attention_reference,
     _attention_fake,
 )
-implement("attention", "CPU", attention_cpu, ATTENTION_KERNEL.description)
+implement("attention", "CPU", attention_cpu, attention_cpu_description)
 implement("attention", "PrivateUse1", attention_npu, ATTENTION_NPU)

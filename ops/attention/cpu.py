@@ -12,6 +12,13 @@ ATTENTION_KERNEL = CKernel(
     "attention", ("ops/vector.h", "ops/attention/micro.h", "ops/attention/attention.c"), ("attention",)
 )
 _pack_attention = struct.Struct("54q1d").pack
+
+
+def attention_cpu_description() -> str:
+    """What serves on the CPU, for `ops.report()`."""
+    return f"{ATTENTION_KERNEL.description()}; queries in float64 by the reference (PyTorch)"
+
+
 _NO_PART = (0, 0, 0, 0, 0, 0)
 _NO_MASK = (0, 0, 0, 0)
 

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from ..ops.codec.reference import INT8_MAX, INT8_MIN, SMALLEST_SCALE
+from ..ops.codes import INT8_MAX, INT8_MIN, SMALLEST_SCALE
 from .linear import encode_deq_scale
 from .statistics import Statistics
 

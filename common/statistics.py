@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..ops.codec.reference import INT8_MAX, SMALLEST_SCALE
+from ..ops.codes import INT8_MAX, SMALLEST_SCALE
 from .errors import OctavoError, first_line
 from .scheme import Codec, Scheme
 

@@ -1,8 +1,18 @@
 """One folder per op, each with a reference that is its semantics; see the README of each folder."""
 
 from .attention import attention
-from .codec import encode, encode_token
+from .codec import decode, encode, encode_token
 from .library import report
-from .linear import linear_w8a8
+from .linear import linear_fp8, linear_w8a8, linear_w8a8_dynamic, linear_weight_only
 
-__all__ = ["attention", "encode", "encode_token", "linear_w8a8", "report"]
+__all__ = [
+    "attention",
+    "decode",
+    "encode",
+    "encode_token",
+    "linear_fp8",
+    "linear_w8a8",
+    "linear_w8a8_dynamic",
+    "linear_weight_only",
+    "report",
+]

@@ -15,7 +15,8 @@ def _attention_fake(query: torch.Tensor, *unused: object) -> torch.Tensor:
 
 attention = define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor? key_scale, Tensor? key_zero, Tensor? value_scale, "
-    "Tensor? value_zero, Tensor? query_scale, Tensor? mask, float scaling, bool causal) -> Tensor",
+    "Tensor? value_zero, Tensor? query_scale, Tensor? mask, float scaling, bool causal, Tensor? length=None, "
+    "int window=0, int key_group=1, int value_group=1) -> Tensor",
     attention_reference,
     _attention_fake,
 )

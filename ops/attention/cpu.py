@@ -62,6 +62,10 @@ def attention_cpu(
     mask: torch.Tensor | None,
     scaling: float,
     causal: bool,
+    length: torch.Tensor | None = None,
+    window: int = 0,
+    key_group: int = 1,
+    value_group: int = 1,
 ) -> torch.Tensor:
     """`attention_reference` in C; the reference itself for a query in float64.
 
@@ -72,7 +76,21 @@ def attention_cpu(
     run = ATTENTION_KERNEL.load().get("attention")
     if run is None or query.dtype == torch.float64:
         return attention_reference(
-            query, key, value, key_scale, key_zero, value_scale, value_zero, query_scale, mask, scaling, causal
+            query,
+            key,
+            value,
+            key_scale,
+            key_zero,
+            value_scale,
+            value_zero,
+            query_scale,
+            mask,
+            scaling,
+            causal,
+            length,
+            window,
+            key_group,
+            value_group,
         )
     batch, heads, queries, width = query.shape
     groups, keys = key.shape[1], key.shape[2]

@@ -41,6 +41,10 @@ def attention_npu(
     mask: torch.Tensor | None,
     scaling: float,
     causal: bool,
+    length: torch.Tensor | None = None,
+    window: int = 0,
+    key_group: int = 1,
+    value_group: int = 1,
 ) -> torch.Tensor:
     """`attention_reference` by ops of torch_npu; shapes as there, the query in float16 or bfloat16.
 
@@ -59,7 +63,21 @@ def attention_npu(
     has_plain_mask = mask is None or (mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1] == 1)
     if key.shape[2] == 0 or (queries == 1 and mask is not None) or (queries > 1 and (in_codes or not has_plain_mask)):
         return attention_reference(
-            query, key, value, key_scale, key_zero, value_scale, value_zero, query_scale, mask, scaling, causal
+            query,
+            key,
+            value,
+            key_scale,
+            key_zero,
+            value_scale,
+            value_zero,
+            query_scale,
+            mask,
+            scaling,
+            causal,
+            length,
+            window,
+            key_group,
+            value_group,
         )
     if query_scale is not None:
         if key_zero is not None or value_zero is not None:

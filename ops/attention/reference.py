@@ -1,10 +1,12 @@
-"""The attention op: softmax(q k^T) v where k and v are codes.
+"""The attention op: softmax(q k^T) v where k and v are codes; `ops/codes.py` says how codes are stored.
 
 B batch, Q query tokens, S stored tokens, H query heads, G KV heads, D head_dim. Query head h reads KV head
 `h // (H // G)`.
 """
 
 import torch
+
+from ..codes import CODE_RANGES, FP8_DTYPES, expand_scale, from_codes
 
 KEY_BLOCK = 1024
 """Keys decoded at a time: bounds the memory of the reference, which never holds a decoded copy of the whole cache."""
@@ -14,35 +16,66 @@ def _decode(
     codes: torch.Tensor,
     scale: torch.Tensor | None,
     zero: torch.Tensor | None,
+    group: int,
     start: int,
     stop: int,
+    width: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Float values `(code - zero) * scale` of tokens `start:stop`; scale and zero may be per token or not."""
+    """Float values `(code - zero) * scale` of tokens `start:stop`, of which `start` is a multiple of `group`."""
 
     def of_block(part: torch.Tensor) -> torch.Tensor:
-        return part[..., start:stop, :] if part.shape[-2] != 1 else part
+        part = part if part.shape[-2] == 1 else part[..., start // group : -(-stop // group), :]
+        return expand_scale(part.to(dtype), stop - start, width, group)
 
-    values = codes[:, :, start:stop].to(dtype)
+    values = from_codes(codes[:, :, start:stop], width, dtype)
     if zero is not None:
         values = values - of_block(zero)
     return values if scale is None else values * of_block(scale)
 
 
+def quantized_query(query: torch.Tensor, scale: torch.Tensor, key_dtype: torch.dtype) -> torch.Tensor:
+    """The float values of a query quantized to the fp8 type of K, or to int8 where the codes of K are integers.
+
+    Args:
+        query: `[B, H, Q, D]`, float32 or float64.
+        scale: broadcastable to `[B, H, Q, 1]`.
+        key_dtype: dtype of the codes of K.
+    """
+    dtype = key_dtype if key_dtype in FP8_DTYPES else torch.int8
+    codes = (query / scale).clamp(*CODE_RANGES[dtype])
+    return (codes.to(dtype).to(query.dtype) if dtype in FP8_DTYPES else codes.round()) * scale
+
+
+def _in_use(decoded: torch.Tensor, length: torch.Tensor, start: int) -> torch.Tensor:
+    """`[B, G, S, D]` with zeros for tokens behind the last, which are uninitialised memory."""
+    tokens = torch.arange(start, start + decoded.shape[2], device=decoded.device)
+    return decoded.masked_fill((tokens >= length.view(-1, 1))[:, None, :, None], 0)
+
+
 def _visible(
-    mask: torch.Tensor | None, causal: bool, queries: int, keys: int, start: int, stop: int, device: torch.device
-) -> torch.Tensor | None:
-    """Additive float mask of one block of keys, broadcastable to `[B, H, Q, block]`, or None if all are visible."""
-    if mask is not None:
-        part = mask[..., start:stop]
-        if part.dtype != torch.bool:
-            return part
-        return torch.zeros(part.shape, device=device).masked_fill_(~part, float("-inf"))
-    if causal and stop > keys - queries + 1:
-        last_visible = torch.arange(keys - queries, keys, device=device)[:, None]
-        hidden = torch.arange(start, stop, device=device)[None, :] > last_visible
-        return torch.zeros(hidden.shape, device=device).masked_fill_(hidden, float("-inf"))
-    return None
+    mask: torch.Tensor | None,
+    length: torch.Tensor,
+    causal: bool,
+    window: int,
+    queries: int,
+    start: int,
+    stop: int,
+) -> torch.Tensor:
+    """Additive float mask of keys `start:stop`, broadcastable to `[B, H, Q, stop - start]`."""
+    keys = torch.arange(start, stop, device=length.device)
+    length = length.view(-1, 1, 1, 1)
+    hidden = keys >= length
+    if mask is None and causal:
+        newest = length - queries + torch.arange(queries, device=length.device)[:, None]
+        hidden = hidden | (keys > newest)
+        if window:
+            hidden = hidden | (keys <= newest - window)
+    bias = torch.zeros(hidden.shape, device=length.device).masked_fill_(hidden, float("-inf"))
+    if mask is None:
+        return bias
+    part = mask[..., start:stop]
+    return bias + part if part.dtype != torch.bool else bias.masked_fill(~part, float("-inf"))
 
 
 def attention_reference(
@@ -57,6 +90,10 @@ def attention_reference(
     mask: torch.Tensor | None,
     scaling: float,
     causal: bool,
+    length: torch.Tensor | None = None,
+    window: int = 0,
+    key_group: int = 1,
+    value_group: int = 1,
 ) -> torch.Tensor:
     """Attention over stored codes, one block of keys at a time with a running softmax.
 
@@ -64,15 +101,24 @@ def attention_reference(
 
     Args:
         query: `[B, H, Q, D]`, any float dtype.
-        key, value: codes `[B, G, S, D]` (int8), or the float values themselves where the codec is none.
-        key_scale, value_scale: float32, broadcastable to `[B, G, S, D]`: `[G, 1, D]` per channel, `[G, 1, 1]` per head,
-            `[B, G, S, 1]` per token; None where `key`, `value` are float.
-        key_zero, value_zero: zero points in units of codes, of the shape of their scale; None if symmetric.
-        query_scale: `[H, 1, 1]` float32 to quantize the query to int8 first (FAQuant); None leaves it in float.
+        key, value: codes `[B, G, S, D]` in int8 or fp8, `[B, G, S, D / 2]` in uint8 for int4, or the float values
+            themselves where the codec is none. K and V may differ in this.
+        key_scale, value_scale: float32 or float16, `[B, 1 or left out, G, T, W]` with T rows of tokens and W groups of
+            channels: `[G, 1, D]` per channel, `[G, 1, 1]` per head, `[B, G, S, 1]` per token, `[B, G, S, D / n]` per
+            token and n channels, `[B, G, ceil(S / key_group), D]` per channel and `key_group` tokens. None where `key`,
+            `value` are float.
+        key_zero, value_zero: zero points in units of codes, shaped as a scale; None if symmetric.
+        query_scale: broadcastable to `[B, H, Q, 1]` float32: quantize the query to int8, or to the fp8 type of K, first
+            (FAQuant: `[H, 1, 1]`); None leaves it in float.
         mask: True (or, additive, 0) where a query sees a key, broadcastable to `[B, H, Q, S]`; None if there is none.
             A query that sees nothing gets zeros.
         scaling: factor of the scores, usually `1 / sqrt(D)`.
-        causal: without a mask, query i sees the keys up to `S - Q + i`; ignored where a mask is given.
+        causal: without a mask, query i sees the keys up to `length - Q + i`; ignored where a mask is given.
+        length: int32 or int64 `[B]` or `[1]`: tokens in use of the S stored ones, a number that stays on the device;
+            what lies behind is hidden and may be anything, NaN included. None: all S.
+        window: with `causal` and without a mask, a query sees only the newest `window` of the keys that causality
+            leaves it, its own included (sliding window); 0: all of them.
+        key_group, value_group: consecutive tokens that share a row of the scale and zero of K, of V.
 
     Returns:
         `[B, Q, H, D]`, of the query's dtype.
@@ -82,22 +128,27 @@ def attention_reference(
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     q = query.to(dtype)
     if query_scale is not None:
-        q = (q / query_scale).round().clamp(-128, 127) * query_scale
+        q = quantized_query(q, query_scale, key.dtype)
     q = q.reshape(batch, groups, heads // groups * queries, width) * scaling
     best = torch.full((batch, heads, queries, 1), float("-inf"), dtype=dtype, device=q.device)
     total = torch.zeros_like(best)
     output = torch.zeros((batch, heads, queries, width), dtype=dtype, device=q.device)
-    for start in range(0, keys, KEY_BLOCK):
-        stop = min(start + KEY_BLOCK, keys)
-        scores = (q @ _decode(key, key_scale, key_zero, start, stop, dtype).mT).view(batch, heads, queries, -1)
-        bias = _visible(mask, causal, queries, keys, start, stop, q.device)
-        scores = scores if bias is None else scores + bias
+    if length is None:
+        length = torch.tensor([keys], device=q.device)
+    block = KEY_BLOCK * key_group * value_group  # starts are multiples of both
+    for start in range(0, keys, block):
+        stop = min(start + block, keys)
+        decoded = _in_use(_decode(key, key_scale, key_zero, key_group, start, stop, width, dtype), length, start)
+        scores = (q @ decoded.mT).view(batch, heads, queries, -1)
+        scores = scores + _visible(mask, length, causal, window, queries, start, stop)
         new_best = torch.maximum(best, scores.amax(dim=-1, keepdim=True))
         shift = new_best.masked_fill(new_best == float("-inf"), 0)
         weights = torch.exp(scores - shift)
         fade = torch.exp(best - shift)
         total = total * fade + weights.sum(dim=-1, keepdim=True)
-        decoded = _decode(value, value_scale, value_zero, start, stop, dtype)
+        decoded = _in_use(
+            _decode(value, value_scale, value_zero, value_group, start, stop, width, dtype), length, start
+        )
         grouped = weights.view(batch, groups, heads // groups * queries, -1)
         output = output * fade + (grouped @ decoded).view(batch, heads, queries, width)
         best = new_best

@@ -1,24 +1,36 @@
-"""Encoding of K, V (and q) into 8-bit codes; the semantics are in README.md and reference.py."""
+"""Codes of K, V and q: encoding, in one step with RoPE where wanted, and decoding; see README.md and reference.py."""
 
 import torch
 
+from ..codes import code_width
 from ..library import define, implement
 from .cpu import CODEC_KERNEL, encode_cpu, encode_token_cpu
 from .npu import ENCODE_NPU, ENCODE_TOKEN_NPU, encode_npu, encode_token_npu
-from .reference import encode_reference, encode_token_reference
+from .reference import decode_reference, encode_reference, encode_token_reference
 
 
-def _encode_fake(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, codes: torch.Tensor) -> None:
+def _encode_fake(*unused: object, **unused_by_name: object) -> None:
     return None
 
 
-def _encode_token_fake(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> None:
-    return None
+def _decode_fake(codes: torch.Tensor, *unused: object) -> torch.Tensor:
+    return codes.new_empty((*codes.shape[:-1], code_width(codes)), dtype=torch.float32)
 
 
-encode = define("encode(Tensor x, Tensor scale, Tensor? zero, Tensor(a!) codes) -> ()", encode_reference, _encode_fake)
+encode = define(
+    "encode(Tensor x, Tensor scale, Tensor? zero, Tensor(a!) codes, Tensor? cos=None, Tensor? sin=None, "
+    "Tensor? position=None) -> ()",
+    encode_reference,
+    _encode_fake,
+)
 encode_token = define(
-    "encode_token(Tensor x, Tensor(a!) codes, Tensor(b!) scale) -> ()", encode_token_reference, _encode_token_fake
+    "encode_token(Tensor x, Tensor(a!) codes, Tensor(b!) scale, Tensor(c!)? zero=None, Tensor? cos=None, "
+    "Tensor? sin=None, Tensor? position=None) -> ()",
+    encode_token_reference,
+    _encode_fake,
+)
+decode = define(
+    "decode(Tensor codes, Tensor? scale, Tensor? zero, int token_group=1) -> Tensor", decode_reference, _decode_fake
 )
 implement("encode", "CPU", encode_cpu, CODEC_KERNEL.description)
 implement("encode_token", "CPU", encode_token_cpu, CODEC_KERNEL.description)

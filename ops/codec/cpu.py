@@ -31,11 +31,19 @@ def _row_part(part: torch.Tensor, shape: tuple[int, ...]) -> tuple[torch.Tensor,
     return part, broadcast_strides(part, shape)
 
 
-def encode_cpu(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, codes: torch.Tensor) -> None:
+def encode_cpu(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    codes: torch.Tensor,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    position: torch.Tensor | None = None,
+) -> None:
     """`encode_reference` in C."""
     run = CODEC_KERNEL.load().get("encode")
     if run is None:
-        return encode_reference(x, scale, zero, codes)
+        return encode_reference(x, scale, zero, codes, cos, sin, position)
     values, target = _encode_operands(x, codes)
     shape = values.shape
     scale, scale_strides = _row_part(scale, shape)
@@ -61,11 +69,19 @@ def encode_cpu(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, 
     return None
 
 
-def encode_token_cpu(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> None:
+def encode_token_cpu(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None = None,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    position: torch.Tensor | None = None,
+) -> None:
     """`encode_token_reference` in C."""
     run = CODEC_KERNEL.load().get("encode_token")
     if run is None or x.numel() == 0:
-        return encode_token_reference(x, codes, scale)
+        return encode_token_reference(x, codes, scale, zero, cos, sin, position)
     if scale.shape != (*x.shape[:3], 1) or scale.dtype != torch.float32:
         raise ValueError(f"scale must be float32 {(*x.shape[:3], 1)}, not {scale.dtype} {tuple(scale.shape)}")
     values, target = _encode_operands(x, codes)

@@ -2,14 +2,22 @@
 
 import torch
 
+from ..codes import SMALLEST_SCALE
 from ..npu import npu_description, quantize_static, require_npu_float, torch_npu_module
-from .reference import SMALLEST_SCALE
 
 ENCODE_NPU = npu_description("npu_quantize")
 ENCODE_TOKEN_NPU = npu_description("npu_dynamic_quant")
 
 
-def encode_npu(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, codes: torch.Tensor) -> None:
+def encode_npu(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    codes: torch.Tensor,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    position: torch.Tensor | None = None,
+) -> None:
     """`encode_reference` by npu_quantize (ascend-op-plugin docs: npu_quantize).
 
     Args:
@@ -25,7 +33,15 @@ def encode_npu(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, 
         codes.copy_(quantize_static(x, scale, zero).transpose(1, 2))
 
 
-def encode_token_npu(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> None:
+def encode_token_npu(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None = None,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    position: torch.Tensor | None = None,
+) -> None:
     """`encode_token_reference` by npu_dynamic_quant (ascend-op-plugin docs: npu_dynamic_quant).
 
     Differs from the reference where a token's maximum is below 127 * 2^-23: its scale is not raised to that floor. What

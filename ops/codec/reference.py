@@ -1,35 +1,115 @@
-"""The codec op: float values to 8-bit codes, `x = (code - zero) * scale`."""
+"""The codec ops: float values to codes and back, `x = (code - zero) * scale`; `ops/codes.py` says how codes are stored.
+
+B batch, G KV heads, S new tokens, C capacity of a storage, D head_dim.
+"""
 
 import torch
 
-INT8_MIN, INT8_MAX = -128, 127
-SMALLEST_SCALE = torch.finfo(torch.float32).eps
-"""Floor of every scale, as in msmodelslim: a channel that is always zero keeps a usable scale."""
+from ..codes import CODE_RANGES, SMALLEST_SCALE, code_width, expand_scale, from_codes, to_codes
 
 
-def encode_reference(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, codes: torch.Tensor) -> None:
-    """Write the codes of `x` into `codes`: `clamp(round(x / scale + zero), -128, 127)`, halves to even.
+def rotated(x: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None) -> torch.Tensor:
+    """RoPE on `[B, G, S, D]` in float32, `x * cos + rotate_half(x) * sin` as in transformers; x itself without cos.
 
     Args:
-        x: values of shape `[B, G, S, D]`, any float dtype.
-        scale: static scales, float32, broadcastable to `x`: `[G, 1, D]` per channel, `[G, 1, 1]` per head.
-        zero: zero points in units of codes, of the shape of `scale`; None for a symmetric codec.
-        codes: int8 tensor of the shape of `x`, may be a strided view; overwritten.
-    """
-    scaled = x.float() / scale
-    if zero is not None:
-        scaled = scaled + zero
-    codes.copy_(scaled.round().clamp(INT8_MIN, INT8_MAX))
-
-
-def encode_token_reference(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> None:
-    """Dynamic symmetric codes per token and head: `scale = max|x| / 127` over the last dimension.
-
-    Args:
-        x: values of shape `[B, G, S, D]`, any float dtype.
-        codes: int8 tensor of the shape of `x`, may be a strided view; overwritten.
-        scale: float32 tensor of shape `[B, G, S, 1]`, may be a strided view; overwritten.
+        cos, sin: `[B or 1, S, D]`.
     """
     values = x.float()
-    scale.copy_(values.abs().amax(dim=-1, keepdim=True).div(INT8_MAX).clamp_min(SMALLEST_SCALE))
-    codes.copy_((values / scale).round().clamp(INT8_MIN, INT8_MAX))
+    if cos is None or sin is None:
+        return values
+    first, second = values.chunk(2, dim=-1)
+    return values * cos[:, None].float() + torch.cat((-second, first), dim=-1) * sin[:, None].float()
+
+
+def _written(storage: torch.Tensor, tokens: int, position: torch.Tensor | None, part: torch.Tensor) -> None:
+    """Copy `part` `[B, G, S, *]` over `storage`: over all of it, or from the token `position` on."""
+    if position is None:
+        storage.copy_(part)
+    else:
+        storage.index_copy_(2, position + torch.arange(tokens, device=part.device), part.to(storage.dtype))
+
+
+def encode_reference(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    codes: torch.Tensor,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    position: torch.Tensor | None = None,
+) -> None:
+    """Write the codes of `x` by static scales: `round(x / scale + zero)`, clamped to the range of the code.
+
+    Args:
+        x: values of shape `[B, G, S, D]`, any float dtype.
+        scale: float32, `[G, 1, D]` per channel, `[G, 1, D / n]` per group of n channels, `[G, 1, 1]` per head; anything
+            that `expand_scale` takes.
+        zero: zero points in units of codes, of the shape of `scale`; None for a symmetric codec, as fp8 is.
+        codes: `[B, G, S, D]` int8 or fp8, or `[B, G, S, D / 2]` uint8 for int4; may be a strided view; overwritten.
+        cos, sin: `[B or 1, S, D]`: rotate x by RoPE first; None takes x as it is.
+        position: int64 `[1]`: `codes` is a storage of C tokens of which `position` to `position + S` are overwritten, a
+            number that stays on the device; None: `codes` has S tokens.
+    """
+    values = rotated(x, cos, sin)
+    tokens, width = values.shape[-2:]
+    scaled = values / expand_scale(scale, tokens, width)
+    if zero is not None:
+        scaled = scaled + expand_scale(zero, tokens, width)
+    _written(codes, tokens, position, to_codes(scaled, codes.dtype, width))
+
+
+def encode_token_reference(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None = None,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    position: torch.Tensor | None = None,
+) -> None:
+    """Write the codes of `x` and their scales, dynamic: per token and head, or per group of channels of them.
+
+    Symmetric: `scale = max|x| / largest code`. With `zero`, affine: `scale = (max - min) / (high - low)` and
+    `zero = low - min / scale`, which is not rounded.
+
+    Args:
+        x: values of shape `[B, G, S, D]`, any float dtype.
+        codes: as in `encode_reference`; overwritten.
+        scale: float32 or float16 `[B, G, S, W]` where W divides D: the scale of each of W groups of channels; may be a
+            strided view; overwritten. Codes are by the scale as it is stored.
+        zero: as `scale`, for an affine codec; None for a symmetric one, as fp8 is.
+        cos, sin, position: as in `encode_reference`; `position` counts in `scale` and `zero` too.
+    """
+    values = rotated(x, cos, sin)
+    tokens, width = values.shape[-2:]
+    low, high = CODE_RANGES[codes.dtype]
+    grouped = values.unflatten(-1, (scale.shape[-1], -1))
+    if zero is None:
+        step = grouped.abs().amax(dim=-1).div(high).clamp_min(SMALLEST_SCALE).to(scale.dtype)
+        offset = None
+    else:
+        smallest = grouped.amin(dim=-1)
+        step = ((grouped.amax(dim=-1) - smallest) / (high - low)).clamp_min(SMALLEST_SCALE).to(scale.dtype)
+        offset = (low - smallest / step.float()).to(zero.dtype)
+    scaled = values / expand_scale(step.float(), tokens, width)
+    if offset is not None:
+        scaled = scaled + expand_scale(offset.float(), tokens, width)
+        _written(zero, tokens, position, offset)
+    _written(scale, tokens, position, step)
+    _written(codes, tokens, position, to_codes(scaled, codes.dtype, width))
+
+
+def decode_reference(
+    codes: torch.Tensor, scale: torch.Tensor | None, zero: torch.Tensor | None, token_group: int = 1
+) -> torch.Tensor:
+    """The values of codes, float32 `[B, G, S, D]`: `(code - zero) * scale`.
+
+    Args:
+        codes: as in `encode_reference`.
+        scale, zero: as `expand_scale` takes them with `token_group`; None leaves them out.
+    """
+    tokens, width = codes.shape[-2], code_width(codes)
+    values = from_codes(codes, width, torch.float32)
+    if zero is not None:
+        values = values - expand_scale(zero, tokens, width, token_group)
+    return values if scale is None else values * expand_scale(scale, tokens, width, token_group)

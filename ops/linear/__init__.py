@@ -5,10 +5,15 @@ import torch
 from ..library import define, implement
 from .cpu import LINEAR_KERNEL, linear_w8a8_cpu
 from .npu import LINEAR_NPU, linear_w8a8_npu
-from .reference import linear_w8a8_reference
+from .reference import (
+    linear_fp8_reference,
+    linear_w8a8_dynamic_reference,
+    linear_w8a8_reference,
+    linear_weight_only_reference,
+)
 
 
-def _linear_w8a8_fake(x: torch.Tensor, weight: torch.Tensor, *unused: object) -> torch.Tensor:
+def _linear_fake(x: torch.Tensor, weight: torch.Tensor, *unused: object) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
@@ -16,7 +21,22 @@ linear_w8a8 = define(
     "linear_w8a8(Tensor x, Tensor weight, Tensor input_scale, Tensor input_offset, Tensor quant_bias, "
     "Tensor deq_scale) -> Tensor",
     linear_w8a8_reference,
-    _linear_w8a8_fake,
+    _linear_fake,
+)
+linear_w8a8_dynamic = define(
+    "linear_w8a8_dynamic(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias) -> Tensor",
+    linear_w8a8_dynamic_reference,
+    _linear_fake,
+)
+linear_weight_only = define(
+    "linear_weight_only(Tensor x, Tensor weight, Tensor weight_scale, Tensor? weight_zero, Tensor? bias) -> Tensor",
+    linear_weight_only_reference,
+    _linear_fake,
+)
+linear_fp8 = define(
+    "linear_fp8(Tensor x, Tensor weight, Tensor weight_scale, Tensor? input_scale, Tensor? bias) -> Tensor",
+    linear_fp8_reference,
+    _linear_fake,
 )
 implement("linear_w8a8", "CPU", linear_w8a8_cpu, LINEAR_KERNEL.description)
 implement("linear_w8a8", "PrivateUse1", linear_w8a8_npu, LINEAR_NPU)

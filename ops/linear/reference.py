@@ -1,9 +1,16 @@
-"""The linear op of W8A8: int8 activations times int8 weights, accumulated in int32."""
+"""The linear ops: `x W^T + bias` where W, and for some x too, is in codes; `ops/codes.py` says how codes are stored.
+
+N output channels, K input channels.
+"""
 
 import torch
 
+from ..codes import CODE_RANGES, INT8_MAX, SMALLEST_SCALE, expand_scale, from_codes
+
 EXACT_PRODUCTS = 1024
 """Products of two int8 codes that float32 adds up exactly: 1024 * 128 * 128 = 2^24."""
+WEIGHT_BLOCK = 32
+"""Codes of an int4 weight that are packed together: the smallest group, which divides every K."""
 
 
 def _int32_matmul(codes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -13,6 +20,12 @@ def _int32_matmul(codes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         stop = start + EXACT_PRODUCTS
         total += (codes[:, start:stop] @ weight[:, start:stop].float().T).to(torch.int32)
     return total
+
+
+def _finished(output: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    """float32 `[M, N]` with the bias added, of the shape and dtype that belong to `x`."""
+    output = output if bias is None else output + bias.float()
+    return output.to(x.dtype).view(*x.shape[:-1], output.shape[-1])
 
 
 def linear_w8a8_reference(
@@ -37,4 +50,80 @@ def linear_w8a8_reference(
     """
     codes = (x.float().reshape(-1, x.shape[-1]) / input_scale + input_offset).round().clamp(-128, 127)
     total = _int32_matmul(codes, weight) + quant_bias
-    return (total.float() * deq_scale).to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+    return _finished(total.float() * deq_scale, None, x)
+
+
+def linear_w8a8_dynamic_reference(
+    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """W8A8 whose activations are quantized per token as they come: `scale = max|x| / 127` of each row of x.
+
+    `(round(x / scale) @ weight.T) * (scale * weight_scale) + bias`
+
+    Args:
+        x: `[..., K]`, any float dtype.
+        weight: int8 codes `[N, K]`.
+        weight_scale: float32 `[N]`.
+        bias: `[N]`, any float dtype, or None.
+
+    Returns:
+        `[..., N]`, of the dtype of `x`.
+    """
+    rows = x.float().reshape(-1, x.shape[-1])
+    scale = rows.abs().amax(dim=-1, keepdim=True).div(INT8_MAX).clamp_min(SMALLEST_SCALE)
+    codes = (rows / scale).round().clamp(-128, 127)
+    return _finished(_int32_matmul(codes, weight).float() * (scale * weight_scale), bias, x)
+
+
+def linear_weight_only_reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_zero: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """W8A16 and W4A16: float activations times weights `(code - zero) * scale`, per output channel or in groups of K.
+
+    Args:
+        x: `[..., K]`, any float dtype.
+        weight: int8 `[N, K]`, or for int4 uint8 `[N, K / 2]` packed in blocks of 32 codes.
+        weight_scale: float32 or float16 `[N, K / group]`; `[N, 1]` is per output channel.
+        weight_zero: zero points in units of codes, shaped as `weight_scale`; None if symmetric.
+        bias: `[N]`, any float dtype, or None.
+
+    Returns:
+        `[..., N]`, of the dtype of `x`, computed in float32.
+    """
+    codes = from_codes(weight, WEIGHT_BLOCK, torch.float32)
+    columns, depth = codes.shape
+    if weight_zero is not None:
+        codes = codes - expand_scale(weight_zero.float(), columns, depth)
+    values = codes * expand_scale(weight_scale.float(), columns, depth)
+    return _finished(x.float().reshape(-1, depth) @ values.T, bias, x)
+
+
+def linear_fp8_reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    input_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """W8A8 in fp8, e4m3: `e4m3(x / scale) @ weight.T * (scale * weight_scale) + bias`.
+
+    Args:
+        x: `[..., K]`, any float dtype.
+        weight: float8_e4m3fn `[N, K]`.
+        weight_scale: float32 `[N]` per output channel, or `[1]` per tensor.
+        input_scale: float32 `[1]`, static; None: per token, `max|x| / 448` of each row of x.
+        bias: `[N]`, any float dtype, or None.
+
+    Returns:
+        `[..., N]`, of the dtype of `x`, summed in float32.
+    """
+    rows = x.float().reshape(-1, x.shape[-1])
+    low, high = CODE_RANGES[torch.float8_e4m3fn]
+    if input_scale is None:
+        input_scale = rows.abs().amax(dim=-1, keepdim=True).div(high).clamp_min(SMALLEST_SCALE)
+    codes = (rows / input_scale).clamp(low, high).to(torch.float8_e4m3fn).float()
+    return _finished((codes @ weight.float().T) * (input_scale * weight_scale), bias, x)

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from octavo.ops import encode, encode_token, linear_w8a8, report
-from octavo.ops.codec.reference import SMALLEST_SCALE, encode_reference, encode_token_reference
+from octavo.ops.codec.reference import encode_reference, encode_token_reference
+from octavo.ops.codes import SMALLEST_SCALE
 from octavo.ops.linear.npu import linear_w8a8_npu
 from octavo.ops.linear.reference import linear_w8a8_reference
 

@@ -2,21 +2,26 @@
 
 Environment variables:
     OCTAVO_KERNELS=reference   compile nothing; the references serve.
-    OCTAVO_CACHE=DIR           where compiled kernels are kept, instead of `~/.cache/octavo/kernels`.
+    OCTAVO_CACHE=DIR           where compiled kernels are kept, instead of `~/.cache/octavo/kernels`; where that cannot
+                               be written, a folder of the user's own under the system's temporary one serves.
     CC=COMMAND                 the C compiler, instead of the first of cc, gcc and clang.
 """
 
+import contextlib
 import ctypes
+import errno
 import hashlib
 import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 import threading
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from .resources import resource
@@ -26,6 +31,7 @@ TUNING = (("-march=native", "-fopenmp"), ("-fopenmp",), ("-march=native",), ())
 """Optional flags, the best first; a compiler that refuses one gets the next. Without OpenMP there is one thread."""
 
 _COMPILE_LOCK = threading.Lock()
+_ALL_KERNELS: "list[CKernel]" = []
 _WARNED: set[str] = set()
 
 
@@ -44,10 +50,34 @@ def find_compiler() -> list[str]:
     )
 
 
-def cache_folder() -> Path:
-    """Where compiled kernels are kept."""
+def _user() -> int:
+    return os.getuid() if hasattr(os, "getuid") else 0
+
+
+def cache_folders() -> list[Path]:
+    """Where compiled kernels are looked for, and kept in the first that can be written."""
     chosen = os.environ.get("OCTAVO_CACHE")
-    return Path(chosen) if chosen else Path.home() / ".cache" / "octavo" / "kernels"
+    main = Path(chosen) if chosen else Path("~/.cache/octavo/kernels").expanduser()
+    return [main, Path(tempfile.gettempdir()) / f"octavo-kernels-{_user()}"]
+
+
+def _scratch_in(folder: Path) -> tempfile.TemporaryDirectory:
+    """A new directory in a cache folder, which is made if missing.
+
+    Raises:
+        OSError: it cannot be written, or somebody else can write it too and could put a library of theirs there.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _check_owner(folder)
+    return tempfile.TemporaryDirectory(dir=folder, prefix=".")
+
+
+def _check_owner(folder: Path) -> None:
+    """Raise OSError for a folder under the temporary one, a name that anybody can take, that is not ours alone."""
+    if folder.parent == Path(tempfile.gettempdir()) and hasattr(os, "getuid"):
+        state = folder.lstat()
+        if not stat.S_ISDIR(state.st_mode) or state.st_uid != _user() or state.st_mode & 0o022:
+            raise OSError(errno.EPERM, "belongs to somebody else", str(folder))
 
 
 def _cpu_model() -> str:
@@ -75,30 +105,53 @@ def compile_shared(name: str, source: str) -> Path:
     compiler = find_compiler()
     version = _run([*compiler, "--version"]).stdout
     identity = "\0".join((source, *compiler, version, *BASE_FLAGS, repr(TUNING), platform.machine(), _cpu_model()))
-    library = cache_folder() / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:20]}.so"
-    if library.exists():
-        return library
-    try:
-        library.parent.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(dir=library.parent, prefix=f".{name}-")
-    except OSError as error:
-        raise CompileError(f"cannot write {library.parent}: {error.strerror}") from None
-    with scratch:
-        file, built = Path(scratch.name) / f"{name}.c", Path(scratch.name) / library.name
-        file.write_text(source, encoding="utf-8")
-        first_error = ""
-        for tuning in TUNING:
-            result = _run([*compiler, *BASE_FLAGS, *tuning, "-o", str(built), str(file), "-lm"])
-            if result.returncode == 0:
-                os.replace(built, library)
-                return library
-            lines = [line for line in result.stderr.splitlines() if "error" in line] or result.stderr.splitlines()
-            first_error = first_error or (lines[0].strip() if lines else f"exit status {result.returncode}")
-        raise CompileError(f"{shlex.join(compiler)} failed: {first_error}")
+    file_name = f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:20]}.so"
+    unwritable = ""
+    for folder in cache_folders():
+        try:
+            if (folder / file_name).is_file():
+                _check_owner(folder)
+                return folder / file_name
+            scratch = _scratch_in(folder)
+        except OSError as error:
+            unwritable = unwritable or f"cannot write {folder}: {error.strerror}"
+            continue
+        with scratch:
+            built = _built(compiler, source, Path(scratch.name) / file_name)
+            return built.replace(folder / file_name)
+    raise CompileError(unwritable)
+
+
+def _built(compiler: list[str], source: str, library: Path) -> Path:
+    """The library, compiled with the best flags that the compiler takes from its source, which is put beside it."""
+    file = library.with_suffix(".c")
+    file.write_text(source, encoding="utf-8")
+    first_error = ""
+    for tuning in TUNING:
+        result = _run([*compiler, *BASE_FLAGS, *tuning, "-o", str(library), str(file), "-lm"])
+        if result.returncode == 0:
+            return library
+        lines = [line for line in result.stderr.splitlines() if "error" in line] or result.stderr.splitlines()
+        first_error = first_error or (lines[0].strip() if lines else f"exit status {result.returncode}")
+    raise CompileError(f"{shlex.join(compiler)} failed: {first_error}")
+
+
+def _compile_all() -> None:
+    """Compile every kernel that is not in the cache, each in a process of its own at the same time.
+
+    A model needs them all, and one after the other they would take twice as long. What fails says so when it is loaded.
+    """
+
+    def compile_one(kernel: "CKernel") -> None:
+        with contextlib.suppress(CompileError):
+            compile_shared(kernel.name, kernel.source())
+
+    with ThreadPoolExecutor(len(_ALL_KERNELS)) as pool:
+        list(pool.map(compile_one, _ALL_KERNELS))
 
 
 class CKernel:
-    """The functions of one C source, compiled when one is first asked for.
+    """The functions of one C source, compiled when one of any kernel is first asked for, all kernels at the same time.
 
     Args:
         name: of the kernel, in warnings and in the cache.
@@ -112,6 +165,11 @@ class CKernel:
         self.functions = functions
         self.failure: str | None = None
         self._loaded: dict[str, Callable[[bytes], int]] | None = None
+        _ALL_KERNELS.append(self)
+
+    def source(self) -> str:
+        """The C source, one file."""
+        return "\n".join(f'#line 1 "{name}"\n{resource(name)}' for name in self.sources)
 
     def load(self) -> dict[str, Callable[[bytes], int]]:
         """The functions by name; empty if the reference has to serve, of which the first call warns."""
@@ -126,8 +184,8 @@ class CKernel:
             self.failure = "OCTAVO_KERNELS=reference"
             return {}
         try:
-            source = "\n".join(f'#line 1 "{name}"\n{resource(name)}' for name in self.sources)
-            library = ctypes.CDLL(str(compile_shared(self.name, source)))
+            _compile_all()
+            library = ctypes.CDLL(str(compile_shared(self.name, self.source())))
         except (CompileError, OSError) as error:
             self.failure = str(error)
             if self.failure not in _WARNED:

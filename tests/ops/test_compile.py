@@ -29,6 +29,13 @@ def start(cache: Path, program: str = REPORT, **environment: str) -> subprocess.
     )
 
 
+def unwritable(folder: Path) -> Path:
+    """A cache folder that nobody can make, root neither: its parent is a file."""
+    file = folder / "a file"
+    file.write_text("")
+    return file / "cache"
+
+
 def cpu_lines(report: str) -> list[str]:
     return [line for line in report.splitlines() if line.split()[1:2] == ["CPU"]]
 
@@ -52,11 +59,34 @@ def test_the_first_error_of_a_failing_compiler_is_shown(tmp_path: Path) -> None:
     assert "x.c:1:2: error: no such thing" in errors
 
 
-def test_an_unwritable_cache_is_named(tmp_path: Path) -> None:
-    file = tmp_path / "a file"
-    file.write_text("")
-    _, errors = start(file / "cache").communicate()
-    assert f"cannot write {file}" in errors
+def test_where_the_cache_cannot_be_written_the_temporary_folder_serves(tmp_path: Path) -> None:
+    cache = unwritable(tmp_path)
+    (tmp_path / "temporary").mkdir()
+    output, errors = start(cache, TMPDIR=str(tmp_path / "temporary")).communicate()
+    assert "octavo:" not in errors
+    assert all("C kernel" in line for line in cpu_lines(output))
+    (folder,) = (tmp_path / "temporary").iterdir()
+    assert folder.stat().st_mode & 0o077 == 0
+    assert list(folder.glob("codec-*.so"))
+
+
+def test_a_library_that_another_user_could_have_put_there_is_not_loaded(tmp_path: Path) -> None:
+    folder = tmp_path / f"octavo-kernels-{os.getuid()}"
+    folder.mkdir()
+    folder.chmod(0o777)
+    _, errors = start(unwritable(tmp_path), TMPDIR=str(tmp_path)).communicate()
+    assert "cannot write" in errors
+    assert not list(folder.iterdir())
+
+
+def test_a_cache_that_can_be_read_only_serves_what_it_holds(tmp_path: Path) -> None:
+    assert start(tmp_path, ENCODE).wait() == 0
+    tmp_path.chmod(0o500)
+    written = sorted(tmp_path.iterdir())
+    _, errors = start(tmp_path, ENCODE).communicate()
+    tmp_path.chmod(0o700)
+    assert errors == ""
+    assert sorted(tmp_path.iterdir()) == written
 
 
 def test_the_reference_can_be_asked_for(tmp_path: Path) -> None:
@@ -77,8 +107,8 @@ def test_processes_that_compile_at_once_share_one_result(tmp_path: Path) -> None
     for process in processes:
         _, errors = process.communicate()
         assert (process.returncode, errors) == (0, "")
-    (library,) = tmp_path.iterdir()
-    assert library.name.startswith("codec-")
-    written = library.stat().st_mtime_ns
+    libraries = sorted(tmp_path.iterdir())
+    assert [library.name.rsplit("-", 1)[0] for library in libraries] == ["attention", "codec", "linear"]
+    written = [library.stat().st_mtime_ns for library in libraries]
     assert start(tmp_path, ENCODE).wait() == 0
-    assert library.stat().st_mtime_ns == written
+    assert [library.stat().st_mtime_ns for library in libraries] == written

@@ -1,12 +1,18 @@
 """The attention function that transformers' models call, and the mask that goes with it."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.masking_utils import (
+    causal_mask_function,
+    sdpa_mask,
+    sliding_window_causal_mask_function,
+    sliding_window_overlay,
+)
 
 from ..ops import attention
 from ..ops.library import NAMESPACE
@@ -31,12 +37,19 @@ class Codes:
     query_scale: torch.Tensor | None = None
 
 
+@dataclass(frozen=True)
+class SlidingWindow:
+    """In place of a mask tensor: a query sees the newest `size` of the keys that causality leaves it, its own included."""
+
+    size: int
+
+
 def quantized_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: Codes | torch.Tensor,
     value: Codes | torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | SlidingWindow | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
@@ -48,7 +61,8 @@ def quantized_attention(
         module: the attention module, for its `is_causal`.
         query: `[B, H, Q, D]`.
         key, value: handles to `[B, G, S, D]`.
-        attention_mask: True where a query sees a key, or additive; broadcastable to `[B, H, Q, S]`.
+        attention_mask: True where a query sees a key, or additive; broadcastable to `[B, H, Q, S]`. What
+            `causal_or_explicit_mask` made.
 
     Returns:
         `[B, Q, H, D]` and None in place of attention weights.
@@ -66,8 +80,8 @@ def quantized_attention(
     # Not `isinstance(key, Codes)`: another copy of this very code, beside another checkpoint, has a class of its own.
     keys = Codes(key) if isinstance(key, torch.Tensor) else key
     values = Codes(value) if isinstance(value, torch.Tensor) else value
-    if attention_mask is not None:
-        attention_mask = attention_mask[..., : keys.codes.shape[2]]
+    window = attention_mask.size if isinstance(attention_mask, SlidingWindow) else 0
+    mask = attention_mask[..., : keys.codes.shape[2]] if isinstance(attention_mask, torch.Tensor) else None
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     output = attention(
         query,
@@ -78,11 +92,23 @@ def quantized_attention(
         values.scale,
         values.zero,
         keys.query_scale,
-        attention_mask,
+        mask,
         query.shape[-1] ** -0.5 if scaling is None else scaling,
         causal,
+        window=window,
     )
     return output, None
+
+
+def _sliding_window(mask_function: Callable) -> int:
+    """The window of what `sliding_window_causal_mask_function` of transformers returns; 0 for every other function."""
+    if mask_function.__code__ is not sliding_window_causal_mask_function(1).__code__:
+        return 0
+    parts = inspect.getclosurevars(mask_function).nonlocals["mask_functions"]
+    if len(parts) != 2 or parts[1] is not causal_mask_function:
+        return 0
+    is_overlay = parts[0].__code__ is sliding_window_overlay(1).__code__
+    return inspect.getclosurevars(parts[0]).nonlocals["sliding_window"] if is_overlay else 0
 
 
 def causal_or_explicit_mask(
@@ -92,11 +118,13 @@ def causal_or_explicit_mask(
     local_size: int | None = None,
     allow_is_causal_skip: bool = True,
     **kwargs: Any,
-) -> torch.Tensor | None:
-    """No mask where plain causality says it all, for any number of queries; otherwise the boolean mask of SDPA."""
-    is_plain = allow_is_causal_skip and local_size is None and mask_function is causal_mask_function
-    if is_plain and (attention_mask is None or bool(attention_mask.all())):
-        return None
+) -> torch.Tensor | SlidingWindow | None:
+    """No mask tensor where causality says it all, with a sliding window or without; otherwise SDPA's boolean one."""
+    if allow_is_causal_skip and (attention_mask is None or bool(attention_mask.all())):
+        if mask_function is causal_mask_function and local_size is None:
+            return None
+        if window := _sliding_window(mask_function):
+            return SlidingWindow(window)
     return sdpa_mask(
         *args,
         mask_function=mask_function,

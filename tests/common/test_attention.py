@@ -5,9 +5,15 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional
-from transformers.masking_utils import sliding_window_causal_mask_function
+from transformers.masking_utils import (
+    and_masks,
+    causal_mask_function,
+    or_masks,
+    sliding_window_causal_mask_function,
+    sliding_window_overlay,
+)
 
-from octavo.common.attention import Codes, causal_or_explicit_mask, quantized_attention
+from octavo.common.attention import Codes, SlidingWindow, causal_or_explicit_mask, quantized_attention
 from octavo.common.errors import OctavoError
 from octavo.models.llama3.modeling_llama_fa3 import LlamaForCausalLM
 
@@ -91,14 +97,41 @@ def test_no_mask_is_made_where_causality_says_it_all() -> None:
     assert torch.equal(mask.expand(2, 1, 3, 8), wanted)
 
 
-def test_a_window_needs_a_mask_however_it_is_asked_for() -> None:
-    arguments = {"batch_size": 1, "q_length": 3, "kv_length": 8, "q_offset": 5, "device": torch.device("cpu")}
+MASK_ARGUMENTS = {"batch_size": 1, "q_length": 3, "kv_length": 8, "q_offset": 5, "device": torch.device("cpu")}
+
+
+def test_no_mask_is_made_where_a_window_says_it_all() -> None:
     window = sliding_window_causal_mask_function(4)
+    assert causal_or_explicit_mask(**MASK_ARGUMENTS, mask_function=window, local_size=4) == SlidingWindow(4)
     wanted = torch.ones(3, 8, dtype=torch.bool).tril(5).triu(2)
-    for asked in ({"mask_function": window}, {"mask_function": window, "local_size": 4}):
-        assert torch.equal(causal_or_explicit_mask(**arguments, **asked)[0, 0], wanted)
-    assert causal_or_explicit_mask(**arguments, local_size=4) is not None
-    assert causal_or_explicit_mask(**arguments, allow_is_causal_skip=False) is not None
+    asked = causal_or_explicit_mask(**MASK_ARGUMENTS, mask_function=window, local_size=4, allow_is_causal_skip=False)
+    assert torch.equal(asked[0, 0], wanted)
+    padded = torch.ones((1, 8), dtype=torch.bool)
+    padded[0, 3] = False
+    mask = causal_or_explicit_mask(**MASK_ARGUMENTS, mask_function=window, attention_mask=padded)
+    assert torch.equal(mask[0, 0], wanted & padded)
+
+
+def test_a_window_hides_the_keys_that_its_mask_hides() -> None:
+    mask = CAUSAL.triu(3)
+    assert mask.sum(dim=-1).tolist() == [3] * 6
+    torch.testing.assert_close(attend(attention_mask=SlidingWindow(3)), sdpa(mask))
+
+
+@pytest.mark.parametrize(
+    "mask_function",
+    [
+        or_masks(sliding_window_overlay(4), causal_mask_function),
+        and_masks(sliding_window_overlay(4), causal_mask_function, causal_mask_function),
+        and_masks(causal_mask_function, sliding_window_overlay(4)),
+        and_masks(lambda b, h, q, k: k > q - 4, causal_mask_function),
+    ],
+)
+def test_every_other_rule_is_written_out_as_a_mask(mask_function: Any) -> None:
+    mask = causal_or_explicit_mask(**MASK_ARGUMENTS, mask_function=mask_function, local_size=4)
+    assert isinstance(mask, torch.Tensor)
+    assert causal_or_explicit_mask(**MASK_ARGUMENTS, local_size=4) is not None
+    assert causal_or_explicit_mask(**MASK_ARGUMENTS, allow_is_causal_skip=False) is not None
 
 
 # The model class around it.

@@ -39,7 +39,7 @@ class Codes:
 
 @dataclass(frozen=True)
 class SlidingWindow:
-    """In place of a mask tensor: a query sees the newest `size` of the keys that causality leaves it, its own included."""
+    """In place of a mask tensor: a query sees the newest `size` of the keys that causality leaves it."""
 
     size: int
 

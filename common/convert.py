@@ -30,9 +30,10 @@ from .checkpoints.writer import check_output, whole_directory, write_json, write
 from .errors import OctavoError
 from .evaluate import Fidelity, compare
 from .flags import parse_flags, run_script
+from .linear import W8A8DynamicLinear, W8A8Linear
 from .model import CONFIG_KEY, NATIVE_LOAD_HINT
 from .observe import calibrate
-from .quantize import input_range, outlier_score, quantize_linear
+from .quantize import input_range, outlier_score, quantize_linear, quantize_weight
 from .scheme import Scheme, load_scheme
 from .source import (
     FLOAT_DTYPES,
@@ -67,14 +68,14 @@ class Quantized:
 
     Attributes:
         scheme: of attention and cache.
-        linears: names of the W8A8 linears.
+        linears: label by name of the quantized linears.
         tensors: all tensors of the checkpoint, named for the file.
         tied: names of float tensors that are the same as a stored one.
         deq_scale_dtype: see `W8A8Linear`.
     """
 
     scheme: Scheme
-    linears: list[str]
+    linears: dict[str, str]
     tensors: dict[str, torch.Tensor]
     tied: list[str]
     deq_scale_dtype: torch.dtype
@@ -94,7 +95,9 @@ def choose_linears(model: nn.Module, flags: argparse.Namespace, recipe: list[str
     if flags.w_bit == 16:
         return []
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    patterns = list(flags.disable_names or [glob for glob in recipe if glob != "lm_head"])
+    # The recipe is for static scales: a dynamic one is not upset by the outliers of a few layers.
+    recipe = [] if flags.is_dynamic else [glob for glob in recipe if glob != "lm_head"]
+    patterns = list(flags.disable_names or recipe)
     for pattern in flags.disable_names or ():
         if not any(fnmatchcase(name, pattern) for name in names):
             raise OctavoError(f"--disable_names {pattern}: matches no linear layer; they are named as {names[0]}")
@@ -115,6 +118,7 @@ def quantize_model(
     linears: list[str],
     scheme: Scheme,
     act_method: int,
+    is_dynamic: bool,
     headers: dict[str, TensorHeader],
 ) -> Quantized:
     """All tensors of the quantized checkpoint, in the order of the model; float ones in the dtype of the source."""
@@ -124,8 +128,11 @@ def quantize_model(
     tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
     quantized: dict[str, torch.Tensor] = {}
     for name in tqdm(linears, desc="quantizing", unit="linear", disable=not linears):
-        low, high = input_range(statistics, name, act_method)
-        parts = quantize_linear(model.get_submodule(name), low, high, deq_scale_dtype)
+        linear = model.get_submodule(name)
+        if is_dynamic:
+            parts = quantize_weight(linear)
+        else:
+            parts = quantize_linear(linear, *input_range(statistics, name, act_method), deq_scale_dtype)
         quantized.update({f"{name}.{part}": tensor for part, tensor in parts.items()})
     quantized.update(scale_tensors(model, scheme, scales_of(scheme, statistics)))
     tensors = {
@@ -134,8 +141,9 @@ def quantize_model(
         for name, tensor in model.state_dict().items()
         if name not in replaced and name not in tied
     }
+    labels = dict.fromkeys(linears, (W8A8DynamicLinear if is_dynamic else W8A8Linear).LABEL)
     return Quantized(
-        scheme, linears, in_file_order(model, {**tensors, **quantized}), sorted(tied - replaced), deq_scale_dtype
+        scheme, labels, in_file_order(model, {**tensors, **quantized}), sorted(tied - replaced), deq_scale_dtype
     )
 
 
@@ -272,7 +280,9 @@ def convert(architecture: Architecture, flags: argparse.Namespace) -> None:
     if not (linears or flags.use_kvcache_quant or flags.use_fa_quant):
         raise OctavoError("--disable_names and --disable_level leave every linear in float; nothing would be quantized")
     preset = "ascend-c8" if flags.use_kvcache_quant else "ascend-fa" if flags.use_fa_quant else "float"
-    quantized = quantize_model(model, statistics, linears, load_scheme(preset), flags.act_method, headers)
+    quantized = quantize_model(
+        model, statistics, linears, load_scheme(preset), flags.act_method, flags.is_dynamic, headers
+    )
     fidelity = _fidelity(model, build_quantized(architecture, model, quantized), held_back)
     if flags.save_statistics is not None:
         statistics.save(flags.save_statistics)
@@ -295,7 +305,8 @@ def convert(architecture: Architecture, flags: argparse.Namespace) -> None:
         print(f"perplexity and KL over {fidelity.tokens} tokens of {where}")
         if fidelity.tokens < FEW_TOKENS:
             print(f"fewer than {FEW_TOKENS} tokens: give more calibration texts for figures that mean something")
-    print(f"wrote {flags.save_directory}: {len(linears)} linears in W8A8, attention {quantized.scheme.name}")
+    kind = next(iter(quantized.linears.values()), W8A8Linear.LABEL)
+    print(f"wrote {flags.save_directory}: {len(linears)} linears in {kind}, attention {quantized.scheme.name}")
 
 
 def main(architecture: Architecture, argv: list[str] | None = None) -> int:

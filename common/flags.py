@@ -72,7 +72,6 @@ REFUSED: dict[str, tuple[Any, Any, str]] = {
     "w_sym": (_boolean, True, "the weights of W8A8 are symmetric"),
     "open_outlier": (_boolean, True, "belongs to weight-only quantization, which is not supported yet"),
     "group_size": (int, 64, "belongs to weights quantized per group, which are not supported yet"),
-    "is_dynamic": (_boolean, False, "dynamic activations are not supported yet; W8A8 is static"),
     "fa_amp": (int, 0, "leaving attentions in float by sensitivity is not supported yet"),
 }
 """Flags that parse, and are refused at any value but the one that asks for nothing: type, that value, reason."""
@@ -97,6 +96,12 @@ def build_parser(name: str) -> argparse.ArgumentParser:
     add("--calib_texts", nargs="+", help="texts, used if there is no --calib_file")
     add("--act_method", type=int, choices=(MIN_MAX, HISTOGRAM, AUTOMATIC), default=1,
         help="range of activations: 1 min-max, 2 histogram, 3 automatic")  # fmt: skip
+    add(
+        "--is_dynamic",
+        type=_boolean,
+        default=False,
+        help="quantize each token's inputs by a scale of its own (W8A8_DYNAMIC); down_proj too, unless disabled",
+    )
     add("--disable_level", type=_level, default="L0", help="Ln leaves the n linears with the worst outliers in float")
     add("--disable_names", nargs="+", help="linears left in float, as names or globs; replaces the recipe's list")
     add("--disable_last_linear", type=_boolean, default=True, help="leave lm_head in float")
@@ -124,8 +129,10 @@ def parse_flags(name: str, argv: list[str] | None) -> argparse.Namespace:
         parser.error("--use_kvcache_quant and --use_fa_quant exclude each other: both quantize K and V; choose one")
     if flags.w_bit == 16 and not (flags.use_kvcache_quant or flags.use_fa_quant):
         parser.error("--w_bit 16 --a_bit 16 quantizes nothing; add --use_kvcache_quant True or --use_fa_quant True")
+    if flags.is_dynamic and flags.act_method != MIN_MAX:
+        parser.error(f"--act_method {flags.act_method}: --is_dynamic takes each token's own range; leave it out")
     if flags.w_bit == 16:
-        for flag in ("disable_names", "disable_level"):
+        for flag in ("disable_names", "disable_level", "is_dynamic"):
             if getattr(flags, flag):
                 parser.error(f"--{flag}: --w_bit 16 leaves every linear in float")
     return flags

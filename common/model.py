@@ -23,7 +23,7 @@ from .checkpoints.ascend import (
     weight_file_names,
 )
 from .errors import OctavoError
-from .linear import W8A8Linear
+from .linear import QuantizedLinear, W8A8Linear
 from .scheme import Scheme, load_scheme
 
 CONFIG_KEY = "octavo"
@@ -95,10 +95,11 @@ def describe_checkpoint(config: Any, source: str, tied: Iterable[str], hub_argum
     headers = read_headers(files)
     check_description(description, headers, tied if config.tie_word_embeddings else ())
     linears = quantized_linears(description)
+    static = [name for name, label in linears.items() if label == W8A8Linear.LABEL]
     config.octavo = {
         "scheme": _agreed_scheme(source, config, description).to_dict(),
         "quantized_linears": linears,
-        "deq_scale": headers[f"{linears[0]}.deq_scale"].dtype if linears else "F32",
+        "deq_scale": headers[f"{static[0]}.deq_scale"].dtype if static else "F32",
     }
     config.transformers_weights = single if single_file is not None else index
 
@@ -133,7 +134,7 @@ def _withdraw_cache(decoder: torch.nn.Module, args: tuple, kwargs: dict[str, Any
 def _check_loaded(source: str, model: torch.nn.Module) -> None:
     """Raise an `OctavoError` that names the first scale that is no positive number, or norm that is not finite."""
     for name, module in model.named_modules():
-        if isinstance(module, W8A8Linear):
+        if isinstance(module, QuantizedLinear):
             module.check(f"{source}: {name}")
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1 and not parameter.is_meta and not torch.isfinite(parameter).all():
@@ -157,7 +158,7 @@ class QuantizedCausalLM:
         recipe = getattr(config, CONFIG_KEY, None) or {}
         self.scheme: Scheme = load_scheme(recipe.get("scheme", "float"))
         dtype = SCALAR_DTYPES[recipe.get("deq_scale", "F32")]
-        attach_buffers(self, self.scheme, recipe.get("quantized_linears", ()), dtype)
+        attach_buffers(self, self.scheme, recipe.get("quantized_linears", {}), dtype)
         self.base_model.octavo_scheme = self.scheme
         self.base_model.register_forward_pre_hook(_provide_cache, with_kwargs=True)
         self.base_model.register_forward_hook(_withdraw_cache, with_kwargs=True)

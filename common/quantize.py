@@ -56,6 +56,21 @@ def input_range(statistics: Statistics, name: str, act_method: int) -> tuple[flo
     return _least_squares_range(low, high, limit, statistics.tensors[f"linears.{name}.histogram"])
 
 
+def quantize_weight(linear: nn.Linear) -> dict[str, torch.Tensor]:
+    """The tensors of `W8A8DynamicLinear` for a float linear layer: weights symmetric per output channel."""
+    weight = linear.weight.detach().float()
+    weight_scale = (weight.abs().amax(dim=1, keepdim=True) / INT8_MAX).clamp_min(SMALLEST_SCALE)
+    codes = (weight / weight_scale).round().clamp(-INT8_MAX, INT8_MAX)
+    tensors = {
+        "weight": codes.to(torch.int8),
+        "weight_scale": weight_scale,
+        "weight_offset": torch.zeros_like(weight_scale),
+    }
+    if linear.bias is not None:
+        tensors["bias"] = linear.bias.detach()
+    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+
+
 def quantize_linear(
     linear: nn.Linear, low: float, high: float, deq_scale_dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
@@ -63,24 +78,17 @@ def quantize_linear(
 
     Weights are symmetric per output channel, inputs affine per tensor (reference: msmodelslim's W8A8).
     """
-    weight = linear.weight.detach().float()
-    weight_scale = (weight.abs().amax(dim=1, keepdim=True) / INT8_MAX).clamp_min(SMALLEST_SCALE)
-    codes = (weight / weight_scale).round().clamp(-INT8_MAX, INT8_MAX)
+    tensors = quantize_weight(linear)
     input_scale = torch.tensor([max((high - low) / LEVELS, SMALLEST_SCALE)])
     input_offset = (-low / input_scale).round() + INT8_MIN
-    deq_scale = input_scale * weight_scale.squeeze(1).cpu()
-    bias = torch.zeros_like(deq_scale) if linear.bias is None else linear.bias.detach().float().cpu()
-    quant_bias = (bias.double() / deq_scale - input_offset * codes.sum(dim=1, dtype=torch.float64).cpu()).round()
+    deq_scale = input_scale * tensors["weight_scale"].squeeze(1)
+    bias = torch.zeros_like(deq_scale) if linear.bias is None else tensors["bias"].float()
+    sums = tensors["weight"].sum(dim=1, dtype=torch.float64)
+    quant_bias = (bias.double() / deq_scale - input_offset * sums).round()
     int32 = torch.iinfo(torch.int32)  # out of reach but for a bias on a row of zeros, whose scale is the smallest
-    tensors = {
-        "weight": codes.to(torch.int8),
-        "weight_scale": weight_scale,
-        "weight_offset": torch.zeros_like(weight_scale),
+    return tensors | {
         "input_scale": input_scale,
         "input_offset": input_offset,
         "quant_bias": quant_bias.clamp(int32.min, int32.max).to(torch.int32),
-        "deq_scale": encode_deq_scale(deq_scale, deq_scale_dtype),
+        "deq_scale": encode_deq_scale(deq_scale, deq_scale_dtype).contiguous(),
     }
-    if linear.bias is not None:
-        tensors["bias"] = linear.bias.detach()
-    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..errors import OctavoError
-from ..linear import W8A8Linear
+from ..linear import QUANTIZED_LINEARS, W8A8Linear
 from ..scheme import Scheme, load_scheme
 from ..statistics import LayerScales, Scales
 
@@ -35,11 +35,12 @@ NOT_TENSORS = (
 )
 SCALAR_DTYPES = {"I64": torch.int64, "F32": torch.float32}
 FLOATS = ("F32", "F16", "BF16")
+WEIGHT_LABELS = tuple(QUANTIZED_LINEARS)
 STORED_AS = {
-    "weight": (("W8A8",), ("I8",)),
+    "weight": (WEIGHT_LABELS, ("I8",)),
     "bias": (("FLOAT",), FLOATS),
-    "weight_scale": (("W8A8",), FLOATS),
-    "weight_offset": (("W8A8",), FLOATS),
+    "weight_scale": (WEIGHT_LABELS, FLOATS),
+    "weight_offset": (WEIGHT_LABELS, FLOATS),
     "input_scale": (("W8A8",), FLOATS),
     "input_offset": (("W8A8",), FLOATS),
     "quant_bias": (("W8A8",), ("I32",)),
@@ -100,16 +101,16 @@ def is_fa(scheme: Scheme) -> bool:
     return all(codec is not None and codec.granularity == "head" for codec in (scheme.query, scheme.key, scheme.value))
 
 
-def attach_buffers(model: nn.Module, scheme: Scheme, quantized: Iterable[str], deq_scale_dtype: torch.dtype) -> None:
+def attach_buffers(model: nn.Module, scheme: Scheme, quantized: dict[str, str], deq_scale_dtype: torch.dtype) -> None:
     """Give a float model the modules and buffers that hold a quantized checkpoint, empty.
 
     Args:
         model: a decoder as transformers builds it, changed in place.
         scheme: what attention and cache store; its static scales get buffers.
-        quantized: names of the linear layers that become `W8A8Linear`.
+        quantized: label by name of the linear layers that are quantized.
         deq_scale_dtype: dtype of `deq_scale` on disk.
     """
-    for name in quantized:
+    for name, label in quantized.items():
         parent, _, child = name.rpartition(".")
         try:
             linear = model.get_submodule(name)
@@ -118,8 +119,9 @@ def attach_buffers(model: nn.Module, scheme: Scheme, quantized: Iterable[str], d
                 f"{DESCRIPTION_FILE} names {name}, which config.json gives the model no room for"
             ) from None
         if not isinstance(linear, nn.Linear):
-            raise OctavoError(f"{DESCRIPTION_FILE}: {name} is labelled W8A8 and is no linear layer; convert again")
-        layer = W8A8Linear(linear.in_features, linear.out_features, linear.bias is not None, deq_scale_dtype)
+            raise OctavoError(f"{DESCRIPTION_FILE}: {name} is labelled {label} and is no linear layer; convert again")
+        options = (deq_scale_dtype,) if label == W8A8Linear.LABEL else ()
+        layer = QUANTIZED_LINEARS[label](linear.in_features, linear.out_features, linear.bias is not None, *options)
         setattr(model.get_submodule(parent), child, layer)
     for _, attention in attention_modules(model):
         layer_scheme = scheme.of_layer(attention.layer_idx)
@@ -196,20 +198,21 @@ def in_file_order(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[st
     return {name: tensors[name] for name in sorted(tensors, key=key)}
 
 
-def quantized_linears(description: dict[str, Any]) -> list[str]:
-    """Names of the linear layers that a description labels W8A8.
+def quantized_linears(description: dict[str, Any]) -> dict[str, str]:
+    """Label by name of the linear layers that a description says are quantized.
 
     Raises:
         OctavoError: a label that Octavo does not load, with its tensor.
     """
-    names = []
+    labels = {}
     for tensor, label in description.items():
         if tensor in NOT_TENSORS or not tensor.endswith(".weight") or label == "FLOAT":
             continue
-        if label != "W8A8":
-            raise OctavoError(f"{DESCRIPTION_FILE}: {tensor} is labelled {label!r}; Octavo loads W8A8 and FLOAT")
-        names.append(tensor.removesuffix(".weight"))
-    return names
+        if label not in WEIGHT_LABELS:
+            known = ", ".join(WEIGHT_LABELS)
+            raise OctavoError(f"{DESCRIPTION_FILE}: {tensor} is labelled {label!r}; Octavo loads {known} and FLOAT")
+        labels[tensor.removesuffix(".weight")] = label
+    return labels
 
 
 def described_scheme(description: dict[str, Any], layers: int) -> Scheme | None:
@@ -291,12 +294,13 @@ def check_description(description: dict[str, Any], headers: dict[str, TensorHead
         raise OctavoError(f"{where}: {name} is stored and not described; convert the model again")
     for name, label in described.items():
         module, _, part = name.rpartition(".")
-        kind = part if described.get(f"{module}.weight") == "W8A8" or part not in ("weight", "bias") else "float"
+        of_module = described.get(f"{module}.weight")
+        kind = part if of_module in WEIGHT_LABELS or part not in ("weight", "bias") else "float"
         labels, dtypes = STORED_AS.get(kind, (("FLOAT",), FLOATS))
-        if label not in labels or headers[name].dtype not in dtypes:
+        if label not in labels or (labels == WEIGHT_LABELS and label != of_module) or headers[name].dtype not in dtypes:
             raise OctavoError(f"{where}: {name} is labelled {label} and stored as {headers[name].dtype}; convert again")
-    for linear in quantized_linears(described):
-        for part in ("input_scale", "input_offset", "quant_bias", "deq_scale"):
+    for linear, label in quantized_linears(described).items():
+        for part in QUANTIZED_LINEARS[label].PARTS:
             if f"{linear}.{part}" not in headers:
                 raise OctavoError(f"{where}: {linear}.{part} is missing; convert the model again")
     kinds = {header.dtype for name, header in headers.items() if name.endswith(".deq_scale")}
@@ -305,18 +309,18 @@ def check_description(description: dict[str, Any], headers: dict[str, TensorHead
 
 
 def build_description(
-    tensors: Iterable[str], tied: Iterable[str], linears: Iterable[str], scheme: Scheme
+    tensors: Iterable[str], tied: Iterable[str], linears: dict[str, str], scheme: Scheme
 ) -> dict[str, Any]:
     """The description of a checkpoint: what kind it is, and a label for each tensor, as msmodelslim writes them.
 
     Args:
         tensors: names of what is stored.
         tied: names that share a stored tensor and are labelled too, since readers look for `lm_head.weight` here.
-        linears: names of the W8A8 linears.
+        linears: label by name of the quantized linears, which are all of one kind.
         scheme: of attention and cache.
     """
-    quantized = set(linears)
-    description: dict[str, Any] = {"version": "1.0.0", "model_quant_type": "W8A8" if quantized else "FLOAT"}
+    kind = next(iter(linears.values()), "FLOAT")
+    description: dict[str, Any] = {"version": "1.0.0", "model_quant_type": kind}
     if is_c8(scheme):
         description |= {"kv_cache_type": "C8", "kv_quant_type": "C8"}
     elif is_fa(scheme):
@@ -328,5 +332,5 @@ def build_description(
         elif module.rpartition(".")[2].startswith("fa_"):
             description[name] = "FAQuant"
         else:
-            description[name] = "W8A8" if module in quantized and part != "bias" else "FLOAT"
+            description[name] = linears.get(module, "FLOAT") if part != "bias" else "FLOAT"
     return description | dict.fromkeys(tied, "FLOAT")

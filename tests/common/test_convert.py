@@ -286,6 +286,7 @@ def test_part_of_the_linears(source: Path, tmp_path: Path) -> None:
     assert "lm_head" in linears("--disable_last_linear", "False")
     chosen = linears("--disable_names", "*.q_proj", "model.layers.1.*")
     assert len(chosen) == 2 * 6 and "model.layers.0.mlp.down_proj" in chosen, "replaces the recipe's list"
+    assert len(linears("--is_dynamic", "True")) == 3 * 7, "the recipe is for static scales"
 
 
 def test_the_worst_outliers_stay_in_float() -> None:

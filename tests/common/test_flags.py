@@ -20,6 +20,7 @@ DEFAULTS: dict[str, Any] = {
     "calib_file": None,
     "calib_texts": None,
     "act_method": 1,
+    "is_dynamic": False,
     "disable_level": 0,
     "disable_names": None,
     "disable_last_linear": True,
@@ -42,7 +43,6 @@ DEFAULTS: dict[str, Any] = {
     "w_sym": True,
     "open_outlier": True,
     "group_size": 64,
-    "is_dynamic": False,
     "fa_amp": 0,
 }
 
@@ -58,6 +58,14 @@ def test_values() -> None:
     flags = parse_flags("llama3", [*argv, "--tokenizer_args", '{"padding_side": "left"}', "--disable_names", "a", "b*"])
     assert flags.use_fa_quant is True and flags.disable_level == 3 and flags.part_file_size == 4
     assert flags.tokenizer_args == {"padding_side": "left"} and flags.disable_names == ["a", "b*"]
+
+
+@pytest.mark.parametrize("other", [("--act_method", "3"), ("--w_bit", "16", "--a_bit", "16", "--use_fa_quant", "True")])
+def test_what_dynamic_inputs_exclude(other: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse_flags("llama3", [*REQUIRED, "--is_dynamic", "True", *other])
+    assert stop.value.code == 2
+    assert "is_dynamic" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("missing", ["--model_path", "--save_directory"])

@@ -6,9 +6,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 from torch import nn
 
-from octavo.common.linear import W8A8Linear, decode_deq_scale, encode_deq_scale
+from octavo.common.linear import W8A8DynamicLinear, W8A8Linear, decode_deq_scale, encode_deq_scale
 from octavo.common.observe import InputObserver
-from octavo.common.quantize import AUTOMATIC, HISTOGRAM, MIN_MAX, input_range, outlier_score, quantize_linear
+from octavo.common.quantize import (
+    AUTOMATIC,
+    HISTOGRAM,
+    MIN_MAX,
+    input_range,
+    outlier_score,
+    quantize_linear,
+    quantize_weight,
+)
 from octavo.common.statistics import Statistics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -114,6 +122,18 @@ def test_the_layer_computes_what_its_tensors_say(has_bias: bool) -> None:
         decoded = decoded + linear.bias
     half_a_step = (decode_deq_scale(tensors["deq_scale"]) * 0.51).double()
     assert ((layer(x).double() - decoded).abs() <= half_a_step + 1e-5).all(), "only quant_bias is rounded"
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_the_dynamic_layer_scales_each_token_by_itself(has_bias: bool) -> None:
+    torch.manual_seed(0)
+    linear, x = nn.Linear(48, 20, bias=has_bias), torch.randn(5, 9, 48)
+    x[0, 0] *= 1000  # an outlier costs no other token anything
+    layer = W8A8DynamicLinear(48, 20, has_bias)
+    layer.load_state_dict(quantize_weight(linear))
+    exact = linear.double()(x.double())
+    error = (layer(x).double() - exact).square().mean(dim=-1).sqrt() / exact.square().mean(dim=-1).sqrt()
+    assert error.max() < 0.03
 
 
 def test_deq_scale_as_msmodelslim_stores_it() -> None:

@@ -20,6 +20,7 @@ from ..support import convert_flags, edit_json, random_ids, run_python, save_sou
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 C8, FA = ("--use_kvcache_quant", "True"), ("--use_fa_quant", "True")
+DYNAMIC = ("--is_dynamic", "True")
 FLOAT_LINEARS = ("--w_bit", "16", "--a_bit", "16")
 SHARDED = ("--part_file_size", "1")
 
@@ -32,6 +33,11 @@ VARIANTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "c8 tied": ({"tie_word_embeddings": True}, C8),
     "fa tied float linears": ({"tie_word_embeddings": True}, (*FA, *FLOAT_LINEARS)),
     "c8 tied, lm_head quantized": ({"tie_word_embeddings": True}, (*C8, "--disable_last_linear", "False")),
+    "c8 dynamic tied, lm_head quantized": (
+        {"tie_word_embeddings": True},
+        (*C8, *DYNAMIC, "--disable_last_linear", "False"),
+    ),
+    "dynamic alone, bf16, biases": ({"dtype": "bfloat16", "attention_bias": True}, DYNAMIC),
     "c8 sharded": ({}, (*C8, *SHARDED)),
     "fa tied sharded": ({"tie_word_embeddings": True}, (*FA, *SHARDED)),
     "c8 bf16": ({"dtype": "bfloat16"}, C8),

@@ -371,7 +371,7 @@ def test_what_a_description_stands_for() -> None:
     assert described_scheme({"model_quant_type": "W8A8"}, 3) is None
     with pytest.raises(OctavoError, match="W4A8"):
         quantized_linears({"a.weight": "W4A8"})
-    assert quantized_linears({"a.weight": "W8A8", "a.bias": "FLOAT", "b.weight": "FLOAT"}) == ["a"]
+    assert quantized_linears({"a.weight": "W8A8", "a.bias": "FLOAT", "b.weight": "FLOAT"}) == {"a": "W8A8"}
 
 
 def test_names_on_which_description_and_weights_disagree(converted: Callable[..., Path]) -> None:

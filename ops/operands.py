@@ -2,8 +2,18 @@
 
 import torch
 
-KINDS = {torch.int8: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-"""Element types that the kernels load, by their number in vector.h."""
+KINDS = {
+    torch.int8: 0,
+    torch.float32: 1,
+    torch.bfloat16: 2,
+    torch.float16: 3,
+    torch.uint8: 4,
+    torch.float8_e4m3fn: 5,
+    torch.float8_e5m2: 6,
+}
+"""Element types that the kernels load, by their number in vector.h; uint8 is int4, two codes in a byte."""
+FLOAT_KINDS = {dtype: KINDS[dtype] for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+"""Those of values that are no codes."""
 
 
 def broadcast_strides(tensor: torch.Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -29,7 +29,15 @@ typedef int32_t i32x8 __attribute__((vector_size(32)));
 typedef float f32x8_any __attribute__((vector_size(32), aligned(4), may_alias));
 
 /* Element types of tensors, as cpu.py numbers them. */
-enum { KIND_INT8 = 0, KIND_FLOAT32 = 1, KIND_BFLOAT16 = 2, KIND_FLOAT16 = 3 };
+enum {
+    KIND_INT8 = 0,
+    KIND_FLOAT32 = 1,
+    KIND_BFLOAT16 = 2,
+    KIND_FLOAT16 = 3,
+    KIND_INT4 = 4, /* an element is a byte of two codes */
+    KIND_FLOAT8_E4M3 = 5,
+    KIND_FLOAT8_E5M2 = 6
+};
 
 INLINE f32x8 splat(float x) { return (f32x8){x, x, x, x, x, x, x, x}; }
 INLINE f32x8 load_f32(const float *from) { return *(const f32x8_any *)from; }
@@ -55,7 +63,9 @@ INLINE float max_of(f32x8 x) {
     return best;
 }
 
-INLINE int64_t kind_size(int kind) { return kind == KIND_INT8 ? 1 : kind == KIND_FLOAT32 ? 4 : 2; }
+INLINE int64_t kind_size(int kind) {
+    return kind == KIND_FLOAT32 ? 4 : kind == KIND_BFLOAT16 || kind == KIND_FLOAT16 ? 2 : 1;
+}
 
 INLINE float half_to_float(uint16_t half) {
     uint32_t sign = (uint32_t)(half & 0x8000) << 16, rest = half & 0x7fff;
@@ -71,9 +81,57 @@ INLINE float half_to_float(uint16_t half) {
     return sign ? -value : value;
 }
 
-/* 8 elements of one kind as floats; `kind` is a constant wherever speed matters. */
+/* The bits of fp8 as those of float16: of e4m3fn 2^-8 of the value, so that the smaller bias fits, NaN as NaN. */
+INLINE uint16_t fp8_to_half(uint8_t code, int kind) {
+    uint32_t bits = code, magnitude = (bits & 0x7f) << 7;
+    if (kind == KIND_FLOAT8_E5M2) return (uint16_t)(bits << 8);
+    return (uint16_t)((bits & 0x80) << 8 | (magnitude == 0x3f80 ? 0x7fff : magnitude));
+}
+
+/* 8 fp8 codes as floats; `scaled` e4m3fn ones come as 2^-8 of their value, which saves a product. */
+INLINE f32x8 load_fp8(const void *from, int kind, int scaled) {
+    f32x8 x;
+#ifdef __F16C__
+    __m128i bytes = _mm_loadl_epi64(from);
+    if (kind == KIND_FLOAT8_E5M2) return (f32x8)_mm256_cvtph_ps(_mm_unpacklo_epi8(_mm_setzero_si128(), bytes));
+    __m128i halves = _mm_and_si128(_mm_slli_epi16(_mm_cvtepi8_epi16(bytes), 7), _mm_set1_epi16((short)0xbfff));
+    __m128i largest = _mm_set1_epi16(0x3f80);
+    halves = _mm_or_si128(halves, _mm_slli_epi16(_mm_cmpeq_epi16(_mm_and_si128(halves, largest), largest), 14));
+    x = (f32x8)_mm256_cvtph_ps(halves);
+#else
+    uint8_t codes[8];
+    memcpy(codes, from, 8);
+    for (int i = 0; i < 8; i++) x[i] = half_to_float(fp8_to_half(codes[i], kind));
+    if (kind == KIND_FLOAT8_E5M2) return x;
+#endif
+    return scaled ? x : x * splat(256.0f);
+}
+
+/* 8 bytes of int4 codes: those in the low halves and those in the high halves. */
+INLINE void load_int4(const void *from, f32x8 *low, f32x8 *high) {
+#ifdef __AVX2__
+    __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(from)), offset = _mm256_set1_epi32(8);
+    __m256i low_codes = _mm256_sub_epi32(_mm256_and_si256(bytes, _mm256_set1_epi32(15)), offset);
+    *low = (f32x8)_mm256_cvtepi32_ps(low_codes);
+    *high = (f32x8)_mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_srli_epi32(bytes, 4), offset));
+#else
+    uint8_t bytes[8];
+    memcpy(bytes, from, 8);
+    for (int i = 0; i < 8; i++) (*low)[i] = (float)((bytes[i] & 15) - 8), (*high)[i] = (float)((bytes[i] >> 4) - 8);
+#endif
+}
+
+/* As load_int4 for `count` < 8 bytes, -8 behind; reads nothing beyond them. */
+INLINE void load_few_int4(const void *from, int64_t count, f32x8 *low, f32x8 *high) {
+    unsigned char padded[8] = {0};
+    memcpy(padded, from, (size_t)count);
+    load_int4(padded, low, high);
+}
+
+/* 8 elements of one kind, int4 aside, as floats; `kind` is a constant wherever speed matters. */
 INLINE f32x8 load_as_f32(const void *from, int kind) {
     if (kind == KIND_FLOAT32) return load_f32(from);
+    if (kind == KIND_FLOAT8_E4M3 || kind == KIND_FLOAT8_E5M2) return load_fp8(from, kind, 0);
     if (kind == KIND_INT8) {
 #ifdef __AVX2__
         return (f32x8)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(from)));

@@ -2,7 +2,8 @@
 
 These kernels are contract-tested: no NPU has run them. Every call is checked against the schemas inside torch_npu
 2.13's libraries and against a model of what its documents say (`tests/ops/npu_double.py`). The documents named below
-are the pages of `docs/zh/custom_APIs/torch_npu` in github.com/Ascend/op-plugin, for Atlas A2 and A3.
+are the pages of `docs/zh/custom_APIs/torch_npu` in github.com/Ascend/op-plugin, and those named aclnn the pages of
+github.com/hicann/ops-nn and ops-transformer, for Atlas A2 and A3.
 """
 
 import importlib.util
@@ -12,8 +13,12 @@ from types import ModuleType
 
 import torch
 
+from .codes import FP8_DTYPES
+
 NPU_FLOATS = (torch.float16, torch.bfloat16)
 """Float dtypes of activations that the quantizing ops of the NPU take."""
+LARGEST_ROTARY_BATCH, LARGEST_ROTARY_WIDTH = 999, 895
+"""Limits of npu_rotary_mul: sequences and heads below 1000, head_dim below 896."""
 
 
 def torch_npu_module() -> ModuleType:
@@ -50,6 +55,16 @@ def require_npu_float(name: str, tensor: torch.Tensor) -> None:
         )
 
 
+def refuse_fp8(*tensors: torch.Tensor) -> None:
+    """Raise NotImplementedError if a tensor is in fp8, which Atlas A2 and A3 do not compute in.
+
+    No op that is used here takes or gives it there; aclnnQuantize gives int8, uint8 and int32, FIA takes int8 and int4.
+    """
+    for tensor in tensors:
+        if tensor.dtype in FP8_DTYPES:
+            raise NotImplementedError(f"Atlas A2 and A3 have no {tensor.dtype}; take a scheme in int8 or int4")
+
+
 def whole_storage(view: torch.Tensor) -> torch.Tensor | None:
     """The contiguous `[B, G, capacity, D]` storage whose first S tokens a cache's view `[B, G, S, D]` shows.
 
@@ -65,11 +80,38 @@ def whole_storage(view: torch.Tensor) -> torch.Tensor | None:
     return view if view.is_contiguous() else None
 
 
-def _static_columns(part: torch.Tensor, heads: int, width: int) -> torch.Tensor:
-    """A static scale or zero, `[N, 1, D]` or `[N, 1, 1]`, as float32 `[N * D]`."""
-    if (part.dim() > 1 and part.shape[-2] != 1) or (part.dim() > 3 and part.shape[0] != 1):
-        raise ValueError(f"npu_quantize takes scales per head or channel, [N, 1, 1 or D], not {tuple(part.shape)}")
-    return part.float().expand(1, heads, 1, width).reshape(heads * width)
+def rotated_npu(x: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None) -> torch.Tensor:
+    """RoPE on `[B, G, S, D]` by npu_rotary_mul, in float32 as the reference; x itself without cos.
+
+    Args:
+        cos, sin: `[B or 1, S, D]`.
+
+    Raises:
+        ValueError: beyond the limits of the op.
+    """
+    if cos is None or sin is None or x.numel() == 0:
+        return x
+    batch, heads, _, width = x.shape
+    if max(batch, heads) > LARGEST_ROTARY_BATCH or width > LARGEST_ROTARY_WIDTH or width % 2:
+        raise ValueError(
+            f"npu_rotary_mul takes up to {LARGEST_ROTARY_BATCH} sequences and heads and an even head_dim up to "
+            f"{LARGEST_ROTARY_WIDTH}, not {batch}, {heads} and {width}"
+        )
+    tokens_first = x.transpose(1, 2).float().contiguous()  # as a projection leaves it: no copy
+    angles = (part[:, :, None].float().contiguous() for part in (cos, sin))
+    return torch_npu_module().npu_rotary_mul(tokens_first, *angles).transpose(1, 2)
+
+
+def is_static(scale: torch.Tensor, tokens: int) -> bool:
+    """Whether a scale `[..., T, W]` is one for all tokens."""
+    return scale.dim() < 2 or tokens == 1 or scale.shape[-2] == 1
+
+
+def _static_columns(part: torch.Tensor, batch: int, heads: int, width: int) -> torch.Tensor:
+    """A static scale or zero `[..., N, 1, W]` for each channel, as float32 `[batch * N * D]`."""
+    part = part.float().reshape((1,) * (4 - part.dim()) + part.shape)
+    channels = part.repeat_interleave(width // part.shape[-1], dim=-1)
+    return channels.expand(batch, heads, 1, width).reshape(-1)
 
 
 def quantize_static(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
@@ -77,18 +119,41 @@ def quantize_static(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | N
 
     Args:
         x: `[B, N, S, D]`, float32, float16 or bfloat16.
-        scale, zero: float32, `[N, 1, D]` or `[N, 1, 1]`; zero None if symmetric.
+        scale, zero: any float dtype, `[B or 1, N or 1, 1, W]` where W divides D, or without leading dimensions; zero
+            None if symmetric.
 
     Returns:
-        int8 `[B, S, N, D]`, contiguous.
+        int8 `[B, N, S, D]`, usually not contiguous.
 
-    npu_quantize with `div_mode=True` divides by a float32 scale of one axis; its other mode would round scale and zero
-    to the dtype of x. Its zero points are integers, so ours, which need not be, are added to x first, in float32.
+    npu_quantize with `div_mode=True` divides by a scale along one axis; its other mode would multiply by the
+    reciprocal. A float32 scale wants a float32 x (aclnnQuantize). Its zero points are integers, so ours, which need not
+    be, are added to x first.
     """
-    batch, heads, tokens, width = x.shape
-    columns = _static_columns(scale, heads, width)
-    rows = x.transpose(1, 2).reshape(batch * tokens, heads * width)
+    batch, heads, _, width = x.shape
+    parts = [scale] if zero is None else [scale, zero]
+    by_sequence = any(part.dim() > 3 and part.shape[-4] > 1 for part in parts)
+    order, inverse = ((2, 0, 1, 3), (1, 2, 0, 3)) if by_sequence else ((0, 2, 1, 3), (0, 2, 1, 3))
+    columns = [_static_columns(part, batch if by_sequence else 1, heads, width) for part in parts]
+    moved = x.permute(order).float()
+    rows = moved.reshape(-1, columns[0].numel())
     if zero is not None:
-        rows = rows.float() + columns * _static_columns(zero, heads, width)
-    codes = torch_npu_module().npu_quantize(rows, columns, None, torch.qint8, 1, True)
-    return codes.view(batch, tokens, heads, width)
+        rows = rows + columns[0] * columns[1]
+    codes = torch_npu_module().npu_quantize(rows, columns[0], None, torch.qint8, 1, True)
+    return codes.view(moved.shape).permute(inverse)
+
+
+def write_tokens(storage: torch.Tensor, part: torch.Tensor, position: torch.Tensor | None) -> None:
+    """Copy `[B, G, S, *]` over `storage`: over all of it, or by scatter_update_ from the token `position` on.
+
+    Args:
+        position: int64 `[1]`, which stays on the device, or None.
+
+    scatter_update_ (aclnnInplaceScatterUpdate): `data[b][g][indices[b] + s] = updates[b][g][s]` with axis -2.
+    """
+    part = part.to(storage.dtype)
+    if position is None:
+        storage.copy_(part)
+        return
+    if storage.dtype == torch.uint8:  # torch_npu's document names int8 only
+        storage, part = storage.view(torch.int8), part.contiguous().view(torch.int8)
+    torch_npu_module().scatter_update_(storage, position.repeat(part.shape[0]), part.contiguous(), -2)

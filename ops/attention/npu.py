@@ -1,32 +1,44 @@
 """Attention on an Ascend NPU, behind the Python signature of the reference.
 
-One query per sequence (decode), and float K and V: npu_fused_infer_attention_score (FIA), which decodes int8 codes
-inside. One int8 query (FAQuant): the ATB op _npu_paged_attention_quant. What those ops do not take, several queries
-over codes and masks of a decode step, goes through `attention_reference` on the device, a block of keys at a time;
-`report` says so.
+npu_fused_infer_attention_score (FIA) serves float K and V, and int8 codes that it decodes inside, mostly at decode, for
+one query per sequence. One int8 query (FAQuant): the ATB op _npu_paged_attention_quant. What those ops do not take goes
+through `attention_reference` on the device, a block of keys at a time; `report` says so.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from ..npu import npu_description, quantize_static, require_npu_float, torch_npu_module, whole_storage
+from ..npu import npu_description, quantize_static, refuse_fp8, require_npu_float, torch_npu_module, whole_storage
 from .reference import attention_reference
 
 ATTENTION_NPU = npu_description(
-    "npu_fused_infer_attention_score; int8 queries by _npu_paged_attention_quant, a call per KV head; "
-    "several queries over codes, and a mask at decode, by the reference (PyTorch)"
+    "npu_fused_infer_attention_score, which waits for `length` on the host and gets a copy of a window at decode; int8 "
+    "queries by _npu_paged_attention_quant, a call per KV head; by the reference (PyTorch): a mask at decode, several "
+    "queries over codes (but static ones in float16, or up to 16 in bfloat16), int4, scales in groups, K and V of "
+    "different granularity, int8 queries over all but codes with static scales per head; fp8 raises"
 )
-PER_CHANNEL, PER_HEAD, PER_TOKEN = 0, 2, 3
-"""The antiquant modes of FIA that our scales are: perchannel, pertensor + perhead, pertoken + perhead."""
+PER_CHANNEL, PER_HEAD, PER_TOKEN, FLOAT = 0, 2, 3, -1
+"""The antiquant modes of FIA that our scales are: perchannel, pertensor + perhead, pertoken + perhead; and none."""
+STATIC_MODES = (PER_CHANNEL, PER_HEAD)
 ONLINE, ACL_TYPES = 3, {torch.float16: 1, torch.bfloat16: 27}
 """Of _npu_paged_attention_quant: quant_type that quantizes the weights in the kernel, and outdata_type by dtype."""
 PAGE_ALIGNMENT, LARGEST_PAGE, LARGEST_PAGE_BYTES = 32, 128, 128 * 128
 """Tokens of a page are a multiple of the int8 tile; block_size * head_size is limited (ATB: infer_op_params.h)."""
 COMPRESSED_MASK = 2048
-RIGHT_DOWN_CAUSAL, WHOLE_MASK, EMPTY_ROWS_ARE_ZERO = 3, 1, 2
-"""Of FIA: two values of sparse_mode, and the inner_precise that gives zeros to queries which see nothing."""
+WHOLE_MASK, RIGHT_DOWN_CAUSAL, BAND, EMPTY_ROWS_ARE_ZERO = 1, 3, 4, 2
+"""Of FIA: three values of sparse_mode, and the inner_precise that gives zeros to queries which see nothing."""
+MOST_BFLOAT16_QUERIES = 16
+"""Queries over codes that FIA takes in bfloat16 (aclnnFusedInferAttentionScoreV3)."""
+
+
+class _Operand(NamedTuple):
+    """K or V: codes `[B, G, S, D]` with their scale and zero."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor | None
+    zero: torch.Tensor | None
 
 
 def attention_npu(
@@ -49,19 +61,21 @@ def attention_npu(
     """`attention_reference` by ops of torch_npu; shapes as there, the query in float16 or bfloat16.
 
     A mask at decode is not given to FIA: with `[B, 1, 1, S]` it ignores all beyond key 512 without an error
-    (github.com/vllm-project/vllm-ascend/issues/15503). Several queries over codes are outside of what its antiquant
-    modes 2 and 3 and its float16 take.
+    (github.com/vllm-project/vllm-ascend/issues/15503). int4 codes are not, either: it wants eight in an int32, in an
+    order that no document tells.
+
+    Both ops plan their work on the host, from lists of lengths: `length` is copied there, which waits for the device.
+    Neither knows a window at decode: the codes in it, not the whole cache, are copied to storage of their own.
 
     Raises:
         ValueError: a dtype, shape or layout beyond the limits of the op; the message names the limit.
-        NotImplementedError: a combination of codecs that the op has no mode for.
+        NotImplementedError: codes in fp8.
         RuntimeError: torch_npu cannot be imported.
     """
     require_npu_float("q", query)
-    queries = query.shape[2]
-    in_codes = torch.int8 in (key.dtype, value.dtype) or query_scale is not None
-    has_plain_mask = mask is None or (mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1] == 1)
-    if key.shape[2] == 0 or (queries == 1 and mask is not None) or (queries > 1 and (in_codes or not has_plain_mask)):
+    refuse_fp8(key, value)
+    operands = _Operand(key, key_scale, key_zero), _Operand(value, value_scale, value_zero)
+    if not _is_served(query, operands, query_scale, mask):
         return attention_reference(
             query,
             key,
@@ -79,15 +93,92 @@ def attention_npu(
             key_group,
             value_group,
         )
+    lengths = _lengths(key, length)
+    window = window if causal and mask is None else 0
+    if window and query.shape[2] == 1 and max(lengths) > window:
+        operands = _newest(operands[0], lengths, window), _newest(operands[1], lengths, window)
+        lengths = [min(tokens, window) for tokens in lengths]
     if query_scale is not None:
-        if key_zero is not None or value_zero is not None:
-            raise NotImplementedError("_npu_paged_attention_quant has no zero points; use symmetric codecs of K and V")
-        return _attend_int8(query, key, value, key_scale, value_scale, query_scale, scaling)
-    if in_codes:
-        options = _antiquant(query.dtype, key, value, (key_scale, value_scale), (key_zero, value_zero))
+        output = _attend_int8(query, operands, query_scale, scaling, lengths)
     else:
-        options = {} if queries == 1 else _mask_options(query, key, mask, causal)
-    return _attend_fused(query, key, value, scaling, options)
+        output = _attend_fused(query, operands, mask, scaling, causal, lengths, window)
+    if 0 in lengths:
+        is_empty = torch.tensor([tokens == 0 for tokens in lengths], device=output.device)
+        output = output.masked_fill(is_empty.view(-1, 1, 1, 1), 0)
+    return output
+
+
+def _lengths(key: torch.Tensor, length: torch.Tensor | None) -> list[int]:
+    """Tokens in use, per sequence, on the host."""
+    return [key.shape[2]] * key.shape[0] if length is None else length.expand(key.shape[0]).tolist()
+
+
+def _is_served(
+    query: torch.Tensor,
+    operands: tuple[_Operand, _Operand],
+    query_scale: torch.Tensor | None,
+    mask: torch.Tensor | None,
+) -> bool:
+    """Whether FIA or the ATB op has a mode for these arguments; their limits are checked later, and raise."""
+    queries = query.shape[2]
+    if operands[0].codes.shape[2] == 0 or (queries == 1 and mask is not None):
+        return False
+    if mask is not None and (mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1] != 1):
+        return False
+    modes = _mode(operands[0]), _mode(operands[1])
+    if query_scale is not None:
+        has_zeros = any(operand.zero is not None for operand in operands)
+        return modes == (PER_HEAD, PER_HEAD) and queries == 1 and not has_zeros and _is_per_head(query_scale)
+    if modes == (FLOAT, FLOAT):
+        return True
+    if queries == 1 and modes == (PER_TOKEN, PER_TOKEN):
+        return True
+    are_static = modes[0] in STATIC_MODES and modes[1] in STATIC_MODES
+    return are_static and (queries <= MOST_BFLOAT16_QUERIES or query.dtype == torch.float16)
+
+
+def _is_per_head(query_scale: torch.Tensor) -> bool:
+    """Whether the scale of q is one for all sequences."""
+    return query_scale.dim() < 4 or query_scale.shape[0] == 1
+
+
+def _mode(operand: _Operand) -> int | None:
+    """The antiquant mode of a scale `[G, 1, D]`, `[G, 1, 1]` or `[B, G, S, 1]`, FLOAT of none; None: there is no mode.
+
+    With one token stored, `[B, G, 1, 1]` is taken to be per token.
+    """
+    codes, scale, zero = operand
+    if scale is None and codes.is_floating_point():
+        return FLOAT
+    if scale is None or codes.dtype != torch.int8 or (zero is not None and zero.shape != scale.shape):
+        return None
+    batch, _, rows, columns = (1,) * (4 - scale.dim()) + scale.shape
+    if rows == codes.shape[2] and columns == 1 and scale.shape[:-2] == codes.shape[:2]:
+        return PER_TOKEN
+    if rows > 1 or batch > 1 or columns not in (1, codes.shape[3]):
+        return None
+    return PER_HEAD if columns == 1 else PER_CHANNEL
+
+
+def _newest(operand: _Operand, lengths: list[int], window: int) -> _Operand:
+    """The newest `window` tokens of each sequence, copied to the start of storage of whole pages."""
+    tokens = min(window, max(lengths))
+    capacity = -(-tokens // LARGEST_PAGE) * LARGEST_PAGE
+    starts = [max(0, length - window) for length in lengths]
+
+    def copied(part: torch.Tensor) -> torch.Tensor:
+        storage = part.new_zeros((*part.shape[:2], capacity, part.shape[3]))
+        if len(set(starts)) == 1:
+            storage[:, :, :tokens] = part[:, :, starts[0] : starts[0] + tokens]
+        else:
+            for row, start in enumerate(starts):
+                storage[row, :, :tokens] = part[row, :, start : start + tokens]
+        return storage[:, :, :tokens]
+
+    codes, scale, zero = operand
+    if _mode(operand) == PER_TOKEN:
+        scale, zero = copied(scale), None if zero is None else copied(zero)
+    return _Operand(copied(codes), scale, zero)
 
 
 def _stored(view: torch.Tensor) -> torch.Tensor:
@@ -102,25 +193,34 @@ def _stored(view: torch.Tensor) -> torch.Tensor:
 
 
 def _attend_fused(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, options: dict[str, Any]
+    query: torch.Tensor,
+    operands: tuple[_Operand, _Operand],
+    mask: torch.Tensor | None,
+    scaling: float,
+    causal: bool,
+    lengths: list[int],
+    window: int,
 ) -> torch.Tensor:
-    """FIA over the whole storage, of which it is told the valid length."""
-    batch, heads, queries, width = query.shape
-    groups, keys = key.shape[1:3]
-    key, value = _stored(key), _stored(value)
+    """FIA over the whole storage, of which it is told the valid lengths; returns `[B, Q, H, D]`."""
+    heads, queries = query.shape[1:3]
+    key, value = (_stored(operand.codes) for operand in operands)
     _check_fused(query, key, value)
+    options = {} if queries == 1 else _mask_options(query, key, mask, causal, lengths, window)
+    is_float_prefill = queries > 1 and key.dtype != torch.int8  # codes want BNSD (prompt_flash_attention_tiling.cpp)
+    if key.dtype == torch.int8:
+        options |= _antiquant(query, operands)
     output, _ = torch_npu_module().npu_fused_infer_attention_score(
         query.contiguous(),
         key,
         value,
-        actual_seq_lengths_kv=[keys] * batch,
+        actual_seq_lengths_kv=[max(1, tokens) for tokens in lengths],
         num_heads=heads,
-        num_key_value_heads=groups,
+        num_key_value_heads=key.shape[1],
         scale=scaling,
-        input_layout="BNSD_BSND" if queries > 1 else "BNSD",
+        input_layout="BNSD_BSND" if is_float_prefill else "BNSD",
         **options,
     )
-    return output.view(batch, queries, heads, width)
+    return output if is_float_prefill else output.transpose(1, 2).contiguous()
 
 
 def _check_fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -144,54 +244,60 @@ def _check_fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) ->
         raise ValueError(f"{name} takes up to 262144 keys per sequence at decode, not a cache of {capacity}")
 
 
-def _mask_options(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, causal: bool) -> dict[str, Any]:
-    """The arguments of FIA that hide keys from several queries; in its masks True hides."""
+def _mask_options(
+    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, causal: bool, lengths: list[int], window: int
+) -> dict[str, Any]:
+    """The arguments of FIA that hide keys from several queries; in its masks True hides.
+
+    A causal mask and the band of a window end with the last query at the last valid key, of each sequence
+    (ops-transformer: prompt_flash_attention_tiling.cpp, preTokensPerbatch).
+    """
+    queries = query.shape[2]
     if mask is not None:
-        shape = (mask.shape[0], 1, query.shape[2], _stored(key).shape[2])
+        shape = (mask.shape[0], 1, queries, key.shape[2])
         hidden = torch.ones(shape, dtype=torch.bool, device=query.device)
-        hidden[..., : key.shape[2]] = ~mask
+        hidden[..., : mask.shape[3]] = ~mask
         return {"atten_mask": hidden, "sparse_mode": WHOLE_MASK, "inner_precise": EMPTY_ROWS_ARE_ZERO}
-    return {"atten_mask": _compressed_mask(query.device), "sparse_mode": RIGHT_DOWN_CAUSAL} if causal else {}
+    if not causal:
+        return {}
+    options = {"atten_mask": _compressed_mask(query.device), "sparse_mode": RIGHT_DOWN_CAUSAL}
+    if 0 < window < max(lengths):
+        options |= {"sparse_mode": BAND, "pre_tokens": window - 1, "next_tokens": 0}
+    if min(lengths) < queries:
+        options["inner_precise"] = EMPTY_ROWS_ARE_ZERO
+    return options
 
 
 @functools.cache
 def _compressed_mask(device: torch.device) -> torch.Tensor:
-    """The `[2048, 2048]` mask from which FIA makes a causal mask of any size."""
+    """The `[2048, 2048]` mask from which FIA makes a causal mask or a band of any size."""
     return torch.ones((COMPRESSED_MASK, COMPRESSED_MASK), dtype=torch.bool, device=device).triu_(1)
 
 
-def _mode(scale: torch.Tensor | None, codes: torch.Tensor) -> int:
-    """The antiquant mode of a scale `[G, 1, D]`, `[G, 1, 1]` or `[B, G, S, 1]`."""
-    if scale is None or codes.dtype != torch.int8:
-        raise NotImplementedError("the NPU attends to K and V both in int8 codes with scales, or both in float")
-    rows, columns = scale.shape[-2:]
-    per_token = rows != 1 or (codes.shape[2] == 1 and columns == 1 and scale.dim() == 4)
-    if per_token and columns != 1:
-        raise NotImplementedError(f"no antiquant mode has scales per token and channel, {tuple(scale.shape)}")
-    return PER_TOKEN if per_token else PER_HEAD if columns == 1 else PER_CHANNEL
-
-
-def _antiquant(
-    dtype: torch.dtype,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scales: tuple[torch.Tensor | None, torch.Tensor | None],
-    zeros: tuple[torch.Tensor | None, torch.Tensor | None],
-) -> dict[str, Any]:
+def _antiquant(query: torch.Tensor, operands: tuple[_Operand, _Operand]) -> dict[str, Any]:
     """The arguments of FIA that decode codes as `(code + offset) * scale`: its offsets are our zeros negated.
 
-    Scales are `[G, 1, D]` or `[G]` in the dtype of q, or float32 `[B, G, capacity]` per token.
+    Scales are `[G, 1, D]` or `[G]` in the dtype of q, or float32 `[B, G, capacity]` per token. Several queries take
+    those per channel only, and in float16 K's and V's in one tensor `[2, G, 1, D]`.
     """
-    modes = [_mode(scale, codes) for scale, codes in zip(scales, (key, value), strict=True)]
-    if modes[0] != modes[1] and PER_TOKEN in modes:
-        raise NotImplementedError("npu_fused_infer_attention_score has no mode for K and V of which one is per token")
-    mode = min(modes)  # a scale per head is also one per channel
+    several = query.shape[2] > 1
+    modes = [_mode(operand) for operand in operands]
+    mode = PER_CHANNEL if several else min(modes)  # a scale per head is also one per channel
+    scales = [_antiquant_part(operand.scale, operand.codes, mode, query.dtype) for operand in operands]
+    offsets = None
+    if any(operand.zero is not None for operand in operands):  # both or neither
+        zeros = [torch.zeros_like(scale) if zero is None else -zero for _, scale, zero in operands]
+        offsets = [
+            _antiquant_part(zero, operand.codes, mode, query.dtype)
+            for zero, operand in zip(zeros, operands, strict=True)
+        ]
+    if several and query.dtype == torch.float16:
+        combined = {"antiquant_scale": torch.stack(scales)}
+        return combined if offsets is None else {**combined, "antiquant_offset": torch.stack(offsets)}
     options: dict[str, Any] = {"key_antiquant_mode": mode, "value_antiquant_mode": mode}
-    for name, codes, scale, zero in zip(("key", "value"), (key, value), scales, zeros, strict=True):
-        options[f"{name}_antiquant_scale"] = _antiquant_part(scale, codes, mode, dtype)
-        if zeros != (None, None):  # both or neither
-            offset = torch.zeros_like(scale) if zero is None else -zero
-            options[f"{name}_antiquant_offset"] = _antiquant_part(offset, codes, mode, dtype)
+    options |= {"key_antiquant_scale": scales[0], "value_antiquant_scale": scales[1]}
+    if offsets is not None:
+        options |= {"key_antiquant_offset": offsets[0], "value_antiquant_offset": offsets[1]}
     return options
 
 
@@ -212,12 +318,10 @@ def _antiquant_part(part: torch.Tensor, codes: torch.Tensor, mode: int, dtype: t
 
 def _attend_int8(
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    key_scale: torch.Tensor | None,
-    value_scale: torch.Tensor | None,
+    operands: tuple[_Operand, _Operand],
     query_scale: torch.Tensor,
     scaling: float,
+    lengths: list[int],
 ) -> torch.Tensor:
     """FAQuant decode: int8 q, K and V; the weights are quantized in the kernel, per head and block of keys.
 
@@ -225,26 +329,26 @@ def _attend_int8(
     of head g of sequence b is page `(b * G + g) * capacity / page + i`. Since the op's scales are per head and not per
     sequence, it is called once per KV head, each time over the same view of the storage with another block table.
     """
-    if (_mode(key_scale, key), _mode(value_scale, value)) != (PER_HEAD, PER_HEAD):
-        raise NotImplementedError("int8 queries on the NPU need K and V in int8 with static scales per head")
+    (key, key_scale, _), (value, value_scale, _) = operands
     batch, heads, _, width = query.shape
-    groups, keys = key.shape[1:3]
+    groups = key.shape[1]
     share = heads // groups
     key_pages, value_pages = _pages(key), _pages(value)
     if key_pages.shape != value_pages.shape:
         raise ValueError(f"K and V are stored differently: pages {tuple(key_pages.shape)}, {tuple(value_pages.shape)}")
     page, pages = key_pages.shape[1], key_pages.shape[0] // (batch * groups)
     numbers = torch.arange(batch * groups * pages, dtype=torch.int32, device=query.device).view(batch, groups, pages)
-    tables = numbers[:, :, : -(-keys // page)].transpose(0, 1).contiguous()
-    lengths = torch.full((batch,), keys, dtype=torch.int32)  # on the host, where the op plans its work
-    codes = quantize_static(query, query_scale, None).view(batch, groups, share, width).transpose(0, 1).contiguous()
+    tables = numbers[:, :, : -(-max(lengths) // page)].transpose(0, 1).contiguous()
+    context = torch.tensor([max(1, tokens) for tokens in lengths], dtype=torch.int32)  # on the host: it plans there
+    codes = quantize_static(query, query_scale, None).reshape(batch, groups, share, width).transpose(0, 1).contiguous()
     value_descale = value_scale.float().expand(1, groups, 1, 1).reshape(groups, 1).repeat(1, share)
-    score_descale = query_scale.float().expand(1, heads, 1, 1).reshape(groups, share) * key_scale.float().reshape(-1, 1)
+    score_descale = query_scale.float().expand(1, heads, 1, 1).reshape(groups, share)
+    score_descale = score_descale * key_scale.float().expand(1, groups, 1, 1).reshape(groups, 1)
     output = query.new_empty((groups, batch, share, width))
     npu = torch_npu_module()
     for group in range(groups):
         npu._npu_paged_attention_quant(
-            codes[group], key_pages, value_pages, 1, share, scaling, tables[group], lengths, ONLINE,
+            codes[group], key_pages, value_pages, 1, share, scaling, tables[group], context, ONLINE,
             ACL_TYPES[query.dtype], score_descale[group], value_descale[group], output[group],
         )  # fmt: skip
     return output.transpose(0, 1).reshape(batch, 1, heads, width)

@@ -1,12 +1,27 @@
-"""The codec on an Ascend NPU: npu_quantize and npu_dynamic_quant behind the Python signature of the references."""
+"""The codec on an Ascend NPU: ops of torch_npu behind the Python signatures of the references."""
 
 import torch
 
-from ..codes import SMALLEST_SCALE
-from ..npu import npu_description, quantize_static, require_npu_float, torch_npu_module
+from ..codes import CODE_RANGES, INT8_MIN, SMALLEST_SCALE, pack_int4
+from ..npu import (
+    is_static,
+    npu_description,
+    quantize_static,
+    refuse_fp8,
+    require_npu_float,
+    rotated_npu,
+    torch_npu_module,
+    write_tokens,
+)
+from .reference import decode_reference, encode_reference, encode_token_reference
 
-ENCODE_NPU = npu_description("npu_quantize")
-ENCODE_TOKEN_NPU = npu_description("npu_dynamic_quant")
+ENCODE_NPU = npu_description(
+    "npu_quantize; by the reference (PyTorch): packing of int4, scales that vary along the tokens; fp8 raises"
+)
+ENCODE_TOKEN_NPU = npu_description(
+    "npu_dynamic_quant and its asymmetric twin; by the reference (PyTorch): int4, float16 scales, RoPE; fp8 raises"
+)
+DECODE_NPU = "reference (PyTorch); fp8 raises"
 
 
 def encode_npu(
@@ -18,19 +33,35 @@ def encode_npu(
     sin: torch.Tensor | None = None,
     position: torch.Tensor | None = None,
 ) -> None:
-    """`encode_reference` by npu_quantize (ascend-op-plugin docs: npu_quantize).
+    """`encode_reference` by npu_quantize (ascend-op-plugin docs: npu_quantize, npu_rotary_mul, scatter_update_).
+
+    int4 codes are those of int8, clamped further and packed; npu_quantize's own int4 takes no division, and in which
+    order it packs is not documented. Scales that vary along the tokens take the reference.
 
     Args:
         x: `[B, G, S, D]`, float32, float16 or bfloat16.
-        scale, zero: float32, `[G, 1, D]` or `[G, 1, 1]`.
-        codes: int8 `[B, G, S, D]`, may be a strided view; overwritten.
+        scale, zero: float32, `[B or 1, G, 1, W]` where W divides D, or without leading dimensions.
+        codes: int8 `[B, G, S, D]` or uint8 `[B, G, S, D / 2]`, may be a strided view; overwritten.
+        cos, sin, position: as in the reference; RoPE is computed in float32.
 
     Raises:
-        ValueError: a scale that varies along the batch or the tokens.
+        NotImplementedError: codes in fp8.
+        ValueError: RoPE beyond the limits of npu_rotary_mul.
         RuntimeError: torch_npu cannot be imported.
     """
-    if x.numel():
-        codes.copy_(quantize_static(x, scale, zero).transpose(1, 2))
+    refuse_fp8(codes)
+    if x.numel() == 0:
+        return
+    values = rotated_npu(x, cos, sin)
+    tokens, width = x.shape[-2:]
+    if not all(part is None or is_static(part, tokens) for part in (scale, zero)):
+        encode_reference(values, scale, zero, codes, None, None, position)
+        return
+    new = quantize_static(values, scale, zero)
+    if codes.dtype == torch.uint8:
+        low, high = CODE_RANGES[torch.uint8]
+        new = pack_int4(new.clamp(int(low), int(high)), width)
+    write_tokens(codes, new, position)
 
 
 def encode_token_npu(
@@ -42,24 +73,69 @@ def encode_token_npu(
     sin: torch.Tensor | None = None,
     position: torch.Tensor | None = None,
 ) -> None:
-    """`encode_token_reference` by npu_dynamic_quant (ascend-op-plugin docs: npu_dynamic_quant).
+    """`encode_token_reference` by npu_dynamic_quant and npu_dynamic_quant_asymmetric (documents of these names).
 
-    Differs from the reference where a token's maximum is below 127 * 2^-23: its scale is not raised to that floor. What
-    the op makes of a token of zeros is not documented, so its codes and its scale are set here.
+    Both return a float32 scale and take no float32 x. So the reference serves float16 scales, by which the codes are
+    to be rounded, and RoPE, which is to be computed in float32. It serves int4 too, whose packing in the ops' int32 is
+    not documented.
+
+    Differs from the reference where the scale of a token or group would be below 2^-23: it is not raised to that floor.
+    What the ops make of a group of zeros, or affine of equal values, is not documented, so its codes, scale and zero
+    are set here. The zero of npu_dynamic_quant_asymmetric is `127 - max / scale`, which is ours but for rounding.
 
     Args:
         x: `[B, G, S, D]`, float16 or bfloat16.
-        codes: int8 `[B, G, S, D]`, may be a strided view; overwritten.
-        scale: float32 `[B, G, S, 1]`, may be a strided view; overwritten.
+        codes: int8 `[B, G, S, D]` or uint8 `[B, G, S, D / 2]`, may be a strided view; overwritten.
+        scale, zero: float32 or float16 `[B, G, S, W]` where W divides D, may be strided views; overwritten.
+        cos, sin, position: as in the reference.
 
     Raises:
-        ValueError: x in another dtype.
+        NotImplementedError: codes in fp8.
+        ValueError: x in another dtype, or RoPE beyond the limits of npu_rotary_mul.
         RuntimeError: torch_npu cannot be imported.
     """
     require_npu_float("K and V", x)
-    if x.numel():
-        new_codes, new_scale = torch_npu_module().npu_dynamic_quant(x)
-        new_scale = new_scale.unsqueeze(-1)
-        is_zero = new_scale == 0
-        codes.copy_(new_codes.masked_fill(is_zero, 0))
-        scale.copy_(new_scale.masked_fill(is_zero, SMALLEST_SCALE))
+    refuse_fp8(codes)
+    if x.numel() == 0:
+        return
+    is_float32 = all(part is None or part.dtype == torch.float32 for part in (scale, zero))
+    if codes.dtype != torch.int8 or cos is not None or not is_float32:
+        encode_token_reference(rotated_npu(x, cos, sin), codes, scale, zero, None, None, position)
+        return
+    rows = x.reshape(-1, x.shape[-1] // scale.shape[-1])
+    new_codes, new_scale, new_zero = _dynamic_codes(rows, affine=zero is not None)
+    shape = (*x.shape[:-1], scale.shape[-1])
+    write_tokens(codes, new_codes.view(x.shape), position)
+    write_tokens(scale, new_scale.view(shape), position)
+    if zero is not None:
+        write_tokens(zero, new_zero.view(shape), position)
+
+
+def _dynamic_codes(rows: torch.Tensor, affine: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes of rows `[M, N]`, with float32 scales and zeros `[M]`."""
+    npu = torch_npu_module()
+    if affine:
+        codes, scale, zero = npu.npu_dynamic_quant_asymmetric(rows)
+        flat_code = INT8_MIN
+    else:
+        codes, scale = npu.npu_dynamic_quant(rows)
+        zero, flat_code = torch.zeros_like(scale), 0
+    is_flat = scale == 0
+    flat_zero = flat_code - rows[:, 0].float() / SMALLEST_SCALE  # all values of the row are equal
+    return (
+        codes.masked_fill(is_flat.unsqueeze(-1), flat_code),
+        scale.masked_fill(is_flat, SMALLEST_SCALE),
+        torch.where(is_flat, flat_zero, zero),
+    )
+
+
+def decode_npu(
+    codes: torch.Tensor, scale: torch.Tensor | None, zero: torch.Tensor | None, token_group: int = 1
+) -> torch.Tensor:
+    """`decode_reference`, on the device: npu_anti_quant writes float16 and bfloat16 only.
+
+    Raises:
+        NotImplementedError: codes in fp8.
+    """
+    refuse_fp8(codes)
+    return decode_reference(codes, scale, zero, token_group)

@@ -4,7 +4,16 @@ import torch
 
 from ..library import define, implement
 from .cpu import LINEAR_KERNEL, linear_w8a8_cpu
-from .npu import LINEAR_NPU, linear_w8a8_npu
+from .npu import (
+    LINEAR_DYNAMIC_NPU,
+    LINEAR_FP8_NPU,
+    LINEAR_NPU,
+    LINEAR_WEIGHT_ONLY_NPU,
+    linear_fp8_npu,
+    linear_w8a8_dynamic_npu,
+    linear_w8a8_npu,
+    linear_weight_only_npu,
+)
 from .reference import (
     linear_fp8_reference,
     linear_w8a8_dynamic_reference,
@@ -40,3 +49,6 @@ linear_fp8 = define(
 )
 implement("linear_w8a8", "CPU", linear_w8a8_cpu, LINEAR_KERNEL.description)
 implement("linear_w8a8", "PrivateUse1", linear_w8a8_npu, LINEAR_NPU)
+implement("linear_w8a8_dynamic", "PrivateUse1", linear_w8a8_dynamic_npu, LINEAR_DYNAMIC_NPU)
+implement("linear_weight_only", "PrivateUse1", linear_weight_only_npu, LINEAR_WEIGHT_ONLY_NPU)
+implement("linear_fp8", "PrivateUse1", linear_fp8_npu, LINEAR_FP8_NPU)

@@ -1,12 +1,30 @@
-"""The W8A8 linear op on an Ascend NPU: npu_quantize and npu_quant_matmul behind the reference's signature."""
+"""The linear ops on an Ascend NPU: ops of torch_npu behind the signatures of the references."""
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..codes import code_width, unpack_int4
 from ..npu import npu_description, require_npu_float, torch_npu_module
+from .reference import WEIGHT_BLOCK
 
 LINEAR_NPU = npu_description("npu_quantize and npu_quant_matmul")
+LINEAR_DYNAMIC_NPU = npu_description("npu_dynamic_quant and npu_quant_matmul")
+LINEAR_WEIGHT_ONLY_NPU = npu_description(
+    "npu_weight_quant_batchmatmul; int4 weights are packed anew once and kept twice"
+)
+LINEAR_FP8_NPU = "none: raises, Atlas A2 and A3 do not compute in fp8"
 LARGEST_MATMUL_WIDTH = 65535
-"""Limit of the last dimension of both matrices (ascend-op-plugin docs: npu_quant_matmul)."""
+"""Limit of the dimensions of the weights (ascend-op-plugin docs: npu_quant_matmul, npu_weight_quant_batchmatmul)."""
+GROUP_STEP, INT4_PER_INT32 = 32, 8
+"""Of npu_weight_quant_batchmatmul: sizes of groups are multiples of the one, int4 weights lie in int32."""
+_INT4_PACKS = WeakTensorKeyDictionary()
+
+
+def _check_matmul(name: str, x: torch.Tensor, columns: int, depth: int) -> None:
+    """Raise ValueError where the dtype of x or the size of the weight is beyond the op."""
+    require_npu_float("x", x)
+    if max(columns, depth) > LARGEST_MATMUL_WIDTH:
+        raise ValueError(f"{name} takes at most {LARGEST_MATMUL_WIDTH} columns, and the weight is {columns} x {depth}")
 
 
 def linear_w8a8_npu(
@@ -36,16 +54,136 @@ def linear_w8a8_npu(
         ValueError: x in another dtype, or a matrix wider than the op takes.
         RuntimeError: torch_npu cannot be imported.
     """
-    require_npu_float("x", x)
     columns, depth = weight.shape
-    if max(columns, depth) > LARGEST_MATMUL_WIDTH:
-        raise ValueError(
-            f"npu_quant_matmul takes at most {LARGEST_MATMUL_WIDTH} columns, and the weight is {columns} x {depth}"
-        )
+    _check_matmul("npu_quant_matmul", x, columns, depth)
     shape = (*x.shape[:-1], columns)
     if x.numel() == 0:
         return x.new_empty(shape)
     npu = torch_npu_module()
-    rows = x.reshape(-1, depth)
+    rows = x.reshape(-1, depth).float()  # a float32 scale wants a float32 x (aclnnQuantize)
     codes = npu.npu_quantize(rows, input_scale, input_offset.to(torch.int32), torch.qint8, 1, True)
     return npu.npu_quant_matmul(codes, weight.t(), deq_scale, bias=quant_bias, output_dtype=x.dtype).view(shape)
+
+
+def linear_w8a8_dynamic_npu(
+    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """`linear_w8a8_dynamic_reference` by npu_dynamic_quant and npu_quant_matmul (documents of these names).
+
+    `(codes @ weight.T) * weight_scale * pertoken_scale + bias` (aclnnQuantMatmulV4). A row of x that is zero gets the
+    scale 0 and so the bias, whatever its codes.
+
+    Args:
+        x: `[..., K]`, float16 or bfloat16.
+        weight: int8 `[N, K]`; the op gets the transposed view.
+        weight_scale: float32 `[N]`.
+        bias: `[N]`, any float dtype, or None.
+
+    Returns:
+        `[..., N]`, of the dtype of `x`.
+
+    Raises:
+        ValueError: x in another dtype, or a matrix wider than the op takes.
+        RuntimeError: torch_npu cannot be imported.
+    """
+    columns, depth = weight.shape
+    _check_matmul("npu_quant_matmul", x, columns, depth)
+    shape = (*x.shape[:-1], columns)
+    if x.numel() == 0:
+        return x.new_empty(shape)
+    npu = torch_npu_module()
+    codes, scale = npu.npu_dynamic_quant(x.reshape(-1, depth))
+    output = npu.npu_quant_matmul(
+        codes,
+        weight.t(),
+        weight_scale.float(),
+        pertoken_scale=scale,
+        bias=None if bias is None else bias.float(),
+        output_dtype=x.dtype,
+    )
+    return output.view(shape)
+
+
+def linear_weight_only_npu(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_zero: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """`linear_weight_only_reference` by npu_weight_quant_batchmatmul (document of this name).
+
+    The op decodes weights as `(code + offset) * scale`: its offset is our zero negated. Scales and zeros are rounded to
+    the dtype of x; in bfloat16 whole zeros stay exact, others not.
+
+    Args:
+        x: `[..., K]`, float16 or bfloat16.
+        weight: int8 `[N, K]`, given to the op as the transposed view; or uint8 `[N, K / 2]`, which is converted by
+            npu_convert_weight_to_int4pack on its first use and kept as int32 for as long as the weight lives.
+        weight_scale, weight_zero: `[N, K / group]`, groups of a multiple of 32; `[N, 1]` is per output channel.
+        bias: `[N]`, any float dtype, or None.
+
+    Returns:
+        `[..., N]`, of the dtype of `x`.
+
+    Raises:
+        ValueError: x in another dtype, a matrix wider or groups smaller than the op takes.
+        RuntimeError: torch_npu cannot be imported.
+    """
+    columns, depth = weight.shape[0], code_width(weight)
+    _check_matmul("npu_weight_quant_batchmatmul", x, columns, depth)
+    groups = weight_scale.shape[1]
+    if groups > 1 and depth // groups % GROUP_STEP:
+        raise ValueError(
+            f"npu_weight_quant_batchmatmul takes groups of a multiple of {GROUP_STEP} channels, not {depth // groups}"
+        )
+    shape = (*x.shape[:-1], columns)
+    if x.numel() == 0:
+        return x.new_empty(shape)
+    parts = [weight_scale] if weight_zero is None else [weight_scale, -weight_zero]
+    parts = [part.to(x.dtype).t() for part in parts]
+    matrix = weight.t()
+    if weight.dtype == torch.uint8:
+        is_transposed = groups == 1 or columns % INT4_PER_INT32 != 0  # what the document recommends
+        matrix = _int4_pack(weight, is_transposed)
+        parts = parts if is_transposed else [part.contiguous() for part in parts]
+    output = torch_npu_module().npu_weight_quant_batchmatmul(
+        x.reshape(-1, depth),
+        matrix,
+        *parts,
+        bias=None if bias is None else bias.to(torch.float16 if x.dtype == torch.float16 else torch.float32),
+        antiquant_group_size=0 if groups == 1 else depth // groups,
+    )
+    return output.view(shape)
+
+
+def _int4_pack(weight: torch.Tensor, is_transposed: bool) -> torch.Tensor:
+    """An int4 weight `[N, K / 2]` as npu_weight_quant_batchmatmul takes it, kept from the first call on.
+
+    Returns:
+        int32 `[K, N / 8]`, or where `is_transposed` a transposed view `[K / 8, N]`.
+    """
+    version = (weight.data_ptr(), 0 if weight.is_inference() else weight._version, is_transposed)
+    kept = _INT4_PACKS.get(weight)
+    if kept is None or kept[0] != version:
+        codes = unpack_int4(weight, WEIGHT_BLOCK).to(torch.int32)
+        codes = codes if is_transposed else codes.t().contiguous()
+        packed = torch_npu_module().npu_convert_weight_to_int4pack(codes)
+        kept = (version, packed.t() if is_transposed else packed)
+        _INT4_PACKS[weight] = kept
+    return kept[1]
+
+
+def linear_fp8_npu(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    input_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """Not there: Atlas A2 and A3 do not compute in fp8 (npu_quant_matmul takes int8 and int4 there).
+
+    Raises:
+        NotImplementedError: always.
+    """
+    raise NotImplementedError("Atlas A2 and A3 have no fp8; write the checkpoint with linears in int8 or int4")

@@ -32,7 +32,12 @@ META_MODULE = "torch_npu/op_plugin/meta/_meta_registrations.py"
 OPS = {
     "npu_quantize": NPU_LIBRARY,
     "npu_dynamic_quant": NPU_LIBRARY,
+    "npu_dynamic_quant_asymmetric": NPU_LIBRARY,
+    "npu_rotary_mul": NPU_LIBRARY,
+    "scatter_update_": NPU_LIBRARY,
     "npu_quant_matmul": NPU_LIBRARY,
+    "npu_weight_quant_batchmatmul": NPU_LIBRARY,
+    "npu_convert_weight_to_int4pack": NPU_LIBRARY,
     "npu_fused_infer_attention_score": NPU_LIBRARY,
     "_npu_paged_attention_quant": ATB_LIBRARY,
 }
@@ -59,13 +64,14 @@ def fetch_wheel() -> Path:
     return wheel
 
 
+@functools.cache
 def read_schemas(wheel: Path) -> dict[str, str]:
     """The schema that each op is registered with: the one string in its library that torch's parser accepts."""
     schemas = {}
     with zipfile.ZipFile(wheel) as archive:
         contents = {name: archive.read(name) for name in set(OPS.values())}
     for op, library in OPS.items():
-        found = re.findall(rb"(?<=\0)" + op.encode() + rb"\([^\0]*\) -> [^\0]*(?=\0)", contents[library])
+        found = re.findall(rb"\0(" + op.encode() + rb"\([^\0]*\) -> [^\0]*)(?=\0)", contents[library])
         accepted = set()
         for text in {match.decode() for match in found}:
             try:
@@ -156,9 +162,9 @@ def installed_double(monkeypatch: pytest.MonkeyPatch) -> TorchNpu:
     return double
 
 
-def on_npu(op: Any, *arguments: Any) -> Any:
+def on_npu(op: Any, *arguments: Any, **named: Any) -> Any:
     """Run an op of Octavo by the kernel that is registered for NPUs, whatever device its tensors are on."""
-    return op.default.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1), *arguments)
+    return op.default.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1), *arguments, **named)
 
 
 def relative_rmse(result: torch.Tensor, expected: torch.Tensor) -> float:

@@ -368,9 +368,9 @@ def test_limits_raise_with_the_reason(npu: TorchNpu, name: str) -> None:
 
 
 def static_scales(layers: int) -> list[LayerScales]:
-    """Scales for the tiny model: per head, which the codec per channel takes as well."""
-    scale = torch.full((2, 1, 1), 0.1)
-    return [LayerScales(key=(scale, None), value=(scale, None), query=torch.full((4, 1, 1), 0.1))] * layers
+    """Scales for the tiny model: per head, which the codec per channel takes as well, and exact in float16."""
+    scale = torch.full((2, 1, 1), 0.0625)
+    return [LayerScales(key=(scale, None), value=(scale, None), query=torch.full((4, 1, 1), 0.0625))] * layers
 
 
 @pytest.mark.parametrize("scheme", ["float", "int8-token", "ascend-c8", "ascend-fa"])

@@ -3,7 +3,13 @@
 import torch
 
 from ..library import define, implement
-from .cpu import LINEAR_KERNEL, linear_w8a8_cpu
+from .cpu import (
+    LINEAR_KERNEL,
+    linear_fp8_cpu,
+    linear_w8a8_cpu,
+    linear_w8a8_dynamic_cpu,
+    linear_weight_only_cpu,
+)
 from .npu import (
     LINEAR_DYNAMIC_NPU,
     LINEAR_FP8_NPU,
@@ -48,6 +54,9 @@ linear_fp8 = define(
     _linear_fake,
 )
 implement("linear_w8a8", "CPU", linear_w8a8_cpu, LINEAR_KERNEL.description)
+implement("linear_w8a8_dynamic", "CPU", linear_w8a8_dynamic_cpu, LINEAR_KERNEL.description)
+implement("linear_weight_only", "CPU", linear_weight_only_cpu, LINEAR_KERNEL.description)
+implement("linear_fp8", "CPU", linear_fp8_cpu, LINEAR_KERNEL.description)
 implement("linear_w8a8", "PrivateUse1", linear_w8a8_npu, LINEAR_NPU)
 implement("linear_w8a8_dynamic", "PrivateUse1", linear_w8a8_dynamic_npu, LINEAR_DYNAMIC_NPU)
 implement("linear_weight_only", "PrivateUse1", linear_weight_only_npu, LINEAR_WEIGHT_ONLY_NPU)

@@ -1,15 +1,106 @@
-"""The W8A8 linear op on the CPU: `linear.c` behind the Python signature of the reference."""
+"""The linear ops on the CPU: `integer.c` and `float.c` behind the Python signatures of the references."""
 
 import struct
+from collections.abc import Callable
 
 import torch
 
 from ..compile import CKernel
-from ..operands import KINDS
-from .reference import linear_w8a8_reference
+from ..operands import FLOAT_KINDS, KINDS
+from .reference import (
+    WEIGHT_BLOCK,
+    linear_fp8_reference,
+    linear_w8a8_dynamic_reference,
+    linear_w8a8_reference,
+    linear_weight_only_reference,
+)
 
-LINEAR_KERNEL = CKernel("linear", ("ops/vector.h", "ops/linear/linear.c"), ("linear_w8a8",))
-_pack_linear = struct.Struct("10q2d").pack
+LINEAR_KERNEL = CKernel(
+    "linear",
+    ("ops/vector.h", "ops/rounding.h", "ops/linear/linear.h", "ops/linear/integer.c", "ops/linear/float.c"),
+    ("linear_w8a8", "linear_w8a8_dynamic", "linear_weight_only", "linear_fp8"),
+)
+_pack_linear = struct.Struct("19q").pack
+
+
+def _misfit(x: torch.Tensor, weight: torch.Tensor) -> ValueError:
+    return ValueError(f"x {tuple(x.shape)} and weight {weight.dtype} {tuple(weight.shape)} do not go together")
+
+
+def _require_channels(columns: int, **parts: torch.Tensor) -> None:
+    """Raise ValueError unless each part is float32 `[columns]` (int32 for quant_bias)."""
+    for name, part in parts.items():
+        dtype = torch.int32 if name == "quant_bias" else torch.float32
+        if part.dtype != dtype or part.numel() != columns:
+            wanted = f"{str(dtype)[6:]} [{columns}]"
+            raise ValueError(f"{name} must be {wanted}, not {part.dtype} {tuple(part.shape)}")
+
+
+def _run_linear(
+    run: Callable[[bytes], int],
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    depth: int,
+    scale: torch.Tensor,
+    groups: int = 1,
+    zero: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    quant_bias: torch.Tensor | None = None,
+    input_scale: torch.Tensor | None = None,
+    input_offset: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Describe checked arguments to C and run; see `LinearArguments` in linear.h.
+
+    Raises:
+        ValueError: a bias of another length.
+        MemoryError: no room for the scratch.
+    """
+    shape, columns, dtype = x.shape, weight.shape[0], x.dtype
+    kind = FLOAT_KINDS.get(dtype)
+    if kind is None:
+        x, kind = x.float(), 1
+    if not x.is_contiguous():
+        x = x.contiguous()
+    if not (weight.is_contiguous() and scale.is_contiguous()):
+        weight, scale = weight.contiguous(), scale.contiguous()
+    if zero is not None and not zero.is_contiguous():
+        zero = zero.contiguous()
+    if quant_bias is not None and not quant_bias.is_contiguous():
+        quant_bias = quant_bias.contiguous()
+    if bias is not None:
+        if bias.numel() != columns:
+            raise ValueError(f"bias {tuple(bias.shape)} does not belong to {columns} output channels")
+        if bias.dtype not in FLOAT_KINDS or not bias.is_contiguous():
+            bias = bias.float().contiguous()
+    output = x.new_empty((*shape[:-1], columns))
+    rows = output.numel() // columns if columns else 0
+    if rows:
+        failed = run(
+            _pack_linear(
+                x.data_ptr(),
+                weight.data_ptr(),
+                output.data_ptr(),
+                0 if bias is None else bias.data_ptr(),
+                0 if quant_bias is None else quant_bias.data_ptr(),
+                scale.data_ptr(),
+                0 if zero is None else zero.data_ptr(),
+                0 if input_scale is None else input_scale.data_ptr(),
+                0 if input_offset is None else input_offset.data_ptr(),
+                kind,
+                KINDS[weight.dtype],
+                FLOAT_KINDS[scale.dtype],
+                0 if bias is None else FLOAT_KINDS[bias.dtype],
+                rows,
+                depth,
+                columns,
+                groups,
+                scale.numel() > 1,
+                torch.get_num_threads(),
+            )
+        )
+        if failed:
+            raise MemoryError("a linear op on the CPU found no memory for its scratch")
+    return output if output.dtype == dtype else output.to(dtype)
 
 
 def linear_w8a8_cpu(
@@ -30,36 +121,100 @@ def linear_w8a8_cpu(
     if run is None:
         return linear_w8a8_reference(x, weight, input_scale, input_offset, quant_bias, deq_scale)
     columns, depth = weight.shape
-    shape = x.shape
-    if shape[-1] != depth or weight.dtype != torch.int8:
-        raise ValueError(f"x {tuple(shape)} and weight {weight.dtype} {tuple(weight.shape)} do not go together")
-    if quant_bias.dtype != torch.int32 or deq_scale.dtype != torch.float32:
-        raise ValueError(f"quant_bias must be int32 and deq_scale float32, not {quant_bias.dtype}, {deq_scale.dtype}")
-    values = x if x.dtype in KINDS and x.dtype != torch.int8 else x.float()
-    if not values.is_contiguous():
-        values = values.contiguous()
-    if not (weight.is_contiguous() and quant_bias.is_contiguous() and deq_scale.is_contiguous()):
-        weight, quant_bias, deq_scale = weight.contiguous(), quant_bias.contiguous(), deq_scale.contiguous()
-    output = torch.empty((*shape[:-1], columns))
-    rows = output.numel() // columns if columns else 0
-    if rows == 0:
-        return output.to(x.dtype)
-    failed = run(
-        _pack_linear(
-            values.data_ptr(),
-            weight.data_ptr(),
-            output.data_ptr(),
-            quant_bias.data_ptr(),
-            deq_scale.data_ptr(),
-            KINDS[values.dtype],
-            rows,
-            depth,
-            columns,
-            torch.get_num_threads(),
-            input_scale.item(),
-            input_offset.item(),
-        )
+    if x.shape[-1] != depth or weight.dtype != torch.int8:
+        raise _misfit(x, weight)
+    _require_channels(columns, quant_bias=quant_bias, deq_scale=deq_scale)
+    _require_channels(1, input_scale=input_scale, input_offset=input_offset)
+    return _run_linear(
+        run,
+        x,
+        weight,
+        depth,
+        deq_scale,
+        quant_bias=quant_bias,
+        input_scale=input_scale,
+        input_offset=input_offset,
     )
-    if failed:
-        raise MemoryError("linear_w8a8 on the CPU found no memory for its scratch")
-    return output if x.dtype == torch.float32 else output.to(x.dtype)
+
+
+def linear_w8a8_dynamic_cpu(
+    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """`linear_w8a8_dynamic_reference` in C.
+
+    Raises:
+        ValueError: shapes or dtypes that do not go together.
+        MemoryError: no room for the scratch of the threads.
+    """
+    run = LINEAR_KERNEL.load().get("linear_w8a8_dynamic")
+    if run is None:
+        return linear_w8a8_dynamic_reference(x, weight, weight_scale, bias)
+    columns, depth = weight.shape
+    if x.shape[-1] != depth or weight.dtype != torch.int8:
+        raise _misfit(x, weight)
+    _require_channels(columns, weight_scale=weight_scale)
+    return _run_linear(run, x, weight, depth, weight_scale, bias=bias)
+
+
+def linear_weight_only_cpu(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_zero: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """`linear_weight_only_reference` in C.
+
+    Raises:
+        ValueError: shapes or dtypes that do not go together; groups that are no multiple of 32 channels.
+        MemoryError: no room for the scratch of the threads.
+    """
+    run = LINEAR_KERNEL.load().get("linear_weight_only")
+    if run is None:
+        return linear_weight_only_reference(x, weight, weight_scale, weight_zero, bias)
+    columns, depth = weight.shape
+    if weight.dtype == torch.uint8:
+        depth *= 2
+    elif weight.dtype != torch.int8:
+        raise _misfit(x, weight)
+    if x.shape[-1] != depth or (weight.dtype == torch.uint8 and depth % WEIGHT_BLOCK):
+        raise _misfit(x, weight)
+    groups = weight_scale.shape[-1]
+    if weight_scale.shape != (columns, groups) or not groups or depth % groups:
+        raise ValueError(
+            f"weight_scale {tuple(weight_scale.shape)} does not belong to {columns} output and {depth} input channels"
+        )
+    if groups > 1 and depth // groups % WEIGHT_BLOCK:
+        raise ValueError(f"the C kernel takes groups of a multiple of {WEIGHT_BLOCK} channels, not {depth // groups}")
+    if weight_zero is not None and weight_zero.shape != weight_scale.shape:
+        raise ValueError(f"weight_zero {tuple(weight_zero.shape)} must be of the shape of weight_scale")
+    if weight_scale.dtype not in (torch.float32, torch.float16):
+        weight_scale = weight_scale.float()
+    if weight_zero is not None and weight_zero.dtype != weight_scale.dtype:
+        weight_scale, weight_zero = weight_scale.float(), weight_zero.float()
+    return _run_linear(run, x, weight, depth, weight_scale, groups, weight_zero, bias)
+
+
+def linear_fp8_cpu(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    input_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """`linear_fp8_reference` in C.
+
+    Raises:
+        ValueError: shapes or dtypes that do not go together.
+        MemoryError: no room for the scratch of the threads.
+    """
+    run = LINEAR_KERNEL.load().get("linear_fp8")
+    if run is None:
+        return linear_fp8_reference(x, weight, weight_scale, input_scale, bias)
+    columns, depth = weight.shape
+    if x.shape[-1] != depth or weight.dtype != torch.float8_e4m3fn:
+        raise _misfit(x, weight)
+    _require_channels(1 if weight_scale.numel() == 1 else columns, weight_scale=weight_scale)
+    if input_scale is not None:
+        _require_channels(1, input_scale=input_scale)
+    return _run_linear(run, x, weight, depth, weight_scale, bias=bias, input_scale=input_scale)

@@ -1,0 +1,213 @@
+/* linear_weight_only and linear_fp8: float activations times codes, summed in float32; README.md has the semantics.
+ *
+ * Weights become floats in registers, or in a panel that stays in cache and that many rows share. */
+
+enum { STEP = 32, PARTS = STEP / LANES }; /* codes that are decoded together: a block of int4 */
+
+typedef float Lanes __attribute__((vector_size(4 * LANES)));
+typedef float LanesAny __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+INLINE Lanes load_lanes(const void *from) { return *(const LanesAny *)from; }
+INLINE void store_lanes(void *to, Lanes x) { *(LanesAny *)to = x; }
+INLINE int64_t code_bytes(int64_t codes, int kind) { return kind == KIND_INT4 ? codes / 2 : codes; }
+
+#define E4M3_UNIT 256.0f /* decoded weights are this much smaller: float16 has exponents for them as they are */
+
+#if WIDE
+INLINE float sum_of_lanes(Lanes x) { return _mm512_reduce_add_ps((__m512)x); }
+
+/* STEP codes as floats, in units of codes. */
+INLINE void decode_step(const uint8_t *from, int kind, Lanes to[PARTS]) {
+    if (kind == KIND_INT8) {
+        UNROLL for (int i = 0; i < PARTS; i++) {
+            __m128i codes = _mm_loadu_si128((const __m128i *)(from + LANES * i));
+            to[i] = (Lanes)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes));
+        }
+    } else if (kind == KIND_INT4) { /* a lookup that reads the lowest 4 bits of an index */
+        const __m512 numbers = _mm512_set_ps(7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6, -7, -8);
+        __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)from));
+        to[0] = (Lanes)_mm512_permutexvar_ps(bytes, numbers);
+        to[1] = (Lanes)_mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), numbers);
+    } else { /* exponent and mantissa where float16 has them; NaN, the only code with 7 ones, gets its exponent */
+        __m512i halves = _mm512_slli_epi16(_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)from)), 7);
+        const __m512i nan = _mm512_set1_epi16(0x3f80);
+        __mmask32 is_nan = _mm512_cmpeq_epi16_mask(_mm512_and_si512(halves, nan), nan);
+        halves = _mm512_and_si512(halves, _mm512_set1_epi16((int16_t)0xbfff));
+        halves = _mm512_mask_blend_epi16(is_nan, halves, _mm512_set1_epi16(0x7f80));
+        to[0] = (Lanes)_mm512_cvtph_ps(_mm512_castsi512_si256(halves));
+        to[1] = (Lanes)_mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1));
+    }
+}
+#else
+INLINE float sum_of_lanes(Lanes x) { return sum_of(x); }
+
+INLINE void decode_step(const uint8_t *from, int kind, Lanes to[PARTS]) {
+    if (kind == KIND_INT4)
+        UNROLL for (int i = 0; i < 2; i++) load_int4(from + LANES * i, to + i, to + 2 + i);
+    else
+        UNROLL for (int i = 0; i < PARTS; i++)
+            to[i] = kind == KIND_INT8 ? load_as_f32(from + LANES * i, KIND_INT8) : load_fp8(from + LANES * i, kind, 1);
+}
+#endif
+
+/* A row of x as floats, zeros behind the last. */
+static void widen_row(const LinearArguments *a, int64_t row) {
+    float *to = (float *)(a->scratch + row * a->stride);
+    for (int64_t k = 0; k < a->depth; k += 8) store_f32(to + k, x_at(a, row, k));
+    memset(to + a->depth, 0, (size_t)(a->stride - 4 * a->depth));
+    a->row_scale[row] = 1.0f;
+}
+
+/* A row of x as e4m3 codes, which are floats here. */
+static void round_row(const LinearArguments *a, int64_t row) {
+    float *to = (float *)(a->scratch + row * a->stride);
+    float scale = a->input_scale ? *(const float *)a->input_scale : dynamic_scale(a, row, 448.0f);
+    for (int64_t k = 0; k < a->depth; k += 8)
+        store_f32(to + k, round_to_fp8(x_at(a, row, k) / splat(scale), E4M3) * splat(E4M3_UNIT));
+    memset(to + a->depth, 0, (size_t)(a->stride - 4 * a->depth));
+    a->row_scale[row] = scale;
+}
+
+static f32x8 float_total(const LinearArguments *a, int64_t row, int64_t column, const void *sums) {
+    (void)a, (void)row, (void)column;
+    return load_f32(sums);
+}
+
+/* STEP codes of a column as floats, scaled where `scaled`; zeros behind the last, `left` of them on. */
+INLINE void weights_at(const uint8_t *from, int64_t left, int kind, int scaled, float scale, float zero,
+                       Lanes to[PARTS]) {
+    uint8_t tail[STEP] = {0};
+    if (left < STEP) { /* so not int4, of which there are whole blocks */
+        memcpy(tail, from, (size_t)left);
+        from = tail;
+    }
+    decode_step(from, kind, to);
+    if (scaled) UNROLL for (int i = 0; i < PARTS; i++) to[i] = (to[i] - zero) * scale;
+}
+
+/* `rows` rows of x times `columns` rows of the weight. */
+INLINE void float_dot_tile(const LinearArguments *a, int64_t row, int64_t column, const int rows, const int columns,
+                           int kind, int scaled, float *output) {
+    int64_t stride = a->stride, row_bytes = code_bytes(a->depth, kind), group_depth = a->depth / a->groups;
+    const char *x = a->scratch + row * stride;
+    const uint8_t *w = (const uint8_t *)a->weight + column * row_bytes;
+    float scale[4] = {1, 1, 1, 1}, zero[4] = {0, 0, 0, 0};
+    Lanes sums[8];
+    UNROLL for (int i = 0; i < rows * columns; i++) sums[i] = (Lanes){0};
+    for (int64_t group = 0, k = 0; group < a->groups; group++) {
+        if (scaled) UNROLL for (int c = 0; c < columns; c++) {
+            scale[c] = of_group(a, a->weight_scale, column + c, group);
+            zero[c] = a->weight_zero ? of_group(a, a->weight_zero, column + c, group) : 0.0f;
+        }
+        for (int64_t end = (group + 1) * group_depth; k < end; k += STEP)
+            UNROLL for (int c = 0; c < columns; c++) {
+                Lanes values[PARTS];
+                weights_at(w + c * row_bytes + code_bytes(k, kind), end - k, kind, scaled, scale[c], zero[c], values);
+                UNROLL for (int i = 0; i < PARTS; i++)
+                    UNROLL for (int r = 0; r < rows; r++)
+                        sums[r * columns + c] += load_lanes(x + r * stride + 4 * (k + LANES * i)) * values[i];
+            }
+    }
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int c = 0; c < columns; c++) output[r * DOT_GRAIN + c] = sum_of_lanes(sums[r * columns + c]);
+}
+
+INLINE void float_dot_kind(const LinearArguments *a, int64_t row, int64_t rows, int64_t first, int64_t last,
+                           float *sums, int kind, int scaled) {
+    for (int64_t r = 0; r < rows;) {
+        float *output = sums + r * DOT_GRAIN - first;
+        int64_t column = first;
+        if (rows - r >= DOT_ROWS) {
+            for (; column + 2 <= last; column += 2)
+                float_dot_tile(a, row + r, column, 4, 2, kind, scaled, output + column);
+            for (; column < last; column++) float_dot_tile(a, row + r, column, 4, 1, kind, scaled, output + column);
+            r += DOT_ROWS;
+        } else {
+            for (; column + 4 <= last; column += 4)
+                float_dot_tile(a, row + r, column, 1, 4, kind, scaled, output + column);
+            for (; column < last; column++) float_dot_tile(a, row + r, column, 1, 1, kind, scaled, output + column);
+            r += 1;
+        }
+    }
+}
+
+static void float_dot(const LinearArguments *a, int64_t row, int64_t rows, int64_t first, int64_t last, void *sums) {
+    if (a->weight_kind == KIND_INT8 && scales_weights(a))
+        float_dot_kind(a, row, rows, first, last, sums, KIND_INT8, 1);
+    else if (a->weight_kind == KIND_INT8)
+        float_dot_kind(a, row, rows, first, last, sums, KIND_INT8, 0);
+    else if (a->weight_kind == KIND_INT4 && scales_weights(a))
+        float_dot_kind(a, row, rows, first, last, sums, KIND_INT4, 1);
+    else if (a->weight_kind == KIND_INT4)
+        float_dot_kind(a, row, rows, first, last, sums, KIND_INT4, 0);
+    else
+        float_dot_kind(a, row, rows, first, last, sums, KIND_FLOAT8_E4M3, 0);
+}
+
+INLINE void transpose_lanes(Lanes rows[LANES]) {
+#if WIDE
+    transpose_words((__m512i *)rows);
+#else
+    transpose(rows);
+#endif
+}
+
+/* LANES columns of the panel from k on, STEP deep or what is left of it. */
+INLINE void float_pack_step(const LinearArguments *a, int64_t column, int64_t k, int64_t depth, int kind, int scaled,
+                            float *panel) {
+    Lanes values[PARTS][LANES];
+    for (int i = 0; i < LANES; i++) {
+        Lanes of_column[PARTS] = {0};
+        int64_t n = column + i;
+        if (n < a->columns) {
+            int64_t group = k / (a->depth / a->groups);
+            const uint8_t *from = (const uint8_t *)a->weight + code_bytes(n * a->depth + k, kind);
+            float scale = scaled ? of_group(a, a->weight_scale, n, group) : 1.0f;
+            float zero = scaled && a->weight_zero ? of_group(a, a->weight_zero, n, group) : 0.0f;
+            weights_at(from, a->depth - k, kind, scaled, scale, zero, of_column);
+        }
+        UNROLL for (int part = 0; part < PARTS; part++) values[part][i] = of_column[part];
+    }
+    for (int part = 0; part < PARTS && part * LANES < depth; part++) {
+        transpose_lanes(values[part]);
+        for (int i = 0; i < LANES; i++) store_lanes(panel + (part * LANES + i) * PANEL_COLUMNS, values[part][i]);
+    }
+}
+
+static void float_pack(const LinearArguments *a, int64_t column, int64_t start, int64_t depth, void *panel) {
+    int scaled = scales_weights(a);
+    for (int64_t k = 0; k < depth; k += STEP)
+        for (int half = 0; half < 2; half++) {
+            int64_t first = column + LANES * half;
+            float *to = (float *)panel + k * PANEL_COLUMNS + LANES * half;
+            switch (a->weight_kind) {
+            case KIND_INT8: float_pack_step(a, first, start + k, depth - k, KIND_INT8, scaled, to); break;
+            case KIND_INT4: float_pack_step(a, first, start + k, depth - k, KIND_INT4, scaled, to); break;
+            default: float_pack_step(a, first, start + k, depth - k, KIND_FLOAT8_E4M3, 0, to);
+            }
+        }
+}
+
+static void float_tile(const char *x, int64_t stride, const void *panel, int64_t depth, void *sums_at) {
+    Lanes sums[ROW_TILE][2];
+    float *to = sums_at;
+    const float *w = panel;
+    UNROLL for (int r = 0; r < ROW_TILE; r++)
+        UNROLL for (int v = 0; v < 2; v++) sums[r][v] = load_lanes(to + r * BLOCK_COLUMNS + LANES * v);
+    for (int64_t k = 0; k < depth; k++) {
+        Lanes w0 = load_lanes(w + k * PANEL_COLUMNS), w1 = load_lanes(w + k * PANEL_COLUMNS + LANES);
+        UNROLL for (int r = 0; r < ROW_TILE; r++) {
+            float value = *(const float *)(x + r * stride + 4 * k);
+            sums[r][0] += value * w0;
+            sums[r][1] += value * w1;
+        }
+    }
+    UNROLL for (int r = 0; r < ROW_TILE; r++)
+        UNROLL for (int v = 0; v < 2; v++) store_lanes(to + r * BLOCK_COLUMNS + LANES * v, sums[r][v]);
+}
+
+static const LinearKernel WEIGHT_ONLY = {1, 4, widen_row, float_dot, float_pack, float_tile, float_total},
+                          FP8 = {1, 4, round_row, float_dot, float_pack, float_tile, float_total};
+
+EXPORT int linear_weight_only(const LinearArguments *arguments) { return linear(arguments, &WEIGHT_ONLY); }
+EXPORT int linear_fp8(const LinearArguments *arguments) { return linear(arguments, &FP8); }

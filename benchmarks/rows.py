@@ -8,7 +8,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def append_rows(name: str, columns: Sequence[str], rows: Iterable[dict[str, str]]) -> None:
-    """Append rows to a results file as they come, so that a cut-off run keeps what it measured, and print each."""
+    """Append rows to a results file as they come, so that a cut-off run keeps what it measured."""
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / name
     is_new = not file.exists()
@@ -19,4 +19,3 @@ def append_rows(name: str, columns: Sequence[str], rows: Iterable[dict[str, str]
         for row in rows:
             writer.writerow(row)
             stream.flush()
-            print("  ".join(row.values()))

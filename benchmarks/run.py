@@ -1,33 +1,34 @@
-"""Time each op against the best that PyTorch has for the same work; print a table, append to `results/<device>.csv`.
+"""Time ops and whole models against the best that PyTorch has for the same work; append to `results/<device>.csv`.
 
-python benchmarks/run.py --device cpu                    all ops
-python benchmarks/run.py --device cpu --op attention     one
+python benchmarks/run.py --device cpu                    everything
+python benchmarks/run.py --device cuda --op attention    one op, or `model`
 
-An op is timed only if its result equals its reference's in the same run. Variants of a case are timed in turns, so that
-whatever else the machine does meets all of them. `share` is what a variant reads and writes per second, against the
-read bandwidth measured in the same run.
+A case is timed only if its results equal its references' in the same run. Variants of a case are timed in turns, so
+that whatever else the machine does meets all of them. `share` is what a variant has to move per second, against the
+read bandwidth measured in the same run. `python benchmarks/tables.py` writes README's tables from the newest rows.
 """
 
 import argparse
-import csv
-import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
 
 import torch
-from shapes import CASES, Case, cpu_model
+import transformers
+from cases import Case
+from rows import append_rows
+from shapes import OP_CASES
+from timing import Stopwatch, device_name, in_turns, read_bandwidth
 from tqdm import tqdm
 
+from models import MODEL_CASES
 from octavo import ops
 from octavo.common.bundle import commit
 
-RESULTS = Path(__file__).parent / "results"
+CASES = {kind: [*OP_CASES[kind], *MODEL_CASES[kind]] for kind in OP_CASES}
 COLUMNS = (
     "commit",
     "torch",
+    "transformers",
     "machine",
     "threads",
     "op",
@@ -43,58 +44,26 @@ COLUMNS = (
     "times_ours",
 )
 PRINTED = ("op", "case", "what", "p50_ms", "p20_ms", "p80_ms", "gigabytes_per_s", "share", "times_ours")
-SECONDS_PER_CASE = 6.0
-ROUNDS = (7, 200)
-"""The fewest and the most times that each variant of a case is timed."""
 
 
-@dataclass
-class Timing:
-    """Quantiles of the times of one variant, in seconds."""
+def measure(case: Case, device: torch.device, bandwidth: float) -> Iterator[dict[str, str]]:
+    """A row per variant of a case, ours first.
 
-    p20: float
-    p50: float
-    p80: float
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
-
-
-def in_turns(runs: dict[str, Callable[[], object]]) -> dict[str, Timing]:
-    """Time each callable, one after the other, round after round, after two rounds of warming up."""
-    for run in runs.values():
-        run()
-    once = sum(_seconds(run) for run in runs.values())
-    rounds = min(max(int(SECONDS_PER_CASE / once), ROUNDS[0]), ROUNDS[1])
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            times[name].append(_seconds(run))
-    quantiles = {name: statistics.quantiles(values, n=10) for name, values in times.items()}
-    return {name: Timing(tenths[1], tenths[4], tenths[7]) for name, tenths in quantiles.items()}
-
-
-def read_bandwidth() -> float:
-    """Bytes per second that the threads read from memory: the best of ten sums over 256 MB."""
-    block = torch.ones(1 << 26)
-    return block.nbytes / min(_seconds(block.sum) for _ in range(10))
-
-
-def measure(case: Case, bandwidth: float) -> Iterator[dict[str, str]]:
-    """A row per variant of a case, ours first."""
-    variants, check = case.prepare()
+    Raises:
+        AssertionError: a result is not its reference's.
+    """
+    torch.manual_seed(0)
+    variants, check = case.prepare(device)
     check()
-    timings = in_turns({variant.what: variant.run for variant in variants})
+    timings = in_turns({variant.what: variant.run for variant in variants}, Stopwatch(device, case.wall))
     ours = timings[variants[0].what].p50
     for variant in variants:
         timing = timings[variant.what]
         values = (
             commit(),
             torch.__version__,
-            cpu_model(),
+            transformers.__version__,
+            device_name(device),
             torch.get_num_threads(),
             case.op,
             case.name,
@@ -124,32 +93,35 @@ def print_table(rows: list[dict[str, str]]) -> None:
 
 
 def main() -> int:
-    """Measure, append and print."""
+    """Measure, append and print; exit code 1 if a check failed, of which the other cases are timed all the same."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu"], default="cpu")
-    parser.add_argument("--op", choices=sorted({case.op for case in CASES}), help="only this op")
+    parser.add_argument("--device", choices=sorted(CASES), default="cpu")
+    parser.add_argument("--op", choices=sorted({case.op for cases in CASES.values() for case in cases}))
     flags = parser.parse_args()
+    if flags.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device")
+    device = torch.device(flags.device)
     print(ops.report())
-    file = RESULTS / f"{flags.device}.csv"
-    file.parent.mkdir(exist_ok=True)
-    is_new = not file.exists()
     rows: list[dict[str, str]] = []
-    with file.open("a", newline="", encoding="utf-8") as stream, torch.inference_mode():
-        writer = csv.DictWriter(stream, COLUMNS)
-        if is_new:
-            writer.writeheader()
-        bandwidth = read_bandwidth()
-        chosen = [case for case in CASES if flags.op in (None, case.op)]
-        for case in tqdm(chosen, unit="case"):
-            torch.manual_seed(0)
-            for row in measure(case, bandwidth):
-                writer.writerow(row)
-                rows.append(row)
+    failed: list[str] = []
+    with torch.inference_mode():
+        bandwidth = read_bandwidth(device)
+        for case in tqdm([case for case in CASES[flags.device] if flags.op in (None, case.op)], unit="case"):
+            try:
+                measured = list(measure(case, device, bandwidth))
+            except Exception as error:
+                failed.append(f"{case.op}, {case.name}: {type(error).__name__}: {error}")
+                continue
+            append_rows(f"{flags.device}.csv", COLUMNS, measured)
+            rows += measured
     print(
-        f"{cpu_model()}, {torch.get_num_threads()} threads, torch {torch.__version__}, reads {bandwidth / 1e9:.1f} GB/s"
+        f"{device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"reads {bandwidth / 1e9:.1f} GB/s"
     )
     print_table(rows)
-    return 0
+    for line in failed:
+        print(f"not timed: {line}", file=sys.stderr)
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

@@ -1,157 +1,196 @@
-"""The registry of `run.py`: what is timed, on which shapes, against what. B is 1 everywhere."""
+"""The registry of op benchmarks of `run.py`: what is timed, on which shapes, against what."""
 
-import platform
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
+from cases import Case, Prepared, Variant, check_close, check_equal
 from torch.nn import functional
 
 from octavo import ops
 from octavo.ops.attention.reference import attention_reference
 from octavo.ops.codec.reference import encode_reference, encode_token_reference
-from octavo.ops.linear.reference import linear_w8a8_reference
+from octavo.ops.codes import pack_int4
+from octavo.ops.linear.reference import (
+    WEIGHT_BLOCK,
+    linear_fp8_reference,
+    linear_w8a8_dynamic_reference,
+    linear_w8a8_reference,
+    linear_weight_only_reference,
+)
 
-LARGEST_RMSE = 1e-5
-"""Difference from the reference's attention, relative: that of tests/tolerances.py."""
-
-
-@dataclass
-class Variant:
-    """One way to do the work of a case, and the bytes that it has to read and write."""
-
-    what: str
-    run: Callable[[], object]
-    nbytes: int
-
-
-@dataclass
-class Case:
-    """An op on one shape. `prepare` makes its variants, ours first, and a check that raises if ours is wrong."""
-
-    op: str
-    name: str
-    prepare: Callable[[], tuple[list[Variant], Callable[[], None]]]
+LIMITS = {"cpu": 1e-5, "cuda": 2e-2}
+"""Relative error from the reference, as in tests/tolerances.py: of float32 on the CPU, of bfloat16 on a GPU."""
+FLOAT = {"cpu": torch.float32, "cuda": torch.bfloat16}
+"""The dtype of models, and so of queries and inputs, by device."""
+E4M3 = torch.float8_e4m3fn
 
 
-def cpu_model() -> str:
-    """Name of the processor, as the system gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _same(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    difference = (actual - expected).square().mean().sqrt() / expected.square().mean().sqrt()
-    if not difference <= LARGEST_RMSE:
-        raise AssertionError(f"the kernel is {difference:.1e} off its reference")
-
-
-def _equal(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    if not torch.equal(actual, expected):
-        raise AssertionError("the kernel does not equal its reference")
+def _codes(kind: str, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Random codes of K or V."""
+    if kind == "fp8":
+        return torch.randn(shape, device=device).to(E4M3)
+    low, high = (-8, 8) if kind == "int4" else (-128, 128)
+    codes = torch.randint(low, high, shape, dtype=torch.int8, device=device)
+    return pack_int4(codes, shape[-1]) if kind == "int4" else codes
 
 
 def _attention(
-    queries: int, keys: int, heads: int, groups: int, width: int
-) -> tuple[list[Variant], Callable[[], None]]:
-    """Causal attention of the last `queries` tokens of `keys`: int8 per channel and per token, and forms of SDPA."""
-    query = torch.randn(1, queries, heads, width).transpose(1, 2)
-    key, value = (torch.randint(-128, 128, (1, groups, keys, width), dtype=torch.int8) for _ in range(2))
-    channel, token = torch.rand(groups, 1, width) * 0.02, torch.rand(1, groups, keys, 1) * 0.02
-    key_float, value_float = key * channel, value * channel
-    scaling = width**-0.5
+    batch: int, queries: int, keys: int, heads: int, groups: int, width: int, device: torch.device
+) -> Prepared:
+    """Causal attention of the last `queries` tokens of `keys`: codes of several kinds, and forms of SDPA."""
+    dtype, scaling = FLOAT[device.type], width**-0.5
+    query = torch.randn(batch, queries, heads, width, device=device).to(dtype).transpose(1, 2)
+    shape = (batch, groups, keys, width)
+    token = torch.rand((batch, groups, keys, 1), device=device) * 0.02
+    scales = {
+        "int8, scales per channel": ("int8", torch.rand((groups, 1, width), device=device) * 0.02),
+        "int8, scales per token": ("int8", token),
+        "int4, scales per token": ("int4", token),
+        "fp8, scales per head": ("fp8", torch.ones((groups, 1, 1), device=device)),
+    }
+    arguments = {}
+    for what, (kind, scale) in scales.items():
+        key, value = (_codes(kind, shape, device) for _ in range(2))
+        arguments[what] = (query, key, value, scale, None, scale, None, None, None, scaling, True)
+    ours = [
+        Variant(what, partial(ops.attention, *given), 2 * query.nbytes + 2 * given[1].nbytes + 2 * given[3].nbytes)
+        for what, given in arguments.items()
+    ]
 
-    def int8(scale: torch.Tensor) -> Callable[[], torch.Tensor]:
-        return partial(ops.attention, query, key, value, scale, None, scale, None, None, None, scaling, True)
+    def check() -> None:
+        for what, given in arguments.items():
+            check_close(what, ops.attention(*given), attention_reference(*given), LIMITS[device.type])
 
-    def sdpa(dtype: torch.dtype, folded: bool) -> Variant:
-        q, k, v = (tensor.to(dtype) for tensor in (query, key_float, value_float))
+    key, value = (torch.randn(shape, device=device) for _ in range(2))
+
+    def sdpa(form: torch.dtype, folded: bool) -> Variant:
+        q, k, v = (tensor.to(form) for tensor in (query, key, value))
         options: dict[str, object] = {"is_causal": queries > 1, "enable_gqa": True}
         if folded:
-            q, options = q.reshape(1, groups, heads // groups, width), {}
-        name = f"SDPA {str(dtype).removeprefix('torch.')}{', group folded into the queries' if folded else ''}"
+            q, options = q.reshape(batch, groups, heads // groups, width), {}
+        name = f"SDPA {str(form).removeprefix('torch.')}{', group folded into the queries' if folded else ''}"
         run = partial(functional.scaled_dot_product_attention, q, k, v, **options)
         return Variant(name, run, q.nbytes * 2 + k.nbytes + v.nbytes)
 
-    def check() -> None:
-        for scale in (channel, token):
-            _same(
-                int8(scale)(),
-                attention_reference(query, key, value, scale, None, scale, None, None, None, scaling, True),
-            )
+    if queries > 1:
+        return [*ours, sdpa(dtype, False)], check
+    # One query sees all keys, so the heads of a group can pass for its queries.
+    forms = [sdpa(dtype, True), sdpa(dtype, False)]
+    return [*ours, *forms, *([sdpa(torch.bfloat16, True)] if dtype != torch.bfloat16 else [])], check
 
-    rest = query.nbytes * 2 + key.nbytes + value.nbytes
+
+def _grouped(columns: int, depth: int, group: int, device: torch.device) -> torch.Tensor:
+    return torch.rand((columns, depth // group), device=device) * 0.01 + 0.001
+
+
+def _linear(rows: int, depth: int, columns: int, device: torch.device) -> Prepared:
+    """Every linear op against a linear layer in the dtype of models."""
+    dtype, limit = FLOAT[device.type], LIMITS[device.type]
+    x = torch.randn((rows, depth), device=device).to(dtype)
+    weight = torch.randint(-127, 128, (columns, depth), dtype=torch.int8, device=device)
+    scale = torch.rand(columns, device=device) * 0.01 + 0.001
+    bias = torch.zeros(columns, dtype=torch.int32, device=device)
+    step, offset = torch.tensor([0.02], device=device), torch.tensor([3.0], device=device)
+    packed = pack_int4(weight >> 4, WEIGHT_BLOCK)
+    fp8 = torch.randn((columns, depth), device=device).to(E4M3)
+    group = 128 if depth % 128 == 0 else 64
+    given: dict[str, tuple[Callable, Callable, tuple]] = {
+        "W8A8": (ops.linear_w8a8, linear_w8a8_reference, (x, weight, step, offset, bias, scale)),
+        "W8A8 dynamic": (ops.linear_w8a8_dynamic, linear_w8a8_dynamic_reference, (x, weight, scale, None)),
+        "W8A16": (
+            ops.linear_weight_only,
+            linear_weight_only_reference,
+            (x, weight, scale[:, None], None, None),
+        ),
+        f"W4A16, groups of {group}": (
+            ops.linear_weight_only,
+            linear_weight_only_reference,
+            (x, packed, _grouped(columns, depth, group, device), None, None),
+        ),
+        "fp8": (ops.linear_fp8, linear_fp8_reference, (x, fp8, scale, None, None)),
+    }
+
+    def check() -> None:
+        for what, (op, reference, arguments) in given.items():
+            check_close(what, op(*arguments), reference(*arguments), limit)
+
+    moved = x.nbytes + rows * columns * x.element_size()
     ours = [
-        Variant("int8, scales per channel", int8(channel), rest + 2 * channel.nbytes),
-        Variant("int8, scales per token", int8(token), rest + 2 * token.nbytes),
+        Variant(what, partial(op, *arguments), moved + sum(t.nbytes for t in arguments[1:] if t is not None))
+        for what, (op, _, arguments) in given.items()
     ]
-    if queries == 1:  # one query sees all keys, so the heads of a group can pass for its queries
-        return [*ours, sdpa(torch.float32, True), sdpa(torch.float32, False), sdpa(torch.bfloat16, True)], check
-    return [*ours, sdpa(torch.float32, False)], check
+    weight_float = weight.to(dtype)
+    name = f"F.linear {str(dtype).removeprefix('torch.')}"
+    return [*ours, Variant(name, partial(functional.linear, x, weight_float), moved + weight_float.nbytes)], check
 
 
-def _linear(rows: int, depth: int, columns: int) -> tuple[list[Variant], Callable[[], None]]:
-    """W8A8 against a linear layer in float32."""
-    x = torch.randn(rows, depth)
-    weight = torch.randint(-128, 128, (columns, depth), dtype=torch.int8)
-    weight_float = weight.float()
-    bias, scale = torch.zeros(columns, dtype=torch.int32), torch.rand(columns) * 0.01
-    arguments = (x, weight, torch.tensor([0.02]), torch.tensor([3.0]), bias, scale)
-    moved = x.nbytes + rows * columns * 4
-
-    def check() -> None:
-        _equal(ops.linear_w8a8(*arguments), linear_w8a8_reference(*arguments))
-
-    variants = [
-        Variant("W8A8", partial(ops.linear_w8a8, *arguments), moved + weight.nbytes + bias.nbytes + scale.nbytes),
-        Variant("F.linear float32", partial(functional.linear, x, weight_float), moved + weight_float.nbytes),
-    ]
-    return variants, check
-
-
-def _codec(tokens: int, groups: int, width: int) -> tuple[list[Variant], Callable[[], None]]:
+def _codec(tokens: int, groups: int, width: int, device: torch.device) -> Prepared:
     """Codes of new tokens, static per channel and dynamic per token, against the references."""
-    x = torch.randn(1, tokens, groups, width).transpose(1, 2)
-    codes, expected = (torch.empty((1, groups, tokens, width), dtype=torch.int8) for _ in range(2))
-    scale, scales = torch.rand(groups, 1, width) * 0.02 + 0.01, torch.empty(1, groups, tokens, 1)
+    x = torch.randn((1, tokens, groups, width), device=device).to(FLOAT[device.type]).transpose(1, 2)
+    codes, expected = (torch.empty((1, groups, tokens, width), dtype=torch.int8, device=device) for _ in range(2))
+    packed = torch.empty((1, groups, tokens, width // 2), dtype=torch.uint8, device=device)
+    fp8 = torch.empty((1, groups, tokens, width), dtype=E4M3, device=device)
+    scale = torch.rand((groups, 1, width), device=device) * 0.02 + 0.01
+    scales = torch.empty((1, groups, tokens, 1), device=device)
+    cos, sin = (torch.randn((1, tokens, width), device=device) for _ in range(2))
 
     def check() -> None:
         ops.encode(x, scale, None, codes)
         encode_reference(x, scale, None, expected)
-        _equal(codes, expected)
+        check_equal("static", codes, expected)
         ops.encode_token(x, codes, scales)
         encode_token_reference(x, expected, scales.clone())
-        _equal(codes, expected)
+        check_equal("per token", codes, expected)
 
     moved = x.nbytes + codes.nbytes
+    rotary = cos.nbytes + sin.nbytes
     variants = [
-        Variant("static", partial(ops.encode, x, scale, None, codes), moved),
-        Variant("per token", partial(ops.encode_token, x, codes, scales), moved),
-        Variant("static, PyTorch", partial(encode_reference, x, scale, None, codes), moved),
-        Variant("per token, PyTorch", partial(encode_token_reference, x, codes, scales), moved),
+        Variant("static int8", partial(ops.encode, x, scale, None, codes), moved),
+        Variant("int8 per token", partial(ops.encode_token, x, codes, scales), moved),
+        Variant("RoPE and int8 per token", partial(ops.encode_token, x, codes, scales, None, cos, sin), moved + rotary),
+        Variant("int4 per token", partial(ops.encode_token, x, packed, scales), x.nbytes + packed.nbytes),
+        Variant("fp8 per token", partial(ops.encode_token, x, fp8, scales), moved),
+        Variant("static int8, PyTorch", partial(encode_reference, x, scale, None, codes), moved),
+        Variant("int8 per token, PyTorch", partial(encode_token_reference, x, codes, scales), moved),
+        Variant(
+            "RoPE and int8 per token, PyTorch",
+            partial(encode_token_reference, x, codes, scales, None, cos, sin),
+            moved + rotary,
+        ),
     ]
     return variants, check
 
 
-CASES = [
-    Case("attention", "decode, 32,768 keys, 32/8 heads of 128", partial(_attention, 1, 32768, 32, 8, 128)),
-    Case("attention", "decode, 8,192 keys, 32/8 heads of 128", partial(_attention, 1, 8192, 32, 8, 128)),
-    Case("attention", "decode, 8,192 keys, 9/3 heads of 64", partial(_attention, 1, 8192, 9, 3, 64)),
-    Case("attention", "decode, 2,048 keys, 9/3 heads of 64", partial(_attention, 1, 2048, 9, 3, 64)),
-    Case("attention", "decode, 8,192 keys, 14/2 heads of 128", partial(_attention, 1, 8192, 14, 2, 128)),
-    Case("attention", "prefill, 2,048 tokens, 32/8 heads of 128", partial(_attention, 2048, 2048, 32, 8, 128)),
-    Case("attention", "prefill, 2,048 tokens, 9/3 heads of 64", partial(_attention, 2048, 2048, 9, 3, 64)),
-    Case("linear_w8a8", "1 x 4096 x 4096", partial(_linear, 1, 4096, 4096)),
-    Case("linear_w8a8", "1 x 576 x 1536", partial(_linear, 1, 576, 1536)),
-    Case("linear_w8a8", "1 x 1536 x 576", partial(_linear, 1, 1536, 576)),
-    Case("linear_w8a8", "16 x 576 x 1536", partial(_linear, 16, 576, 1536)),
-    Case("linear_w8a8", "2048 x 576 x 1536", partial(_linear, 2048, 576, 1536)),
-    Case("linear_w8a8", "2048 x 4096 x 4096", partial(_linear, 2048, 4096, 4096)),
+def _attention_case(name: str, *shape: int) -> Case:
+    return Case("attention", name, partial(_attention, *shape))
+
+
+def _linear_case(*shape: int) -> Case:
+    return Case("linear", " x ".join(map(str, shape)), partial(_linear, *shape))
+
+
+_ANYWHERE = [
+    _attention_case("decode, 32,768 keys, 32/8 heads of 128", 1, 1, 32768, 32, 8, 128),
+    _attention_case("decode, 8,192 keys, 32/8 heads of 128", 1, 1, 8192, 32, 8, 128),
+    _attention_case("decode, 8,192 keys, 9/3 heads of 64", 1, 1, 8192, 9, 3, 64),
+    _attention_case("decode, 2,048 keys, 9/3 heads of 64", 1, 1, 2048, 9, 3, 64),
+    _attention_case("decode, 8,192 keys, 14/2 heads of 128", 1, 1, 8192, 14, 2, 128),
+    _attention_case("prefill, 2,048 tokens, 32/8 heads of 128", 1, 2048, 2048, 32, 8, 128),
+    _attention_case("prefill, 2,048 tokens, 9/3 heads of 64", 1, 2048, 2048, 9, 3, 64),
+    _linear_case(1, 4096, 4096),
+    _linear_case(1, 576, 1536),
+    _linear_case(1, 1536, 576),
+    _linear_case(1, 576, 49152),
+    _linear_case(16, 4096, 4096),
+    _linear_case(2048, 576, 1536),
+    _linear_case(2048, 4096, 4096),
     Case("codec", "1 token, 8 heads of 128", partial(_codec, 1, 8, 128)),
     Case("codec", "2,048 tokens, 8 heads of 128", partial(_codec, 2048, 8, 128)),
 ]
+_GPU = [
+    _attention_case("decode, batch 8, 32,768 keys, 32/8 heads of 128", 8, 1, 32768, 32, 8, 128),
+    _attention_case("prefill, 8,192 tokens, 32/8 heads of 128", 1, 8192, 8192, 32, 8, 128),
+]
+OP_CASES = {"cpu": _ANYWHERE, "cuda": [*_GPU, *_ANYWHERE]}
+"""Cases by kind of device."""

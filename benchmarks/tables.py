@@ -12,56 +12,112 @@ from rows import RESULTS
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-MODEL = "smollm2-135m"
-CONTEXT = "8192"
-HEADER = ("SmolLM2-135M-Instruct", "KV cache, bytes per token", "decode at 8,192 tokens", "perplexity", "KL from float")
+QUALITY_MODEL = "smollm2-135m"
+SPEED_MODEL = "SmolLM2-135M"
+FLOAT = "float"
+OURS_FIRST = {"attention": "SDPA", "linear": "F.linear"}
+"""How the names of what ops are compared with begin."""
+
+Row = dict[str, str]
 
 
-def _newest(name: str, keys: tuple[str, ...]) -> dict[tuple[str, ...], dict[str, str]]:
-    """The last row of each combination of `keys` in a results file, those of `MODEL` only."""
-    with (RESULTS / name).open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["model"] == MODEL]
-    return {tuple(row[key] for key in keys): row for row in rows}
+def _newest(file: str, keys: tuple[str, ...]) -> dict[tuple[str, ...], Row]:
+    """The last row of each combination of `keys` in a results file; nothing if there is no such file."""
+    if not (RESULTS / file).exists():
+        return {}
+    with (RESULTS / file).open(newline="", encoding="utf-8") as stream:
+        return {tuple(row[key] for key in keys): row for row in csv.DictReader(stream)}
 
 
-def _markdown(rows: list[tuple[str, ...]]) -> str:
+def _markdown(rows: list[tuple[str, ...]], texts: int = 1) -> str:
+    """A table whose first `texts` columns are text and whose others are numbers."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|---|" + "---:|" * (len(rows[0]) - 1), *lines[1:]])
+    rule = "|" + "---|" * texts + "---:|" * (len(rows[0]) - texts)
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def _conditions(row: Row) -> str:
+    return f"{row['threads']} threads of an {row['machine']} CPU, torch {row['torch']}"
+
+
+def _models(file: str) -> dict[str, dict[str, Row]]:
+    """Rows of the whole model by work and variant."""
+    found: dict[str, dict[str, Row]] = {}
+    for (op, case, what), row in _newest(file, ("op", "case", "what")).items():
+        if op == "model" and case.startswith(SPEED_MODEL + ", "):
+            found.setdefault(case.removeprefix(SPEED_MODEL + ", "), {})[what] = row
+    return found
+
+
+def _ratio(rows: dict[str, Row], what: str) -> str:
+    """Milliseconds of one variant, and how many times as fast as float it is."""
+    if what not in rows:
+        return "not timed"
+    taken, float_taken = float(rows[what]["p50_ms"]), float(rows[FLOAT]["p50_ms"])
+    return f"{taken:,.0f} ms ({float_taken / taken:.2f}x)"
 
 
 def results_table() -> str:
-    """Size, speed and fidelity of each variant, with the conditions under it."""
-    quality = _newest("quality.csv", ("what",))
-    decode = _newest("decode.csv", ("what", "context"))
-    rows = [HEADER]
-    for what in dict.fromkeys([key[0] for key in decode] + [key[0] for key in quality]):
-        speed, score = decode.get((what, CONTEXT)), quality.get((what,))
-        kv = f"{int(speed['kv_bytes']):,}" if speed else "-"
-        step = f"{float(speed['p50_ms']):.0f} ms ({speed['ratio_to_float']}x)" if speed else "not timed"
-        perplexity = f"{float(score['perplexity']):.2f}" if score else ""
-        kl = f"{float(score['kl']):.4f}" if score else ""
-        if what == "float":
+    """Speed and fidelity of each variant of the whole model, with the conditions under it."""
+    quality = {what: row for (model, what), row in _newest("quality.csv", ("model", "what")).items()
+               if model == QUALITY_MODEL}  # fmt: skip
+    speed = _models("cpu.csv")
+    variants = dict.fromkeys([FLOAT, *reversed(next(iter(speed.values()), {})), *quality])
+    rows = [(SPEED_MODEL, *speed, "perplexity", "KL from float")]
+    for what in variants:
+        score = quality.get(what)
+        perplexity, kl = (f"{float(score['perplexity']):.2f}", f"{float(score['kl']):.4f}") if score else ("", "")
+        if what == FLOAT and quality:
             perplexity, kl = f"{float(next(iter(quality.values()))['float_perplexity']):.2f}", "0"
-        rows.append((what, kv, step, perplexity, kl))
-    any_speed, any_score = next(iter(decode.values())), next(iter(quality.values()))
-    conditions = (
-        f"Decode: one token at batch 1, median of alternating steps, {any_speed['threads']} threads of an "
-        f"{any_speed['machine']} CPU, fp32, against transformers {any_speed['transformers']} with DynamicCache and "
-        f"SDPA, torch {any_speed['torch']}. Perplexity and KL: {any_score['windows']} windows of {any_score['length']} "
-        "tokens of English Wikipedia, teacher-forced, every query reading the stored codes, calibrated on 50 BoolQ "
-        "prompts. `W8A8` leaves the layers in float that Ascend's recipe leaves (down_proj, lm_head)."
+        rows.append((what, *(_ratio(work, what) for work in speed.values()), perplexity, kl))
+    any_score = next(iter(quality.values()))
+    any_speed = next(iter(next(iter(speed.values())).values()))
+    return (
+        f"{_markdown(rows)}\n\n"
+        f"Batch 1, median of alternating calls in one run, {_conditions(any_speed)}; `float` is transformers "
+        f"{any_speed['transformers']} in fp32 with DynamicCache and SDPA. Perplexity and KL: {any_score['windows']} "
+        f"windows of {any_score['length']} tokens of English Wikipedia, teacher-forced, every query reading the stored "
+        "codes, calibrated on 50 BoolQ prompts. `W8A8` leaves the layers in float that Ascend's recipe leaves "
+        "(down_proj, lm_head); `W8A8 dynamic` leaves none."
     )
-    return f"{_markdown(rows)}\n\n{conditions}"
+
+
+def ops_table(file: str) -> str:
+    """Each op on each shape against the fastest form that PyTorch has of the same work."""
+    newest = _newest(file, ("op", "case", "what"))
+    if not newest:
+        return "No run on such a device is recorded yet."
+    rows = [("op", "shape", "ours", "ms", "share of read bandwidth", "times as fast as", "the best of PyTorch")]
+    for (op, case, what), row in newest.items():
+        theirs = OURS_FIRST.get(op)
+        if theirs is None or what.startswith(theirs):
+            continue
+        others = {
+            other: float(found["p50_ms"])
+            for (o, c, other), found in newest.items()
+            if (o, c) == (op, case) and other.startswith(theirs)
+        }
+        best = min(others, key=others.__getitem__)
+        taken = float(row["p50_ms"])
+        rows.append((op, case, what, f"{taken:.3f}", row["share"], f"{others[best] / taken:.2f}", best))
+    any_row = next(iter(newest.values()))
+    bandwidth = any_row["read_gigabytes_per_s"]
+    return f"{_markdown(rows, 3)}\n\n{_conditions(any_row)}, which read {bandwidth} GB/s."
+
+
+TABLES = {"results": results_table, "ops on cpu": lambda: ops_table("cpu.csv")}
+"""What stands between the markers of README, by their names."""
 
 
 def rewritten(readme: str) -> str:
     """README.md with its tables made anew."""
-    start, table_end = "<!-- table: results -->\n", "\n<!-- end -->"
-    before, found, rest = readme.partition(start)
-    _, closed, after = rest.partition("<!-- end -->")
-    if not (found and closed):
-        raise SystemExit("README.md: the markers of the results table are missing")
-    return before + start + results_table() + table_end + after
+    for name, table in TABLES.items():
+        before, found, rest = readme.partition(f"<!-- table: {name} -->\n")
+        _, closed, after = rest.partition("<!-- end -->")
+        if not (found and closed):
+            raise SystemExit(f"README.md: the markers of the table {name!r} are missing")
+        readme = f"{before}{found}{table()}\n{closed}{after}"
+    return readme
 
 
 def main() -> int:

@@ -15,9 +15,9 @@ from .reference import attention_reference
 
 ATTENTION_NPU = npu_description(
     "npu_fused_infer_attention_score, which waits for `length` on the host and gets a copy of a window at decode; int8 "
-    "queries by _npu_paged_attention_quant, a call per KV head; by the reference (PyTorch): a mask at decode, several "
-    "queries over codes (but static ones in float16, or up to 16 in bfloat16), int4, scales in groups, K and V of "
-    "different granularity, int8 queries over all but codes with static scales per head; fp8 raises"
+    "queries by _npu_paged_attention_quant, a call per KV head; by the reference (PyTorch): int4, scales in groups, K "
+    "and V of different granularity, several queries or a mask over codes except static ones in float16 or, up to 16 "
+    "queries, in bfloat16, and int8 queries except one over static codes per head; fp8 raises"
 )
 PER_CHANNEL, PER_HEAD, PER_TOKEN, FLOAT = 0, 2, 3, -1
 """The antiquant modes of FIA that our scales are: perchannel, pertensor + perhead, pertoken + perhead; and none."""
@@ -26,6 +26,8 @@ ONLINE, ACL_TYPES = 3, {torch.float16: 1, torch.bfloat16: 27}
 """Of _npu_paged_attention_quant: quant_type that quantizes the weights in the kernel, and outdata_type by dtype."""
 PAGE_ALIGNMENT, LARGEST_PAGE, LARGEST_PAGE_BYTES = 32, 128, 128 * 128
 """Tokens of a page are a multiple of the int8 tile; block_size * head_size is limited (ATB: infer_op_params.h)."""
+USUAL_PAGE, SMALL_STORAGE = 64, 256
+"""The op is tuned for pages of 64 and 128; storage up to 256 tokens is copied rather than cut into pages of 32."""
 COMPRESSED_MASK = 2048
 WHOLE_MASK, RIGHT_DOWN_CAUSAL, BAND, EMPTY_ROWS_ARE_ZERO = 1, 3, 4, 2
 """Of FIA: three values of sparse_mode, and the inner_precise that gives zeros to queries which see nothing."""
@@ -60,9 +62,10 @@ def attention_npu(
 ) -> torch.Tensor:
     """`attention_reference` by ops of torch_npu; shapes as there, the query in float16 or bfloat16.
 
-    A mask at decode is not given to FIA: with `[B, 1, 1, S]` it ignores all beyond key 512 without an error
-    (github.com/vllm-project/vllm-ascend/issues/15503). int4 codes are not, either: it wants eight in an int32, in an
-    order that no document tells.
+    With one query and a mask `[B, 1, 1, S]` FIA ignores all beyond key 512 without an error
+    (github.com/vllm-project/vllm-ascend/issues/15503). So a mask at decode makes two equal queries of the one, for
+    which FIA has another kernel, that of prefill. int4 codes are not for FIA: it wants eight in an int32, in an order
+    that no document tells.
 
     Both ops plan their work on the host, from lists of lengths: `length` is copied there, which waits for the device.
     Neither knows a window at decode: the codes in it, not the whole cache, are copied to storage of their own.
@@ -75,7 +78,10 @@ def attention_npu(
     require_npu_float("q", query)
     refuse_fp8(key, value)
     operands = _Operand(key, key_scale, key_zero), _Operand(value, value_scale, value_zero)
-    if not _is_served(query, operands, query_scale, mask):
+    is_doubled = mask is not None and mask.dim() == 4 and query.shape[2] == 1
+    if is_doubled and _is_served(query.expand(-1, -1, 2, -1), operands, query_scale, mask):
+        query, mask = query.expand(-1, -1, 2, -1), mask.expand(-1, -1, 2, -1)
+    elif not _is_served(query, operands, query_scale, mask):
         return attention_reference(
             query,
             key,
@@ -105,7 +111,7 @@ def attention_npu(
     if 0 in lengths:
         is_empty = torch.tensor([tokens == 0 for tokens in lengths], device=output.device)
         output = output.masked_fill(is_empty.view(-1, 1, 1, 1), 0)
-    return output
+    return output[:, :1] if is_doubled else output
 
 
 def _lengths(key: torch.Tensor, length: torch.Tensor | None) -> list[int]:
@@ -355,16 +361,16 @@ def _attend_int8(
 
 
 def _pages(codes: torch.Tensor) -> torch.Tensor:
-    """Codes `[B, G, S, D]` as pages `[B * G * capacity / page, page, 1, D]`: a view, unless the storage is tiny.
+    """Codes `[B, G, S, D]` as pages `[B * G * capacity / page, page, 1, D]`: a view, unless the storage is small.
 
-    Storage of at most 128 tokens, whose capacity may not divide into pages, is copied to the next that does.
+    Storage of at most 256 tokens, whose capacity may not divide into usual pages, is copied to the next that does.
     """
     storage = _stored(codes)
     batch, groups, capacity, width = storage.shape
     if width % PAGE_ALIGNMENT or width > 256:
         raise ValueError(f"_npu_paged_attention_quant takes a head_dim up to 256 that 32 divides, not {width}")
-    if capacity % PAGE_ALIGNMENT and capacity <= LARGEST_PAGE:
-        storage = torch.nn.functional.pad(storage, (0, 0, 0, -capacity % PAGE_ALIGNMENT))
+    if capacity % USUAL_PAGE and capacity <= SMALL_STORAGE:
+        storage = torch.nn.functional.pad(storage, (0, 0, 0, -capacity % USUAL_PAGE))
         capacity = storage.shape[2]
     page = LARGEST_PAGE
     while page >= PAGE_ALIGNMENT and (capacity % page or page * width > LARGEST_PAGE_BYTES):

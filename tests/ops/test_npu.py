@@ -75,7 +75,7 @@ def test_importing_and_reporting_does_not_import_torch_npu(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("op", "words"),
     [
-        ("attention", "a mask at decode"),
+        ("attention", "scales in groups"),
         ("attention", "int4"),
         ("encode", "packing of int4"),
         ("encode_token", "int4, float16 scales, RoPE"),

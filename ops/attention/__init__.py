@@ -4,6 +4,7 @@ import torch
 
 from ..library import define, implement
 from .cpu import attention_cpu, attention_cpu_description
+from .cuda import ATTENTION_CUDA, attention_cuda
 from .npu import ATTENTION_NPU, attention_npu
 from .reference import attention_reference
 
@@ -21,4 +22,5 @@ attention = define(
     _attention_fake,
 )
 implement("attention", "CPU", attention_cpu, attention_cpu_description)
+implement("attention", "CUDA", attention_cuda, ATTENTION_CUDA)
 implement("attention", "PrivateUse1", attention_npu, ATTENTION_NPU)

@@ -1,0 +1,188 @@
+"""What the kernels for CUDA GPUs share: Triton, what is known of a GPU, and codes as kernels read and write them.
+
+The kernels are interpreter-tested: Triton's interpreter runs them on the CPU against the references, and its compiler
+translates them for compute capability 8.0 and 9.0. They take tensors with their strides as tuples `(pointer, strides)`.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # the references serve
+    triton, tl = None, SimpleNamespace(constexpr=object)
+
+OLDEST_CAPABILITY = 80
+"""Ampere: the first with bfloat16 and int8 in the matrix units that the kernels use."""
+FP8_CAPABILITY = 89
+"""Ada: the first with conversions and matrix products of fp8."""
+CODE_KINDS = {torch.int8: "int8", torch.uint8: "int4", torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
+"""How kernels are told what a tensor of codes holds; anything else is "float"."""
+
+
+class Gpu(NamedTuple):
+    """What decides how kernels run on a device.
+
+    Attributes:
+        capability: compute capability, as 80 for 8.0.
+        processors: number of multiprocessors.
+    """
+
+    capability: int
+    processors: int
+
+
+GPUS: dict[torch.device, Gpu] = {}
+"""What `gpu_of` has asked the driver already."""
+
+
+def gpu_of(device: torch.device) -> Gpu:
+    """What is known of a CUDA device."""
+    if device not in GPUS:
+        properties = torch.cuda.get_device_properties(device)
+        GPUS[device] = Gpu(properties.major * 10 + properties.minor, properties.multi_processor_count)
+    return GPUS[device]
+
+
+def triton_serves(x: torch.Tensor) -> bool:
+    """Whether the Triton kernels serve what x says: a GPU of NVIDIA from Ampere on, and no float64."""
+    if triton is None or torch.version.hip is not None or x.dtype == torch.float64:
+        return False
+    return gpu_of(x.device).capability >= OLDEST_CAPABILITY
+
+
+def cuda_description(text: str) -> Callable[[], str]:
+    """What `report` says of a kernel for CUDA."""
+
+    def text_now() -> str:
+        if triton is None:
+            return "reference (PyTorch): Triton is not installed"
+        if torch.version.hip is not None:
+            return "reference (PyTorch): the Triton kernels are for NVIDIA GPUs"
+        return f"Triton (interpreter-tested): {text}; float64, and GPUs before Ampere, by the reference (PyTorch)"
+
+    return text_now
+
+
+def jit(*unspecialized: str) -> Callable[[Callable], Any]:
+    """`triton.jit`, which compiles no variants for values of the arguments named; without Triton, nothing."""
+
+    def decorate(function: Callable) -> Any:
+        return function if triton is None else triton.jit(function, do_not_specialize=list(unspecialized))
+
+    return decorate
+
+
+def on_device(x: torch.Tensor) -> AbstractContextManager:
+    """The device of x as the current one, on which Triton launches."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def power_of_two(number: int, smallest: int = 1) -> int:
+    """The smallest power of two that is neither less than `number` nor than `smallest`."""
+    return max(smallest, 1 << (number - 1).bit_length() if number > 1 else 1)
+
+
+def raw_codes(codes: torch.Tensor) -> torch.Tensor:
+    """Codes as kernels load and store them: fp8 as bytes, since Triton has no e4m3 on Ampere."""
+    return codes.view(torch.uint8) if codes.dtype in (torch.float8_e4m3fn, torch.float8_e5m2) else codes
+
+
+def strided(tensor: torch.Tensor) -> tuple:
+    """A tensor as kernels take it: `(pointer, stride of each dimension)`."""
+    return (tensor, *tensor.stride())
+
+
+@jit()
+def e4m3_as_half(codes, NATIVE: tl.constexpr):
+    """Bytes of e4m3 as float16, which holds each exactly."""
+    if NATIVE:
+        values = codes.to(tl.float8e4nv, bitcast=True).to(tl.float16)
+    else:
+        bits = codes.to(tl.uint16)
+        shifted = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
+        values = shifted.to(tl.float16, bitcast=True) * 256.0  # 2 ** (15 - 7), the biases of the exponents
+        values = tl.where((bits & 0x7F) == 0x7F, float("nan"), values)
+    return values
+
+
+@jit()
+def codes_as_half(codes, KIND: tl.constexpr, NATIVE: tl.constexpr):
+    """int8 or fp8 codes, or int4 ones that are int8 by now, as float16, which holds each exactly."""
+    if KIND == "e4m3":
+        values = e4m3_as_half(codes, NATIVE)
+    elif KIND == "e5m2":
+        values = (codes.to(tl.uint16) << 8).to(tl.float16, bitcast=True)
+    else:
+        values = codes.to(tl.float16)
+    return values
+
+
+@jit()
+def codes_as_float(codes, KIND: tl.constexpr, NATIVE: tl.constexpr):
+    """Codes, or float values as they are, in float32."""
+    values = codes if KIND == "float" else codes_as_half(codes, KIND, NATIVE)
+    return values.to(tl.float32)
+
+
+@jit()
+def load_halves(pointer, rows, stride, inside, channels, WIDTH: tl.constexpr, KIND: tl.constexpr):
+    """The first and the second half of the channels of rows of codes; int4 codes become int8.
+
+    Args:
+        rows: offsets `[R, 1]`, of which those count where `inside` `[R, 1]` is true.
+        channels: `[1, C]`, from 0; those beyond half the width are loaded as anything finite.
+    """
+    HALF: tl.constexpr = (WIDTH + 1) // 2
+    if KIND == "int4":
+        both = tl.load(pointer + rows + channels * stride, mask=inside & (channels < HALF), other=0)
+        low = (both & 15).to(tl.int8) - 8
+        high = (both >> 4).to(tl.int8) - 8
+    else:
+        low = tl.load(pointer + rows + channels * stride, mask=inside & (channels < HALF), other=0)
+        second = channels + HALF
+        high = tl.load(pointer + rows + second * stride, mask=inside & (second < WIDTH), other=0)
+    return low, high
+
+
+@jit()
+def round_half_even(x):
+    """float32 between -2^22 and 2^22, rounded: what is added leaves no bits behind the point."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@jit()
+def fp8_code(x, KIND: tl.constexpr):
+    """float32 as bytes of e4m3 or e5m2, halves to even; what is beyond the range takes its end, NaN stays."""
+    MANTISSA: tl.constexpr = 3 if KIND == "e4m3" else 2
+    BIAS: tl.constexpr = 7 if KIND == "e4m3" else 15
+    LARGEST: tl.constexpr = 448.0 if KIND == "e4m3" else 57344.0
+    SHIFT: tl.constexpr = 23 - MANTISSA
+    SMALLEST_NORMAL: tl.constexpr = (128 - BIAS) << 23
+    SUBNORMALS: tl.constexpr = 2.0 ** (BIAS - 1 + MANTISSA)
+    size = tl.minimum(tl.abs(x), LARGEST)
+    bits = size.to(tl.int32, bitcast=True)
+    rounded = bits + ((1 << (SHIFT - 1)) - 1) + ((bits >> SHIFT) & 1)
+    normal = (rounded >> SHIFT) - ((127 - BIAS) << MANTISSA)
+    subnormal = (size * SUBNORMALS + 8388608.0).to(tl.int32, bitcast=True) & 0xFF
+    code = tl.where(bits < SMALLEST_NORMAL, subnormal, normal)
+    code = tl.where(x != x, 0x7F, code)
+    sign = (x.to(tl.int32, bitcast=True) >> 24) & 0x80
+    return (code | sign).to(tl.uint8)
+
+
+@jit()
+def to_code(x, KIND: tl.constexpr):
+    """float32 in units of codes as int8, as int4 from -8 to 7 in int8, or as bytes of fp8."""
+    if KIND == "int8":
+        code = round_half_even(tl.minimum(tl.maximum(x, -128.0), 127.0)).to(tl.int8)
+    elif KIND == "int4":
+        code = round_half_even(tl.minimum(tl.maximum(x, -8.0), 7.0)).to(tl.int8)
+    else:
+        code = fp8_code(x, KIND)
+    return code

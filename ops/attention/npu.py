@@ -17,10 +17,12 @@ ATTENTION_NPU = npu_description(
     "npu_fused_infer_attention_score, which waits for `length` on the host and gets a copy of a window at decode; int8 "
     "queries by _npu_paged_attention_quant, a call per KV head; by the reference (PyTorch): int4, scales in groups, K "
     "and V of different granularity, several queries or a mask over codes except static ones in float16 or, up to 16 "
-    "queries, in bfloat16, and int8 queries except one over static codes per head; fp8 raises"
+    "queries, any in bfloat16, and int8 queries except one over static codes per head; fp8 raises"
 )
 PER_CHANNEL, PER_HEAD, PER_TOKEN, FLOAT = 0, 2, 3, -1
 """The antiquant modes of FIA that our scales are: perchannel, pertensor + perhead, pertoken + perhead; and none."""
+PER_TOKEN_OF_ONE_HEAD = 1
+"""The mode pertoken, whose scales are for all heads."""
 STATIC_MODES = (PER_CHANNEL, PER_HEAD)
 ONLINE, ACL_TYPES = 3, {torch.float16: 1, torch.bfloat16: 27}
 """Of _npu_paged_attention_quant: quant_type that quantizes the weights in the kernel, and outdata_type by dtype."""
@@ -137,10 +139,10 @@ def _is_served(
         return modes == (PER_HEAD, PER_HEAD) and queries == 1 and not has_zeros and _is_per_head(query_scale)
     if modes == (FLOAT, FLOAT):
         return True
-    if queries == 1 and modes == (PER_TOKEN, PER_TOKEN):
-        return True
-    are_static = modes[0] in STATIC_MODES and modes[1] in STATIC_MODES
-    return are_static and (queries <= MOST_BFLOAT16_QUERIES or query.dtype == torch.float16)
+    are_few = queries == 1 or (queries <= MOST_BFLOAT16_QUERIES and query.dtype == torch.bfloat16)
+    if modes == (PER_TOKEN, PER_TOKEN):
+        return are_few
+    return modes[0] in STATIC_MODES and modes[1] in STATIC_MODES and (are_few or query.dtype == torch.float16)
 
 
 def _is_per_head(query_scale: torch.Tensor) -> bool:
@@ -208,25 +210,47 @@ def _attend_fused(
     window: int,
 ) -> torch.Tensor:
     """FIA over the whole storage, of which it is told the valid lengths; returns `[B, Q, H, D]`."""
-    heads, queries = query.shape[1:3]
+    batch, heads, queries, width = query.shape
     key, value = (_stored(operand.codes) for operand in operands)
     _check_fused(query, key, value)
     options = {} if queries == 1 else _mask_options(query, key, mask, causal, lengths, window)
     is_float_prefill = queries > 1 and key.dtype != torch.int8  # codes want BNSD (prompt_flash_attention_tiling.cpp)
     if key.dtype == torch.int8:
         options |= _antiquant(query, operands)
+        if queries > 1 and _mode(operands[0]) == PER_TOKEN:
+            lengths = [tokens for tokens in lengths for _ in range(key.shape[1])]
+            query, key, value, options = _one_head_each(query, key, value, options)
     output, _ = torch_npu_module().npu_fused_infer_attention_score(
         query.contiguous(),
         key,
         value,
         actual_seq_lengths_kv=[max(1, tokens) for tokens in lengths],
-        num_heads=heads,
+        num_heads=query.shape[1],
         num_key_value_heads=key.shape[1],
         scale=scaling,
         input_layout="BNSD_BSND" if is_float_prefill else "BNSD",
         **options,
     )
-    return output if is_float_prefill else output.transpose(1, 2).contiguous()
+    return output if is_float_prefill else output.view(batch, heads, queries, width).transpose(1, 2).contiguous()
+
+
+def _one_head_each(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """The same for B * G sequences of one KV head, for which scales per token and head are scales per token.
+
+    Several queries have no mode for the former. Nothing but a mask is copied.
+    """
+    batch, groups, capacity, width = key.shape
+    options = dict(options)
+    for name, part in options.items():
+        if name.endswith(("antiquant_scale", "antiquant_offset")):
+            options[name] = part.reshape(batch * groups, capacity)
+    options |= {"key_antiquant_mode": PER_TOKEN_OF_ONE_HEAD, "value_antiquant_mode": PER_TOKEN_OF_ONE_HEAD}
+    if options.get("sparse_mode") == WHOLE_MASK and options["atten_mask"].shape[0] > 1:
+        options["atten_mask"] = options["atten_mask"].repeat_interleave(groups, dim=0)
+    key, value = (part.view(batch * groups, 1, capacity, width) for part in (key, value))
+    return query.reshape(batch * groups, -1, query.shape[2], width), key, value, options
 
 
 def _check_fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -284,11 +308,11 @@ def _antiquant(query: torch.Tensor, operands: tuple[_Operand, _Operand]) -> dict
     """The arguments of FIA that decode codes as `(code + offset) * scale`: its offsets are our zeros negated.
 
     Scales are `[G, 1, D]` or `[G]` in the dtype of q, or float32 `[B, G, capacity]` per token. Several queries take
-    those per channel only, and in float16 K's and V's in one tensor `[2, G, 1, D]`.
+    no scales per head, and in float16 K's and V's in one tensor `[2, G, 1, D]`.
     """
     several = query.shape[2] > 1
-    modes = [_mode(operand) for operand in operands]
-    mode = PER_CHANNEL if several else min(modes)  # a scale per head is also one per channel
+    mode = min(_mode(operand) for operand in operands)  # a scale per head is also one per channel
+    mode = PER_CHANNEL if several and mode == PER_HEAD else mode
     scales = [_antiquant_part(operand.scale, operand.codes, mode, query.dtype) for operand in operands]
     offsets = None
     if any(operand.zero is not None for operand in operands):  # both or neither

@@ -21,6 +21,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from octavo.ops.library import NAMESPACE
 
 from .npu_models import DTYPE_CODES, MODELS
 
@@ -162,9 +165,23 @@ def installed_double(monkeypatch: pytest.MonkeyPatch) -> TorchNpu:
     return double
 
 
+NPU_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
+
+
 def on_npu(op: Any, *arguments: Any, **named: Any) -> Any:
     """Run an op of Octavo by the kernel that is registered for NPUs, whatever device its tensors are on."""
-    return op.default.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1), *arguments, **named)
+    return op.default.redispatch(NPU_KEYS, *arguments, **named)
+
+
+class EverythingOnNpu(TorchDispatchMode):
+    """Inside this context all ops of Octavo run by the kernels that are registered for NPUs."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.namespace == NAMESPACE:
+            return func.redispatch(NPU_KEYS, *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
 
 def relative_rmse(result: torch.Tensor, expected: torch.Tensor) -> float:

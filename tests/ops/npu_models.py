@@ -193,14 +193,20 @@ def anti_quantized(
     batch, groups, keys, width = codes.shape
     shapes = {
         0: [(1, groups, 1, width), (1, groups, width), (groups, 1, width), (groups, width)],
+        1: [(batch, keys)],
         2: [(groups,)],
         3: [(batch, groups, keys)],
     }
-    views = {0: (1, groups, 1, width), 2: (1, groups, 1, 1), 3: (batch, groups, keys, 1)}
+    views = {
+        0: (1, groups, 1, width),
+        1: (batch, 1, keys, 1),
+        2: (1, groups, 1, 1),
+        3: (batch, groups, keys, 1),
+    }
     assert codes.dtype == torch.int8 and codes.shape[-1] % 32 == 0
     for part in (scale,) if offset is None else (scale, offset):
         assert part.shape in shapes[mode], f"mode {mode}: {tuple(part.shape)}"
-        assert part.dtype == (torch.float32 if mode == 3 else dtype), f"mode {mode}: {part.dtype}"
+        assert part.dtype == (torch.float32 if mode in (1, 3) else dtype), f"mode {mode}: {part.dtype}"
     values = codes.float() if offset is None else codes.float() + offset.float().view(views[mode])
     return values * scale.float().view(views[mode])
 
@@ -242,7 +248,7 @@ def check_several_queries_over_codes(
     if is_combined:
         assert query.dtype == torch.float16
     else:
-        assert query.dtype == torch.bfloat16 and query.shape[2] <= 16 and modes == (0, 0)
+        assert query.dtype == torch.bfloat16 and query.shape[2] <= 16 and modes in ((0, 0), (1, 1))
 
 
 def fused_infer_attention_score(

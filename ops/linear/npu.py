@@ -148,7 +148,7 @@ def linear_weight_only_npu(
         matrix = _int4_pack(weight, is_transposed)
         parts = parts if is_transposed else [part.contiguous() for part in parts]
     output = torch_npu_module().npu_weight_quant_batchmatmul(
-        x.reshape(-1, depth),
+        x.reshape(-1, depth).contiguous(),
         matrix,
         *parts,
         bias=None if bias is None else bias.to(torch.float16 if x.dtype == torch.float16 else torch.float32),

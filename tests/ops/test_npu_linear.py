@@ -126,6 +126,13 @@ def test_weight_only_with_zeros_of_the_wrong_sign_fails(npu: TorchNpu) -> None:
     assert relative_rmse(result, expected) > 100 * tolerance(torch.float16)
 
 
+def test_weight_only_of_a_view(npu: TorchNpu) -> None:
+    x, *others = weight_only_arguments(8, 32, True, torch.float16)
+    x = torch.stack((x, x), dim=-1).flatten(1)[:, ::2]
+    expected = linear_weight_only_reference(x, *others)
+    assert relative_rmse(on_npu(linear_weight_only, x, *others), expected) <= tolerance(torch.float16)
+
+
 def write(weight: torch.Tensor) -> None:
     weight.fill_(0x88)
 

@@ -26,8 +26,9 @@ class Codes:
     """What the cache hands to attention in place of K or V: views of the stored codes and what decodes them.
 
     Attributes:
-        codes: `[B, G, S, D]`, int8 codes, or float values where the scheme leaves them in float.
+        codes: `[B, G, S, D]` as `ops/codes.py` says, or float values where the scheme leaves them in float.
         scale, zero: as the attention op takes them; None where not used.
+        length: int64 `[1]` on the device, where not all of the S tokens are in use; None where they are.
         query_scale: with K only, `[H, 1, 1]`: scale by which the queries are quantized; None leaves them in float.
     """
 
@@ -35,6 +36,7 @@ class Codes:
     scale: torch.Tensor | None = None
     zero: torch.Tensor | None = None
     query_scale: torch.Tensor | None = None
+    length: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ def quantized_attention(
         mask,
         query.shape[-1] ** -0.5 if scaling is None else scaling,
         causal,
+        length=keys.length,
         window=window,
     )
     return output, None

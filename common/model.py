@@ -104,9 +104,9 @@ def describe_checkpoint(config: Any, source: str, tied: Iterable[str], hub_argum
     config.transformers_weights = single if single_file is not None else index
 
 
-def _new_cache(decoder: torch.nn.Module, max_length: int | None = None, offloading: bool = False) -> QuantizedCache:
+def _new_cache(decoder: torch.nn.Module, **arguments: Any) -> QuantizedCache:
     scheme = decoder.octavo_scheme
-    return QuantizedCache(decoder.config, scheme, None, read_scales(decoder, scheme), max_length, offloading)
+    return QuantizedCache(decoder.config, scheme, scales=read_scales(decoder, scheme), **arguments)
 
 
 def _provide_cache(decoder: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
@@ -192,9 +192,11 @@ class QuantizedCausalLM:
             raise OctavoError(f"save_pretrained: copy the directory that was loaded instead ({self.name_or_path})")
         super().save_pretrained(*args, **kwargs)
 
-    def new_cache(self, max_length: int | None = None, offloading: bool = False) -> QuantizedCache:
+    def new_cache(
+        self, max_length: int | None = None, offloading: bool = False, compileable: bool = False
+    ) -> QuantizedCache:
         """An empty cache with this model's scheme and scales; arguments as in `QuantizedCache`."""
-        return _new_cache(self.base_model, max_length, offloading)
+        return _new_cache(self.base_model, max_length=max_length, offloading=offloading, compileable=compileable)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch_size: int, max_length: int
@@ -206,5 +208,8 @@ class QuantizedCausalLM:
         if kind not in _STATIC_CACHES + _GROWING_CACHES:
             raise OctavoError(f"cache_implementation={kind!r}: this model's cache is quantized already; leave it out")
         length = max(max_length, generation_config.max_cache_len or 0) if kind in _STATIC_CACHES else None
-        model_kwargs["past_key_values"] = self.new_cache(length, offloading=bool(kind) and "offloaded" in kind)
+        offloading = bool(kind) and "offloaded" in kind
+        # generate compiles the steps over such a cache where that pays, which transformers says is on CUDA
+        compileable = kind == "static" and self.device.type == "cuda"
+        model_kwargs["past_key_values"] = self.new_cache(length, offloading, compileable)
         return None

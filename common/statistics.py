@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..ops.codes import INT8_MAX, SMALLEST_SCALE
+from ..ops.codes import CODE_RANGES, SMALLEST_SCALE
 from .errors import OctavoError, first_line
 from .scheme import Codec, Scheme
 
@@ -103,9 +103,9 @@ def rotary_radius(x: torch.Tensor) -> torch.Tensor:
     return torch.hypot(first, second)
 
 
-def symmetric_scale(largest: torch.Tensor) -> torch.Tensor:
-    """The scale at which values up to `largest` fill the int8 range without clipping."""
-    return (largest.float() / INT8_MAX).clamp_min(SMALLEST_SCALE)
+def symmetric_scale(largest: torch.Tensor, dtype: torch.dtype = torch.int8) -> torch.Tensor:
+    """The scale at which values up to `largest` fill the range of a code, stored as `dtype`, without clipping."""
+    return (largest.float() / CODE_RANGES[dtype][1]).clamp_min(SMALLEST_SCALE)
 
 
 def _static_scale(codec: Codec | None, largest: torch.Tensor) -> tuple[torch.Tensor, None] | None:
@@ -113,7 +113,7 @@ def _static_scale(codec: Codec | None, largest: torch.Tensor) -> tuple[torch.Ten
     if codec is None or codec.dynamic:
         return None
     bound = largest if codec.granularity == "channel" else largest.amax(dim=-1, keepdim=True)
-    return symmetric_scale(bound)[:, None, :], None
+    return symmetric_scale(bound, codec.stored_dtype)[:, None, :], None
 
 
 def scales_of(scheme: Scheme, statistics: Statistics) -> Scales:

@@ -5,7 +5,7 @@ B batch, G KV heads, S new tokens, C capacity of a storage, D head_dim.
 
 import torch
 
-from ..codes import CODE_RANGES, SMALLEST_SCALE, code_width, expand_scale, from_codes, to_codes
+from ..codes import CODE_RANGES, FP8_DTYPES, SMALLEST_SCALE, code_width, expand_scale, from_codes, to_codes
 
 
 def rotated(x: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None) -> torch.Tensor:
@@ -25,8 +25,11 @@ def _written(storage: torch.Tensor, tokens: int, position: torch.Tensor | None, 
     """Copy `part` `[B, G, S, *]` over `storage`: over all of it, or from the token `position` on."""
     if position is None:
         storage.copy_(part)
-    else:
-        storage.index_copy_(2, position + torch.arange(tokens, device=part.device), part.to(storage.dtype))
+        return
+    rows = position + torch.arange(tokens, device=part.device)
+    if storage.dtype in FP8_DTYPES:  # which index_copy_ does not know
+        storage, part = storage.view(torch.uint8), part.view(torch.uint8)
+    storage.index_copy_(2, rows, part.to(storage.dtype))
 
 
 def encode_reference(

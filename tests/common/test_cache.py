@@ -10,12 +10,13 @@ import transformers
 from transformers import DynamicCache
 
 from octavo.common.attention import Codes, quantized_attention
-from octavo.common.cache import SMALLEST_CAPACITY, QuantizedCache, capacity_for
+from octavo.common.cache import QuantizedCache
 from octavo.common.checkpoints.ascend import scale_tensors
 from octavo.common.errors import OctavoError
 from octavo.common.observe import calibrate
 from octavo.common.scheme import Scheme, load_scheme
 from octavo.common.statistics import LayerScales, load_statistics, scales_of
+from octavo.common.store import SMALLEST_CAPACITY, capacity_for
 from octavo.models.llama3.modeling_llama_fa3 import LlamaForCausalLM
 
 from ..support import random_ids, randomized, tiny_config, tiny_llama
@@ -23,7 +24,7 @@ from ..tolerances import TOLERANCES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SCHEMES = ("float", "int8-token", "ascend-c8", "ascend-fa")
+SCHEMES = ("float", "int8-token", "int4-token", "fp8-token", "ascend-c8", "ascend-fa")
 NEW_TOKENS = 24
 LAYERS, GROUPS, WIDTH = 3, 2, 16  # of the tiny Llama
 
@@ -321,8 +322,10 @@ def test_update_returns_handles_to_all_tokens(scheme: str, cache: Callable[..., 
     key, value = states(10)
     filled.update(key[:, :, :7], value[:, :, :7], 0)
     k, v = filled.update(key[:, :, 7:], value[:, :, 7:], 0)
-    assert isinstance(k, Codes) and k.codes.shape == v.codes.shape == (1, GROUPS, 10, WIDTH)
-    assert k.codes.dtype == (torch.float32 if scheme == "float" else torch.int8)
+    codec = load_scheme(scheme).key
+    width, dtype = (codec.stored_width(WIDTH), codec.stored_dtype) if codec else (WIDTH, torch.float32)
+    assert isinstance(k, Codes) and k.codes.shape == v.codes.shape == (1, GROUPS, 10, width)
+    assert k.codes.dtype == v.codes.dtype == dtype
     assert (k.query_scale is not None) == (scheme == "ascend-fa")
     assert filled.get_seq_length() == 10 and filled.get_seq_length(1) == 0
     assert filled.get_mask_sizes(5, 0) == (15, 0)

@@ -27,6 +27,8 @@ def test_every_preset_file_is_listed() -> None:
     [
         ("float", False, (None, None, None)),
         ("int8-token", False, ("token", "token", None)),
+        ("int4-token", False, ("token", "token", None)),
+        ("fp8-token", False, ("token", "token", None)),
         ("ascend-c8", True, ("channel", "channel", None)),
         ("ascend-fa", True, ("head", "head", "head")),
     ],
@@ -46,10 +48,14 @@ def test_float_layers() -> None:
 
 
 BAD: list[tuple[Any, str]] = [
-    ("int7", "ascend-c8, ascend-fa, float, int8-token"),
+    ("int7", "ascend-c8, ascend-fa, float, fp8-token, int4-token, int8-token"),
     ({}, "name"),
     ({"name": "x", "keys": None}, "'keys'"),
-    ({"name": "x", "key": {"dtype": "int4"}}, "int4"),
+    ({"name": "x", "key": {"dtype": "int5"}}, "int5"),
+    ({"name": "x", "key": {"symmetric": False}}, "zero points"),
+    ({"name": "x", "key": {"group_size": 32}}, "group_size"),
+    ({"name": "x", "query": {"granularity": "head"}, "key": {"dtype": "fp8_e4m3"}}, "fp8 type of K"),
+    ({"name": "x", "query": {"granularity": "head", "dtype": "fp8_e4m3"}, "key": {}}, "int8"),
     ({"name": "x", "key": {"granularity": "row"}}, "row"),
     ({"name": "x", "key": {"granularity": "token"}}, "dynamic"),
     ({"name": "x", "key": {"granularity": "head", "dynamic": True}}, "dynamic"),
@@ -63,6 +69,26 @@ BAD: list[tuple[Any, str]] = [
 def test_what_is_no_scheme(data: Any, part: str) -> None:
     with pytest.raises(OctavoError, match=part):
         load_scheme(data)
+
+
+@pytest.mark.parametrize(
+    ("fields", "size"),
+    [
+        ({}, 64),
+        ({"dtype": "int4"}, 32),
+        ({"dtype": "fp8_e5m2"}, 64),
+        ({"granularity": "token", "dynamic": True}, 64 + 4),
+        ({"dtype": "int4", "granularity": "token", "dynamic": True, "symmetric": False}, 32 + 8),
+        ({"dtype": "int4", "granularity": "token", "dynamic": True, "group_size": 32}, 32 + 8),
+    ],
+)
+def test_bytes_of_a_token_count_its_scales(fields: dict[str, Any], size: int) -> None:
+    assert Codec(**fields).token_bytes(64) == size
+
+
+def test_groups_divide_a_head() -> None:
+    with pytest.raises(OctavoError, match="head of 80"):
+        Codec(granularity="token", dynamic=True, group_size=32).channel_groups(80)
 
 
 def test_a_codec_of_ones_own() -> None:

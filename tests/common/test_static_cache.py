@@ -1,0 +1,84 @@
+"""The cache that counts its tokens on the device: equal to the growing one, in one graph for every step."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from octavo.common.cache import QuantizedCache
+from octavo.common.errors import OctavoError
+from octavo.models.llama3.modeling_llama_fa3 import LlamaForCausalLM
+
+from ..support import random_ids, tiny_config, tiny_llama
+from ..tolerances import TOLERANCES
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+STEPS = 5
+
+
+@pytest.fixture(scope="module", params=["float", "int8-token", "int4-token", "fp8-token"])
+def model(request: pytest.FixtureRequest) -> LlamaForCausalLM:
+    config = tiny_config()
+    config.octavo = {"scheme": request.param}
+    made = LlamaForCausalLM(config)
+    made.load_state_dict(tiny_llama().state_dict())
+    return made.eval()
+
+
+def steps(forward: Callable, ids: torch.Tensor, cache: QuantizedCache) -> torch.Tensor:
+    """Logits of single tokens behind a prompt, `[B, STEPS, vocabulary]`."""
+    return torch.cat([forward(token, past_key_values=cache).logits for token in ids.split(1, dim=1)], dim=1)
+
+
+@torch.inference_mode()
+def test_every_step_equals_that_of_the_growing_cache(model: LlamaForCausalLM) -> None:
+    ids = random_ids(2, 12 + STEPS)
+    growing, static = model.new_cache(), model.new_cache(max_length=40, compileable=True)
+    for cache in (growing, static):
+        model(ids[:, :12], past_key_values=cache)
+    expected = steps(model, ids[:, 12:], growing)
+    torch.testing.assert_close(steps(model, ids[:, 12:], static), expected, atol=TOLERANCES["logits"], rtol=0)
+    assert static.get_seq_length() == 12 + STEPS
+
+
+@torch.inference_mode()
+def test_one_graph_serves_every_step(model: LlamaForCausalLM) -> None:
+    ids = random_ids(1, 12 + STEPS)
+    cache, expected_cache = (model.new_cache(max_length=40, compileable=True) for _ in range(2))
+    for one in (cache, expected_cache):
+        model(ids[:, :12], past_key_values=one)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    found = steps(compiled, ids[:, 12:], cache)
+    torch.testing.assert_close(found, steps(model, ids[:, 12:], expected_cache), atol=TOLERANCES["logits"], rtol=0)
+    assert counter.frame_count == 1
+
+
+def test_generation_takes_it(model: LlamaForCausalLM) -> None:
+    ids = random_ids(2, 9)
+    arguments = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    cache = model.new_cache(max_length=32, compileable=True)
+    assert torch.equal(model.generate(ids, past_key_values=cache, **arguments), model.generate(ids, **arguments))
+    assert cache.is_compileable and not model.new_cache(max_length=32).is_compileable
+
+
+@torch.inference_mode()
+def test_crop_and_reset(model: LlamaForCausalLM) -> None:
+    ids = random_ids(1, 20)
+    cache = model.new_cache(max_length=40, compileable=True)
+    expected = model(ids, past_key_values=cache).logits
+    cache.crop(-8)
+    assert cache.get_seq_length() == 12
+    again = model(ids[:, 12:], past_key_values=cache).logits
+    torch.testing.assert_close(again, expected[:, 12:], atol=TOLERANCES["logits"], rtol=0)
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    torch.testing.assert_close(model(ids, past_key_values=cache).logits, expected, atol=TOLERANCES["logits"], rtol=0)
+
+
+def test_a_length_has_to_be_given() -> None:
+    with pytest.raises(OctavoError, match="needs max_length"):
+        QuantizedCache(tiny_config(), "int8-token", compileable=True)

@@ -1,17 +1,18 @@
-"""Write the tables of README.md from the newest rows of `results/*.csv`, between their markers.
+"""Write the tables of the READMEs from the newest rows of `results/*.csv`, between their markers.
 
-python benchmarks/tables.py            rewrites README.md
-python benchmarks/tables.py --check    exit code 1 if README.md is not what the results say
+python benchmarks/tables.py            rewrites README.md and benchmarks/README.md
+python benchmarks/tables.py --check    exit code 1 if they are not what the results say
 """
 
 import csv
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from rows import RESULTS
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
 QUALITY_MODEL = "smollm2-135m"
 SPEED_MODEL = "SmolLM2-135M"
 FLOAT = "float"
@@ -37,7 +38,7 @@ def _markdown(rows: list[tuple[str, ...]], texts: int = 1) -> str:
 
 
 def _conditions(row: Row) -> str:
-    return f"{row['threads']} threads of an {row['machine']} CPU, torch {row['torch']}"
+    return f"{row['machine']}, {row['threads']} CPU threads, torch {row['torch']}"
 
 
 def _models(file: str) -> dict[str, dict[str, Row]]:
@@ -105,29 +106,37 @@ def ops_table(file: str) -> str:
     return f"{_markdown(rows, 3)}\n\n{_conditions(any_row)}, which read {bandwidth} GB/s."
 
 
-TABLES = {"results": results_table, "ops on cpu": lambda: ops_table("cpu.csv")}
-"""What stands between the markers of README, by their names."""
+TABLES: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"results": results_table},
+    "benchmarks/README.md": {
+        "ops on cpu": partial(ops_table, "cpu.csv"),
+        "ops on cuda": partial(ops_table, "cuda.csv"),
+    },
+}
+"""What stands between the markers of each file, by their names."""
 
 
-def rewritten(readme: str) -> str:
-    """README.md with its tables made anew."""
-    for name, table in TABLES.items():
-        before, found, rest = readme.partition(f"<!-- table: {name} -->\n")
+def rewritten(file: str, text: str) -> str:
+    """A file with its tables made anew."""
+    for name, table in TABLES[file].items():
+        before, found, rest = text.partition(f"<!-- table: {name} -->\n")
         _, closed, after = rest.partition("<!-- end -->")
         if not (found and closed):
-            raise SystemExit(f"README.md: the markers of the table {name!r} are missing")
-        readme = f"{before}{found}{table()}\n{closed}{after}"
-    return readme
+            raise SystemExit(f"{file}: the markers of the table {name!r} are missing")
+        text = f"{before}{found}{table()}\n{closed}{after}"
+    return text
 
 
 def main() -> int:
-    """Rewrite README.md, or check it."""
-    readme = README.read_text(encoding="utf-8")
-    new = rewritten(readme)
-    if "--check" in sys.argv[1:]:
-        return int(new != readme)
-    README.write_text(new, encoding="utf-8")
-    return 0
+    """Rewrite the files, or check them."""
+    stale = 0
+    for file in TABLES:
+        old = (ROOT / file).read_text(encoding="utf-8")
+        new = rewritten(file, old)
+        stale += new != old
+        if "--check" not in sys.argv[1:]:
+            (ROOT / file).write_text(new, encoding="utf-8")
+    return int(bool(stale)) if "--check" in sys.argv[1:] else 0
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ e5c3fa93 and ops-transformer at c29bc106; for the ATB op, its test/test_custom_o
 and include/atb/infer_op_params.h of github.com/hicann/ascend-transformer-boost at ddcc8b62.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -211,6 +212,11 @@ def anti_quantized(
     return values * scale.float().view(views[mode])
 
 
+@functools.cache
+def compressed_mask() -> torch.Tensor:
+    return torch.ones(2048, 2048, dtype=torch.bool).triu(1)
+
+
 def hidden_keys(
     query_shape: torch.Size,
     capacity: int,
@@ -230,7 +236,7 @@ def hidden_keys(
         return hidden
     assert atten_mask.is_contiguous() and atten_mask.dtype in (torch.bool, torch.int8, torch.uint8)
     if sparse_mode in (3, 4):
-        assert torch.equal(atten_mask.bool(), torch.ones(2048, 2048, dtype=torch.bool).triu(1))
+        assert torch.equal(atten_mask.bool(), compressed_mask())
         last = ends - queries + torch.arange(queries)[:, None]
         if sparse_mode == 3:
             return hidden | (keys > last)

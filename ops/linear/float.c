@@ -13,21 +13,44 @@ INLINE int64_t code_bytes(int64_t codes, int kind) { return kind == KIND_INT4 ? 
 
 #define E4M3_UNIT 256.0f /* decoded weights are this much smaller: float16 has exponents for them as they are */
 
+enum { PLAIN, SCALED, AFFINE }; /* what decoding does to codes beside widening: nothing, scale, or take off a zero too */
+
+/* What codes of a group have in common. */
+typedef struct {
+    Lanes scale, zero;
+#if WIDE
+    Lanes numbers; /* of int4: the value of each code */
+#endif
+} Group;
+
+INLINE Lanes scaled_by(Lanes codes, const Group *group, int form) {
+    if (form == AFFINE) codes -= group->zero;
+    return form == PLAIN ? codes : codes * group->scale;
+}
+
 #if WIDE
 INLINE float sum_of_lanes(Lanes x) { return _mm512_reduce_add_ps((__m512)x); }
 
-/* STEP codes as floats, in units of codes. */
-INLINE void decode_step(const uint8_t *from, int kind, Lanes to[PARTS]) {
+INLINE Lanes broadcast_half(const uint16_t *from) {
+    return (Lanes)_mm512_cvtph_ps(_mm256_set1_epi16((int16_t)*from));
+}
+
+INLINE void set_numbers(Group *group, int form) {
+    group->numbers = (Lanes){-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+    group->numbers = scaled_by(group->numbers, group, form);
+}
+
+/* STEP codes as floats. */
+INLINE void decode_step(const uint8_t *from, int kind, const Group *group, int form, Lanes to[PARTS]) {
     if (kind == KIND_INT8) {
         UNROLL for (int i = 0; i < PARTS; i++) {
             __m128i codes = _mm_loadu_si128((const __m128i *)(from + LANES * i));
-            to[i] = (Lanes)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes));
+            to[i] = scaled_by((Lanes)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes)), group, form);
         }
     } else if (kind == KIND_INT4) { /* a lookup that reads the lowest 4 bits of an index */
-        const __m512 numbers = _mm512_set_ps(7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6, -7, -8);
         __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)from));
-        to[0] = (Lanes)_mm512_permutexvar_ps(bytes, numbers);
-        to[1] = (Lanes)_mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), numbers);
+        to[0] = (Lanes)_mm512_permutexvar_ps(bytes, (__m512)group->numbers);
+        to[1] = (Lanes)_mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), (__m512)group->numbers);
     } else { /* exponent and mantissa where float16 has them; NaN, the only code with 7 ones, gets its exponent */
         __m512i halves = _mm512_slli_epi16(_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)from)), 7);
         const __m512i nan = _mm512_set1_epi16(0x3f80);
@@ -40,15 +63,47 @@ INLINE void decode_step(const uint8_t *from, int kind, Lanes to[PARTS]) {
 }
 #else
 INLINE float sum_of_lanes(Lanes x) { return sum_of(x); }
+INLINE Lanes broadcast_half(const uint16_t *from) {
+#ifdef __F16C__
+    return (Lanes)_mm256_cvtph_ps(_mm_set1_epi16((int16_t)*from));
+#else
+    return splat(half_to_float(*from));
+#endif
+}
+INLINE void set_numbers(Group *group, int form) { (void)group, (void)form; }
 
-INLINE void decode_step(const uint8_t *from, int kind, Lanes to[PARTS]) {
+INLINE void decode_step(const uint8_t *from, int kind, const Group *group, int form, Lanes to[PARTS]) {
     if (kind == KIND_INT4)
         UNROLL for (int i = 0; i < 2; i++) load_int4(from + LANES * i, to + i, to + 2 + i);
     else
         UNROLL for (int i = 0; i < PARTS; i++)
             to[i] = kind == KIND_INT8 ? load_as_f32(from + LANES * i, KIND_INT8) : load_fp8(from + LANES * i, kind, 1);
+    UNROLL for (int i = 0; i < PARTS; i++) to[i] = scaled_by(to[i], group, form);
 }
 #endif
+
+/* The scale or zero of a group of a column in every lane. */
+INLINE Lanes broadcast_of_group(const LinearArguments *a, int64_t address, int64_t index) {
+    if (a->scale_kind == KIND_FLOAT16) return broadcast_half((const uint16_t *)address + index);
+    return ((const float *)address)[index] + (Lanes){0};
+}
+
+INLINE void load_group(const LinearArguments *a, int64_t column, int64_t group, int kind, int form, Group *to) {
+    int64_t index = column * a->groups + group;
+    if (form != PLAIN) to->scale = broadcast_of_group(a, a->weight_scale, index);
+    if (form == AFFINE) to->zero = broadcast_of_group(a, a->weight_zero, index);
+    if (kind == KIND_INT4) set_numbers(to, form);
+}
+
+/* STEP codes of a column as floats; zeros as codes behind the last, `left` of them on. */
+INLINE void weights_at(const uint8_t *from, int64_t left, int kind, const Group *group, int form, Lanes to[PARTS]) {
+    uint8_t tail[STEP] = {0};
+    if (kind != KIND_INT4 && left < STEP) { /* of int4 there are whole blocks */
+        memcpy(tail, from, (size_t)left);
+        from = tail;
+    }
+    decode_step(from, kind, group, form, to);
+}
 
 /* A row of x as floats, zeros behind the last. */
 static void widen_row(const LinearArguments *a, int64_t row) {
@@ -73,75 +128,63 @@ static f32x8 float_total(const LinearArguments *a, int64_t row, int64_t column, 
     return load_f32(sums);
 }
 
-/* STEP codes of a column as floats, scaled where `scaled`; zeros behind the last, `left` of them on. */
-INLINE void weights_at(const uint8_t *from, int64_t left, int kind, int scaled, float scale, float zero,
-                       Lanes to[PARTS]) {
-    uint8_t tail[STEP] = {0};
-    if (left < STEP) { /* so not int4, of which there are whole blocks */
-        memcpy(tail, from, (size_t)left);
-        from = tail;
-    }
-    decode_step(from, kind, to);
-    if (scaled) UNROLL for (int i = 0; i < PARTS; i++) to[i] = (to[i] - zero) * scale;
-}
-
 /* `rows` rows of x times `columns` rows of the weight. */
 INLINE void float_dot_tile(const LinearArguments *a, int64_t row, int64_t column, const int rows, const int columns,
-                           int kind, int scaled, float *output) {
+                           int kind, int form, float *output) {
+    const int chains = rows == 1 ? 2 : 1; /* sums of a tile, so that additions need not wait for each other */
     int64_t stride = a->stride, row_bytes = code_bytes(a->depth, kind), group_depth = a->depth / a->groups;
     const char *x = a->scratch + row * stride;
     const uint8_t *w = (const uint8_t *)a->weight + column * row_bytes;
-    float scale[4] = {1, 1, 1, 1}, zero[4] = {0, 0, 0, 0};
+    Group groups[4];
     Lanes sums[8];
-    UNROLL for (int i = 0; i < rows * columns; i++) sums[i] = (Lanes){0};
+    UNROLL for (int i = 0; i < rows * columns * chains; i++) sums[i] = (Lanes){0};
     for (int64_t group = 0, k = 0; group < a->groups; group++) {
-        if (scaled) UNROLL for (int c = 0; c < columns; c++) {
-            scale[c] = of_group(a, a->weight_scale, column + c, group);
-            zero[c] = a->weight_zero ? of_group(a, a->weight_zero, column + c, group) : 0.0f;
-        }
+        UNROLL for (int c = 0; c < columns; c++) load_group(a, column + c, group, kind, form, groups + c);
         for (int64_t end = (group + 1) * group_depth; k < end; k += STEP)
             UNROLL for (int c = 0; c < columns; c++) {
                 Lanes values[PARTS];
-                weights_at(w + c * row_bytes + code_bytes(k, kind), end - k, kind, scaled, scale[c], zero[c], values);
+                weights_at(w + c * row_bytes + code_bytes(k, kind), end - k, kind, groups + c, form, values);
                 UNROLL for (int i = 0; i < PARTS; i++)
                     UNROLL for (int r = 0; r < rows; r++)
-                        sums[r * columns + c] += load_lanes(x + r * stride + 4 * (k + LANES * i)) * values[i];
+                        sums[(r * columns + c) * chains + i % chains] +=
+                            load_lanes(x + r * stride + 4 * (k + LANES * i)) * values[i];
             }
     }
     UNROLL for (int r = 0; r < rows; r++)
-        UNROLL for (int c = 0; c < columns; c++) output[r * DOT_GRAIN + c] = sum_of_lanes(sums[r * columns + c]);
+        UNROLL for (int c = 0; c < columns; c++) {
+            Lanes sum = sums[(r * columns + c) * chains];
+            if (chains == 2) sum += sums[(r * columns + c) * chains + 1];
+            output[r * DOT_GRAIN + c] = sum_of_lanes(sum);
+        }
 }
 
 INLINE void float_dot_kind(const LinearArguments *a, int64_t row, int64_t rows, int64_t first, int64_t last,
-                           float *sums, int kind, int scaled) {
-    for (int64_t r = 0; r < rows;) {
-        float *output = sums + r * DOT_GRAIN - first;
-        int64_t column = first;
-        if (rows - r >= DOT_ROWS) {
-            for (; column + 2 <= last; column += 2)
-                float_dot_tile(a, row + r, column, 4, 2, kind, scaled, output + column);
-            for (; column < last; column++) float_dot_tile(a, row + r, column, 4, 1, kind, scaled, output + column);
-            r += DOT_ROWS;
-        } else {
-            for (; column + 4 <= last; column += 4)
-                float_dot_tile(a, row + r, column, 1, 4, kind, scaled, output + column);
-            for (; column < last; column++) float_dot_tile(a, row + r, column, 1, 1, kind, scaled, output + column);
-            r += 1;
-        }
+                           float *sums, int kind, int form) {
+    int64_t r = 0, even = first + (last - first) / 2 * 2, whole = first + (last - first) / 4 * 4;
+    for (; rows - r >= DOT_ROWS; r += DOT_ROWS)
+        for (int64_t column = first; column < even; column += 2)
+            float_dot_tile(a, row + r, column, 4, 2, kind, form, sums + r * DOT_GRAIN + column - first);
+    for (int64_t single = 0; single < rows; single++) { /* what the tiles above left: the last rows, or a last column */
+        int64_t column = single < r ? even : first;
+        for (; column < whole; column += 4)
+            float_dot_tile(a, row + single, column, 1, 4, kind, form, sums + single * DOT_GRAIN + column - first);
+        for (; column < last; column++)
+            float_dot_tile(a, row + single, column, 1, 1, kind, form, sums + single * DOT_GRAIN + column - first);
     }
 }
 
+INLINE int form_of(const LinearArguments *a) { return a->weight_zero ? AFFINE : a->groups > 1 ? SCALED : PLAIN; }
+
 static void float_dot(const LinearArguments *a, int64_t row, int64_t rows, int64_t first, int64_t last, void *sums) {
-    if (a->weight_kind == KIND_INT8 && scales_weights(a))
-        float_dot_kind(a, row, rows, first, last, sums, KIND_INT8, 1);
-    else if (a->weight_kind == KIND_INT8)
-        float_dot_kind(a, row, rows, first, last, sums, KIND_INT8, 0);
-    else if (a->weight_kind == KIND_INT4 && scales_weights(a))
-        float_dot_kind(a, row, rows, first, last, sums, KIND_INT4, 1);
-    else if (a->weight_kind == KIND_INT4)
-        float_dot_kind(a, row, rows, first, last, sums, KIND_INT4, 0);
-    else
-        float_dot_kind(a, row, rows, first, last, sums, KIND_FLOAT8_E4M3, 0);
+    switch (a->weight_kind << 2 | form_of(a)) {
+    case KIND_INT8 << 2 | PLAIN: float_dot_kind(a, row, rows, first, last, sums, KIND_INT8, PLAIN); break;
+    case KIND_INT8 << 2 | SCALED: float_dot_kind(a, row, rows, first, last, sums, KIND_INT8, SCALED); break;
+    case KIND_INT8 << 2 | AFFINE: float_dot_kind(a, row, rows, first, last, sums, KIND_INT8, AFFINE); break;
+    case KIND_INT4 << 2 | PLAIN: float_dot_kind(a, row, rows, first, last, sums, KIND_INT4, PLAIN); break;
+    case KIND_INT4 << 2 | SCALED: float_dot_kind(a, row, rows, first, last, sums, KIND_INT4, SCALED); break;
+    case KIND_INT4 << 2 | AFFINE: float_dot_kind(a, row, rows, first, last, sums, KIND_INT4, AFFINE); break;
+    default: float_dot_kind(a, row, rows, first, last, sums, KIND_FLOAT8_E4M3, PLAIN);
+    }
 }
 
 INLINE void transpose_lanes(Lanes rows[LANES]) {
@@ -153,18 +196,17 @@ INLINE void transpose_lanes(Lanes rows[LANES]) {
 }
 
 /* LANES columns of the panel from k on, STEP deep or what is left of it. */
-INLINE void float_pack_step(const LinearArguments *a, int64_t column, int64_t k, int64_t depth, int kind, int scaled,
+INLINE void float_pack_step(const LinearArguments *a, int64_t column, int64_t k, int64_t depth, int kind, int form,
                             float *panel) {
     Lanes values[PARTS][LANES];
     for (int i = 0; i < LANES; i++) {
         Lanes of_column[PARTS] = {0};
         int64_t n = column + i;
         if (n < a->columns) {
-            int64_t group = k / (a->depth / a->groups);
+            Group group;
+            load_group(a, n, k / (a->depth / a->groups), kind, form, &group);
             const uint8_t *from = (const uint8_t *)a->weight + code_bytes(n * a->depth + k, kind);
-            float scale = scaled ? of_group(a, a->weight_scale, n, group) : 1.0f;
-            float zero = scaled && a->weight_zero ? of_group(a, a->weight_zero, n, group) : 0.0f;
-            weights_at(from, a->depth - k, kind, scaled, scale, zero, of_column);
+            weights_at(from, a->depth - k, kind, &group, form, of_column);
         }
         UNROLL for (int part = 0; part < PARTS; part++) values[part][i] = of_column[part];
     }
@@ -175,15 +217,15 @@ INLINE void float_pack_step(const LinearArguments *a, int64_t column, int64_t k,
 }
 
 static void float_pack(const LinearArguments *a, int64_t column, int64_t start, int64_t depth, void *panel) {
-    int scaled = scales_weights(a);
+    int form = form_of(a);
     for (int64_t k = 0; k < depth; k += STEP)
         for (int half = 0; half < 2; half++) {
             int64_t first = column + LANES * half;
             float *to = (float *)panel + k * PANEL_COLUMNS + LANES * half;
             switch (a->weight_kind) {
-            case KIND_INT8: float_pack_step(a, first, start + k, depth - k, KIND_INT8, scaled, to); break;
-            case KIND_INT4: float_pack_step(a, first, start + k, depth - k, KIND_INT4, scaled, to); break;
-            default: float_pack_step(a, first, start + k, depth - k, KIND_FLOAT8_E4M3, 0, to);
+            case KIND_INT8: float_pack_step(a, first, start + k, depth - k, KIND_INT8, form, to); break;
+            case KIND_INT4: float_pack_step(a, first, start + k, depth - k, KIND_INT4, form, to); break;
+            default: float_pack_step(a, first, start + k, depth - k, KIND_FLOAT8_E4M3, PLAIN, to);
             }
         }
 }

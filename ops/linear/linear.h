@@ -93,18 +93,6 @@ static float dynamic_scale(const LinearArguments *a, int64_t row, float largest_
 /* Whether weights are scaled as they are decoded, rather than sums. */
 INLINE int scales_weights(const LinearArguments *a) { return a->groups > 1 || a->weight_zero; }
 
-/* The scale or zero of a group of a column. */
-INLINE float of_group(const LinearArguments *a, int64_t address, int64_t column, int64_t group) {
-    int64_t index = column * a->groups + group;
-    if (a->scale_kind == KIND_FLOAT32) return ((const float *)address)[index];
-    uint16_t half = ((const uint16_t *)address)[index];
-#ifdef __F16C__
-    return _cvtsh_ss(half);
-#else
-    return half_to_float(half);
-#endif
-}
-
 /* Sums of one row times scales, with the bias: the float operations of the reference in its order. */
 static void finish(const LinearArguments *a, const LinearKernel *kernel, int64_t row, int64_t column, int64_t columns,
                    const char *sums) {
@@ -114,7 +102,7 @@ static void finish(const LinearArguments *a, const LinearKernel *kernel, int64_t
         f32x8 total = kernel->total(a, row, column + c, sums + 4 * c), scale = row_scale;
         if (!scales_weights(a)) {
             f32x8 of_columns = a->scale_stride ? load_any(a->weight_scale, column + c, left, a->scale_kind)
-                                               : splat(of_group(a, a->weight_scale, 0, 0));
+                                               : splat(load_any(a->weight_scale, 0, 1, a->scale_kind)[0]);
             scale = of_columns * row_scale;
         }
         total = rounded_product(total, scale);

@@ -169,10 +169,10 @@ def attention_kernel(
 ):  # fmt: skip
     """Queries of all heads of one KV head, `BLOCK_M` rows of them, over one part of the keys.
 
-    The forms of scales and zeros are "none", "head", "channel", "token", or "tile", which says that both scale and zero
-    are applied to the tile, in the two layouts of `KEY_TILE` or `VALUE_TILE`. `factor` is that of the scores, for powers
-    of two. With one part `output` is `[B, Q, H, D]`; with more it is float32 `[B, Q, H, SPLITS, D]`, and `lse` takes the
-    logarithms of the sums of weights.
+    The forms of scales and zeros are "none", "head", "channel", "token", or "tile", which says that both scale and
+    zero are applied to the tile, in the two layouts of `KEY_TILE` or `VALUE_TILE`. `factor` is that of the scores, for
+    powers of two. With one part `output` is `[B, Q, H, D]`; with more it is float32 `[B, Q, H, SPLITS, D]`, and `lse`
+    takes the logarithms of the sums of weights.
     """
     HALF: tl.constexpr = (WIDTH + 1) // 2
     blocks = tl.cdiv(queries * RATIO, BLOCK_M)

@@ -7,6 +7,7 @@ and the constants are those that a GPU would get.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 
 from octavo.ops.cuda import GPUS, Gpu, tl, triton
 
-MODULES = ("octavo.ops.cuda", "octavo.ops.attention.cuda", "octavo.ops.codec.cuda", "octavo.ops.linear.cuda")
+MODULES = ("octavo.ops.cuda", "octavo.ops.attention.cuda", "octavo.ops.codec.cuda")
 LANGUAGE = ("triton.language", "triton.language.standard")
 """Where Triton keeps functions of its language that are kernels themselves, as `tl.sum`."""
 CPU = torch.device("cpu")
@@ -68,13 +69,19 @@ def interpreted(capability: int = 90, processors: int = 4) -> Iterator[None]:
     import triton.experimental.gluon  # noqa: F401  the interpreter imports it, which fails once the language is exchanged
     from triton.runtime import interpreter
 
-    with pytest.MonkeyPatch.context() as patch:
+    # The interpreter puts its functions into the language for each call, and leaves them there: once is enough.
+    scope = interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+    with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
+        patch.setattr(interpreter, "_patch_lang", lambda function: SimpleNamespace(restore=lambda: None))
         patch.setattr(interpreter, "_convert_float", _converted)
         builder = interpreter.InterpreterBuilder
         patch.setattr(builder, "create_dot", _mended_product(builder.create_dot))
         gpu = Gpu(capability, processors)
         with _exchanged(gpu, MODULES + LANGUAGE, lambda kernel: interpreter.InterpretedFunction(kernel.fn)):
-            yield
+            try:
+                yield
+            finally:
+                scope.restore()
 
 
 class _Driver:

@@ -1,0 +1,336 @@
+"""The codec on CUDA GPUs: Triton kernels behind the Python signatures of the references.
+
+A program takes some rows of head_dim in two halves, which is how RoPE pairs channels and how int4 codes are packed. It
+divides and rounds as the references do, without fused multiply-adds, so the codes are theirs, bit for bit.
+"""
+
+import torch
+
+from ..codes import CODE_RANGES, SMALLEST_SCALE, code_width
+from ..cuda import (
+    CODE_KINDS,
+    FP8_CAPABILITY,
+    codes_as_float,
+    cuda_description,
+    gpu_of,
+    jit,
+    load_halves,
+    on_device,
+    power_of_two,
+    raw_codes,
+    strided,
+    tl,
+    to_code,
+    triton_serves,
+)
+from ..operands import broadcast_strides
+from .reference import decode_reference, encode_reference, encode_token_reference
+
+CODEC_CUDA = cuda_description("a pass over the values, with RoPE and the append at `position` in it")
+
+
+@jit()
+def _row_places(rows, groups, tokens):
+    """Of rows `[R]` of `[B, G, S]`: sequence and head as int64, and token."""
+    return (rows // tokens // groups).to(tl.int64), (rows // tokens % groups).to(tl.int64), rows % tokens
+
+
+@jit()
+def _float_halves(x, batch, group, token, inside, channels, WIDTH: tl.constexpr):
+    """Both halves of rows of a float tensor, in float32."""
+    pointer, batch_stride, group_stride, token_stride, channel_stride = x
+    places = (batch * batch_stride + group * group_stride + token.to(tl.int64) * token_stride)[:, None]
+    low, high = load_halves(
+        pointer, places, channel_stride, inside[:, None], channels, WIDTH=WIDTH, KIND="float"
+    )  # fmt: skip
+    return low.to(tl.float32), high.to(tl.float32)
+
+
+@jit()
+def _rotated_halves(x, cos, sin, batch, group, token, inside, channels, WIDTH: tl.constexpr):
+    """Both halves of rows of x, in float32, with RoPE unless `cos` is None."""
+    low, high = _float_halves(x, batch, group, token, inside, channels, WIDTH)
+    if cos is not None:
+        cos_low, cos_high = _float_halves(cos, batch, group, token, inside, channels, WIDTH)
+        sin_low, sin_high = _float_halves(sin, batch, group, token, inside, channels, WIDTH)
+        low, high = low * cos_low - high * sin_low, high * cos_high + low * sin_high
+    return low, high
+
+
+@jit()
+def _part_values(part, batch, group, row, inside, channels, WIDTH: tl.constexpr):
+    """A scale or zero of rows of codes at channels `[1, C]`, `[R, C]`; 1 where there is none."""
+    pointer, batch_stride, group_stride, row_stride, channel_stride, channel_group = part
+    places = (batch * batch_stride + group * group_stride + row.to(tl.int64) * row_stride)[:, None]
+    columns = (channels // channel_group) * channel_stride
+    return tl.load(pointer + places + columns, mask=inside[:, None] & (channels < WIDTH), other=1).to(tl.float32)
+
+
+@jit()
+def _written_token(position, token, capacity, inside):
+    """The token of the storage to which a new one goes, and whether the storage has it."""
+    if position is not None:
+        target = tl.load(position).to(tl.int64) + token
+    else:
+        target = token.to(tl.int64)
+    return target, inside & (target >= 0) & (target < capacity)
+
+
+@jit()
+def _store_codes(codes, low, high, batch, group, target, inside, channels, WIDTH: tl.constexpr, KIND: tl.constexpr):
+    """Round both halves of rows, in units of codes, and write them."""
+    HALF: tl.constexpr = (WIDTH + 1) // 2
+    pointer, batch_stride, group_stride, token_stride, channel_stride = codes
+    places = pointer + (batch * batch_stride + group * group_stride + target * token_stride)[:, None]
+    low, high = to_code(low, KIND), to_code(high, KIND)
+    first = inside[:, None] & (channels < HALF)
+    if KIND == "int4":
+        both = (low + 8).to(tl.uint8) | ((high + 8).to(tl.uint8) << 4)
+        tl.store(places + channels * channel_stride, both, mask=first)
+    else:
+        tl.store(places + channels * channel_stride, low, mask=first)
+        second = channels + HALF
+        tl.store(places + second * channel_stride, high, mask=inside[:, None] & (second < WIDTH))
+
+
+@jit("rows", "tokens", "capacity")
+def encode_kernel(
+    x, cos, sin, scale, zero, codes, position, rows, groups, tokens, capacity,
+    WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    """`BLOCK_R` rows of x as codes by static scales."""
+    number = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    inside = number < rows
+    batch, group, token = _row_places(number, groups, tokens)
+    channels = tl.arange(0, BLOCK_H)[None, :]
+    low, high = _rotated_halves(x, cos, sin, batch, group, token, inside, channels, WIDTH)
+    second = channels + (WIDTH + 1) // 2
+    low = tl.div_rn(low, _part_values(scale, batch, group, token, inside, channels, WIDTH))
+    high = tl.div_rn(high, _part_values(scale, batch, group, token, inside, second, WIDTH))
+    if zero is not None:
+        low += _part_values(zero, batch, group, token, inside, channels, WIDTH)
+        high += _part_values(zero, batch, group, token, inside, second, WIDTH)
+    target, inside = _written_token(position, token, capacity, inside)
+    _store_codes(codes, low, high, batch, group, target, inside, channels, WIDTH, KIND)
+
+
+@jit("rows", "tokens", "capacity")
+def encode_token_kernel(
+    x, cos, sin, codes, scale, zero, position, rows, groups, tokens, capacity,
+    WIDTH: tl.constexpr, COLUMNS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, SMALLEST: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    """`BLOCK_R` rows of x as codes and their scales, one for each of `COLUMNS` groups of channels."""
+    number = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    inside = number < rows
+    batch, group, token = _row_places(number, groups, tokens)
+    target, is_written = _written_token(position, token, capacity, inside)
+    channels = tl.arange(0, BLOCK_H)[None, :]
+    second = channels + (WIDTH + 1) // 2
+    low, high = _rotated_halves(x, cos, sin, batch, group, token, inside, channels, WIDTH)
+    is_nan_low, is_nan_high = (low != low).to(tl.int32), (high != high).to(tl.int32)
+    scale_pointer, scale_batch, scale_group, scale_token, scale_column = scale
+    scale_places = scale_pointer + batch * scale_batch + group * scale_group + target * scale_token
+    scale_type = scale_pointer.dtype.element_ty
+    code_low, code_high = low, high
+    for column in tl.static_range(COLUMNS):
+        of_low = (channels // (WIDTH // COLUMNS) == column) & (channels < (WIDTH + 1) // 2)
+        of_high = (second // (WIDTH // COLUMNS) == column) & (second < WIDTH)
+        if zero is None:
+            largest = tl.maximum(
+                tl.max(tl.where(of_low, tl.abs(low), 0.0), 1), tl.max(tl.where(of_high, tl.abs(high), 0.0), 1)
+            )
+            step = tl.div_rn(largest, tl.full([BLOCK_R], HIGH, tl.float32))
+        else:
+            largest = tl.maximum(
+                tl.max(tl.where(of_low, low, float("-inf")), 1), tl.max(tl.where(of_high, high, float("-inf")), 1)
+            )
+            smallest = tl.minimum(
+                tl.min(tl.where(of_low, low, float("inf")), 1), tl.min(tl.where(of_high, high, float("inf")), 1)
+            )
+            step = tl.div_rn(largest - smallest, tl.full([BLOCK_R], HIGH - LOW, tl.float32))
+        step = tl.maximum(step, SMALLEST)
+        nans = tl.max(tl.where(of_low, is_nan_low, 0), 1) + tl.max(tl.where(of_high, is_nan_high, 0), 1)
+        step = tl.where(nans > 0, float("nan"), step).to(scale_type)
+        tl.store(scale_places + column * scale_column, step, mask=is_written)
+        step = step.to(tl.float32)
+        column_low, column_high = tl.div_rn(low, step[:, None]), tl.div_rn(high, step[:, None])
+        if zero is not None:
+            zero_pointer, zero_batch, zero_group, zero_token, zero_column = zero
+            zero_places = zero_pointer + batch * zero_batch + group * zero_group + target * zero_token
+            offset = (LOW - tl.div_rn(smallest, step)).to(zero_pointer.dtype.element_ty)
+            tl.store(zero_places + column * zero_column, offset, mask=is_written)
+            column_low += offset.to(tl.float32)[:, None]
+            column_high += offset.to(tl.float32)[:, None]
+        code_low = tl.where(of_low, column_low, code_low)
+        code_high = tl.where(of_high, column_high, code_high)
+    _store_codes(codes, code_low, code_high, batch, group, target, is_written, channels, WIDTH, KIND)
+
+
+@jit("rows", "tokens")
+def decode_kernel(
+    codes, scale, zero, output, rows, groups, tokens,
+    WIDTH: tl.constexpr, TOKEN_GROUP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, KIND: tl.constexpr,
+    NATIVE: tl.constexpr,
+):  # fmt: skip
+    """`BLOCK_R` rows of codes as float32 values."""
+    HALF: tl.constexpr = (WIDTH + 1) // 2
+    number = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    inside = number < rows
+    batch, group, token = _row_places(number, groups, tokens)
+    channels = tl.arange(0, BLOCK_H)[None, :]
+    second = channels + HALF
+    pointer, batch_stride, group_stride, token_stride, channel_stride = codes
+    places = (batch * batch_stride + group * group_stride + token.to(tl.int64) * token_stride)[:, None]
+    low, high = load_halves(pointer, places, channel_stride, inside[:, None], channels, WIDTH=WIDTH, KIND=KIND)
+    low, high = codes_as_float(low, KIND, NATIVE), codes_as_float(high, KIND, NATIVE)
+    if zero is not None:
+        low -= _part_values(zero, batch, group, token // TOKEN_GROUP, inside, channels, WIDTH)
+        high -= _part_values(zero, batch, group, token // TOKEN_GROUP, inside, second, WIDTH)
+    if scale is not None:
+        low *= _part_values(scale, batch, group, token // TOKEN_GROUP, inside, channels, WIDTH)
+        high *= _part_values(scale, batch, group, token // TOKEN_GROUP, inside, second, WIDTH)
+    places = output + number.to(tl.int64)[:, None] * WIDTH
+    tl.store(places + channels, low, mask=inside[:, None] & (channels < HALF))
+    tl.store(places + second, high, mask=inside[:, None] & (second < WIDTH))
+
+
+def _static_part(part: torch.Tensor | None, shape: tuple[int, ...], token_group: int, name: str) -> tuple | None:
+    """A scale or zero of codes of shape `[B, G, S, D]` as `(pointer, strides of B, G, rows and columns, group)`.
+
+    Raises:
+        ValueError: it does not belong to them.
+    """
+    if part is None:
+        return None
+    batch, groups, tokens, width = shape
+    rows, columns = (1, 1, *part.shape)[-2:]
+    if width % columns or rows not in (1, -(-tokens // token_group)):
+        raise ValueError(
+            f"{name} {tuple(part.shape)} does not belong to {tokens} tokens in groups of {token_group} and {width} "
+            f"channels"
+        )
+    return (part, *broadcast_strides(part, (batch, groups, rows, columns)), width // columns)
+
+
+def _rope(part: torch.Tensor | None, x: torch.Tensor) -> tuple | None:
+    """`cos` or `sin` as `(pointer, strides of B, G, S and D)`."""
+    if part is None:
+        return None
+    batch, _, tokens, width = x.shape
+    if width % 2:
+        raise ValueError(f"RoPE takes an even head_dim, not {width}")
+    strides = broadcast_strides(part, (batch, tokens, width))
+    return (part, strides[0], 0, *strides[1:])
+
+
+def _check_storage(x: torch.Tensor, codes: torch.Tensor, position: torch.Tensor | None) -> None:
+    """Raise ValueError unless `codes` is a storage for x."""
+    expected = list(x.shape)
+    if position is not None and codes.dim() == 4:
+        expected[2] = codes.shape[2]
+    if x.dim() != 4 or codes.dtype not in CODE_KINDS or [*codes.shape[:3], code_width(codes)] != expected:
+        raise ValueError(f"codes {codes.dtype} {tuple(codes.shape)} have no room for values {tuple(x.shape)}")
+
+
+def _rows_per_program(rows: int) -> tuple[int, int]:
+    """Rows of head_dim and warps of a program: small ones where there are few rows, so that all start at once."""
+    return (4, 1) if rows <= 4096 else (16, 4)
+
+
+def encode_cuda(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    codes: torch.Tensor,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    position: torch.Tensor | None = None,
+) -> None:
+    """`encode_reference` in Triton; tokens that would go beyond the storage are left out.
+
+    Raises:
+        ValueError: shapes that do not go together.
+    """
+    if not triton_serves(x):
+        return encode_reference(x, scale, zero, codes, cos, sin, position)
+    _check_storage(x, codes, position)
+    batch, groups, tokens, width = x.shape
+    rows = batch * groups * tokens
+    if x.numel() == 0:
+        return None
+    block, warps = _rows_per_program(rows)
+    with on_device(x):
+        encode_kernel[(-(-rows // block),)](
+            strided(x), _rope(cos, x), _rope(sin, x), _static_part(scale, x.shape, 1, "scale"),
+            _static_part(zero, x.shape, 1, "zero"), strided(raw_codes(codes)), position,
+            rows, groups, tokens, codes.shape[2],
+            WIDTH=width, BLOCK_R=block, BLOCK_H=power_of_two((width + 1) // 2), KIND=CODE_KINDS[codes.dtype],
+            num_warps=warps, enable_fp_fusion=False,
+        )  # fmt: skip
+    return None
+
+
+def encode_token_cuda(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None = None,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    position: torch.Tensor | None = None,
+) -> None:
+    """`encode_token_reference` in Triton; tokens that would go beyond the storage are left out.
+
+    Raises:
+        ValueError: shapes that do not go together.
+    """
+    if not triton_serves(x):
+        return encode_token_reference(x, codes, scale, zero, cos, sin, position)
+    _check_storage(x, codes, position)
+    batch, groups, tokens, width = x.shape
+    for name, part in (("scale", scale), ("zero", zero)):
+        if part is not None and (part.shape[:3] != codes.shape[:3] or width % part.shape[3]):
+            raise ValueError(f"{name} {tuple(part.shape)} does not belong to codes {tuple(codes.shape)}")
+    rows = batch * groups * tokens
+    if x.numel() == 0:
+        return None
+    low, high = CODE_RANGES[codes.dtype]
+    block, warps = _rows_per_program(rows)
+    with on_device(x):
+        encode_token_kernel[(-(-rows // block),)](
+            strided(x), _rope(cos, x), _rope(sin, x), strided(raw_codes(codes)), strided(scale),
+            None if zero is None else strided(zero), position,
+            rows, groups, tokens, codes.shape[2],
+            WIDTH=width, COLUMNS=scale.shape[3], LOW=low, HIGH=high, SMALLEST=SMALLEST_SCALE,
+            BLOCK_R=block, BLOCK_H=power_of_two((width + 1) // 2), KIND=CODE_KINDS[codes.dtype],
+            num_warps=warps, enable_fp_fusion=False,
+        )  # fmt: skip
+    return None
+
+
+def decode_cuda(
+    codes: torch.Tensor, scale: torch.Tensor | None, zero: torch.Tensor | None, token_group: int = 1
+) -> torch.Tensor:
+    """`decode_reference` in Triton.
+
+    Raises:
+        ValueError: shapes that do not go together.
+    """
+    if not triton_serves(codes):
+        return decode_reference(codes, scale, zero, token_group)
+    shape = batch, groups, tokens, width = (*codes.shape[:3], code_width(codes))
+    output = torch.empty(shape, dtype=torch.float32, device=codes.device)
+    rows = batch * groups * tokens
+    if output.numel() == 0:
+        return output
+    block, warps = _rows_per_program(rows)
+    with on_device(codes):
+        decode_kernel[(-(-rows // block),)](
+            strided(raw_codes(codes)), _static_part(scale, shape, token_group, "scale"),
+            _static_part(zero, shape, token_group, "zero"), output, rows, groups, tokens,
+            WIDTH=width, TOKEN_GROUP=token_group, BLOCK_R=block, BLOCK_H=power_of_two((width + 1) // 2),
+            KIND=CODE_KINDS.get(codes.dtype, "float"), NATIVE=gpu_of(codes.device).capability >= FP8_CAPABILITY,
+            num_warps=warps, enable_fp_fusion=False,
+        )  # fmt: skip
+    return output

@@ -7,24 +7,38 @@
 enum { KEY_BLOCK = 96, MAX_ROWS = 192, DIRECT_ROWS = 8, MIN_CHUNK = 512 };
 enum { MASK_NONE = 0, MASK_BOOL = 1, MASK_FLOAT = 2 };
 
-/* A scale or a zero point: 0 if there is none; `per_token` if it varies along the keys, and then not the channels. */
+/* How the codes of K or V are multiplied: straight from memory, as whole numbers, or decoded into a tile of floats for
+ * few rows or for many. */
+enum { MODE_DIRECT = 0, MODE_INTEGER = 1, MODE_DECODED = 2, MODE_TILE = 3 };
+
+/* A scale or a zero point: `data` 0 if there is none. `per_token` if it varies along the keys, then `group` keys share
+ * a row; `span` channels share a column. */
 typedef struct {
-    int64_t data, per_token, stride[4];
+    int64_t data, kind, per_token, group, span, stride[4];
 } Part;
 
+/* K or V. Strides count elements. */
 typedef struct {
-    int64_t query, key, value, output, query_scale, mask;
+    int64_t data, kind, stride[3];
+    Part scale, zero;
+} Side;
+
+typedef struct {
+    int64_t query, output, query_scale, mask, length;
     int64_t batch, heads, queries, width, groups, keys;
-    int64_t key_kind, value_kind, mask_kind, causal, threads;
-    int64_t query_stride[3], key_stride[3], value_stride[3], mask_stride[4];
-    Part key_scale, key_zero, value_scale, value_zero;
+    int64_t mask_kind, length_bytes, length_stride, causal, window, threads;
+    int64_t query_stride[3], query_scale_stride[3], mask_stride[4];
+    Side key, value;
     double scaling;
 } AttentionArguments;
 
-/* How the work is cut: constant over a call. */
+/* How the work is cut: constant over a call. Parts are those that decoding has not applied already. */
 typedef struct {
-    int64_t ratio, rows, block_rows, blocks, chunk, chunks, padded;
-    int direct;
+    int64_t ratio, rows, block_rows, blocks, begin, end, chunk, chunks, padded;
+    int64_t high_shift; /* columns between where the high half of V's channels starts in the output and where it should */
+    int key_mode, value_mode, key_grouped, value_grouped, query_digits;
+    float query_unit, weight_unit; /* factors of q and the weights that make up for the units of the codes */
+    Part key_scale, key_zero, value_scale, value_zero;
 } Plan;
 
 /* What a row carries through the blocks of keys. Scores are in units of log2. */
@@ -33,61 +47,144 @@ typedef struct {
     float constant; /* sum of q * key_zero, where a per-token scale keeps it from cancelling */
     float q_sum;    /* sum of q, for per-token zeros of K */
     float best, total;
-    float weighted; /* sum of weights * value_scale, where that is per token */
-    float zeros;    /* sum of weights * value_scale * value_zero, where the zero is per token */
-    int64_t limit;  /* keys that the row sees, for a causal call */
+    float weighted;       /* sum of weights * value_scale, where that is per token */
+    float zeros;          /* sum of weights * value_scale * value_zero, where the zero is per token */
+    int64_t front, limit; /* the row sees keys from `front` up to `limit`, masks aside */
 } Row;
 
 typedef struct {
-    float *q, *scores, *keys, *values, *output;
+    float *q, *output, *scores, *keys, *values, *panels, *channel_scale, *channel_zero;
     float key_scale[KEY_BLOCK], key_zero[KEY_BLOCK], value_scale[KEY_BLOCK], value_zero[KEY_BLOCK], bias[KEY_BLOCK];
     Row rows[MAX_ROWS];
+    Digits key_digits[MAX_ROWS], weight_digits[MAX_ROWS];
 } Scratch;
 
-INLINE const float *part_at(const Part *part, int64_t b, int64_t g) {
-    return (const float *)part->data + b * part->stride[0] + g * part->stride[1];
+/* Keys of a block, relative to its first. */
+typedef struct {
+    int64_t from, to;
+} Range;
+
+INLINE int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
+
+INLINE int64_t clamped(int64_t x, int64_t most) { return x < 0 ? 0 : x > most ? most : x; }
+
+INLINE float part_value(const Part *part, int64_t at) {
+    if (part->kind == KIND_FLOAT32) return ((const float *)part->data)[at];
+    return half_to_float(((const uint16_t *)part->data)[at]);
+}
+
+/* Where a sequence, a KV head and a token start in a part. */
+INLINE int64_t part_start(const Part *part, int64_t b, int64_t g, int64_t token) {
+    int64_t row = part->per_token ? (part->group == 1 ? token : token / part->group) : 0;
+    return b * part->stride[0] + g * part->stride[1] + row * part->stride[2];
+}
+
+/* The part of one token for each channel, or `otherwise` if there is none. `to` has LANES floats behind the last. */
+static void load_channels(const Part *part, int64_t b, int64_t g, int64_t token, int64_t width, float otherwise,
+                          float *to) {
+    int64_t span = part->data ? part->span : width, start = part_start(part, b, g, token);
+    for (int64_t d = 0, column = 0; d < width; d += span, column++) {
+        float x = part->data ? part_value(part, start + column * part->stride[3]) : otherwise;
+        if (span == 1)
+            to[d] = x;
+        else
+            for (int64_t i = d; i < d + span; i += LANES) store_lanes(to + i, all_lanes(x));
+    }
 }
 
 /* Per-token values of one block of keys, zeros behind the last; nothing if the part does not vary along the keys. */
 static void load_tokens(const Part *part, int64_t b, int64_t g, int64_t start, int64_t keys, float *to) {
     if (!part->per_token) return;
-    const float *from = part_at(part, b, g);
-    for (int64_t j = 0; j < KEY_BLOCK; j++) to[j] = j < keys ? from[(start + j) * part->stride[2]] : 0.0f;
+    int64_t at = part_start(part, b, g, start), step = part->stride[2], j = 0;
+    if (part->group == 1 && step == 1)
+        for (; j + 8 <= keys; j += 8) {
+            const char *from = (const char *)part->data + (at + j) * kind_size((int)part->kind);
+            store_f32(to + j, load_as_f32(from, part->kind == KIND_FLOAT32 ? KIND_FLOAT32 : KIND_FLOAT16));
+        }
+    if (part->group == 1)
+        for (; j < keys; j++) to[j] = part_value(part, at + j * step);
+    for (; j < keys; j++) to[j] = part_value(part, part_start(part, b, g, start + j));
+    memset(to + keys, 0, sizeof(float) * (size_t)(KEY_BLOCK - keys));
+}
+
+/* Tokens in use of one sequence, as the caller says: may exceed those stored. */
+static int64_t length_of(const AttentionArguments *a, int64_t b) {
+    if (!a->length) return a->keys;
+    int64_t at = b * a->length_stride;
+    return a->length_bytes == 4 ? ((const int32_t *)a->length)[at] : ((const int64_t *)a->length)[at];
+}
+
+/* Keys that a query sees, masks aside. */
+static Range keys_of(const AttentionArguments *a, int64_t b, int64_t query) {
+    int64_t length = length_of(a, b), newest = length - a->queries + query;
+    Range seen = {0, clamped(length, a->keys)};
+    if (a->causal && !a->mask) {
+        seen.to = clamped(newest + 1, seen.to);
+        if (a->window) seen.from = clamped(newest - a->window + 1, seen.to);
+    }
+    return seen;
+}
+
+/* One row of q, copied to `q` and quantized if that is asked for. */
+static void load_query(const AttentionArguments *a, int64_t b, int64_t head, int64_t query, int64_t padded, float *q,
+                       Row *row) {
+    const float *from = (const float *)a->query + b * a->query_stride[0] + head * a->query_stride[1] +
+                        query * a->query_stride[2];
+    memcpy(q, from, sizeof(float) * (size_t)a->width);
+    memset(q + a->width, 0, sizeof(float) * (size_t)(padded - a->width));
+    if (!a->query_scale) return;
+    float step = ((const float *)a->query_scale)[b * a->query_scale_stride[0] + head * a->query_scale_stride[1] +
+                                                 query * a->query_scale_stride[2]];
+    for (int64_t d = 0; d < padded; d += 8) store_f32(q + d, round_to_code(load_f32(q + d) / splat(step)));
+    memset(q + a->width, 0, sizeof(float) * (size_t)(padded - a->width)); /* 0 / 0 is none */
+    row->factor *= step;
+}
+
+/* A row of q as digits in its place. */
+static void query_to_digits(const AttentionArguments *a, const Plan *plan, float *q, Digits *digits) {
+#if HAS_INTEGER
+    int64_t half = a->width / 2, quads = channel_quads(a->width, (int)a->key.kind), gap = quads * 2 - half;
+    if (a->key.kind == KIND_INT4 && gap) { /* the high half starts at a quad of its own */
+        memmove(q + half + gap, q + half, sizeof(float) * (size_t)half);
+        memset(q + half, 0, sizeof(float) * (size_t)gap);
+    }
+    to_digits(q, round_up(4 * quads, 16), plan->query_digits == 1 ? 1.0f : 0.0f, a->key.kind == KIND_INT8 ? 128 : 8,
+              digits);
+#else
+    (void)a, (void)plan, (void)q, (void)digits;
+#endif
 }
 
 /* Rows `first` to `first + count` with every scale of K folded in that can be; zero-padded to `padded` columns. */
 static void prepare_rows(const AttentionArguments *a, const Plan *plan, int64_t b, int64_t g, int64_t first,
                          int64_t count, Scratch *scratch) {
-    const float *scale = a->key_scale.data && !a->key_scale.per_token ? part_at(&a->key_scale, b, g) : NULL;
-    const float *zero = a->key_zero.data && !a->key_zero.per_token ? part_at(&a->key_zero, b, g) : NULL;
-    int64_t scale_step = a->key_scale.stride[3], zero_step = a->key_zero.stride[3], padded = plan->padded;
-    memset(scratch->q, 0, sizeof(float) * (size_t)(padded * ((count + ROW_STEP - 1) / ROW_STEP * ROW_STEP)));
-    memset(scratch->output, 0, sizeof(float) * (size_t)(padded * ((count + ROW_STEP - 1) / ROW_STEP * ROW_STEP)));
+    int64_t padded = plan->padded, whole = round_up(count, plan->rows > DIRECT_ROWS ? ROW_STEP : 1);
+    int scaled = plan->key_scale.data && !plan->key_scale.per_token;
+    int per_channel = scaled && plan->key_scale.span < a->width;
+    int constant = plan->key_zero.data && !plan->key_zero.per_token && plan->key_scale.per_token;
+    const float *scale = scratch->channel_scale, *zero = scratch->channel_zero;
+    if (scaled) load_channels(&plan->key_scale, b, g, 0, a->width, 1.0f, scratch->channel_scale);
+    if (constant) load_channels(&plan->key_zero, b, g, 0, a->width, 0.0f, scratch->channel_zero);
+    memset(scratch->q + count * padded, 0, sizeof(float) * (size_t)(padded * (whole - count)));
+    memset(scratch->output, 0, sizeof(float) * (size_t)(padded * whole));
     for (int64_t m = 0; m < count; m++) {
         int64_t query = (first + m) / plan->ratio, head = g * plan->ratio + (first + m) % plan->ratio;
-        const float *from = (const float *)a->query + b * a->query_stride[0] + head * a->query_stride[1] +
-                            query * a->query_stride[2];
         float *q = scratch->q + m * padded;
-        Row row = {.best = -INFINITY, .factor = (float)(a->scaling * 1.4426950408889634), .limit = a->keys};
-        if (a->query_scale) {
-            float step = ((const float *)a->query_scale)[head];
-            row.factor *= step;
-            for (int64_t d = 0; d < a->width; d++) q[d] = round_to_code(splat(from[d] / step))[0];
-        } else {
-            memcpy(q, from, sizeof(float) * (size_t)a->width);
+        Range seen = keys_of(a, b, query);
+        Row row = {.best = -INFINITY, .factor = (float)(a->scaling * 1.4426950408889634)};
+        row.front = seen.from, row.limit = seen.to;
+        load_query(a, b, head, query, padded, q, &row);
+        if (scaled && !per_channel) row.factor *= *scale; /* the products of quantized q and K stay whole numbers */
+        for (int64_t d = 0; per_channel && d < a->width; d++) q[d] *= scale[d];
+        f32v sum = {0};
+        for (int64_t d = 0; d < padded; d += LANES) sum += load_lanes(q + d);
+        row.q_sum = sum_of_lanes(sum);
+        for (int64_t d = 0; constant && d < a->width; d++) row.constant += q[d] * zero[d];
+        if (plan->key_mode == MODE_INTEGER) {
+            if (!(row.q_sum - row.q_sum == 0.0f)) row.factor = NAN; /* digits would hide what is no number */
+            query_to_digits(a, plan, q, &scratch->key_digits[m]);
         }
-        if (scale && scale_step)
-            for (int64_t d = 0; d < a->width; d++) q[d] *= scale[d * scale_step];
-        else if (scale)
-            row.factor *= *scale; /* the products of quantized q and K stay whole numbers */
-        for (int64_t d = 0; d < a->width; d++) {
-            row.q_sum += q[d];
-            if (zero && a->key_scale.per_token) row.constant += q[d] * zero[d * zero_step];
-        }
-        if (a->causal && !a->mask) {
-            row.limit = a->keys - a->queries + query + 1;
-            row.limit = row.limit < 0 ? 0 : row.limit;
-        }
+        for (int64_t d = 0; plan->query_unit != 1.0f && d < padded; d++) q[d] *= plan->query_unit;
         scratch->rows[m] = row;
     }
 }
@@ -108,83 +205,266 @@ static void load_bias(const AttentionArguments *a, int64_t b, int64_t head, int6
     }
 }
 
-/* One row's products of a block of keys become weights; the row's sums and its output so far are brought up to date. */
-INLINE void soften_row(const AttentionArguments *a, Row *row, float *scores, int64_t keys, int64_t columns,
-                       const Scratch *scratch, const float *bias, float *output, int64_t padded) {
-    f32x8 largest = splat(-INFINITY), factor = splat(row->factor);
-    __typeof__(largest <= factor) sound = largest <= largest; /* all true, until a score is NaN or +inf */
-    int tokens = a->key_scale.per_token || a->key_zero.per_token;
-    for (int64_t j = 0; j < columns; j += 8) {
-        f32x8 s = load_f32(scores + j) * factor;
-        if (tokens) {
-            f32x8 off = splat(row->constant) + load_f32(scratch->key_zero + j) * splat(row->q_sum);
-            s = (load_f32(scores + j) - off) * factor * load_f32(scratch->key_scale + j);
+/* One row's products of a block of keys, those in `computed`, become weights, 0 outside of `seen`; the row's sums and
+ * its output so far are brought up to date. */
+static void soften_row(const Plan *plan, Row *row, float *scores, Range computed, Range seen, const Scratch *scratch,
+                       const float *bias, float *output) {
+    f32v largest = all_lanes(-INFINITY), factor = all_lanes(row->factor);
+    i32v sound = (i32v)(largest <= largest); /* all true, until a score is NaN or +inf */
+    int tokens = plan->key_scale.per_token || plan->key_zero.per_token;
+    for (int64_t j = computed.from; j < computed.to; j += LANES) {
+        f32v s = load_lanes(scores + j);
+        if (tokens)
+            s = (s - all_lanes(row->constant) - load_lanes(scratch->key_zero + j) * all_lanes(row->q_sum)) * factor *
+                load_lanes(scratch->key_scale + j);
+        else
+            s *= factor;
+        if (bias) s += load_lanes(bias + j);
+        if (j < seen.from || j + LANES > seen.to) {
+            i32v key = lane_numbers() + (int32_t)j;
+            s = select_lanes((i32v)(key >= (int32_t)seen.from) & (i32v)(key < (int32_t)seen.to), s,
+                             all_lanes(-INFINITY));
         }
-        if (bias) s += load_f32(bias + j);
-        if (j + 8 > keys)
-            for (int64_t i = keys > j ? keys - j : 0; i < 8; i++) s[i] = -INFINITY;
-        largest = max_f32(largest, s);
-        sound &= s <= splat(FLT_MAX);
-        store_f32(scores + j, s);
+        largest = max_lanes(largest, s);
+        sound &= (i32v)(s <= all_lanes(FLT_MAX));
+        store_lanes(scores + j, s);
     }
-    float best = max_of(largest) > row->best ? max_of(largest) : row->best;
-    float shift = best == -INFINITY ? 0.0f : best, fade = exp2_of(splat(row->best - shift))[0];
-    f32x8 total = splat(0.0f), weighted = splat(0.0f), zeros = splat(0.0f);
-    int scaled = a->value_scale.per_token || a->value_zero.per_token;
-    for (int64_t j = 0; j < columns; j += 8) {
-        f32x8 weight = exp2_of(load_f32(scores + j) - splat(shift));
+    float best = max_of_lanes(largest) > row->best ? max_of_lanes(largest) : row->best;
+    float shift = best == -INFINITY ? 0.0f : best, fade = exp2_of_one(row->best - shift);
+    f32v total = {0}, weighted = {0}, zeros = {0};
+    int scaled = plan->value_scale.per_token || plan->value_zero.per_token;
+    for (int64_t j = computed.from; j < computed.to; j += LANES) {
+        f32v weight = exp2_of(load_lanes(scores + j) - all_lanes(shift));
         total += weight;
         if (scaled) {
-            weight *= load_f32(scratch->value_scale + j);
+            weight *= load_lanes(scratch->value_scale + j);
             weighted += weight;
-            zeros += weight * load_f32(scratch->value_zero + j);
+            zeros += weight * load_lanes(scratch->value_zero + j);
         }
-        store_f32(scores + j, weight);
+        store_lanes(scores + j, weight * all_lanes(plan->weight_unit));
     }
-    row->total = row->total * fade + sum_of(total);
-    for (int i = 0; i < 8; i++)
+    float block_weighted = sum_of_lanes(scaled ? weighted : total);
+    row->total = row->total * fade + sum_of_lanes(total);
+    row->weighted = row->weighted * fade + block_weighted;
+    row->zeros = row->zeros * fade + sum_of_lanes(zeros);
+    for (int i = 0; i < LANES; i++)
         if (!sound[i]) row->total = NAN; /* max and exp2 would hide it */
-    row->weighted = row->weighted * fade + sum_of(scaled ? weighted : total);
-    row->zeros = row->zeros * fade + sum_of(zeros);
+    if (plan->value_mode == MODE_INTEGER && !(block_weighted - block_weighted == 0.0f)) row->total = NAN;
     if (best != row->best)
-        for (int64_t d = 0; d < padded; d += 8) store_f32(output + d, load_f32(output + d) * splat(fade));
+        for (int64_t d = 0; d < plan->padded; d += LANES)
+            store_lanes(output + d, load_lanes(output + d) * all_lanes(fade));
     row->best = best;
 }
 
-/* Keys of a block that any of the rows m to m + ROW_STEP sees: such a group multiplies no more than these. */
-static int64_t seen_by(const Scratch *scratch, int64_t m, int64_t count, int64_t start, int64_t keys) {
-    int64_t last = m + ROW_STEP - 1 < count ? m + ROW_STEP - 1 : count - 1; /* later rows see more */
-    int64_t seen = scratch->rows[last].limit - start;
-    return seen < 0 ? 0 : seen > keys ? keys : seen;
+/* Rows that are multiplied together in a mode. */
+INLINE int64_t row_step(int mode) { return mode == MODE_TILE ? ROW_STEP : INTEGER_ROWS; }
+
+/* The keys of a block that rows m to m + step multiply: those that any of them sees, from a multiple of 32 on. */
+static Range seen_by(const Scratch *scratch, int64_t m, int64_t step, int64_t count, int64_t start, int64_t keys) {
+    int64_t last = m + step < count ? m + step - 1 : count - 1; /* later rows see from and up to later keys */
+    Range seen = {scratch->rows[m].front - start, scratch->rows[last].limit - start};
+    seen.from = clamped(seen.from, keys) / 32 * 32, seen.to = clamped(seen.to, keys);
+    return seen;
 }
 
-static void tile_scores(const Scratch *scratch, int64_t count, int64_t start, int64_t keys, int64_t width,
-                        int64_t padded) {
+/* Codes of one block as floats, with its scales and zeros where they are grouped both ways. */
+static void decode_block(const AttentionArguments *a, const Side *side, int grouped, Rows from, int64_t b, int64_t g,
+                         int64_t start, int64_t keys, int64_t padded, Scratch *scratch, float *tile) {
+    switch (side->kind) {
+    case KIND_INT8: decode_rows_of(from, keys, padded, tile, KIND_INT8); break;
+    case KIND_FLOAT32: decode_rows_of(from, keys, padded, tile, KIND_FLOAT32); break;
+    case KIND_BFLOAT16: decode_rows_of(from, keys, padded, tile, KIND_BFLOAT16); break;
+    case KIND_FLOAT16: decode_rows_of(from, keys, padded, tile, KIND_FLOAT16); break;
+    case KIND_INT4: decode_rows_of(from, keys, padded, tile, KIND_INT4); break;
+    case KIND_FLOAT8_E4M3: decode_rows_of(from, keys, padded, tile, KIND_FLOAT8_E4M3); break;
+    default: decode_rows_of(from, keys, padded, tile, KIND_FLOAT8_E5M2);
+    }
+    if (!grouped) return;
+    float *scale = scratch->channel_scale, *zero = scratch->channel_zero;
+    for (int64_t j = 0; j < keys; j++) {
+        int64_t token = start + j;
+        if (!j || (side->scale.per_token && token % side->scale.group == 0))
+            load_channels(&side->scale, b, g, token, a->width, 1.0f, scale);
+        if (!j || (side->zero.per_token && token % side->zero.group == 0))
+            load_channels(&side->zero, b, g, token, a->width, 0.0f, zero);
+        for (int64_t d = 0; d < padded; d += LANES)
+            store_lanes(tile + j * padded + d,
+                        (load_lanes(tile + j * padded + d) - load_lanes(zero + d)) * load_lanes(scale + d));
+        for (int64_t d = a->width; d < padded; d++) tile[j * padded + d] = 0.0f;
+    }
+}
+
+static void direct_scores_any(const float *q, int64_t padded, int64_t rows, Rows key, int64_t keys, float *scores,
+                              Rows ahead, int64_t kind) {
+    switch (kind) {
+#if !HAS_INTEGER
+    case KIND_INT8: direct_scores(q, padded, rows, key, keys, scores, KEY_BLOCK, ahead, KIND_INT8); break;
+    case KIND_INT4: direct_scores(q, padded, rows, key, keys, scores, KEY_BLOCK, ahead, KIND_INT4); break;
+#endif
+    case KIND_FLOAT32: direct_scores(q, padded, rows, key, keys, scores, KEY_BLOCK, ahead, KIND_FLOAT32); break;
+    case KIND_BFLOAT16: direct_scores(q, padded, rows, key, keys, scores, KEY_BLOCK, ahead, KIND_BFLOAT16); break;
+    case KIND_FLOAT16: direct_scores(q, padded, rows, key, keys, scores, KEY_BLOCK, ahead, KIND_FLOAT16); break;
+    case KIND_FLOAT8_E4M3: direct_scores(q, padded, rows, key, keys, scores, KEY_BLOCK, ahead, KIND_FLOAT8_E4M3); break;
+    default: direct_scores(q, padded, rows, key, keys, scores, KEY_BLOCK, ahead, KIND_FLOAT8_E5M2);
+    }
+}
+
+static void direct_output_any(const float *weights, int64_t rows, Rows value, int64_t keys, float *output,
+                              int64_t padded, int64_t kind) {
+    switch (kind) {
+#if !HAS_INTEGER
+    case KIND_INT8: direct_output(weights, KEY_BLOCK, rows, value, keys, output, padded, KIND_INT8); break;
+    case KIND_INT4: direct_output(weights, KEY_BLOCK, rows, value, keys, output, padded, KIND_INT4); break;
+#endif
+    case KIND_FLOAT32: direct_output(weights, KEY_BLOCK, rows, value, keys, output, padded, KIND_FLOAT32); break;
+    case KIND_BFLOAT16: direct_output(weights, KEY_BLOCK, rows, value, keys, output, padded, KIND_BFLOAT16); break;
+    case KIND_FLOAT16: direct_output(weights, KEY_BLOCK, rows, value, keys, output, padded, KIND_FLOAT16); break;
+    case KIND_FLOAT8_E4M3: direct_output(weights, KEY_BLOCK, rows, value, keys, output, padded, KIND_FLOAT8_E4M3); break;
+    default: direct_output(weights, KEY_BLOCK, rows, value, keys, output, padded, KIND_FLOAT8_E5M2);
+    }
+}
+
+/* What of `next` to fetch in each of `turns`; nothing unless its rows lie side by side. */
+static int64_t bytes_per_turn(Rows next, int64_t keys, int64_t row_bytes, int64_t turns) {
+    if (next.stride != row_bytes || !turns) return 0;
+    return clamped(round_up(keys * row_bytes / turns, 64), 128);
+}
+
+/* scores[m][j] = q[m] . key[j] for one block of keys; `next`, the rows of V, is fetched meanwhile. */
+static void block_scores(const AttentionArguments *a, const Plan *plan, Rows key, Rows next, int64_t b, int64_t g,
+                         int64_t count, int64_t start, int64_t keys, Scratch *scratch) {
+    int64_t padded = plan->padded, step = row_step(plan->key_mode);
+    if (plan->key_mode == MODE_DIRECT) {
+        direct_scores_any(scratch->q, padded, count, key, keys, scratch->scores, next, a->key.kind);
+        return;
+    }
+#if HAS_INTEGER
+    if (plan->key_mode == MODE_INTEGER) {
+        int64_t quads = channel_quads(a->width, (int)a->key.kind);
+        int64_t fetched = bytes_per_turn(next, keys, next.width, round_up(keys, TILE_COLUMNS) / TILE_COLUMNS * quads);
+        uint8_t *tile = (uint8_t *)scratch->keys;
+        const char *ahead = fetched ? next.data : key.data;
+        interleave_keys(key, keys, tile, (int)a->key.kind);
+        for (int64_t j = 0; j < keys; j += TILE_COLUMNS, ahead += fetched * quads)
+            for (int64_t m = 0; m < count; m += step) {
+                Range seen = seen_by(scratch, m, step, count, start, keys);
+                if (j < seen.from || j >= seen.to) continue;
+                integer_rows((const int32_t *)scratch->q + m * padded, padded, tile + j * quads * 4, quads,
+                             scratch->scores + m * KEY_BLOCK + j, KEY_BLOCK, scratch->key_digits + m, 0, ahead,
+                             m ? 0 : fetched, count - m < step ? count - m : step, plan->query_digits);
+            }
+        return;
+    }
+#endif
+    decode_block(a, &a->key, plan->key_grouped, key, b, g, start, keys, padded, scratch,
+                 scratch->keys);
+    if (plan->key_mode == MODE_DECODED) {
+        Rows tile = {(const char *)scratch->keys, padded * 4, padded};
+        direct_scores_any(scratch->q, padded, count, tile, keys, scratch->scores, next, KIND_FLOAT32);
+        return;
+    }
+    transpose_keys(scratch->keys, keys, padded, scratch->panels);
     for (int64_t j = 0; j < keys; j += PANEL)
-        for (int64_t m = 0; m < count; m += ROW_STEP)
-            if (j < seen_by(scratch, m, count, start, keys))
-                gemm_rows(scratch->q + m * padded, padded, scratch->keys + j * padded, width,
+        for (int64_t m = 0; m < count; m += step) {
+            Range seen = seen_by(scratch, m, step, count, start, keys);
+            if (j + PANEL > seen.from && j < seen.to)
+                gemm_rows(scratch->q + m * padded, padded, scratch->panels + j * padded, PANEL, a->width,
                           scratch->scores + m * KEY_BLOCK + j, KEY_BLOCK, 0);
+        }
 }
 
-static void tile_output(const Scratch *scratch, int64_t count, int64_t start, int64_t keys, int64_t padded) {
+/* output[m] += sum_j weights[m][j] value[j] for one block of keys; `next`, the rows of K that follow, is fetched. */
+static void block_output(const AttentionArguments *a, const Plan *plan, Rows value, Rows next, int64_t b, int64_t g,
+                         int64_t count, int64_t start, int64_t keys, Scratch *scratch) {
+    int64_t padded = plan->padded, step = row_step(plan->value_mode);
+    if (plan->value_mode == MODE_DIRECT) {
+        direct_output_any(scratch->scores, count, value, keys, scratch->output, padded, a->value.kind);
+        return;
+    }
+#if HAS_INTEGER
+    if (plan->value_mode == MODE_INTEGER) {
+        int64_t depth = KEY_BLOCK / 4, quads = (keys + 3) / 4, tiles = padded / TILE_COLUMNS;
+        int64_t fetched = bytes_per_turn(next, keys, next.width, tiles * quads);
+        uint8_t *tile = (uint8_t *)scratch->values;
+        const char *ahead = fetched ? next.data : value.data;
+        interleave_values(value, keys, depth, tile, (int)a->value.kind);
+        for (int64_t d = 0; d < tiles; d++, ahead += fetched * quads)
+            for (int64_t m = 0; m < count; m += step) {
+                Range seen = seen_by(scratch, m, step, count, start, keys);
+                if (seen.from < seen.to)
+                    integer_rows((const int32_t *)scratch->scores + m * KEY_BLOCK + seen.from, KEY_BLOCK,
+                                 tile + (d * depth + seen.from / 4) * 128, (seen.to - seen.from + 3) / 4,
+                                 scratch->output + m * padded + d * TILE_COLUMNS, padded, scratch->weight_digits + m,
+                                 1, ahead, m ? 0 : fetched, count - m < step ? count - m : step, DIGITS);
+            }
+        return;
+    }
+#endif
+    (void)next;
+    decode_block(a, &a->value, plan->value_grouped, value, b, g, start, keys, padded,
+                 scratch, scratch->values);
+    if (plan->value_mode == MODE_DECODED) {
+        Rows tile = {(const char *)scratch->values, padded * 4, padded};
+        direct_output_any(scratch->scores, count, tile, keys, scratch->output, padded, KIND_FLOAT32);
+        return;
+    }
     for (int64_t d = 0; d < padded; d += PANEL)
-        for (int64_t m = 0; m < count; m += ROW_STEP) {
-            int64_t seen = seen_by(scratch, m, count, start, keys);
-            if (seen)
-                gemm_rows(scratch->scores + m * KEY_BLOCK, KEY_BLOCK, scratch->values + d * KEY_BLOCK, seen,
+        for (int64_t m = 0; m < count; m += step) {
+            Range seen = seen_by(scratch, m, step, count, start, keys);
+            if (seen.from < seen.to)
+                gemm_rows(scratch->scores + m * KEY_BLOCK + seen.from, KEY_BLOCK,
+                          scratch->values + seen.from * padded + d, padded, seen.to - seen.from,
                           scratch->output + m * padded + d, padded, 1);
         }
 }
 
+/* The products of one block of keys become weights, for each row the keys that both stages of its group multiply. */
+static void soften_rows(const AttentionArguments *a, const Plan *plan, int64_t b, int64_t g, int64_t first,
+                        int64_t count, int64_t start, int64_t keys, Scratch *scratch) {
+    int by_group = plan->rows > DIRECT_ROWS;
+    for (int64_t m = 0; m < count; m++) {
+        Row *row = &scratch->rows[m];
+        float *scores = scratch->scores + m * KEY_BLOCK;
+        int64_t query = (first + m) / plan->ratio, head = g * plan->ratio + (first + m) % plan->ratio;
+        Range seen = {clamped(row->front - start, keys), clamped(row->limit - start, keys)};
+        Range computed = {0, keys};
+        if (by_group) {
+            int64_t steps[2] = {row_step(plan->key_mode), row_step(plan->value_mode)};
+            Range other = seen_by(scratch, m / steps[0] * steps[0], steps[0], count, start, keys);
+            computed = seen_by(scratch, m / steps[1] * steps[1], steps[1], count, start, keys);
+            computed.from = other.from < computed.from ? other.from : computed.from;
+            computed.to = other.to > computed.to ? other.to : computed.to;
+        }
+        if (computed.from >= computed.to) continue;
+        computed.to = round_up(computed.to, LANES);
+        if (a->mask) load_bias(a, b, head, query, start, keys, scratch->bias);
+        soften_row(plan, row, scores, computed, seen, scratch, a->mask ? scratch->bias : NULL,
+                   scratch->output + m * plan->padded);
+#if HAS_INTEGER
+        if (plan->value_mode == MODE_INTEGER)
+            to_digits(scores + computed.from, computed.to - computed.from, 0.0f, a->value.kind == KIND_INT8 ? 128 : 8,
+                      &scratch->weight_digits[m]);
+#endif
+    }
+}
+
+/* The rows of one sequence and KV head from one token on; bytes of a row in `bytes`. */
+static Rows rows_at(const Side *side, int64_t b, int64_t g, int64_t token, int64_t width) {
+    int64_t size = kind_size((int)side->kind);
+    int64_t at = b * side->stride[0] + g * side->stride[1] + token * side->stride[2];
+    return (Rows){(const char *)side->data + at * size, side->stride[2] * size, width};
+}
+
+static int64_t row_bytes(const Side *side, int64_t width) {
+    return side->kind == KIND_INT4 ? width / 2 : width * kind_size((int)side->kind);
+}
+
 /* Attention of `count` rows to the keys `start` to `stop`, left unfinished in the scratch: sums and unscaled output. */
-INLINE void attend(const AttentionArguments *a, const Plan *plan, int64_t b, int64_t g, int64_t first, int64_t count,
-                   int64_t start, int64_t stop, Scratch *scratch, int key_kind, int value_kind) {
-    const char *key = (const char *)a->key + (b * a->key_stride[0] + g * a->key_stride[1]) * kind_size(key_kind);
-    const char *value =
-        (const char *)a->value + (b * a->value_stride[0] + g * a->value_stride[1]) * kind_size(value_kind);
-    int64_t padded = plan->padded, key_step = a->key_stride[2], value_step = a->value_stride[2];
+static void attend(const AttentionArguments *a, const Plan *plan, int64_t b, int64_t g, int64_t first, int64_t count,
+                   int64_t start, int64_t stop, Scratch *scratch) {
+    int64_t key_bytes = row_bytes(&a->key, a->width), value_bytes = row_bytes(&a->value, a->width);
     prepare_rows(a, plan, b, g, first, count, scratch);
+    if (start < scratch->rows[0].front) start = scratch->rows[0].front;
     if (stop > scratch->rows[count - 1].limit) stop = scratch->rows[count - 1].limit;
     for (int64_t j = 0; j < KEY_BLOCK; j++) {
         scratch->key_scale[j] = scratch->value_scale[j] = 1.0f;
@@ -192,67 +472,31 @@ INLINE void attend(const AttentionArguments *a, const Plan *plan, int64_t b, int
     }
     for (; start < stop; start += KEY_BLOCK) {
         int64_t keys = stop - start < KEY_BLOCK ? stop - start : KEY_BLOCK;
-        const char *k = key + start * key_step * kind_size(key_kind);
-        const char *v = value + start * value_step * kind_size(value_kind);
-        load_tokens(&a->key_scale, b, g, start, keys, scratch->key_scale);
-        load_tokens(&a->key_zero, b, g, start, keys, scratch->key_zero);
-        load_tokens(&a->value_scale, b, g, start, keys, scratch->value_scale);
-        load_tokens(&a->value_zero, b, g, start, keys, scratch->value_zero);
-        if (plan->direct) {
-            direct_scores(scratch->q, count, padded, k, key_step, keys, scratch->scores, KEY_BLOCK, v,
-                          value_step * kind_size(value_kind), key_kind);
-        } else {
-            decode_keys(k, key_step, keys, a->width, padded, scratch->keys, key_kind);
-            decode_values(v, value_step, keys, a->width, padded, KEY_BLOCK, scratch->values, value_kind);
-            tile_scores(scratch, count, start, keys, a->width, padded);
-        }
-        for (int64_t m = 0; m < count; m++) {
-            Row *row = &scratch->rows[m];
-            int64_t seen = row->limit - start, query = (first + m) / plan->ratio;
-            seen = seen < 0 ? 0 : seen > keys ? keys : seen;
-            int64_t computed = plan->direct ? keys : seen_by(scratch, m / ROW_STEP * ROW_STEP, count, start, keys);
-            if (!computed) continue;
-            if (a->mask)
-                load_bias(a, b, g * plan->ratio + (first + m) % plan->ratio, query, start, keys, scratch->bias);
-            soften_row(a, row, scratch->scores + m * KEY_BLOCK, seen, (computed + 7) / 8 * 8, scratch,
-                       a->mask ? scratch->bias : NULL, scratch->output + m * padded, padded);
-        }
-        if (plan->direct)
-            direct_output(scratch->scores, count, KEY_BLOCK, v, value_step, keys, scratch->output, padded, value_kind);
-        else
-            tile_output(scratch, count, start, keys, padded);
-    }
-}
-
-/* One copy of the loops for each pair of element types that caches hold; others read K and V of the same type. */
-static void attend_any(const AttentionArguments *a, const Plan *plan, int64_t b, int64_t g, int64_t first,
-                       int64_t count, int64_t start, int64_t stop, Scratch *scratch) {
-    switch (a->key_kind * 4 + a->value_kind) {
-    case KIND_INT8 * 4 + KIND_INT8:
-        attend(a, plan, b, g, first, count, start, stop, scratch, KIND_INT8, KIND_INT8);
-        break;
-    case KIND_FLOAT32 * 4 + KIND_FLOAT32:
-        attend(a, plan, b, g, first, count, start, stop, scratch, KIND_FLOAT32, KIND_FLOAT32);
-        break;
-    case KIND_BFLOAT16 * 4 + KIND_BFLOAT16:
-        attend(a, plan, b, g, first, count, start, stop, scratch, KIND_BFLOAT16, KIND_BFLOAT16);
-        break;
-    default: attend(a, plan, b, g, first, count, start, stop, scratch, (int)a->key_kind, (int)a->value_kind);
+        Rows key = rows_at(&a->key, b, g, start, a->width), value = rows_at(&a->value, b, g, start, a->width);
+        Rows next_key = {key.data + keys * key.stride, key.stride, key_bytes};
+        load_tokens(&plan->key_scale, b, g, start, keys, scratch->key_scale);
+        load_tokens(&plan->key_zero, b, g, start, keys, scratch->key_zero);
+        load_tokens(&plan->value_scale, b, g, start, keys, scratch->value_scale);
+        load_tokens(&plan->value_zero, b, g, start, keys, scratch->value_zero);
+        block_scores(a, plan, key, (Rows){value.data, value.stride, value_bytes}, b, g, count, start, keys, scratch);
+        soften_rows(a, plan, b, g, first, count, start, keys, scratch);
+        block_output(a, plan, value, next_key, b, g, count, start, keys, scratch);
     }
 }
 
 /* The rows' finished output, from sums and unscaled output. */
 static void finish_row(const AttentionArguments *a, const Plan *plan, int64_t b, int64_t g, int64_t m, const Row *row,
                        const float *output) {
-    const float *scale = a->value_scale.data && !a->value_scale.per_token ? part_at(&a->value_scale, b, g) : NULL;
-    const float *zero = a->value_zero.data && !a->value_zero.per_token ? part_at(&a->value_zero, b, g) : NULL;
+    const Part *scale = plan->value_scale.data && !plan->value_scale.per_token ? &plan->value_scale : NULL;
+    const Part *zero = plan->value_zero.data && !plan->value_zero.per_token ? &plan->value_zero : NULL;
     int64_t query = m / plan->ratio, head = g * plan->ratio + m % plan->ratio;
+    int64_t scale_start = scale ? part_start(scale, b, g, 0) : 0, zero_start = zero ? part_start(zero, b, g, 0) : 0;
     float *to = (float *)a->output + ((b * a->queries + query) * a->heads + head) * a->width;
     float inverse = row->total == 0.0f ? 0.0f : 1.0f / row->total;
     for (int64_t d = 0; d < a->width; d++) {
-        float x = output[d] - row->zeros;
-        if (zero) x -= row->weighted * zero[d * a->value_zero.stride[3]];
-        if (scale) x *= scale[d * a->value_scale.stride[3]];
+        float x = output[d < a->width / 2 ? d : d + plan->high_shift] - row->zeros;
+        if (zero) x -= row->weighted * part_value(zero, zero_start + d / zero->span * zero->stride[3]);
+        if (scale) x *= part_value(scale, scale_start + d / scale->span * scale->stride[3]);
         to[d] = x * inverse;
     }
 }
@@ -266,7 +510,7 @@ static void merge_row(const Plan *plan, Row *rows, float *outputs, int64_t rows_
     float shift = best == -INFINITY ? 0.0f : best;
     for (int64_t c = 0; c < plan->chunks; c++) {
         Row row = rows[c * rows_step];
-        float fade = exp2_of(splat(row.best - shift))[0];
+        float fade = exp2_of_one(row.best - shift);
         merged.total += row.total * fade;
         merged.weighted += row.weighted * fade;
         merged.zeros += row.zeros * fade;
@@ -276,26 +520,61 @@ static void merge_row(const Plan *plan, Row *rows, float *outputs, int64_t rows_
     rows[0] = merged;
 }
 
+/* Whether a scale or zero varies along tokens and channels, so that it must be applied to each code. */
+static int is_grouped(const Side *side, int64_t width) {
+    return (side->scale.per_token && side->scale.span < width) || (side->zero.per_token && side->zero.span < width);
+}
+
+/* How one side is multiplied. */
+static int mode_of(const Side *side, int grouped, int64_t width, int64_t rows) {
+    int is_int = side->kind == KIND_INT8 || side->kind == KIND_INT4;
+    if (HAS_INTEGER && is_int && !grouped) return MODE_INTEGER;
+    if (rows > DIRECT_ROWS) return MODE_TILE;
+    return grouped || width % (side->kind == KIND_INT4 ? 2 * LANES : LANES) ? MODE_DECODED : MODE_DIRECT;
+}
+
 static Plan plan_of(const AttentionArguments *a) {
-    Plan plan = {.ratio = a->heads / a->groups};
+    Plan plan = {.ratio = a->heads / a->groups, .begin = a->keys, .query_unit = 1.0f, .weight_unit = 1.0f};
     plan.rows = plan.ratio * a->queries;
-    plan.padded = (a->width + PANEL - 1) / PANEL * PANEL;
-    plan.direct = plan.rows <= DIRECT_ROWS && plan.padded == a->width;
+    plan.padded = round_up(a->width, PANEL);
+    plan.key_grouped = is_grouped(&a->key, a->width), plan.value_grouped = is_grouped(&a->value, a->width);
+    plan.key_mode = mode_of(&a->key, plan.key_grouped, a->width, plan.rows);
+    plan.value_mode = mode_of(&a->value, plan.value_grouped, a->width, plan.rows);
+    if (!plan.key_grouped) plan.key_scale = a->key.scale, plan.key_zero = a->key.zero;
+    if (!plan.value_grouped) plan.value_scale = a->value.scale, plan.value_zero = a->value.zero;
+    int per_channel = plan.key_scale.data && !plan.key_scale.per_token && plan.key_scale.span < a->width;
+    plan.query_digits = a->query_scale && !per_channel ? 1 : DIGITS;
+    if (a->key.kind == KIND_FLOAT8_E4M3 && plan.key_mode == MODE_DIRECT) plan.query_unit = E4M3_UNIT;
+    if (a->value.kind == KIND_FLOAT8_E4M3 && plan.value_mode == MODE_DIRECT) plan.weight_unit = E4M3_UNIT;
+    if (a->value.kind == KIND_INT4 && plan.value_mode == MODE_INTEGER)
+        plan.high_shift = round_up(a->width / 2, 16) - a->width / 2;
+    for (int64_t b = 0; b < a->batch; b++) {
+        Range first = keys_of(a, b, 0), last = keys_of(a, b, a->queries - 1);
+        plan.begin = first.from < plan.begin ? first.from : plan.begin;
+        plan.end = last.to > plan.end ? last.to : plan.end;
+    }
+    int64_t keys = plan.end > plan.begin ? plan.end - plan.begin : 0;
     plan.blocks = (plan.rows + MAX_ROWS - 1) / MAX_ROWS;
-    plan.block_rows = ((plan.rows + plan.blocks - 1) / plan.blocks + ROW_STEP - 1) / ROW_STEP * ROW_STEP;
+    plan.block_rows = round_up((plan.rows + plan.blocks - 1) / plan.blocks, ROW_STEP);
     int64_t tasks = a->batch * a->groups * plan.blocks;
-    int64_t wanted = (8 * a->threads + tasks - 1) / tasks, most = (a->keys + MIN_CHUNK - 1) / MIN_CHUNK;
+    int64_t wanted = (8 * a->threads + tasks - 1) / tasks, most = (keys + MIN_CHUNK - 1) / MIN_CHUNK;
     plan.chunks = a->threads == 1 ? 1 : wanted < most ? wanted : most;
     plan.chunks = plan.chunks < 1 ? 1 : plan.chunks;
-    plan.chunk = ((a->keys + plan.chunks - 1) / plan.chunks + KEY_BLOCK - 1) / KEY_BLOCK * KEY_BLOCK;
-    plan.chunks = plan.chunk ? (a->keys + plan.chunk - 1) / plan.chunk : 1;
+    plan.chunk = round_up((keys + plan.chunks - 1) / plan.chunks, KEY_BLOCK);
+    plan.chunks = plan.chunk ? (keys + plan.chunk - 1) / plan.chunk : 1;
     return plan;
+}
+
+/* Floats of the tile that a mode decodes or interleaves into. */
+static size_t tile_size(int mode, size_t padded) {
+    return mode == MODE_DIRECT ? 0 : mode == MODE_INTEGER ? KEY_BLOCK * padded / 4 : KEY_BLOCK * padded;
 }
 
 static Scratch *new_scratch(const Plan *plan) {
     size_t rows = (size_t)plan->block_rows, padded = (size_t)plan->padded;
-    size_t tiles = plan->direct ? 0 : KEY_BLOCK * padded;
-    size_t floats = 2 * rows * padded + rows * KEY_BLOCK + 2 * tiles;
+    size_t key_tile = tile_size(plan->key_mode, padded), value_tile = tile_size(plan->value_mode, padded);
+    size_t panels = plan->key_mode == MODE_TILE ? KEY_BLOCK * padded : 0;
+    size_t floats = 2 * rows * padded + rows * KEY_BLOCK + key_tile + value_tile + panels + 2 * (padded + LANES);
     char *memory = malloc(sizeof(Scratch) + sizeof(float) * floats + 64);
     if (!memory) return NULL;
     Scratch *scratch = (Scratch *)memory;
@@ -303,7 +582,11 @@ static Scratch *new_scratch(const Plan *plan) {
     scratch->output = scratch->q + rows * padded;
     scratch->scores = scratch->output + rows * padded;
     scratch->keys = scratch->scores + rows * KEY_BLOCK;
-    scratch->values = scratch->keys + tiles;
+    scratch->values = scratch->keys + key_tile;
+    scratch->panels = scratch->values + value_tile;
+    scratch->channel_scale = scratch->panels + panels;
+    scratch->channel_zero = scratch->channel_scale + padded + LANES;
+    memset(scratch->channel_scale, 0, sizeof(float) * 2 * (padded + LANES)); /* padding that is multiplied too */
     return scratch;
 }
 
@@ -329,9 +612,10 @@ EXPORT int attention(const AttentionArguments *a) {
                 int64_t pair = task % pairs, c = task / pairs % plan.chunks;
                 int64_t first = (plan.blocks - 1 - task / pairs / plan.chunks) * plan.block_rows; /* longest first */
                 int64_t count = plan.rows - first < plan.block_rows ? plan.rows - first : plan.block_rows;
-                int64_t start = c * plan.chunk, stop = start + plan.chunk < a->keys ? start + plan.chunk : a->keys;
+                int64_t start = plan.begin + c * plan.chunk;
+                int64_t stop = start + plan.chunk < plan.end ? start + plan.chunk : plan.end;
                 if (!scratch || count <= 0) continue;
-                attend_any(a, &plan, pair / a->groups, pair % a->groups, first, count, start, stop, scratch);
+                attend(a, &plan, pair / a->groups, pair % a->groups, first, count, start, stop, scratch);
                 for (int64_t m = 0; m < count; m++) {
                     const float *output = scratch->output + m * plan.padded;
                     int64_t at = c * rows + pair * plan.rows + first + m;

@@ -4,14 +4,17 @@ import struct
 
 import torch
 
+from ..codes import FP8_DTYPES, code_width
 from ..compile import CKernel
 from ..operands import KINDS, broadcast_strides
-from .reference import attention_reference
+from .reference import attention_reference, quantized_query
 
 ATTENTION_KERNEL = CKernel(
-    "attention", ("ops/vector.h", "ops/attention/micro.h", "ops/attention/attention.c"), ("attention",)
+    "attention",
+    ("ops/vector.h", "ops/attention/micro.h", "ops/attention/integer.h", "ops/attention/attention.c"),
+    ("attention",),
 )
-_pack_attention = struct.Struct("54q1d").pack
+_pack_attention = struct.Struct("73q1d").pack
 
 
 def attention_cpu_description() -> str:
@@ -19,8 +22,9 @@ def attention_cpu_description() -> str:
     return f"{ATTENTION_KERNEL.description()}; queries in float64 by the reference (PyTorch)"
 
 
-_NO_PART = (0, 0, 0, 0, 0, 0)
+_NO_PART = (0,) * 9
 _NO_MASK = (0, 0, 0, 0)
+_PART_KINDS = {torch.float32: KINDS[torch.float32], torch.float16: KINDS[torch.float16]}
 
 
 def _last_contiguous(tensor: torch.Tensor) -> torch.Tensor:
@@ -30,24 +34,22 @@ def _last_contiguous(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _scale_part(
-    part: torch.Tensor | None, shape: tuple[int, int, int, int]
+def _part(
+    part: torch.Tensor | None, codes: torch.Tensor, width: int, group: int
 ) -> tuple[torch.Tensor | None, tuple[int, ...]]:
-    """A scale or zero of codes of shape `[B, G, S, D]` as float32, and its address, whether per token, and strides."""
+    """A scale or zero of codes `[B, G, S, *]` of `width` values as the kernel reads it, and its fields there."""
     if part is None:
         return None, _NO_PART
-    if part.dtype != torch.float32:
+    if part.dtype not in _PART_KINDS:
         part = part.float()
-    batch, groups, keys, width = shape
-    rows, columns = part.shape[-2:]
-    if rows == 1:
-        return part, (part.data_ptr(), 0, *broadcast_strides(part, (batch, groups, 1, width)))
-    if columns != 1:
+    batch, groups, keys = codes.shape[:3]
+    rows, columns = (1, 1, *part.shape)[-2:]
+    if not columns or width % columns or (rows != 1 and rows != -(-keys // group)):
         raise ValueError(
-            f"attention on the CPU takes scales per channel [G, 1, D], per head [G, 1, 1] or per token [B, G, S, 1], "
-            f"not both per token and per channel: {tuple(part.shape)}"
+            f"a scale {tuple(part.shape)} does not belong to {keys} tokens in groups of {group} and {width} channels"
         )
-    return part, (part.data_ptr(), 1, *broadcast_strides(part, (batch, groups, keys, 1)))
+    strides = broadcast_strides(part, (batch, groups, rows, columns))
+    return part, (part.data_ptr(), _PART_KINDS[part.dtype], rows != 1, group, width // columns, *strides)
 
 
 def attention_cpu(
@@ -70,7 +72,7 @@ def attention_cpu(
     """`attention_reference` in C; the reference itself for a query in float64.
 
     Raises:
-        ValueError: shapes that do not go together, or a scale both per token and per channel.
+        ValueError: shapes that do not go together.
         MemoryError: no room for the scratch of the threads.
     """
     run = ATTENTION_KERNEL.load().get("attention")
@@ -94,54 +96,75 @@ def attention_cpu(
         )
     batch, heads, queries, width = query.shape
     groups, keys = key.shape[1], key.shape[2]
-    if key.shape != value.shape or key.shape[0] != batch or key.shape[3] != width or heads % groups:
+    if (
+        key.shape[:3] != value.shape[:3]
+        or key.shape[0] != batch
+        or code_width(key) != width
+        or code_width(value) != width
+        or heads % groups
+    ):
         raise ValueError(
             f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} do not go together: "
-            f"[B, H, Q, D] and twice [B, G, S, D] with H a multiple of G"
+            f"[B, H, Q, D] and twice [B, G, S, D], in int4 [B, G, S, D / 2], with H a multiple of G"
         )
     output = torch.empty((batch, queries, heads, width))
     if output.numel() == 0 or keys == 0:
         return output.zero_().to(query.dtype)
     q = query if query.dtype == torch.float32 else query.float()
+    query_scale_strides = _NO_MASK
+    if query_scale is not None:
+        query_scale = query_scale.float()
+        query_scale_strides = broadcast_strides(query_scale, (batch, heads, queries, 1))
+        if key.dtype in FP8_DTYPES:
+            q, query_scale = quantized_query(q, query_scale, key.dtype), None
     q = _last_contiguous(q)
     key, value = _last_contiguous(key), _last_contiguous(value)
-    key_scale, key_scale_part = _scale_part(key_scale, key.shape)
-    key_zero, key_zero_part = _scale_part(key_zero, key.shape)
-    value_scale, value_scale_part = _scale_part(value_scale, key.shape)
-    value_zero, value_zero_part = _scale_part(value_zero, key.shape)
+    key_scale, key_scale_part = _part(key_scale, key, width, key_group)
+    key_zero, key_zero_part = _part(key_zero, key, width, key_group)
+    value_scale, value_scale_part = _part(value_scale, value, width, value_group)
+    value_zero, value_zero_part = _part(value_zero, value, width, value_group)
     mask_kind, mask_strides = 0, _NO_MASK
     if mask is not None:
         mask_kind = 1 if mask.dtype == torch.bool else 2
         mask = mask if mask.dtype in (torch.bool, torch.float32) else mask.float()
         mask_strides = broadcast_strides(mask, (batch, heads, queries, keys))
-    if query_scale is not None:
-        query_scale = query_scale.float().expand(heads, 1, 1).contiguous()
-    q_strides, key_strides, value_strides = q.stride(), key.stride(), value.stride()
+    length_stride = 0
+    if length is not None:
+        if length.numel() not in (1, batch):
+            raise ValueError(f"length {tuple(length.shape)} has neither one number nor one for each of {batch} sequences")
+        length = length if length.dtype in (torch.int32, torch.int64) else length.long()
+        length = length.flatten()
+        length_stride = length.stride(0) if length.numel() > 1 else 0
     failed = run(
         _pack_attention(
             q.data_ptr(),
-            key.data_ptr(),
-            value.data_ptr(),
             output.data_ptr(),
             0 if query_scale is None else query_scale.data_ptr(),
             0 if mask is None else mask.data_ptr(),
+            0 if length is None else length.data_ptr(),
             batch,
             heads,
             queries,
             width,
             groups,
             keys,
-            KINDS[key.dtype],
-            KINDS[value.dtype],
             mask_kind,
+            0 if length is None else length.element_size(),
+            length_stride,
             causal,
+            window,
             torch.get_num_threads(),
-            *q_strides[:3],
-            *key_strides[:3],
-            *value_strides[:3],
+            *q.stride()[:3],
+            *query_scale_strides[:3],
             *mask_strides,
+            key.data_ptr(),
+            KINDS[key.dtype],
+            *key.stride()[:3],
             *key_scale_part,
             *key_zero_part,
+            value.data_ptr(),
+            KINDS[value.dtype],
+            *value.stride()[:3],
             *value_scale_part,
             *value_zero_part,
             scaling,

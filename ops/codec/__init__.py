@@ -4,7 +4,7 @@ import torch
 
 from ..codes import code_width
 from ..library import define, implement
-from .cpu import CODEC_KERNEL, encode_cpu, encode_token_cpu
+from .cpu import CODEC_KERNEL, decode_cpu, encode_cpu, encode_token_cpu
 from .cuda import CODEC_CUDA, decode_cuda, encode_cuda, encode_token_cuda
 from .npu import DECODE_NPU, ENCODE_NPU, ENCODE_TOKEN_NPU, decode_npu, encode_npu, encode_token_npu
 from .reference import decode_reference, encode_reference, encode_token_reference
@@ -35,6 +35,7 @@ decode = define(
 )
 implement("encode", "CPU", encode_cpu, CODEC_KERNEL.description)
 implement("encode_token", "CPU", encode_token_cpu, CODEC_KERNEL.description)
+implement("decode", "CPU", decode_cpu, CODEC_KERNEL.description)
 implement("encode", "CUDA", encode_cuda, CODEC_CUDA)
 implement("encode_token", "CUDA", encode_token_cuda, CODEC_CUDA)
 implement("decode", "CUDA", decode_cuda, CODEC_CUDA)

@@ -1,102 +1,271 @@
-/* encode and encode_token: rows of floats to rows of int8 codes; README.md has the semantics.
+/* encode, encode_token and decode: rows of floats to rows of codes and back; README.md has the semantics.
  *
- * Codes equal the reference's exactly: a true division, then halves to even. */
+ * Codes equal the reference's exactly: the same float operations in the same order, none of them fused. A row of floats
+ * in cache stands between loading (with RoPE), scaling and storing, so that each step knows one element type. */
 
-enum { CODEC_GRAIN = 1 << 14 }; /* values below which a second thread costs more than it brings */
+enum {
+    CODEC_GRAIN = 1 << 14, /* values below which a second thread costs more than it brings */
+    POSITION_OUT_OF_RANGE = 2,
+};
 
 typedef struct {
-    int64_t x, codes, scale, zero, kind, shape[4], threads;
-    int64_t x_stride[3], codes_stride[3], scale_stride[4], zero_stride[4];
-} EncodeArguments;
+    int64_t x, codes, scale, zero, cos, sin, position; /* addresses; 0 for what is absent */
+    int64_t x_kind, code_kind, scale_kind, zero_kind, rope_kind;
+    int64_t shape[4], capacity, scale_groups, zero_groups, token_group, threads;
+    int64_t x_stride[3], codes_stride[3], scale_stride[4], zero_stride[4], cos_stride[2], sin_stride[2];
+} CodecArguments;
 
-INLINE void store_codes(int8_t *to, f32x8 rounded, int64_t count) {
-    int8_t codes[8];
-#ifdef __AVX2__
-    const __m128i low_bytes = _mm_set_epi64x(-1, 0xffffffff0c080400);
-    __m256i whole = _mm256_cvttps_epi32((__m256)rounded);
-    __m128i first = _mm_shuffle_epi8(_mm256_castsi256_si128(whole), low_bytes);
-    __m128i second = _mm_shuffle_epi8(_mm256_extracti128_si256(whole, 1), low_bytes);
-    _mm_storel_epi64((__m128i *)codes, _mm_unpacklo_epi32(first, second));
-#else
-    i32x8 whole = __builtin_convertvector(rounded, i32x8);
-    for (int i = 0; i < 8; i++) codes[i] = (int8_t)whole[i];
-#endif
-    if (count == 8) { /* a constant size, so one store and no call */
-        memcpy(to, codes, 8);
+/* Floats of one row; each has room for a multiple of 8. */
+typedef struct {
+    float *values, *plain, *cos, *sin, *scale, *zero;
+} Buffers;
+
+typedef struct {
+    int64_t b, g, s, at; /* `at`: the token in storage */
+} Row;
+
+/* The smallest and largest code, as CODE_RANGES of ops/codes.py. */
+INLINE float largest_code(int64_t kind) {
+    return kind == KIND_INT8 ? 127.0f : kind == KIND_INT4 ? 7.0f : kind == KIND_FLOAT8_E4M3 ? 448.0f : 57344.0f;
+}
+INLINE float smallest_code(int64_t kind) {
+    return kind == KIND_INT8 ? -128.0f : kind == KIND_INT4 ? -8.0f : -largest_code(kind);
+}
+
+INLINE char *element(int64_t address, int64_t index, int64_t kind) {
+    return (char *)address + index * kind_size((int)kind);
+}
+INLINE int64_t index_of(const int64_t stride[3], int64_t b, int64_t g, int64_t s) {
+    return b * stride[0] + g * stride[1] + s * stride[2];
+}
+
+INLINE void load_row_kind(const char *from, int64_t width, int kind, float *to) {
+    int64_t d = 0;
+    for (; d + 8 <= width; d += 8) store_f32(to + d, load_as_f32(from + d * kind_size(kind), kind));
+    if (d < width) store_f32(to + d, load_few_as_f32(from + d * kind_size(kind), width - d, kind));
+}
+
+/* A row of `width` elements of any kind as floats. */
+static void load_row(const char *from, int64_t width, int64_t kind, float *to) {
+    switch (kind) {
+    case KIND_FLOAT32: load_row_kind(from, width, KIND_FLOAT32, to); break;
+    case KIND_BFLOAT16: load_row_kind(from, width, KIND_BFLOAT16, to); break;
+    case KIND_FLOAT16: load_row_kind(from, width, KIND_FLOAT16, to); break;
+    case KIND_INT8: load_row_kind(from, width, KIND_INT8, to); break;
+    case KIND_FLOAT8_E4M3: load_row_kind(from, width, KIND_FLOAT8_E4M3, to); break;
+    case KIND_FLOAT8_E5M2: load_row_kind(from, width, KIND_FLOAT8_E5M2, to); break;
+    default: /* int4: the first half of the row in the low halves of its bytes */
+        for (int64_t i = 0; i < width / 2; i++) {
+            uint8_t byte = ((const uint8_t *)from)[i];
+            to[i] = (float)((byte & 15) - 8);
+            to[width / 2 + i] = (float)((byte >> 4) - 8);
+        }
+    }
+}
+
+/* to[d] = from[d] * cos[d] + sign * partner[d] * sin[d] */
+INLINE void rotate(float *to, const float *from, const float *partner, float sign, const float *cos, const float *sin,
+                   int64_t count) {
+    for (int64_t d = 0; d < count; d += 8) {
+        f32x8 own = rounded_product(load_f32(from + d), load_f32(cos + d));
+        f32x8 sum = own + rounded_product(load_f32(partner + d) * splat(sign), load_f32(sin + d));
+        store_few_as(to + d, sum, count - d < 8 ? count - d : 8, KIND_FLOAT32);
+    }
+}
+
+/* A row of x in float32, after RoPE where there is cos. */
+static void load_values(const CodecArguments *a, Row row, Buffers to) {
+    const char *x = element(a->x, index_of(a->x_stride, row.b, row.g, row.s), a->x_kind);
+    int64_t width = a->shape[3], second = width / 2, first = width - second;
+    if (!a->cos) {
+        load_row(x, width, a->x_kind, to.values);
         return;
     }
-    memcpy(to, codes, (size_t)count);
+    int64_t cos = row.b * a->cos_stride[0] + row.s * a->cos_stride[1];
+    int64_t sin = row.b * a->sin_stride[0] + row.s * a->sin_stride[1];
+    load_row(x, width, a->x_kind, to.plain);
+    load_row(element(a->cos, cos, a->rope_kind), width, a->rope_kind, to.cos);
+    load_row(element(a->sin, sin, a->rope_kind), width, a->rope_kind, to.sin);
+    rotate(to.values, to.plain, to.plain + first, -1.0f, to.cos, to.sin, second);
+    rotate(to.values + second, to.plain + second, to.plain, 1.0f, to.cos + second, to.sin + second, first);
 }
 
-/* 8 (or, at the end of a row, `count`) scales or zeros, of which there may be one for the whole row. */
-INLINE f32x8 row_part(const float *row, int64_t stride, int64_t d, int64_t count) {
-    if (!stride) return splat(*row);
-    return count == 8 ? load_f32(row + d) : load_few_as_f32(row + d, count, KIND_FLOAT32);
+INLINE void fill(float *to, int64_t count, float value) {
+    for (int64_t d = 0; d < count; d++) to[d] = value;
 }
 
-INLINE f32x8 values_at(const char *x, int64_t d, int64_t count, int kind) {
-    const char *from = x + d * kind_size(kind);
-    return count == 8 ? load_as_f32(from, kind) : load_few_as_f32(from, count, kind);
-}
-
-INLINE void encode_row(const EncodeArguments *a, const char *x, int8_t *codes, const float *scale, const float *zero,
-                       int kind) {
-    for (int64_t d = 0; d < a->shape[3]; d += 8) {
-        int64_t count = a->shape[3] - d < 8 ? a->shape[3] - d : 8;
-        f32x8 scaled = values_at(x, d, count, kind) / row_part(scale, a->scale_stride[3], d, count);
-        if (zero) scaled += row_part(zero, a->zero_stride[3], d, count);
-        store_codes(codes + d, round_to_code(scaled), count);
+/* The scales or zeros of a token, one for each of `groups` groups of channels, as one for each channel. */
+static void load_spread(int64_t address, int64_t index, int64_t stride, int64_t kind, int64_t groups, int64_t width,
+                        float *to) {
+    if (groups == width && stride == 1) {
+        load_row(element(address, index, kind), width, kind, to);
+        return;
+    }
+    for (int64_t group = 0, size = width / groups; group < groups; group++) {
+        const char *from = element(address, index + group * stride, kind);
+        fill(to + group * size, size, load_few_as_f32(from, 1, kind == KIND_FLOAT16 ? KIND_FLOAT16 : KIND_FLOAT32)[0]);
     }
 }
 
-INLINE void encode_token_row(const EncodeArguments *a, const char *x, int8_t *codes, float *scale, int kind) {
-    int64_t width = a->shape[3];
-    f32x8 largest = splat(0.0f);
+/* The number as it is after storing it, in float32 or float16. */
+INLINE float store_number(int64_t address, int64_t index, int64_t kind, float value) {
+    char *to = element(address, index, kind);
+    if (kind == KIND_FLOAT32) {
+        memcpy(to, &value, 4);
+        return value;
+    }
+    store_few_as(to, splat(value), 1, KIND_FLOAT16);
+    return load_few_as_f32(to, 1, KIND_FLOAT16)[0];
+}
+
+/* NaN in both if there is one. */
+INLINE void find_extremes(const float *values, int64_t count, float *smallest, float *largest) {
+    f32x8 low = splat(values[0]), high = low;
+    i32x8 is_nan = low != low;
+    for (int64_t d = 0; d < count; d += 8) {
+        int64_t left = count - d;
+        f32x8 x = load_f32(values + d);
+        if (left < 8)
+            for (int64_t i = left; i < 8; i++) x[i] = values[0];
+        is_nan |= x != x;
+        low = min_f32(low, x), high = max_f32(high, x);
+    }
+    *smallest = -max_of(-low), *largest = max_of(high);
+    for (int i = 0; i < 8; i++)
+        if (is_nan[i]) *smallest = *largest = NAN;
+}
+
+/* Scale and zero of each group of channels of a token, stored, and spread over the channels. */
+static void choose_scales(const CodecArguments *a, Row row, Buffers at) {
+    int64_t size = a->shape[3] / a->scale_groups;
+    int64_t scale_index = index_of(a->scale_stride, row.b, row.g, row.at);
+    int64_t zero_index = index_of(a->zero_stride, row.b, row.g, row.at);
+    float low = smallest_code(a->code_kind), high = largest_code(a->code_kind);
+    for (int64_t group = 0; group < a->scale_groups; group++) {
+        float smallest, largest;
+        find_extremes(at.values + group * size, size, &smallest, &largest);
+        float magnitude = largest > -smallest ? largest : -smallest;
+        float step = a->zero ? (largest - smallest) / (high - low) : magnitude / high;
+        step = step < 0x1p-23f ? 0x1p-23f : step; /* NaN stays */
+        step = store_number(a->scale, scale_index + group * a->scale_stride[3], a->scale_kind, step);
+        fill(at.scale + group * size, size, step);
+        if (a->zero) {
+            float offset = low - smallest / step;
+            offset = store_number(a->zero, zero_index + group * a->zero_stride[3], a->zero_kind, offset);
+            fill(at.zero + group * size, size, offset);
+        }
+    }
+}
+
+INLINE void store_bytes(uint8_t *to, i32x8 words) {
+#ifdef __AVX2__
+    const __m128i low_bytes = _mm_set_epi64x(-1, 0xffffffff0c080400);
+    __m128i first = _mm_shuffle_epi8(_mm256_castsi256_si128((__m256i)words), low_bytes);
+    __m128i second = _mm_shuffle_epi8(_mm256_extracti128_si256((__m256i)words, 1), low_bytes);
+    _mm_storel_epi64((__m128i *)to, _mm_unpacklo_epi32(first, second));
+#else
+    for (int i = 0; i < 8; i++) to[i] = (uint8_t)words[i];
+#endif
+}
+
+/* Numbers in units of codes, rounded, as bytes; int4 codes plus 8. */
+INLINE void round_row(const float *values, int64_t width, int kind, uint8_t *to) {
     for (int64_t d = 0; d < width; d += 8) {
-        f32x8 values = values_at(x, d, width - d < 8 ? width - d : 8, kind);
-        largest = max_f32(largest, max_f32(values, -values));
-    }
-    float step = max_of(largest) / 127.0f;
-    *scale = step > 0x1p-23f ? step : 0x1p-23f;
-    for (int64_t d = 0; d < width; d += 8) {
-        int64_t count = width - d < 8 ? width - d : 8;
-        store_codes(codes + d, round_to_code(values_at(x, d, count, kind) / splat(*scale)), count);
-    }
-}
-
-INLINE void encode_rows(const EncodeArguments *a, int per_token, int kind) {
-    int64_t heads = a->shape[1], tokens = a->shape[2], rows = a->shape[0] * heads * tokens;
-    int threads = rows * a->shape[3] < 2 * CODEC_GRAIN ? 1 : (int)a->threads;
-    (void)threads; /* unused where the compiler has no OpenMP */
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-    for (int64_t row = 0; row < rows; row++) {
-        int64_t b = row / (heads * tokens), g = row / tokens % heads, s = row % tokens;
-        const char *x = (const char *)a->x +
-                        (b * a->x_stride[0] + g * a->x_stride[1] + s * a->x_stride[2]) * kind_size(kind);
-        int8_t *codes =
-            (int8_t *)a->codes + b * a->codes_stride[0] + g * a->codes_stride[1] + s * a->codes_stride[2];
-        float *scale =
-            (float *)a->scale + b * a->scale_stride[0] + g * a->scale_stride[1] + s * a->scale_stride[2];
-        const float *zero =
-            a->zero ? (const float *)a->zero + b * a->zero_stride[0] + g * a->zero_stride[1] + s * a->zero_stride[2]
-                    : NULL;
-        if (per_token)
-            encode_token_row(a, x, codes, scale, kind);
+        f32x8 x = load_f32(values + d);
+        i32x8 codes;
+        if (kind == KIND_INT8)
+            codes = __builtin_convertvector(round_to_code(x), i32x8);
+        else if (kind == KIND_INT4)
+            codes = __builtin_convertvector(round_to_code(max_f32(splat(-8.0f), min_f32(splat(7.0f), x))) + splat(8.0f),
+                                            i32x8);
         else
-            encode_row(a, x, codes, scale, zero, kind);
+            codes = (i32x8)to_fp8(x, kind == KIND_FLOAT8_E4M3 ? E4M3 : E5M2);
+        store_bytes(to + d, codes);
     }
 }
 
-/* One copy of the loops for each element type. */
-INLINE int encode_any(const EncodeArguments *a, int per_token) {
-    switch (a->kind) {
-    case KIND_FLOAT32: encode_rows(a, per_token, KIND_FLOAT32); break;
-    case KIND_BFLOAT16: encode_rows(a, per_token, KIND_BFLOAT16); break;
-    case KIND_FLOAT16: encode_rows(a, per_token, KIND_FLOAT16); break;
-    default: return 1;
+/* The values of a row by its scales and zeros, as codes. `bytes` is room for them before they are packed. */
+static void store_codes(const CodecArguments *a, Row row, Buffers at, uint8_t *bytes) {
+    int64_t width = a->shape[3];
+    uint8_t *to = (uint8_t *)a->codes + index_of(a->codes_stride, row.b, row.g, row.at);
+    for (int64_t d = 0; d < width; d += 8) {
+        f32x8 scaled = load_f32(at.values + d) / load_f32(at.scale + d);
+        store_f32(at.values + d, a->zero ? scaled + load_f32(at.zero + d) : scaled);
     }
-    return 0;
+    switch (a->code_kind) {
+    case KIND_INT8: round_row(at.values, width, KIND_INT8, bytes); break;
+    case KIND_FLOAT8_E4M3: round_row(at.values, width, KIND_FLOAT8_E4M3, bytes); break;
+    case KIND_FLOAT8_E5M2: round_row(at.values, width, KIND_FLOAT8_E5M2, bytes); break;
+    default:
+        round_row(at.values, width, KIND_INT4, bytes);
+        for (int64_t i = 0; i < width / 2; i++) to[i] = (uint8_t)(bytes[i] | bytes[width / 2 + i] << 4);
+        return;
+    }
+    memcpy(to, bytes, (size_t)width);
 }
 
-EXPORT int encode(const EncodeArguments *arguments) { return encode_any(arguments, 0); }
-EXPORT int encode_token(const EncodeArguments *arguments) { return encode_any(arguments, 1); }
+static void load_scales(const CodecArguments *a, Row row, Buffers to) {
+    int64_t width = a->shape[3], token = row.s / a->token_group;
+    if (a->scale)
+        load_spread(a->scale, index_of(a->scale_stride, row.b, row.g, token), a->scale_stride[3], a->scale_kind,
+                    a->scale_groups, width, to.scale);
+    if (a->zero)
+        load_spread(a->zero, index_of(a->zero_stride, row.b, row.g, token), a->zero_stride[3], a->zero_kind,
+                    a->zero_groups, width, to.zero);
+}
+
+static void encode_row(const CodecArguments *a, Row row, Buffers at, uint8_t *bytes) {
+    load_values(a, row, at);
+    load_scales(a, row, at);
+    store_codes(a, row, at, bytes);
+}
+
+static void encode_token_row(const CodecArguments *a, Row row, Buffers at, uint8_t *bytes) {
+    load_values(a, row, at);
+    choose_scales(a, row, at);
+    store_codes(a, row, at, bytes);
+}
+
+/* Codes are `codes` here, too, and x the float32 output. */
+static void decode_row(const CodecArguments *a, Row row, Buffers at, uint8_t *bytes) {
+    (void)bytes;
+    int64_t width = a->shape[3];
+    load_row(element(a->codes, index_of(a->codes_stride, row.b, row.g, row.s), a->code_kind), width, a->code_kind,
+             at.values);
+    load_scales(a, row, at);
+    float *to = (float *)a->x + index_of(a->x_stride, row.b, row.g, row.s);
+    for (int64_t d = 0; d < width; d += 8) {
+        f32x8 x = load_f32(at.values + d);
+        if (a->zero) x -= load_f32(at.zero + d);
+        if (a->scale) x *= load_f32(at.scale + d);
+        store_few_as(to + d, x, width - d < 8 ? width - d : 8, KIND_FLOAT32);
+    }
+}
+
+/* Returns 0, 1 without enough memory, or POSITION_OUT_OF_RANGE. */
+static int each_row(const CodecArguments *a, void (*visit)(const CodecArguments *, Row, Buffers, uint8_t *)) {
+    int64_t heads = a->shape[1], tokens = a->shape[2], rows = a->shape[0] * heads * tokens;
+    int64_t position = a->position ? *(const int64_t *)a->position : 0, room = (a->shape[3] + 15) / 8 * 8;
+    if (position < 0 || position + tokens > a->capacity) return POSITION_OUT_OF_RANGE;
+    int threads = rows * a->shape[3] < 2 * CODEC_GRAIN ? 1 : (int)a->threads, failed = 0;
+    (void)threads; /* unused where the compiler has no OpenMP */
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        float *memory = calloc((size_t)(7 * room), sizeof(float));
+        if (!memory) failed = 1;
+        Buffers at = {memory,            memory + room,     memory + 2 * room,
+                      memory + 3 * room, memory + 4 * room, memory + 5 * room};
+#pragma omp for schedule(static)
+        for (int64_t index = 0; index < rows; index++) {
+            Row row = {index / (heads * tokens), index / tokens % heads, index % tokens, 0};
+            row.at = row.s + position;
+            if (memory) visit(a, row, at, (uint8_t *)(memory + 6 * room));
+        }
+        free(memory);
+    }
+    return failed;
+}
+
+EXPORT int encode(const CodecArguments *arguments) { return each_row(arguments, encode_row); }
+EXPORT int encode_token(const CodecArguments *arguments) { return each_row(arguments, encode_token_row); }
+EXPORT int decode(const CodecArguments *arguments) { return each_row(arguments, decode_row); }

@@ -1,34 +1,88 @@
-"""The codec on the CPU: `codec.c` behind the Python signature of the references."""
+"""The codec on the CPU: `codec.c` behind the Python signatures of the references."""
 
 import struct
 
 import torch
 
+from ..codes import CODE_RANGES, code_width
 from ..compile import CKernel
-from ..operands import KINDS, broadcast_strides
-from .reference import encode_reference, encode_token_reference
+from ..operands import FLOAT_KINDS, KINDS, broadcast_strides
+from .reference import decode_reference, encode_reference, encode_token_reference
 
-CODEC_KERNEL = CKernel("codec", ("ops/vector.h", "ops/codec/codec.c"), ("encode", "encode_token"))
-_pack_encode = struct.Struct("24q").pack
+CODEC_KERNEL = CKernel(
+    "codec", ("ops/vector.h", "ops/rounding.h", "ops/codec/codec.c"), ("encode", "encode_token", "decode")
+)
+_pack_codec = struct.Struct("39q").pack
 _NO_STRIDES = (0, 0, 0, 0)
+_NO_ROPE = (0, 0, 0), (0, 0), (0, 0)
+_Rope = tuple[tuple[int, int, int], tuple[int, ...], tuple[int, ...]]
+_MaybeTensor = torch.Tensor | None
 
 
-def _encode_operands(x: torch.Tensor, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both as the kernel reads and writes them: a dtype that it loads, the last dimension contiguous."""
-    if codes.shape != x.shape or codes.dtype != torch.int8 or x.dim() != 4:
-        raise ValueError(f"codes must be int8 {tuple(x.shape)} as x is, not {codes.dtype} {tuple(codes.shape)}")
-    if x.dtype not in KINDS or x.dtype == torch.int8:
+def _loadable(x: torch.Tensor) -> torch.Tensor:
+    """`x` as the kernel reads it: a dtype that it loads, the last dimension contiguous."""
+    if x.dtype not in FLOAT_KINDS:
         x = x.float()
-    if x.stride(3) != 1:
-        x = x.contiguous()
-    return x, codes if codes.stride(3) == 1 else torch.empty_like(codes, memory_format=torch.contiguous_format)
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _row_part(part: torch.Tensor, shape: tuple[int, ...]) -> tuple[torch.Tensor, tuple[int, ...]]:
-    """A scale or zero as float32, and its strides broadcast to `shape`; the last is 0 or 1."""
-    if part.dtype != torch.float32 or (part.dim() and part.stride(-1) != 1):
-        part = part.float().contiguous()
-    return part, broadcast_strides(part, shape)
+def _check_codes(x: torch.Tensor, codes: torch.Tensor, position: torch.Tensor | None) -> None:
+    if codes.dtype not in CODE_RANGES or x.dim() != 4 or codes.dim() != 4:
+        raise ValueError(
+            f"x {tuple(x.shape)} cannot become {codes.dtype} {tuple(codes.shape)}: not codes of 4 dimensions"
+        )
+    batch, heads, tokens, width = x.shape
+    if codes.dtype == torch.uint8:
+        if width % 2:
+            raise ValueError(f"int4 codes lie two in a byte, and x has {width} channels")
+        width //= 2
+    expected = (batch, heads, codes.shape[2] if position is not None else tokens, width)
+    if codes.shape != expected:
+        raise ValueError(
+            f"codes must be {str(codes.dtype)[6:]} {expected} for x {tuple(x.shape)}, not {tuple(codes.shape)}"
+        )
+
+
+def _rope(x: torch.Tensor, cos: _MaybeTensor, sin: _MaybeTensor) -> tuple[_MaybeTensor, _MaybeTensor, _Rope]:
+    """cos and sin as the kernel reads them, and their addresses and kind, and their strides over batch and tokens."""
+    if cos is None or sin is None:
+        return None, None, _NO_ROPE
+    batch, _, tokens, width = x.shape
+    if cos.shape != sin.shape or cos.shape[1:] != (tokens, width) or cos.shape[0] not in (1, batch) or width < 2:
+        raise ValueError(f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)} do not belong to x {tuple(x.shape)}")
+    if cos.dtype != sin.dtype:
+        cos, sin = cos.float(), sin.float()
+    cos, sin = _loadable(cos), _loadable(sin)
+    strides = tuple((0 if part.shape[0] == 1 else part.stride(0), part.stride(1)) for part in (cos, sin))
+    return cos, sin, ((cos.data_ptr(), sin.data_ptr(), FLOAT_KINDS[cos.dtype]), *strides)
+
+
+def _static_part(
+    part: torch.Tensor, batch: int, heads: int, tokens: int, width: int
+) -> tuple[torch.Tensor, int, tuple[int, ...]]:
+    """A static scale or zero as float32, its groups of channels, and its strides over batch, heads, tokens and groups.
+
+    Raises:
+        ValueError: it does not broadcast to the rows, or its groups do not divide the channels.
+    """
+    if part.dtype != torch.float32:
+        part = part.float()
+    groups = part.shape[-1] if part.dim() else 1
+    if groups > 1 and part.stride(-1) != 1:
+        part = part.contiguous()
+    if not groups or width % groups:
+        raise ValueError(f"{groups} groups of a scale or zero {tuple(part.shape)} do not divide {width} channels")
+    if part.dim() == 3 and part.shape[1] == 1 and part.shape[0] == heads:  # what a cache has, without the loop
+        return part, groups, (0, part.stride(0), 0, groups > 1)
+    return part, groups, broadcast_strides(part, (batch, heads, tokens, groups))
+
+
+def _raise_failure(failed: int, position: torch.Tensor | None, tokens: int, capacity: int) -> None:
+    if failed == 1:
+        raise MemoryError("the codec on the CPU found no memory for its scratch")
+    if position is None:
+        raise ValueError(f"{tokens} tokens do not fit into {capacity}")
+    raise IndexError(f"{tokens} tokens from position {position.item()} on do not fit into storage of {capacity}")
 
 
 def encode_cpu(
@@ -40,30 +94,56 @@ def encode_cpu(
     sin: torch.Tensor | None = None,
     position: torch.Tensor | None = None,
 ) -> None:
-    """`encode_reference` in C."""
+    """`encode_reference` in C.
+
+    Raises:
+        ValueError: shapes or dtypes that do not go together.
+        IndexError: `position` is such that the tokens do not fit into the storage.
+        MemoryError: no room for the scratch of the threads.
+    """
     run = CODEC_KERNEL.load().get("encode")
     if run is None:
         return encode_reference(x, scale, zero, codes, cos, sin, position)
-    values, target = _encode_operands(x, codes)
-    shape = values.shape
-    scale, scale_strides = _row_part(scale, shape)
-    zero_strides: tuple[int, ...] = _NO_STRIDES
+    _check_codes(x, codes, position)
+    x, shape, capacity = _loadable(x), x.shape, codes.shape[2]
+    scale, groups, scale_strides = _static_part(scale, *shape)
+    zero_groups, zero_strides = 1, _NO_STRIDES
     if zero is not None:
-        zero, zero_strides = _row_part(zero, shape)
-    arguments = _pack_encode(
-        values.data_ptr(),
-        target.data_ptr(),
-        scale.data_ptr(),
-        0 if zero is None else zero.data_ptr(),
-        KINDS[values.dtype],
-        *values.shape,
-        torch.get_num_threads(),
-        *values.stride()[:3],
-        *target.stride()[:3],
-        *scale_strides,
-        *zero_strides,
+        zero, zero_groups, zero_strides = _static_part(zero, *shape)
+    cos, sin, ((cos_at, sin_at, rope_kind), cos_strides, sin_strides) = _rope(x, cos, sin)
+    if position is not None and position.dtype != torch.int64:
+        position = position.long()
+    target = codes if codes.stride(3) == 1 else codes.contiguous()
+    failed = run(
+        _pack_codec(
+            x.data_ptr(),
+            target.data_ptr(),
+            scale.data_ptr(),
+            0 if zero is None else zero.data_ptr(),
+            cos_at,
+            sin_at,
+            0 if position is None else position.data_ptr(),
+            KINDS[x.dtype],
+            KINDS[codes.dtype],
+            1,
+            1,
+            rope_kind,
+            *shape,
+            capacity,
+            groups,
+            zero_groups,
+            1,
+            torch.get_num_threads(),
+            *x.stride()[:3],
+            *target.stride()[:3],
+            *scale_strides,
+            *zero_strides,
+            *cos_strides,
+            *sin_strides,
+        )
     )
-    run(arguments)
+    if failed:
+        _raise_failure(failed, position, shape[2], capacity)
     if target is not codes:
         codes.copy_(target)
     return None
@@ -78,27 +158,126 @@ def encode_token_cpu(
     sin: torch.Tensor | None = None,
     position: torch.Tensor | None = None,
 ) -> None:
-    """`encode_token_reference` in C."""
+    """`encode_token_reference` in C.
+
+    Raises:
+        ValueError: shapes or dtypes that do not go together.
+        IndexError: `position` is such that the tokens do not fit into the storage.
+        MemoryError: no room for the scratch of the threads.
+    """
     run = CODEC_KERNEL.load().get("encode_token")
-    if run is None or x.numel() == 0:
+    if run is None:
         return encode_token_reference(x, codes, scale, zero, cos, sin, position)
-    if scale.shape != (*x.shape[:3], 1) or scale.dtype != torch.float32:
-        raise ValueError(f"scale must be float32 {(*x.shape[:3], 1)}, not {scale.dtype} {tuple(scale.shape)}")
-    values, target = _encode_operands(x, codes)
-    arguments = _pack_encode(
-        values.data_ptr(),
-        target.data_ptr(),
-        scale.data_ptr(),
-        0,
-        KINDS[values.dtype],
-        *values.shape,
-        torch.get_num_threads(),
-        *values.stride()[:3],
-        *target.stride()[:3],
-        *scale.stride(),
-        *_NO_STRIDES,
+    _check_codes(x, codes, position)
+    x, shape, capacity = _loadable(x), x.shape, codes.shape[2]
+    groups = scale.shape[-1]
+    if scale.shape != (*codes.shape[:3], groups) or not groups or shape[3] % groups:
+        raise ValueError(
+            f"scale {tuple(scale.shape)} does not belong to codes {tuple(codes.shape)} of x {tuple(shape)}"
+        )
+    if zero is not None and zero.shape != scale.shape:
+        raise ValueError(f"zero {tuple(zero.shape)} must be of the shape of scale, {tuple(scale.shape)}")
+    for part in (scale, zero):
+        if part is not None and part.dtype not in (torch.float32, torch.float16):
+            raise ValueError(f"scale and zero are written as float32 or float16, not {part.dtype}")
+    cos, sin, ((cos_at, sin_at, rope_kind), cos_strides, sin_strides) = _rope(x, cos, sin)
+    if position is not None and position.dtype != torch.int64:
+        position = position.long()
+    target = codes if codes.stride(3) == 1 else codes.contiguous()
+    failed = run(
+        _pack_codec(
+            x.data_ptr(),
+            target.data_ptr(),
+            scale.data_ptr(),
+            0 if zero is None else zero.data_ptr(),
+            cos_at,
+            sin_at,
+            0 if position is None else position.data_ptr(),
+            KINDS[x.dtype],
+            KINDS[codes.dtype],
+            KINDS[scale.dtype],
+            1 if zero is None else KINDS[zero.dtype],
+            rope_kind,
+            *shape,
+            capacity,
+            groups,
+            groups,
+            1,
+            torch.get_num_threads(),
+            *x.stride()[:3],
+            *target.stride()[:3],
+            *scale.stride(),
+            *(_NO_STRIDES if zero is None else zero.stride()),
+            *cos_strides,
+            *sin_strides,
+        )
     )
-    run(arguments)
+    if failed:
+        _raise_failure(failed, position, shape[2], capacity)
     if target is not codes:
         codes.copy_(target)
     return None
+
+
+def _grouped_part(
+    part: torch.Tensor | None, shape: tuple[int, ...], token_group: int
+) -> tuple[torch.Tensor | None, int, tuple[int, ...]]:
+    """As `_static_part`, for rows of which each serves `token_group` tokens."""
+    if part is None:
+        return None, 1, _NO_STRIDES
+    batch, heads, tokens, width = shape
+    return _static_part(part, batch, heads, -(-tokens // token_group), width)
+
+
+def decode_cpu(
+    codes: torch.Tensor, scale: torch.Tensor | None, zero: torch.Tensor | None, token_group: int = 1
+) -> torch.Tensor:
+    """`decode_reference` in C.
+
+    Raises:
+        ValueError: shapes or dtypes that do not go together.
+        MemoryError: no room for the scratch of the threads.
+    """
+    run = CODEC_KERNEL.load().get("decode")
+    if run is None:
+        return decode_reference(codes, scale, zero, token_group)
+    if codes.dim() != 4 or token_group < 1:
+        raise ValueError(f"codes must have 4 dimensions and token_group be positive, not {codes.dim()}, {token_group}")
+    if codes.dtype not in KINDS:
+        codes = codes.float()
+    if codes.stride(3) != 1:
+        codes = codes.contiguous()
+    shape = (*codes.shape[:3], code_width(codes))
+    scale, groups, scale_strides = _grouped_part(scale, shape, token_group)
+    zero, zero_groups, zero_strides = _grouped_part(zero, shape, token_group)
+    output = torch.empty(shape)
+    failed = run(
+        _pack_codec(
+            output.data_ptr(),
+            codes.data_ptr(),
+            0 if scale is None else scale.data_ptr(),
+            0 if zero is None else zero.data_ptr(),
+            0,
+            0,
+            0,
+            1,
+            KINDS[codes.dtype],
+            1,
+            1,
+            0,
+            *shape,
+            shape[2],
+            groups,
+            zero_groups,
+            token_group,
+            torch.get_num_threads(),
+            *output.stride()[:3],
+            *codes.stride()[:3],
+            *scale_strides,
+            *zero_strides,
+            *_NO_STRIDES,
+        )
+    )
+    if failed:
+        _raise_failure(failed, None, shape[2], shape[2])
+    return output

@@ -17,7 +17,7 @@ enum {
     BLOCK_COLUMNS = 64,
     BLOCK_DEPTH = 256,          /* words of the depth, of which each holds one float, two int16 or four int8 */
     DOT_ROWS = 4,               /* rows of x that share a load of a weight */
-    DOT_LIMIT = 12,             /* up to so many rows `dot` is faster */
+    DOT_LIMIT = 16,             /* up to so many rows `dot` is faster */
     DOT_GRAIN = 32,             /* output channels that a thread takes at a time */
     SMALL = 1 << 18,            /* products below which a second thread costs more than it brings */
     SMALL_X = 1 << 14,          /* values of x, likewise */

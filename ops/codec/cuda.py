@@ -69,10 +69,8 @@ def _part_values(part, batch, group, row, inside, channels, WIDTH: tl.constexpr)
 @jit()
 def _written_token(position, token, capacity, inside):
     """The token of the storage to which a new one goes, and whether the storage has it."""
-    if position is not None:
-        target = tl.load(position).to(tl.int64) + token
-    else:
-        target = token.to(tl.int64)
+    start = tl.load(position).to(tl.int64) if position is not None else 0
+    target = token.to(tl.int64) + start
     return target, inside & (target >= 0) & (target < capacity)
 
 

@@ -10,6 +10,14 @@ from .cpu import (
     linear_w8a8_dynamic_cpu,
     linear_weight_only_cpu,
 )
+from .cuda import (
+    LINEAR_CUDA,
+    WEIGHT_ONLY_CUDA,
+    linear_fp8_cuda,
+    linear_w8a8_cuda,
+    linear_w8a8_dynamic_cuda,
+    linear_weight_only_cuda,
+)
 from .npu import (
     LINEAR_DYNAMIC_NPU,
     LINEAR_FP8_NPU,
@@ -57,6 +65,10 @@ implement("linear_w8a8", "CPU", linear_w8a8_cpu, LINEAR_KERNEL.description)
 implement("linear_w8a8_dynamic", "CPU", linear_w8a8_dynamic_cpu, LINEAR_KERNEL.description)
 implement("linear_weight_only", "CPU", linear_weight_only_cpu, LINEAR_KERNEL.description)
 implement("linear_fp8", "CPU", linear_fp8_cpu, LINEAR_KERNEL.description)
+implement("linear_w8a8", "CUDA", linear_w8a8_cuda, LINEAR_CUDA)
+implement("linear_w8a8_dynamic", "CUDA", linear_w8a8_dynamic_cuda, LINEAR_CUDA)
+implement("linear_weight_only", "CUDA", linear_weight_only_cuda, WEIGHT_ONLY_CUDA)
+implement("linear_fp8", "CUDA", linear_fp8_cuda, LINEAR_CUDA)
 implement("linear_w8a8", "PrivateUse1", linear_w8a8_npu, LINEAR_NPU)
 implement("linear_w8a8_dynamic", "PrivateUse1", linear_w8a8_dynamic_npu, LINEAR_DYNAMIC_NPU)
 implement("linear_weight_only", "PrivateUse1", linear_weight_only_npu, LINEAR_WEIGHT_ONLY_NPU)

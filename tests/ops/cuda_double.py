@@ -16,7 +16,7 @@ import torch
 
 from octavo.ops.cuda import GPUS, Gpu, tl, triton
 
-MODULES = ("octavo.ops.cuda", "octavo.ops.attention.cuda", "octavo.ops.codec.cuda")
+MODULES = ("octavo.ops.cuda", "octavo.ops.attention.cuda", "octavo.ops.codec.cuda", "octavo.ops.linear.cuda")
 LANGUAGE = ("triton.language", "triton.language.standard")
 """Where Triton keeps functions of its language that are kernels themselves, as `tl.sum`."""
 CPU = torch.device("cpu")
@@ -63,6 +63,17 @@ def _mended_product(product: Callable) -> Callable:
     return create_dot
 
 
+def _mended_cast(cast: Callable) -> Callable:
+    """The interpreter's cast, which takes an integer for the bits of a bfloat16."""
+
+    def cast_impl(self: Any, source: Any, target: Any) -> Any:
+        if target.scalar.name == "bf16" and not source.dtype.is_floating():
+            source = cast(self, source, tl.float32)
+        return cast(self, source, target)
+
+    return cast_impl
+
+
 @contextmanager
 def interpreted(capability: int = 90, processors: int = 4) -> Iterator[None]:
     """Kernels run by the interpreter, as for a GPU of this capability and number of multiprocessors."""
@@ -75,6 +86,7 @@ def interpreted(capability: int = 90, processors: int = 4) -> Iterator[None]:
         patch.setattr(interpreter, "_patch_lang", lambda function: SimpleNamespace(restore=lambda: None))
         patch.setattr(interpreter, "_convert_float", _converted)
         builder = interpreter.InterpreterBuilder
+        patch.setattr(builder, "cast_impl", _mended_cast(builder.cast_impl))
         patch.setattr(builder, "create_dot", _mended_product(builder.create_dot))
         gpu = Gpu(capability, processors)
         with _exchanged(gpu, MODULES + LANGUAGE, lambda kernel: interpreter.InterpretedFunction(kernel.fn)):

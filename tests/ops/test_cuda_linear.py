@@ -1,0 +1,249 @@
+"""The linears of CUDA GPUs against their references: integer sums bit for bit, float sums within rounding."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from octavo.ops import linear_fp8, linear_w8a8, linear_w8a8_dynamic, linear_weight_only
+from octavo.ops.codes import pack_int4
+from octavo.ops.linear.cuda import (
+    linear_fp8_cuda,
+    linear_w8a8_cuda,
+    linear_w8a8_dynamic_cuda,
+    linear_weight_only_cuda,
+)
+from octavo.ops.linear.reference import (
+    WEIGHT_BLOCK,
+    linear_fp8_reference,
+    linear_w8a8_dynamic_reference,
+    linear_w8a8_reference,
+    linear_weight_only_reference,
+)
+
+from ..tolerances import TOLERANCES
+from .cuda_double import compiled, interpreted, needs_gpu, needs_triton
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+ROWS, COLUMNS = st.sampled_from([1, 3, 16, 20, 70]), st.sampled_from([1, 17, 40, 130])
+
+
+def static_layer(depth: int, columns: int) -> tuple[torch.Tensor, ...]:
+    """Random weight, input scale and offset, bias and dequantization scale of a layer."""
+    return (
+        torch.randint(-128, 128, (columns, depth), dtype=torch.int8),
+        torch.rand(1) * 0.05 + 0.005,
+        torch.randint(-50, 50, (1,)).float(),
+        torch.randint(-10000, 10000, (columns,), dtype=torch.int32),
+        torch.rand(columns) * 0.01,
+    )
+
+
+def packed_layer(depth: int, columns: int, groups: int, is_int4: bool, has_zero: bool) -> tuple:
+    """Random weight, scale, zero and bias of a weight-only layer."""
+    codes = torch.randint(-8, 8, (columns, depth)) if is_int4 else torch.randint(-128, 128, (columns, depth))
+    weight = pack_int4(codes, WEIGHT_BLOCK) if is_int4 else codes.to(torch.int8)
+    zero = torch.randn(columns, groups) * 3 if has_zero else None
+    return weight, (torch.rand(columns, groups) + 0.5).half(), zero, torch.randn(columns)
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Within what sums in another order and the rounding of the result to its dtype allow."""
+    assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
+    difference = (actual.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)
+    assert difference <= TOLERANCES[f"cuda linear {str(actual.dtype)[6:]}"]
+
+
+@needs_triton
+@settings(max_examples=15, deadline=None)
+@given(
+    rows=ROWS,
+    depth=st.sampled_from([16, 77, 256, 300]),
+    columns=COLUMNS,
+    dtype=st.sampled_from(FLOATS),
+    is_static=st.booleans(),
+    has_bias=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_integer_sums_equal_the_reference(
+    rows: int, depth: int, columns: int, dtype: torch.dtype, is_static: bool, has_bias: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    x = torch.randn(rows, depth).to(dtype)
+    static = static_layer(depth, columns)
+    dynamic = (static[0], static[4], torch.randn(columns).to(dtype) if has_bias else None)
+    with interpreted():
+        actual = linear_w8a8_cuda(x, *static) if is_static else linear_w8a8_dynamic_cuda(x, *dynamic)
+    expected = linear_w8a8_reference(x, *static) if is_static else linear_w8a8_dynamic_reference(x, *dynamic)
+    assert torch.equal(actual, expected)
+
+
+@needs_triton
+@settings(max_examples=20, deadline=None)
+@given(
+    rows=ROWS,
+    shape=st.sampled_from([(64, 1), (64, 2), (256, 2), (256, 8), (96, 3), (384, 1)]),
+    columns=COLUMNS,
+    dtype=st.sampled_from(FLOATS),
+    is_int4=st.booleans(),
+    has_zero=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_float_times_codes_equals_the_reference(
+    rows: int, shape: tuple[int, int], columns: int, dtype: torch.dtype, is_int4: bool, has_zero: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    x = torch.randn(shape[0], rows).T.to(dtype)  # strided
+    arguments = packed_layer(shape[0], columns, shape[1], is_int4, has_zero)
+    with interpreted():
+        actual = linear_weight_only_cuda(x, *arguments)
+    assert_close(actual, linear_weight_only_reference(x, *arguments))
+
+
+@needs_triton
+@settings(max_examples=15, deadline=None)
+@given(
+    rows=ROWS,
+    depth=st.sampled_from([16, 77, 256, 300]),
+    columns=COLUMNS,
+    dtype=st.sampled_from(FLOATS),
+    is_static=st.booleans(),
+    is_per_tensor=st.booleans(),
+    capability=st.sampled_from([80, 90]),
+    seed=st.integers(0, 1000),
+)
+def test_fp8_equals_the_reference(
+    rows: int,
+    depth: int,
+    columns: int,
+    dtype: torch.dtype,
+    is_static: bool,
+    is_per_tensor: bool,
+    capability: int,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    x, weight = torch.randn(rows, depth).to(dtype), torch.randn(columns, depth).to(torch.float8_e4m3fn)
+    scale = torch.rand(1 if is_per_tensor else columns) + 0.1
+    arguments = (weight, scale, torch.rand(1) * 0.1 + 0.01 if is_static else None, torch.randn(columns))
+    with interpreted(capability):
+        actual = linear_fp8_cuda(x, *arguments)
+    assert_close(actual, linear_fp8_reference(x, *arguments))
+
+
+@needs_triton
+def test_leading_dimensions_are_kept_and_no_tokens_are_no_work() -> None:
+    arguments = static_layer(48, 20)
+    x = torch.randn(5, 2, 48).transpose(0, 1)
+    with interpreted():
+        assert torch.equal(linear_w8a8_cuda(x, *arguments), linear_w8a8_reference(x, *arguments))
+        for call in (linear_w8a8_cuda, linear_w8a8_reference):
+            assert call(torch.empty(2, 0, 48), *arguments).shape == (2, 0, 20)
+
+
+@needs_triton
+def test_what_is_no_number_stays_none() -> None:
+    x = torch.ones(2, 64)
+    x[1, 3] = float("nan")
+    weight, scale = torch.ones((4, 64), dtype=torch.int8), torch.ones(4)
+    with interpreted():
+        outputs = (
+            linear_w8a8_dynamic_cuda(x, weight, scale, None),
+            linear_weight_only_cuda(x, weight, scale[:, None], None, None),
+            linear_fp8_cuda(x, weight.to(torch.float8_e4m3fn), scale, None, None),
+        )
+    for output in outputs:
+        assert output[0].isfinite().all() and output[1].isnan().all()
+
+
+@needs_triton
+def test_what_does_not_go_together_is_refused() -> None:
+    with interpreted():
+        with pytest.raises(ValueError, match="do not go together"):
+            linear_w8a8_cuda(torch.randn(2, 65), *static_layer(64, 32))
+        with pytest.raises(ValueError, match="quant_bias must be"):
+            linear_w8a8_cuda(torch.randn(2, 64), *static_layer(64, 32)[:3], *static_layer(64, 31)[3:])
+        with pytest.raises(ValueError, match="multiple of 32"):
+            linear_weight_only_cuda(
+                torch.randn(2, 96), *packed_layer(96, 8, 2, True, False)[:1], torch.ones(8, 6), None, None
+            )
+        with pytest.raises(ValueError, match="float8_e4m3fn"):
+            linear_fp8_cuda(torch.randn(2, 64), torch.ones(8, 64), torch.ones(8), None, None)
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_compile(capability: int) -> None:
+    fp8 = torch.empty((4096, 4096), dtype=torch.float8_e4m3fn)
+    scale = torch.empty(4096)
+    with compiled(capability) as kernels:
+        for rows in (1, 512):
+            x = torch.empty((rows, 4096), dtype=torch.bfloat16)
+            weight = torch.empty((4096, 4096), dtype=torch.int8)
+            linear_w8a8_dynamic_cuda(x, weight, scale, None)
+            linear_weight_only_cuda(x, weight, scale[:, None], None, None)
+            linear_fp8_cuda(x, fp8, scale, None, None)
+            packed, steps = torch.empty((4096, 2048), dtype=torch.uint8), torch.empty((4096, 32), dtype=torch.float16)
+            linear_weight_only_cuda(x, packed, steps, steps, None)
+        linear_w8a8_cuda(x, weight, scale[:1], scale[:1], torch.empty(4096, dtype=torch.int32), scale)
+        linear_weight_only_cuda(x.float(), packed, steps, None, scale)
+    assert len(kernels) == 15
+    assert all(kernel.metadata.shared <= 99 * 1024 for kernel in kernels if capability == 89)
+
+
+def on_gpu(arguments: tuple) -> tuple:
+    return tuple(argument.cuda() if isinstance(argument, torch.Tensor) else argument for argument in arguments)
+
+
+@needs_gpu
+@pytest.mark.parametrize("rows", [1, 5, 16, 100, 1000])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_on_a_gpu(rows: int, dtype: torch.dtype) -> None:
+    """Real shapes."""
+    torch.manual_seed(0)
+    x = torch.randn(rows, 4096).to(dtype)
+    static = static_layer(4096, 1030)
+    fp8 = torch.randn(1030, 4096).to(torch.float8_e4m3fn)
+    exact = (
+        (linear_w8a8, linear_w8a8_reference, static),
+        (linear_w8a8_dynamic, linear_w8a8_dynamic_reference, (static[0], static[4], None)),
+    )
+    for op, reference, arguments in exact:
+        assert torch.equal(op(x.cuda(), *on_gpu(arguments)).cpu(), reference(x, *arguments))
+    layers = [packed_layer(4096, 1030, groups, is_int4, True) for groups in (1, 32, 128) for is_int4 in (True, False)]
+    for arguments in layers:
+        actual = linear_weight_only(x.cuda(), *on_gpu(arguments)).cpu()
+        assert_close(actual, linear_weight_only_reference(x, *arguments))
+    for scale in (None, torch.full((1,), 0.01)):
+        arguments = (fp8, static[4], scale, torch.randn(1030))
+        assert_close(linear_fp8(x.cuda(), *on_gpu(arguments)).cpu(), linear_fp8_reference(x, *arguments))
+
+
+def gpu_calls() -> list[tuple[Callable, tuple]]:
+    weight, scale = torch.randint(-128, 128, (64, 128), dtype=torch.int8), torch.rand(64)
+    return [
+        (linear_w8a8, static_layer(128, 64)),
+        (linear_w8a8_dynamic, (weight, scale, None)),
+        (linear_weight_only, (weight, scale[:, None], None, scale)),
+        (linear_fp8, (weight.to(torch.float8_e4m3fn), scale, None, None)),
+    ]
+
+
+@needs_gpu
+@pytest.mark.parametrize("index", range(4))
+def test_opcheck_compile_and_graph_on_a_gpu(index: int) -> None:
+    op, arguments = gpu_calls()[index]
+    arguments = on_gpu(arguments)
+    x = torch.randn(3, 128, dtype=torch.bfloat16, device="cuda")
+    torch.library.opcheck(op.default, (x, *arguments))
+    expected = op(x, *arguments)
+    compiled_op = torch.compile(lambda values: op(values, *arguments) * 1, fullgraph=True)
+    assert torch.equal(compiled_op(x), expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = op(x, *arguments)
+    x.copy_(x * 2)
+    graph.replay()
+    assert torch.equal(output, op(x, *arguments))

@@ -18,6 +18,8 @@ typedef struct {
 /* Floats of one row; each has room for a multiple of 8. */
 typedef struct {
     float *values, *plain, *cos, *sin, *scale, *zero;
+    uint8_t *bytes;                  /* codes before they are packed */
+    int64_t scale_index, zero_index; /* where `scale` and `zero` came from: rows that share them load them once */
 } Buffers;
 
 typedef struct {
@@ -74,20 +76,20 @@ INLINE void rotate(float *to, const float *from, const float *partner, float sig
 }
 
 /* A row of x in float32, after RoPE where there is cos. */
-static void load_values(const CodecArguments *a, Row row, Buffers to) {
+static void load_values(const CodecArguments *a, Row row, Buffers *to) {
     const char *x = element(a->x, index_of(a->x_stride, row.b, row.g, row.s), a->x_kind);
     int64_t width = a->shape[3], second = width / 2, first = width - second;
     if (!a->cos) {
-        load_row(x, width, a->x_kind, to.values);
+        load_row(x, width, a->x_kind, to->values);
         return;
     }
     int64_t cos = row.b * a->cos_stride[0] + row.s * a->cos_stride[1];
     int64_t sin = row.b * a->sin_stride[0] + row.s * a->sin_stride[1];
-    load_row(x, width, a->x_kind, to.plain);
-    load_row(element(a->cos, cos, a->rope_kind), width, a->rope_kind, to.cos);
-    load_row(element(a->sin, sin, a->rope_kind), width, a->rope_kind, to.sin);
-    rotate(to.values, to.plain, to.plain + first, -1.0f, to.cos, to.sin, second);
-    rotate(to.values + second, to.plain + second, to.plain, 1.0f, to.cos + second, to.sin + second, first);
+    load_row(x, width, a->x_kind, to->plain);
+    load_row(element(a->cos, cos, a->rope_kind), width, a->rope_kind, to->cos);
+    load_row(element(a->sin, sin, a->rope_kind), width, a->rope_kind, to->sin);
+    rotate(to->values, to->plain, to->plain + first, -1.0f, to->cos, to->sin, second);
+    rotate(to->values + second, to->plain + second, to->plain, 1.0f, to->cos + second, to->sin + second, first);
 }
 
 INLINE void fill(float *to, int64_t count, float value) {
@@ -136,23 +138,23 @@ INLINE void find_extremes(const float *values, int64_t count, float *smallest, f
 }
 
 /* Scale and zero of each group of channels of a token, stored, and spread over the channels. */
-static void choose_scales(const CodecArguments *a, Row row, Buffers at) {
+static void choose_scales(const CodecArguments *a, Row row, Buffers *at) {
     int64_t size = a->shape[3] / a->scale_groups;
     int64_t scale_index = index_of(a->scale_stride, row.b, row.g, row.at);
     int64_t zero_index = index_of(a->zero_stride, row.b, row.g, row.at);
     float low = smallest_code(a->code_kind), high = largest_code(a->code_kind);
     for (int64_t group = 0; group < a->scale_groups; group++) {
         float smallest, largest;
-        find_extremes(at.values + group * size, size, &smallest, &largest);
+        find_extremes(at->values + group * size, size, &smallest, &largest);
         float magnitude = largest > -smallest ? largest : -smallest;
         float step = a->zero ? (largest - smallest) / (high - low) : magnitude / high;
         step = step < 0x1p-23f ? 0x1p-23f : step; /* NaN stays */
         step = store_number(a->scale, scale_index + group * a->scale_stride[3], a->scale_kind, step);
-        fill(at.scale + group * size, size, step);
+        fill(at->scale + group * size, size, step);
         if (a->zero) {
             float offset = low - smallest / step;
             offset = store_number(a->zero, zero_index + group * a->zero_stride[3], a->zero_kind, offset);
-            fill(at.zero + group * size, size, offset);
+            fill(at->zero + group * size, size, offset);
         }
     }
 }
@@ -168,10 +170,11 @@ INLINE void store_bytes(uint8_t *to, i32x8 words) {
 #endif
 }
 
-/* Numbers in units of codes, rounded, as bytes; int4 codes plus 8. */
-INLINE void round_row(const float *values, int64_t width, int kind, uint8_t *to) {
-    for (int64_t d = 0; d < width; d += 8) {
-        f32x8 x = load_f32(values + d);
+/* The values of a row by its scales and zeros, rounded, as bytes; int4 codes plus 8. */
+INLINE void round_row(const CodecArguments *a, Buffers *at, int kind) {
+    for (int64_t d = 0; d < a->shape[3]; d += 8) {
+        f32x8 x = load_f32(at->values + d) / load_f32(at->scale + d);
+        if (a->zero) x += load_f32(at->zero + d);
         i32x8 codes;
         if (kind == KIND_INT8)
             codes = __builtin_convertvector(round_to_code(x), i32x8);
@@ -180,70 +183,65 @@ INLINE void round_row(const float *values, int64_t width, int kind, uint8_t *to)
                                             i32x8);
         else
             codes = (i32x8)to_fp8(x, kind == KIND_FLOAT8_E4M3 ? E4M3 : E5M2);
-        store_bytes(to + d, codes);
+        store_bytes(at->bytes + d, codes);
     }
 }
 
-/* The values of a row by its scales and zeros, as codes. `bytes` is room for them before they are packed. */
-static void store_codes(const CodecArguments *a, Row row, Buffers at, uint8_t *bytes) {
+static void store_codes(const CodecArguments *a, Row row, Buffers *at) {
     int64_t width = a->shape[3];
     uint8_t *to = (uint8_t *)a->codes + index_of(a->codes_stride, row.b, row.g, row.at);
-    for (int64_t d = 0; d < width; d += 8) {
-        f32x8 scaled = load_f32(at.values + d) / load_f32(at.scale + d);
-        store_f32(at.values + d, a->zero ? scaled + load_f32(at.zero + d) : scaled);
-    }
     switch (a->code_kind) {
-    case KIND_INT8: round_row(at.values, width, KIND_INT8, bytes); break;
-    case KIND_FLOAT8_E4M3: round_row(at.values, width, KIND_FLOAT8_E4M3, bytes); break;
-    case KIND_FLOAT8_E5M2: round_row(at.values, width, KIND_FLOAT8_E5M2, bytes); break;
+    case KIND_INT8: round_row(a, at, KIND_INT8); break;
+    case KIND_FLOAT8_E4M3: round_row(a, at, KIND_FLOAT8_E4M3); break;
+    case KIND_FLOAT8_E5M2: round_row(a, at, KIND_FLOAT8_E5M2); break;
     default:
-        round_row(at.values, width, KIND_INT4, bytes);
-        for (int64_t i = 0; i < width / 2; i++) to[i] = (uint8_t)(bytes[i] | bytes[width / 2 + i] << 4);
+        round_row(a, at, KIND_INT4);
+        for (int64_t i = 0; i < width / 2; i++) to[i] = (uint8_t)(at->bytes[i] | at->bytes[width / 2 + i] << 4);
         return;
     }
-    memcpy(to, bytes, (size_t)width);
+    memcpy(to, at->bytes, (size_t)width);
 }
 
-static void load_scales(const CodecArguments *a, Row row, Buffers to) {
+static void load_scales(const CodecArguments *a, Row row, Buffers *to) {
     int64_t width = a->shape[3], token = row.s / a->token_group;
-    if (a->scale)
-        load_spread(a->scale, index_of(a->scale_stride, row.b, row.g, token), a->scale_stride[3], a->scale_kind,
-                    a->scale_groups, width, to.scale);
-    if (a->zero)
-        load_spread(a->zero, index_of(a->zero_stride, row.b, row.g, token), a->zero_stride[3], a->zero_kind,
-                    a->zero_groups, width, to.zero);
+    int64_t scale = index_of(a->scale_stride, row.b, row.g, token);
+    int64_t zero = index_of(a->zero_stride, row.b, row.g, token);
+    if (a->scale && scale != to->scale_index)
+        load_spread(a->scale, scale, a->scale_stride[3], a->scale_kind, a->scale_groups, width, to->scale);
+    if (a->zero && zero != to->zero_index)
+        load_spread(a->zero, zero, a->zero_stride[3], a->zero_kind, a->zero_groups, width, to->zero);
+    to->scale_index = scale, to->zero_index = zero;
 }
 
-static void encode_row(const CodecArguments *a, Row row, Buffers at, uint8_t *bytes) {
+static void encode_row(const CodecArguments *a, Row row, Buffers *at) {
     load_values(a, row, at);
     load_scales(a, row, at);
-    store_codes(a, row, at, bytes);
+    store_codes(a, row, at);
 }
 
-static void encode_token_row(const CodecArguments *a, Row row, Buffers at, uint8_t *bytes) {
+static void encode_token_row(const CodecArguments *a, Row row, Buffers *at) {
     load_values(a, row, at);
     choose_scales(a, row, at);
-    store_codes(a, row, at, bytes);
+    store_codes(a, row, at);
 }
 
 /* Codes are `codes` here, too, and x the float32 output. */
-static void decode_row(const CodecArguments *a, Row row, Buffers at, uint8_t *bytes) {
-    (void)bytes;
+static void decode_row(const CodecArguments *a, Row row, Buffers *at) {
     int64_t width = a->shape[3];
     load_row(element(a->codes, index_of(a->codes_stride, row.b, row.g, row.s), a->code_kind), width, a->code_kind,
-             at.values);
+             at->values);
     load_scales(a, row, at);
     float *to = (float *)a->x + index_of(a->x_stride, row.b, row.g, row.s);
     for (int64_t d = 0; d < width; d += 8) {
-        f32x8 x = load_f32(at.values + d);
-        if (a->zero) x -= load_f32(at.zero + d);
-        if (a->scale) x *= load_f32(at.scale + d);
+        f32x8 x = load_f32(at->values + d);
+        if (a->zero) x -= load_f32(at->zero + d);
+        if (a->scale) x *= load_f32(at->scale + d);
         store_few_as(to + d, x, width - d < 8 ? width - d : 8, KIND_FLOAT32);
     }
 }
 
 /* Returns 0, 1 without enough memory, or POSITION_OUT_OF_RANGE. */
-static int each_row(const CodecArguments *a, void (*visit)(const CodecArguments *, Row, Buffers, uint8_t *)) {
+static int each_row(const CodecArguments *a, void (*visit)(const CodecArguments *, Row, Buffers *)) {
     int64_t heads = a->shape[1], tokens = a->shape[2], rows = a->shape[0] * heads * tokens;
     int64_t position = a->position ? *(const int64_t *)a->position : 0, room = (a->shape[3] + 15) / 8 * 8;
     if (position < 0 || position + tokens > a->capacity) return POSITION_OUT_OF_RANGE;
@@ -253,13 +251,20 @@ static int each_row(const CodecArguments *a, void (*visit)(const CodecArguments 
     {
         float *memory = calloc((size_t)(7 * room), sizeof(float));
         if (!memory) failed = 1;
-        Buffers at = {memory,            memory + room,     memory + 2 * room,
-                      memory + 3 * room, memory + 4 * room, memory + 5 * room};
+        Buffers at = {memory,
+                      memory + room,
+                      memory + 2 * room,
+                      memory + 3 * room,
+                      memory + 4 * room,
+                      memory + 5 * room,
+                      (uint8_t *)(memory + 6 * room),
+                      -1,
+                      -1};
 #pragma omp for schedule(static)
         for (int64_t index = 0; index < rows; index++) {
             Row row = {index / (heads * tokens), index / tokens % heads, index % tokens, 0};
             row.at = row.s + position;
-            if (memory) visit(a, row, at, (uint8_t *)(memory + 6 * room));
+            if (memory) visit(a, row, &at);
         }
         free(memory);
     }

@@ -217,6 +217,7 @@ def test_no_tokens_are_no_work_and_other_shapes_are_refused() -> None:
 
 
 @needs_triton
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_compile(capability: int) -> None:
     x = torch.empty(1, 4, 8, 128, dtype=torch.bfloat16).transpose(1, 2)

@@ -174,6 +174,7 @@ def test_what_does_not_go_together_is_refused() -> None:
 
 
 @needs_triton
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_compile(capability: int) -> None:
     fp8 = torch.empty((4096, 4096), dtype=torch.float8_e4m3fn)

@@ -1,0 +1,346 @@
+"""Attention of CUDA GPUs against its reference, over codes of every kind: interpreted, and translated for GPUs."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from octavo.ops import attention
+from octavo.ops.attention.cuda import attention_cuda
+from octavo.ops.attention.reference import attention_reference
+from octavo.ops.codes import to_codes
+
+from ..tolerances import TOLERANCES
+from .cuda_double import compiled, interpreted, needs_gpu, needs_triton
+
+BATCH, GROUPS = 2, 2
+CODES = {
+    "int8": (torch.int8, 40.0),
+    "int4": (torch.uint8, 3.0),
+    "e4m3": (torch.float8_e4m3fn, 100.0),
+    "e5m2": (torch.float8_e5m2, 100.0),
+}
+"""By kind: dtype, and the codes of a value of 1."""
+SHARED_MEMORY = {80: 163, 89: 99, 90: 227}
+"""KiB that a program may have, by compute capability."""
+
+
+def storage(kind: str, capacity: int, width: int, query: torch.dtype) -> torch.Tensor:
+    """Random codes `[B, G, capacity, D]` of a kind, or float values of the query's dtype or in float32."""
+    values = torch.randn(BATCH, capacity, GROUPS, width).transpose(1, 2)
+    if kind in CODES:
+        return to_codes(values * CODES[kind][1], CODES[kind][0], width)
+    return values.to(query if kind == "own" else torch.float32)
+
+
+def part(form: str, capacity: int, width: int, factor: float, is_zero: bool, token_group: int) -> torch.Tensor | None:
+    """A random scale, or zero, of a form."""
+    rows = -(-capacity // token_group)
+    shapes = {
+        "none": None,
+        "head": (GROUPS, 1, 1),
+        "channel": (GROUPS, 1, width),
+        "token": (BATCH, GROUPS, rows, 1),
+        "token and channels": (BATCH, GROUPS, rows, 2),
+        "token and few channels": (BATCH, GROUPS, rows, width // 8),
+        "tokens and channel": (BATCH, GROUPS, rows, width),
+    }
+    if shapes[form] is None:
+        return None
+    return torch.randn(shapes[form]) * 2 if is_zero else (torch.rand(shapes[form]) + 0.5) / factor
+
+
+def call(
+    key: str = "int8",
+    value: str = "int8",
+    forms: tuple[str, str, str, str] = ("channel", "none", "channel", "none"),
+    dtype: torch.dtype = torch.float32,
+    queries: int = 3,
+    tokens: int = 40,
+    width: int = 32,
+    ratio: int = 3,
+    token_groups: tuple[int, int] = (1, 1),
+    unused: int = 0,
+) -> dict[str, Any]:
+    """Arguments of the op, by name; `unused` tokens of capacity hold NaN or garbage."""
+    capacity = tokens + unused
+    factors = [CODES[kind][1] if kind in CODES else 1.0 for kind in (key, value)]
+    states = [storage(kind, capacity, width, dtype) for kind in (key, value)]
+    for kind, codes in zip((key, value), states, strict=True):
+        codes[:, :, tokens:] = float("nan") if kind not in ("int8", "int4") else 77
+    parts = [
+        part(form, capacity, width, factors[index // 2], index % 2 == 1, token_groups[index // 2])
+        for index, form in enumerate(forms)
+    ]
+    for one, group in zip(parts, (token_groups[0],) * 2 + (token_groups[1],) * 2, strict=True):
+        if one is not None and one.shape[-2] > 1:
+            one[:, :, -(-tokens // group) :] = float("nan")
+    return {
+        "query": torch.randn(BATCH, queries, GROUPS * ratio, width).transpose(1, 2).to(dtype),
+        "key": states[0],
+        "value": states[1],
+        "key_scale": parts[0],
+        "key_zero": parts[1],
+        "value_scale": parts[2],
+        "value_zero": parts[3],
+        "query_scale": None,
+        "mask": None,
+        "scaling": width**-0.5,
+        "causal": True,
+        "length": torch.full((BATCH,), tokens, dtype=torch.int32) if unused else None,
+        "window": 0,
+        "key_group": token_groups[0],
+        "value_group": token_groups[1],
+    }
+
+
+def run(arguments: dict[str, Any], capability: int = 90, processors: int = 4) -> torch.Tensor:
+    with interpreted(capability, processors):
+        return attention_cuda(*arguments.values())
+
+
+def relative_rmse(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30))
+
+
+def assert_close(actual: torch.Tensor, arguments: dict[str, Any], tolerance: str | None = None) -> None:
+    """Within the tolerance of the query's dtype of the reference in float32."""
+    expected = attention_reference(*{**arguments, "query": arguments["query"].float()}.values())
+    assert (actual.shape, actual.dtype) == (expected.shape, arguments["query"].dtype)
+    assert relative_rmse(actual, expected) <= TOLERANCES[tolerance or f"cuda attention {str(actual.dtype)[6:]}"]
+
+
+STATIC = st.sampled_from(["head", "channel", "token"])
+FORMS = st.one_of(
+    st.tuples(STATIC, st.sampled_from(["none", "head", "channel", "token"])),
+    st.sampled_from(
+        [
+            ("token and channels", "token and channels"),
+            ("token and few channels", "none"),
+            ("tokens and channel", "tokens and channel"),
+            ("channel", "tokens and channel"),
+            ("token", "token and channels"),
+        ]
+    ),
+)
+KINDS = st.sampled_from(["int8", "int4", "e4m3", "e5m2", "own", "float32"])
+
+
+@needs_triton
+@settings(max_examples=60, deadline=None)
+@given(
+    kinds=st.tuples(KINDS, KINDS),
+    forms=st.tuples(FORMS, FORMS),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    queries=st.sampled_from([1, 1, 2, 5, 30]),
+    tokens=st.sampled_from([1, 2, 63, 64, 97, 300]),
+    width=st.sampled_from([16, 64, 80, 128]),
+    ratio=st.sampled_from([1, 3, 4]),
+    token_groups=st.sampled_from([(1, 1), (5, 1), (32, 32), (16, 128)]),
+    quantizes_query=st.booleans(),
+    mask=st.sampled_from(["none", "none", "window", "bool", "bool per head", "float", "not causal"]),
+    unused=st.sampled_from([0, 70]),
+    capability=st.sampled_from([80, 90]),
+    seed=st.integers(0, 1000),
+)
+def test_equals_the_reference(
+    kinds: tuple[str, str],
+    forms: tuple[tuple[str, str], tuple[str, str]],
+    dtype: torch.dtype,
+    queries: int,
+    tokens: int,
+    width: int,
+    ratio: int,
+    token_groups: tuple[int, int],
+    quantizes_query: bool,
+    mask: str,
+    unused: int,
+    capability: int,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    of_codes = [form if kind in CODES else ("none", "none") for kind, form in zip(kinds, forms, strict=True)]
+    arguments = call(*kinds, (*of_codes[0], *of_codes[1]), dtype, queries, tokens, width, ratio, token_groups, unused)
+    heads, keys = GROUPS * ratio, tokens + unused
+    if quantizes_query:
+        largest = {"e4m3": 448, "e5m2": 57344}.get(kinds[0], 127)
+        arguments["query_scale"] = (torch.rand(heads, 1, 1) + 3) / largest
+    if mask.startswith("bool"):
+        shape = (BATCH, heads if mask == "bool per head" else 1, queries, keys)
+        arguments["mask"] = torch.rand(shape) < 0.7
+    elif mask == "float":
+        arguments["mask"] = torch.randn(1, queries, keys)
+    arguments["window"] = 7 if mask == "window" else 0
+    arguments["causal"] = mask != "not causal"
+    many_in_fp8 = quantizes_query and capability == 90 and set(kinds) <= {"e4m3", "e5m2"} and ratio * queries > 64
+    assert_close(run(arguments, capability), arguments, "cuda attention in fp8" if many_in_fp8 else None)
+
+
+@needs_triton
+@pytest.mark.parametrize("processors", [1, 40])
+def test_parts_of_the_keys_are_merged(processors: int) -> None:
+    arguments = call("int8", "int4", ("token", "none", "token", "token"), torch.float16, 1, 700, 64, 4)
+    assert_close(run(arguments, processors=processors), arguments)
+
+
+@needs_triton
+@pytest.mark.parametrize("queries", [1, 9])
+def test_queries_that_see_nothing_and_an_empty_cache_give_zeros(queries: int) -> None:
+    arguments = call(queries=queries, tokens=260, forms=("token", "token", "channel", "channel"))
+    visible = torch.ones(queries, 260, dtype=torch.bool)
+    visible[0] = False
+    output = run({**arguments, "mask": visible}, processors=8)
+    assert not output[:, 0].any() and output[:, 1:].any(dim=-1).all()
+    empty = run({**arguments, "length": torch.zeros(1, dtype=torch.long)})
+    assert not empty.any() and empty.isfinite().all()
+    none = {**arguments, "key": arguments["key"][:, :, :0], "value": arguments["value"][:, :, :0]}
+    none |= dict.fromkeys(("key_scale", "key_zero", "value_scale", "value_zero"))
+    assert not run(none).any()
+
+
+@needs_triton
+def test_more_queries_than_keys_leave_the_first_blind() -> None:
+    output = run(call(queries=5, tokens=3))
+    assert not output[:, :2].any() and output[:, 2:].any(dim=-1).all()
+
+
+@needs_triton
+@pytest.mark.parametrize("queries", [1, 20])
+def test_a_chunk_of_a_prompt_sees_what_the_whole_prompt_sees(queries: int) -> None:
+    arguments = call(queries=130, tokens=130)
+    last = run({**arguments, "query": arguments["query"][:, :, -queries:]})
+    assert relative_rmse(last, run(arguments)[:, -queries:]) <= TOLERANCES["cuda attention float32"]
+
+
+@needs_triton
+@pytest.mark.parametrize("queries", [1, 40])
+@pytest.mark.parametrize("broken", ["query", "key", "value"])
+@pytest.mark.parametrize("what", [float("nan"), float("inf")])
+def test_what_is_no_number_stays_none(what: float, broken: str, queries: int) -> None:
+    """An overflow must not become plausible text."""
+    arguments = call("own", "own", ("none",) * 4, torch.float32, queries, 200, 16, 2)
+    arguments[broken][0, 0, 0] = what
+    output, expected = run(arguments), attention_reference(*arguments.values())
+    assert torch.equal(output.isfinite(), expected.isfinite()) and not output.isfinite().all()
+
+
+@needs_triton
+def test_large_and_small_queries_and_scales_lose_nothing() -> None:
+    """bfloat16 reaches where float16, in which codes are multiplied, does not."""
+    arguments = call("int8", "int8", ("channel", "none", "token", "none"), torch.bfloat16, 4, 90, 64)
+    for factor in (1e-12, 1e9):
+        arguments["query"] = (arguments["query"].float() * factor).bfloat16()
+        arguments["key_scale"] = arguments["key_scale"] / factor
+        arguments["value_scale"] = arguments["value_scale"] * factor
+        assert_close(run(arguments), arguments)
+
+
+@needs_triton
+def test_what_does_not_go_together_is_refused() -> None:
+    arguments = call()
+    for change, reason in (
+        ({"value": arguments["value"][:, :, :-1]}, "do not go together"),
+        ({"key_scale": torch.ones(2, 1, 5)}, "does not belong"),
+        ({"value_zero": torch.ones(2, 2, 7, 1)}, "does not belong"),
+        ({"mask": torch.ones(3, 7, dtype=torch.bool)}, "broadcast"),
+    ):
+        with pytest.raises(ValueError, match=reason) as caught:
+            run({**arguments, **change})
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="up to 256"):
+        run(call(width=272))
+
+
+PRESETS = {
+    "int8 per channel": ("int8", "int8", ("channel", "channel", "channel", "channel"), (1, 1), False),
+    "int8 per token": ("int8", "int8", ("token", "none", "token", "none"), (1, 1), False),
+    "int8 queries": ("int8", "int8", ("head", "none", "head", "none"), (1, 1), True),
+    "int8 and int4 in groups": ("int8", "int4", ("token", "none") + ("token and channels",) * 2, (1, 1), False),
+    "int4 as KIVI": ("int4", "int4", ("tokens and channel",) * 2 + ("token and few channels",) * 2, (32, 1), False),
+    "e4m3": ("e4m3", "e4m3", ("head", "none", "head", "none"), (1, 1), False),
+    "e4m3 queries": ("e4m3", "e4m3", ("head", "none", "head", "none"), (1, 1), True),
+    "own": ("own", "own", ("none",) * 4, (1, 1), False),
+}
+
+
+def preset_call(name: str, queries: int, tokens: int, dtype: torch.dtype, unused: int = 0) -> dict[str, Any]:
+    """A preset at the shape of a model with head_dim 128 and 4 query heads per KV head."""
+    key, value, forms, token_groups, quantizes = PRESETS[name]
+    arguments = call(key, value, forms, dtype, queries, tokens, 128, 4, token_groups, unused)
+    if quantizes:
+        arguments["query_scale"] = torch.full((GROUPS * 4, 1, 1), 4 / {"int8": 127, "e4m3": 448}[key])
+    return arguments
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_compile(capability: int) -> None:
+    """Every preset at decode and prefill; types that do not fit and tiles that do not, show here."""
+    with compiled(capability) as kernels:
+        for name in PRESETS:
+            for queries in (1, 64):
+                arguments = preset_call(name, queries, 128, torch.bfloat16, unused=512)
+                attention_cuda(*arguments.values())
+    assert len(kernels) >= 2 * len(PRESETS)
+    assert max(kernel.metadata.shared for kernel in kernels) <= SHARED_MEMORY[capability] * 1024
+
+
+@needs_triton
+@pytest.mark.slow
+def test_other_widths_masks_and_types_compile() -> None:
+    """For the GPUs with the least shared memory."""
+    with compiled(89) as kernels:
+        masked = call("e5m2", "int8", ("token", "channel", "tokens and channel", "none"), torch.float16, 1, 300, 80)
+        attention_cuda(*{**masked, "mask": torch.ones(1, 300, dtype=torch.bool), "length": None}.values())
+        wide = call("own", "own", ("none",) * 4, torch.bfloat16, 64, 300, 256, 1)
+        attention_cuda(*{**wide, "window": 100}.values())
+        attention_cuda(*call("int8", "float32", ("channel", "token", "none", "none"), torch.float32, 64).values())
+    assert max(kernel.metadata.shared for kernel in kernels) <= SHARED_MEMORY[89] * 1024
+
+
+def to_gpu(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("queries", [1, 7, 64, 1000])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_on_a_gpu(name: str, queries: int, dtype: torch.dtype) -> None:
+    """The shapes of a model, with memory behind the last token that is NaN."""
+    torch.manual_seed(0)
+    arguments = preset_call(name, queries, 3000, dtype, unused=1096)
+    arguments["length"] = torch.tensor([3000, 2500], dtype=torch.int32)
+    in_fp8 = name == "e4m3 queries" and queries >= 64
+    assert_close(attention(*to_gpu(arguments).values()).cpu(), arguments, "cuda attention in fp8" if in_fp8 else None)
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", PRESETS)
+def test_opcheck_and_compile_on_a_gpu(name: str) -> None:
+    arguments = to_gpu(preset_call(name, 1, 200, torch.bfloat16, unused=56))
+    torch.library.opcheck(torch.ops.octavo.attention.default, tuple(arguments.values()))
+
+    def step(query: torch.Tensor) -> torch.Tensor:
+        return attention(query * 1, *list(arguments.values())[1:]) * 1
+
+    compiled_step = torch.compile(step, fullgraph=True)
+    torch.testing.assert_close(compiled_step(arguments["query"]), step(arguments["query"]))
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_graph_replays_as_the_cache_grows(name: str) -> None:
+    arguments = preset_call(name, 1, 2000, torch.bfloat16, unused=48)
+    on_gpu = to_gpu(arguments)
+    graph = torch.cuda.CUDAGraph()
+    attention(*on_gpu.values())  # compiles
+    with torch.cuda.graph(graph):
+        output = attention(*on_gpu.values())
+    for length in (1, 130, 1999, 2000):
+        on_gpu["length"].fill_(length)
+        graph.replay()
+        assert_close(output.cpu(), {**arguments, "length": torch.tensor([length])})

@@ -80,7 +80,7 @@ INLINE int64_t part_start(const Part *part, int64_t b, int64_t g, int64_t token)
 }
 
 /* The part of one token for each channel, or `otherwise` if there is none. `to` has LANES floats behind the last. */
-static void load_channels(const Part *part, int64_t b, int64_t g, int64_t token, int64_t width, float otherwise,
+OUTLINE void load_channels(const Part *part, int64_t b, int64_t g, int64_t token, int64_t width, float otherwise,
                           float *to) {
     int64_t span = part->data ? part->span : width, start = part_start(part, b, g, token);
     for (int64_t d = 0, column = 0; d < width; d += span, column++) {
@@ -93,7 +93,7 @@ static void load_channels(const Part *part, int64_t b, int64_t g, int64_t token,
 }
 
 /* Per-token values of one block of keys, zeros behind the last; nothing if the part does not vary along the keys. */
-static void load_tokens(const Part *part, int64_t b, int64_t g, int64_t start, int64_t keys, float *to) {
+OUTLINE void load_tokens(const Part *part, int64_t b, int64_t g, int64_t start, int64_t keys, float *to) {
     if (!part->per_token) return;
     int64_t at = part_start(part, b, g, start), step = part->stride[2], j = 0;
     if (part->group == 1 && step == 1)
@@ -148,15 +148,14 @@ static void query_to_digits(const AttentionArguments *a, const Plan *plan, float
         memmove(q + half + gap, q + half, sizeof(float) * (size_t)half);
         memset(q + half, 0, sizeof(float) * (size_t)gap);
     }
-    to_digits(q, round_up(4 * quads, 16), plan->query_digits == 1 ? 1.0f : 0.0f, a->key.kind == KIND_INT8 ? 128 : 8,
-              digits);
+    to_digits(q, round_up(4 * quads, 16), plan->query_digits == 1 ? 1.0f : 0.0f, offset_of(a->key.kind), digits);
 #else
     (void)a, (void)plan, (void)q, (void)digits;
 #endif
 }
 
 /* Rows `first` to `first + count` with every scale of K folded in that can be; zero-padded to `padded` columns. */
-static void prepare_rows(const AttentionArguments *a, const Plan *plan, int64_t b, int64_t g, int64_t first,
+OUTLINE void prepare_rows(const AttentionArguments *a, const Plan *plan, int64_t b, int64_t g, int64_t first,
                          int64_t count, Scratch *scratch) {
     int64_t padded = plan->padded, whole = round_up(count, plan->rows > DIRECT_ROWS ? ROW_STEP : 1);
     int scaled = plan->key_scale.data && !plan->key_scale.per_token;
@@ -190,7 +189,7 @@ static void prepare_rows(const AttentionArguments *a, const Plan *plan, int64_t 
 }
 
 /* Additive mask of one row and block of keys, in units of log2. */
-static void load_bias(const AttentionArguments *a, int64_t b, int64_t head, int64_t query, int64_t start, int64_t keys,
+OUTLINE void load_bias(const AttentionArguments *a, int64_t b, int64_t head, int64_t query, int64_t start, int64_t keys,
                       float *bias) {
     int64_t at = b * a->mask_stride[0] + head * a->mask_stride[1] + query * a->mask_stride[2], step = a->mask_stride[3];
     if (a->mask_kind == MASK_BOOL) {
@@ -207,7 +206,7 @@ static void load_bias(const AttentionArguments *a, int64_t b, int64_t head, int6
 
 /* One row's products of a block of keys, those in `computed`, become weights, 0 outside of `seen`; the row's sums and
  * its output so far are brought up to date. */
-static void soften_row(const Plan *plan, Row *row, float *scores, Range computed, Range seen, const Scratch *scratch,
+OUTLINE void soften_row(const Plan *plan, Row *row, float *scores, Range computed, Range seen, const Scratch *scratch,
                        const float *bias, float *output) {
     f32v largest = all_lanes(-INFINITY), factor = all_lanes(row->factor);
     i32v sound = (i32v)(largest <= largest); /* all true, until a score is NaN or +inf */
@@ -247,8 +246,7 @@ static void soften_row(const Plan *plan, Row *row, float *scores, Range computed
     row->total = row->total * fade + sum_of_lanes(total);
     row->weighted = row->weighted * fade + block_weighted;
     row->zeros = row->zeros * fade + sum_of_lanes(zeros);
-    for (int i = 0; i < LANES; i++)
-        if (!sound[i]) row->total = NAN; /* max and exp2 would hide it */
+    if (!all_true(sound)) row->total = NAN; /* max and exp2 would hide it */
     if (plan->value_mode == MODE_INTEGER && !(block_weighted - block_weighted == 0.0f)) row->total = NAN;
     if (best != row->best)
         for (int64_t d = 0; d < plan->padded; d += LANES)
@@ -268,7 +266,7 @@ static Range seen_by(const Scratch *scratch, int64_t m, int64_t step, int64_t co
 }
 
 /* Codes of one block as floats, with its scales and zeros where they are grouped both ways. */
-static void decode_block(const AttentionArguments *a, const Side *side, int grouped, Rows from, int64_t b, int64_t g,
+OUTLINE void decode_block(const AttentionArguments *a, const Side *side, int grouped, Rows from, int64_t b, int64_t g,
                          int64_t start, int64_t keys, int64_t padded, Scratch *scratch, float *tile) {
     switch (side->kind) {
     case KIND_INT8: decode_rows_of(from, keys, padded, tile, KIND_INT8); break;
@@ -294,7 +292,7 @@ static void decode_block(const AttentionArguments *a, const Side *side, int grou
     }
 }
 
-static void direct_scores_any(const float *q, int64_t padded, int64_t rows, Rows key, int64_t keys, float *scores,
+OUTLINE void direct_scores_any(const float *q, int64_t padded, int64_t rows, Rows key, int64_t keys, float *scores,
                               Rows ahead, int64_t kind) {
     switch (kind) {
 #if !HAS_INTEGER
@@ -309,7 +307,7 @@ static void direct_scores_any(const float *q, int64_t padded, int64_t rows, Rows
     }
 }
 
-static void direct_output_any(const float *weights, int64_t rows, Rows value, int64_t keys, float *output,
+OUTLINE void direct_output_any(const float *weights, int64_t rows, Rows value, int64_t keys, float *output,
                               int64_t padded, int64_t kind) {
     switch (kind) {
 #if !HAS_INTEGER
@@ -324,14 +322,16 @@ static void direct_output_any(const float *weights, int64_t rows, Rows value, in
     }
 }
 
-/* What of `next` to fetch in each of `turns`; nothing unless its rows lie side by side. */
-static int64_t bytes_per_turn(Rows next, int64_t keys, int64_t row_bytes, int64_t turns) {
-    if (next.stride != row_bytes || !turns) return 0;
-    return clamped(round_up(keys * row_bytes / turns, 64), 128);
+#if HAS_INTEGER
+/* How to fetch rows in a number of turns; nothing unless they lie side by side. */
+static Ahead ahead_of(Rows next, int64_t keys, int64_t turns) {
+    int64_t step = next.stride == next.width ? round_up(keys * next.width / turns, 64) : 0;
+    return (Ahead){next.data, step < 128 ? step : 128};
 }
+#endif
 
 /* scores[m][j] = q[m] . key[j] for one block of keys; `next`, the rows of V, is fetched meanwhile. */
-static void block_scores(const AttentionArguments *a, const Plan *plan, Rows key, Rows next, int64_t b, int64_t g,
+OUTLINE void block_scores(const AttentionArguments *a, const Plan *plan, Rows key, Rows next, int64_t b, int64_t g,
                          int64_t count, int64_t start, int64_t keys, Scratch *scratch) {
     int64_t padded = plan->padded, step = row_step(plan->key_mode);
     if (plan->key_mode == MODE_DIRECT) {
@@ -340,19 +340,19 @@ static void block_scores(const AttentionArguments *a, const Plan *plan, Rows key
     }
 #if HAS_INTEGER
     if (plan->key_mode == MODE_INTEGER) {
-        int64_t quads = channel_quads(a->width, (int)a->key.kind);
-        int64_t fetched = bytes_per_turn(next, keys, next.width, round_up(keys, TILE_COLUMNS) / TILE_COLUMNS * quads);
-        uint8_t *tile = (uint8_t *)scratch->keys;
-        const char *ahead = fetched ? next.data : key.data;
-        interleave_keys(key, keys, tile, (int)a->key.kind);
-        for (int64_t j = 0; j < keys; j += TILE_COLUMNS, ahead += fetched * quads)
+        int64_t quads = channel_quads(a->width, (int)a->key.kind), tiles = (keys + TILE_COLUMNS - 1) / TILE_COLUMNS;
+        Ahead ahead = ahead_of(next, keys, tiles * quads), nothing = {(const char *)scratch->keys, 0};
+        for (int64_t j = 0; j < keys; j += TILE_COLUMNS, ahead.data += ahead.step * quads) {
+            Rows from = {key.data + j * key.stride, key.stride, key.width};
+            interleave_keys(from, keys - j, (uint8_t *)scratch->keys, a->key.kind);
             for (int64_t m = 0; m < count; m += step) {
                 Range seen = seen_by(scratch, m, step, count, start, keys);
-                if (j < seen.from || j >= seen.to) continue;
-                integer_rows((const int32_t *)scratch->q + m * padded, padded, tile + j * quads * 4, quads,
-                             scratch->scores + m * KEY_BLOCK + j, KEY_BLOCK, scratch->key_digits + m, 0, ahead,
-                             m ? 0 : fetched, count - m < step ? count - m : step, plan->query_digits);
+                if (j >= seen.from && j < seen.to)
+                    integer_scores((const int32_t *)scratch->q + m * padded, padded, (const uint8_t *)scratch->keys,
+                                   quads, scratch->scores + m * KEY_BLOCK + j, KEY_BLOCK, scratch->key_digits + m,
+                                   m ? nothing : ahead, count - m < step ? count - m : step, plan->query_digits);
             }
+        }
         return;
     }
 #endif
@@ -374,7 +374,7 @@ static void block_scores(const AttentionArguments *a, const Plan *plan, Rows key
 }
 
 /* output[m] += sum_j weights[m][j] value[j] for one block of keys; `next`, the rows of K that follow, is fetched. */
-static void block_output(const AttentionArguments *a, const Plan *plan, Rows value, Rows next, int64_t b, int64_t g,
+OUTLINE void block_output(const AttentionArguments *a, const Plan *plan, Rows value, Rows next, int64_t b, int64_t g,
                          int64_t count, int64_t start, int64_t keys, Scratch *scratch) {
     int64_t padded = plan->padded, step = row_step(plan->value_mode);
     if (plan->value_mode == MODE_DIRECT) {
@@ -383,19 +383,20 @@ static void block_output(const AttentionArguments *a, const Plan *plan, Rows val
     }
 #if HAS_INTEGER
     if (plan->value_mode == MODE_INTEGER) {
-        int64_t depth = KEY_BLOCK / 4, quads = (keys + 3) / 4, tiles = padded / TILE_COLUMNS;
-        int64_t fetched = bytes_per_turn(next, keys, next.width, tiles * quads);
-        uint8_t *tile = (uint8_t *)scratch->values;
-        const char *ahead = fetched ? next.data : value.data;
-        interleave_values(value, keys, depth, tile, (int)a->value.kind);
-        for (int64_t d = 0; d < tiles; d++, ahead += fetched * quads)
+        int is_int4 = a->value.kind == KIND_INT4;
+        int64_t bytes = is_int4 ? a->width / 2 : a->width, columns = is_int4 ? 16 : TILE_COLUMNS;
+        int64_t high = is_int4 ? round_up(bytes, 16) : 16, turns = (keys + 3) / 4;
+        Ahead ahead = ahead_of(next, keys, (bytes + columns - 1) / columns * turns);
+        Ahead nothing = {(const char *)scratch->scores, 0};
+        for (int64_t d = 0; d < bytes; d += columns, ahead.data += ahead.step * turns)
             for (int64_t m = 0; m < count; m += step) {
                 Range seen = seen_by(scratch, m, step, count, start, keys);
+                Rows from = {value.data + seen.from * value.stride, value.stride, value.width};
                 if (seen.from < seen.to)
-                    integer_rows((const int32_t *)scratch->scores + m * KEY_BLOCK + seen.from, KEY_BLOCK,
-                                 tile + (d * depth + seen.from / 4) * 128, (seen.to - seen.from + 3) / 4,
-                                 scratch->output + m * padded + d * TILE_COLUMNS, padded, scratch->weight_digits + m,
-                                 1, ahead, m ? 0 : fetched, count - m < step ? count - m : step, DIGITS);
+                    integer_output((const int32_t *)scratch->scores + m * KEY_BLOCK + seen.from, KEY_BLOCK, from, d,
+                                   seen.to - seen.from, scratch->output + m * padded + d, high, padded,
+                                   scratch->weight_digits + m, m ? nothing : ahead, a->value.kind,
+                                   count - m < step ? count - m : step);
             }
         return;
     }
@@ -419,7 +420,7 @@ static void block_output(const AttentionArguments *a, const Plan *plan, Rows val
 }
 
 /* The products of one block of keys become weights, for each row the keys that both stages of its group multiply. */
-static void soften_rows(const AttentionArguments *a, const Plan *plan, int64_t b, int64_t g, int64_t first,
+OUTLINE void soften_rows(const AttentionArguments *a, const Plan *plan, int64_t b, int64_t g, int64_t first,
                         int64_t count, int64_t start, int64_t keys, Scratch *scratch) {
     int by_group = plan->rows > DIRECT_ROWS;
     for (int64_t m = 0; m < count; m++) {
@@ -442,7 +443,7 @@ static void soften_rows(const AttentionArguments *a, const Plan *plan, int64_t b
                    scratch->output + m * plan->padded);
 #if HAS_INTEGER
         if (plan->value_mode == MODE_INTEGER)
-            to_digits(scores + computed.from, computed.to - computed.from, 0.0f, a->value.kind == KIND_INT8 ? 128 : 8,
+            to_digits(scores + computed.from, computed.to - computed.from, 0.0f, offset_of(a->value.kind),
                       &scratch->weight_digits[m]);
 #endif
     }
@@ -460,7 +461,7 @@ static int64_t row_bytes(const Side *side, int64_t width) {
 }
 
 /* Attention of `count` rows to the keys `start` to `stop`, left unfinished in the scratch: sums and unscaled output. */
-static void attend(const AttentionArguments *a, const Plan *plan, int64_t b, int64_t g, int64_t first, int64_t count,
+OUTLINE void attend(const AttentionArguments *a, const Plan *plan, int64_t b, int64_t g, int64_t first, int64_t count,
                    int64_t start, int64_t stop, Scratch *scratch) {
     int64_t key_bytes = row_bytes(&a->key, a->width), value_bytes = row_bytes(&a->value, a->width);
     prepare_rows(a, plan, b, g, first, count, scratch);
@@ -485,7 +486,7 @@ static void attend(const AttentionArguments *a, const Plan *plan, int64_t b, int
 }
 
 /* The rows' finished output, from sums and unscaled output. */
-static void finish_row(const AttentionArguments *a, const Plan *plan, int64_t b, int64_t g, int64_t m, const Row *row,
+OUTLINE void finish_row(const AttentionArguments *a, const Plan *plan, int64_t b, int64_t g, int64_t m, const Row *row,
                        const float *output) {
     const Part *scale = plan->value_scale.data && !plan->value_scale.per_token ? &plan->value_scale : NULL;
     const Part *zero = plan->value_zero.data && !plan->value_zero.per_token ? &plan->value_zero : NULL;
@@ -503,7 +504,7 @@ static void finish_row(const AttentionArguments *a, const Plan *plan, int64_t b,
 
 /* The chunks of one row become one. `rows` and `outputs` are those of the first chunk, the next lie `rows_step` and
  * `outputs_step` further. */
-static void merge_row(const Plan *plan, Row *rows, float *outputs, int64_t rows_step, int64_t outputs_step) {
+OUTLINE void merge_row(const Plan *plan, Row *rows, float *outputs, int64_t rows_step, int64_t outputs_step) {
     float best = -INFINITY;
     for (int64_t c = 0; c < plan->chunks; c++) best = rows[c * rows_step].best > best ? rows[c * rows_step].best : best;
     Row merged = {.best = best};
@@ -567,7 +568,7 @@ static Plan plan_of(const AttentionArguments *a) {
 
 /* Floats of the tile that a mode decodes or interleaves into. */
 static size_t tile_size(int mode, size_t padded) {
-    return mode == MODE_DIRECT ? 0 : mode == MODE_INTEGER ? KEY_BLOCK * padded / 4 : KEY_BLOCK * padded;
+    return mode == MODE_DIRECT ? 0 : mode == MODE_INTEGER ? TILE_COLUMNS * padded / 4 : KEY_BLOCK * padded;
 }
 
 static Scratch *new_scratch(const Plan *plan) {

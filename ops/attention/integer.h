@@ -1,16 +1,16 @@
 /* The inner loops of attention in whole numbers, for int8 and int4 codes on machines that add products of bytes to 32
- * bits (AVX-512 VNNI), four times as many at once as of floats.
+ * bits (AVX-512 VNNI and VBMI), four times as many at once as of floats.
  *
  * The float operand, q or the weights of a block, becomes whole numbers of 24 bits by one step per row, and these three
  * signed digits of base 256. Sums of digits times codes are exact, so the result is as good as float32's. The codes are
  * offset to unsigned bytes; what that adds is known per row and taken off where the sums start. */
 
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#if defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
 #define HAS_INTEGER 1
 #else
 #define HAS_INTEGER 0
 #endif
-enum { INTEGER_ROWS = 4, TILE_COLUMNS = 32, DIGITS = 3, LARGEST_WHOLE = 0x7f7f00 };
+enum { INTEGER_ROWS = 4, TILE_COLUMNS = 32, DIGITS = 3, INT8_OFFSET = 128, INT4_OFFSET = 8, LARGEST_WHOLE = 0x7f7f00 };
 
 /* What belongs to the digits of one row. */
 typedef struct {
@@ -27,7 +27,7 @@ INLINE int64_t channel_quads(int64_t width, int kind) {
 #if HAS_INTEGER
 /* Floats [count] become digits in their place: for each four floats 4 bytes of each digit, the lowest first, and 4
  * zeros. `count` is a multiple of 16; `step` 0 finds the one that uses all bits. */
-static void to_digits(float *row, int64_t count, float step, int offset, Digits *digits) {
+OUTLINE void to_digits(float *row, int64_t count, float step, int offset, Digits *digits) {
     const __m512i bias = _mm512_set1_epi32(0x808080), ones = _mm512_set1_epi8(1);
     const __m512i by_digit = _mm512_broadcast_i32x4(_mm_set_epi8(-1, -1, -1, -1, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0));
     __m512i sums = _mm512_setzero_si512();
@@ -51,159 +51,189 @@ static void to_digits(float *row, int64_t count, float step, int offset, Digits 
     digits->step = step;
 }
 
-/* Columns become rows, of 16 by 16 numbers of 32 bits. */
-INLINE void transpose_quads(__m512i rows[16]) {
-    __m512i a[16];
-    UNROLL for (int i = 0; i < 16; i += 2) {
-        a[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-        a[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-    }
-    UNROLL for (int i = 0; i < 16; i += 4) {
-        rows[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
-        rows[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
-        rows[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
-        rows[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
-    }
-    UNROLL for (int i = 0; i < 4; i++) { /* rows[4 r + i]: columns i, 4 + i, 8 + i, 12 + i of rows 4 r to 4 r + 3 */
-        __m512i even_low = _mm512_shuffle_i32x4(rows[i], rows[4 + i], 0x88);
-        __m512i odd_low = _mm512_shuffle_i32x4(rows[i], rows[4 + i], 0xdd);
-        __m512i even_high = _mm512_shuffle_i32x4(rows[8 + i], rows[12 + i], 0x88);
-        __m512i odd_high = _mm512_shuffle_i32x4(rows[8 + i], rows[12 + i], 0xdd);
-        a[i] = _mm512_shuffle_i32x4(even_low, even_high, 0x88);
-        a[8 + i] = _mm512_shuffle_i32x4(even_low, even_high, 0xdd);
-        a[4 + i] = _mm512_shuffle_i32x4(odd_low, odd_high, 0x88);
-        a[12 + i] = _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd);
-    }
-    UNROLL for (int i = 0; i < 16; i++) rows[i] = a[i];
+INLINE int offset_of(int64_t kind) { return kind == KIND_INT8 ? INT8_OFFSET : INT4_OFFSET; }
+
+/* 16 bytes of four rows, of which `left` are there, side by side. */
+INLINE __m512i four_rows(const char *const rows[4], int64_t d, int64_t left) {
+    __m128i parts[4];
+    __mmask16 inside = (__mmask16)((1u << (left < 16 ? left : 16)) - 1);
+    UNROLL for (int i = 0; i < 4; i++) parts[i] = left >= 16 ? _mm_loadu_si128((const __m128i *)(rows[i] + d))
+                                                             : _mm_maskz_loadu_epi8(inside, rows[i] + d);
+    __m512i x = _mm512_inserti32x4(_mm512_castsi128_si512(parts[0]), parts[1], 1);
+    return _mm512_inserti32x4(_mm512_inserti32x4(x, parts[2], 2), parts[3], 3);
 }
 
-INLINE __mmask64 first_bytes(int64_t count) { return count >= 64 ? ~(__mmask64)0 : ((__mmask64)1 << count) - 1; }
-
-/* Stores bytes of codes, unsigned; of int4 the low halves at `at` and the high ones at `high`. */
-INLINE void store_unsigned(uint8_t *at, uint8_t *high, __m512i bytes, const int kind) {
-    const __m512i low_bits = _mm512_set1_epi8(15);
-    if (kind == KIND_INT8) {
-        _mm512_storeu_si512(at, _mm512_xor_si512(bytes, _mm512_set1_epi8(-128)));
-    } else {
-        _mm512_storeu_si512(at, _mm512_and_si512(bytes, low_bits));
-        _mm512_storeu_si512(high, _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low_bits));
+/* 16 bytes from 32 rows on become four rows of 32 quads, of which `count` are stored. */
+INLINE void transpose_quads(const char *const rows[32], int64_t d, int64_t left, uint8_t *to, uint8_t *high,
+                            const int kind) {
+    const __m512i low_bits = _mm512_set1_epi8(15), sign = _mm512_set1_epi8(-128);
+    UNROLL for (int side = 0; side < 2; side++) {
+        __m512i x[4], pairs[4];
+        UNROLL for (int i = 0; i < 4; i++) { /* row 4 l + i in lane l */
+            const char *const four[4] = {rows[16 * side + i], rows[16 * side + 4 + i], rows[16 * side + 8 + i],
+                                         rows[16 * side + 12 + i]};
+            x[i] = four_rows(four, d, left);
+        }
+        pairs[0] = _mm512_unpacklo_epi32(x[0], x[1]), pairs[1] = _mm512_unpackhi_epi32(x[0], x[1]);
+        pairs[2] = _mm512_unpacklo_epi32(x[2], x[3]), pairs[3] = _mm512_unpackhi_epi32(x[2], x[3]);
+        x[0] = _mm512_unpacklo_epi64(pairs[0], pairs[2]), x[1] = _mm512_unpackhi_epi64(pairs[0], pairs[2]);
+        x[2] = _mm512_unpacklo_epi64(pairs[1], pairs[3]), x[3] = _mm512_unpackhi_epi64(pairs[1], pairs[3]);
+        UNROLL for (int i = 0; i < 4; i++) {
+            if (4 * i >= left) break;
+            uint8_t *at = to + i * TILE_COLUMNS * 4 + side * 64, *high_at = high + i * TILE_COLUMNS * 4 + side * 64;
+            if (kind == KIND_INT8) {
+                _mm512_storeu_si512(at, _mm512_xor_si512(x[i], sign));
+            } else {
+                _mm512_storeu_si512(at, _mm512_and_si512(x[i], low_bits));
+                _mm512_storeu_si512(high_at, _mm512_and_si512(_mm512_srli_epi16(x[i], 4), low_bits));
+            }
+        }
     }
 }
 
-/* Codes of K as [keys / 32][quads of channels][32 keys] of 4 channels each; anything behind the last key. */
+/* Codes of up to 32 rows of K as [quads of channels][32 keys] of 4 channels each, unsigned. */
 INLINE void interleave_keys_of(Rows from, int64_t keys, uint8_t *tile, const int kind) {
-    int64_t bytes = kind == KIND_INT4 ? from.width / 2 : from.width, quads = channel_quads(from.width, kind);
-    for (int64_t first = 0; first < keys; first += 16) {
-        uint8_t *to = tile + (first / TILE_COLUMNS * quads * TILE_COLUMNS + first % TILE_COLUMNS) * 4;
-        for (int64_t d = 0; d < bytes; d += 64) {
-            __m512i rows[16];
-            __mmask64 inside = first_bytes(bytes - d);
-            UNROLL for (int t = 0; t < 16; t++) { /* behind the last key the last again, which nobody looks at */
-                int64_t j = first + t < keys ? first + t : keys - 1;
-                rows[t] = _mm512_maskz_loadu_epi8(inside, from.data + j * from.stride + d);
-            }
-            transpose_quads(rows);
-            int64_t count = (bytes - d + 3) / 4;
-            UNROLL for (int i = 0; i < 16; i++)
-                if (i < count) {
-                    uint8_t *at = to + (d / 4 + i) * TILE_COLUMNS * 4;
-                    store_unsigned(at, at + quads / 2 * TILE_COLUMNS * 4, rows[i], kind);
-                }
-        }
-    }
+    int64_t bytes = kind == KIND_INT4 ? from.width / 2 : from.width, quads = channel_quads(from.width, kind), d = 0;
+    uint8_t *high = tile + quads / 2 * TILE_COLUMNS * 4;
+    const char *rows[TILE_COLUMNS];
+    for (int64_t t = 0; t < TILE_COLUMNS; t++) /* behind the last key the last again, which nobody looks at */
+        rows[t] = from.data + (t < keys ? t : keys - 1) * from.stride;
+    for (; d + 16 <= bytes; d += 16)
+        transpose_quads(rows, d, 16, tile + d * TILE_COLUMNS, high + d * TILE_COLUMNS, kind);
+    if (d < bytes)
+        transpose_quads(rows, d, bytes - d, tile + d * TILE_COLUMNS, high + d * TILE_COLUMNS, kind);
 }
 
-/* Codes of V as [channels / 32][quads of keys][32 channels] of 4 keys each, `depth` quads apart. Behind the last key
- * stand codes whose weights are 0. */
-INLINE void interleave_values_of(Rows from, int64_t keys, int64_t depth, uint8_t *tile, const int kind) {
-    const __m512i spread = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
-    int64_t bytes = kind == KIND_INT4 ? from.width / 2 : from.width, vectors = (bytes + 15) / 16;
-    for (int64_t first = 0; first < keys; first += 4)
-        for (int64_t d = 0; d < bytes; d += 64) {
-            __m512i rows[4], pairs[4];
-            __mmask64 inside = first_bytes(bytes - d);
-            UNROLL for (int t = 0; t < 4; t++) {
-                int64_t j = first + t < keys ? first + t : keys - 1;
-                rows[t] = _mm512_maskz_loadu_epi8(inside, from.data + j * from.stride + d);
-                rows[t] = _mm512_permutexvar_epi32(spread, rows[t]);
-            }
-            pairs[0] = _mm512_unpacklo_epi8(rows[0], rows[1]), pairs[1] = _mm512_unpackhi_epi8(rows[0], rows[1]);
-            pairs[2] = _mm512_unpacklo_epi8(rows[2], rows[3]), pairs[3] = _mm512_unpackhi_epi8(rows[2], rows[3]);
-            rows[0] = _mm512_unpacklo_epi16(pairs[0], pairs[2]), rows[1] = _mm512_unpackhi_epi16(pairs[0], pairs[2]);
-            rows[2] = _mm512_unpacklo_epi16(pairs[1], pairs[3]), rows[3] = _mm512_unpackhi_epi16(pairs[1], pairs[3]);
-            UNROLL for (int i = 0; i < 4; i++) {
-                int64_t low = d / 16 + i, high = vectors + low;
-                if (low < vectors)
-                    store_unsigned(tile + ((low / 2 * depth + first / 4) * 2 + low % 2) * 64,
-                                   tile + ((high / 2 * depth + first / 4) * 2 + high % 2) * 64, rows[i], kind);
-            }
+/* Sums of three digits, or of one, as floats. */
+INLINE f32v value_of_sums(const i32v sums[DIGITS][2], int v, float step, const int count) {
+    f32v x = __builtin_convertvector(sums[0][v], f32v);
+    if (count == DIGITS)
+        x += __builtin_convertvector(sums[1][v], f32v) * all_lanes(256.0f) +
+             __builtin_convertvector(sums[2][v], f32v) * all_lanes(65536.0f);
+    return x * all_lanes(step);
+}
+
+/* sums[h][i][v] += 4 digits times 4 codes in each lane, for the digits at `a`. */
+INLINE void add_quads(i32v sums[INTEGER_ROWS][DIGITS][2], const int32_t *a, int64_t a_stride, __m512i b0, __m512i b1,
+                      const int heads, const int count) {
+    UNROLL for (int h = 0; h < heads; h++)
+        UNROLL for (int i = 0; i < count; i++) {
+            __m512i digit = _mm512_set1_epi32(a[h * a_stride + i]);
+            sums[h][i][0] = (i32v)_mm512_dpbusd_epi32((__m512i)sums[h][i][0], b0, digit);
+            sums[h][i][1] = (i32v)_mm512_dpbusd_epi32((__m512i)sums[h][i][1], b1, digit);
         }
 }
 
-/* c[heads][32] = (or +=) a[heads][4 * depth] * b[4 * depth][32], a in digits and b unsigned codes. Memory at `ahead` is
- * fetched meanwhile, `fetched` bytes per turn. */
-INLINE void integer_tile(const int32_t *a, int64_t a_stride, const uint8_t *b, int64_t depth, float *c,
-                         int64_t c_stride, const Digits *digits, int accumulate, const char *ahead, int64_t fetched,
-                         const int heads, const int count) {
-    __m512i sums[INTEGER_ROWS][DIGITS][2];
+/* Memory to fetch while sums are added up: `step` bytes, 64 or 128, per turn. */
+typedef struct {
+    const char *data;
+    int64_t step;
+} Ahead;
+
+INLINE void fetch_ahead(Ahead *ahead) {
+    __builtin_prefetch(ahead->data, 0, 2);
+    __builtin_prefetch(ahead->data + ahead->step / 2, 0, 2);
+    ahead->data += ahead->step;
+}
+
+/* scores[heads][32] = digits of q [heads][quads] times a tile of K. The sums are vectors of 32-bit numbers, because
+ * GCC 12 copies and spills them as __m512i. */
+INLINE void integer_scores_of(const int32_t *q, int64_t q_stride, const uint8_t *tile, int64_t quads, float *scores,
+                              int64_t stride, const Digits *digits, Ahead ahead, const int heads, const int count) {
+    i32v sums[INTEGER_ROWS][DIGITS][2];
     UNROLL for (int h = 0; h < heads; h++)
         UNROLL for (int i = 0; i < count; i++)
-            UNROLL for (int v = 0; v < 2; v++) sums[h][i][v] = _mm512_set1_epi32(digits[h].offset[i]);
-    for (int64_t k = 0; k < depth; k++, b += 128, ahead += fetched) {
-        __m512i b0 = _mm512_loadu_si512(b), b1 = _mm512_loadu_si512(b + 64);
-        __builtin_prefetch(ahead, 0, 2);
-        if (fetched > 64) __builtin_prefetch(ahead + 64, 0, 2);
-        UNROLL for (int h = 0; h < heads; h++)
-            UNROLL for (int i = 0; i < count; i++) {
-                __m512i digit = _mm512_set1_epi32(a[h * a_stride + 4 * k + i]);
-                sums[h][i][0] = _mm512_dpbusd_epi32(sums[h][i][0], b0, digit);
-                sums[h][i][1] = _mm512_dpbusd_epi32(sums[h][i][1], b1, digit);
-            }
+            UNROLL for (int v = 0; v < 2; v++) sums[h][i][v] = (i32v)_mm512_set1_epi32(digits[h].offset[i]);
+    for (int64_t k = 0; k < quads; k++) {
+        fetch_ahead(&ahead);
+        add_quads(sums, q + 4 * k, q_stride, _mm512_loadu_si512(tile + 128 * k), _mm512_loadu_si512(tile + 128 * k + 64),
+                  heads, count);
+    }
+    UNROLL for (int h = 0; h < heads; h++)
+        UNROLL for (int v = 0; v < 2; v++)
+            store_lanes(scores + h * stride + 16 * v, value_of_sums(sums[h], v, digits[h].step, count));
+}
+
+/* output[heads][2][16] += digits of weights [heads][keys] times V: of int8 32 channels, of int4 16 channels of the low
+ * half and at `high` those of the high half; both from byte d of each row on. Behind the last key weights are 0. */
+INLINE void integer_output_of(const int32_t *weights, int64_t weights_stride, Rows value, int64_t d, int64_t keys,
+                              float *output, int64_t high, int64_t stride, const Digits *digits, Ahead ahead,
+                              const int kind, const int heads) {
+    const __m512i low_bits = _mm512_set1_epi8(15), sign = _mm512_set1_epi8(-128);
+    int64_t left = (kind == KIND_INT4 ? value.width / 2 : value.width) - d;
+    __m512i by_key[2];
+    for (int i = 0; i < 64; i++) { /* byte i: channel i / 4 of row i % 4, of rows of 16 or 32 bytes */
+        ((uint8_t *)&by_key[0])[i] = (uint8_t)(i % 4 * (kind == KIND_INT4 ? 16 : 32) + i / 4);
+        ((uint8_t *)&by_key[1])[i] = (uint8_t)(i % 4 * 32 + i / 4 + 16);
+    }
+    __mmask32 inside = left >= 32 ? ~(__mmask32)0 : ((__mmask32)1 << left) - 1;
+    i32v sums[INTEGER_ROWS][DIGITS][2];
+    UNROLL for (int h = 0; h < heads; h++)
+        UNROLL for (int i = 0; i < DIGITS; i++)
+            UNROLL for (int v = 0; v < 2; v++) sums[h][i][v] = (i32v)_mm512_set1_epi32(digits[h].offset[i]);
+    for (int64_t j = 0; j < keys; j += 4) {
+        const char *rows[4];
+        __m512i b0, b1;
+        UNROLL for (int t = 0; t < 4; t++)
+            rows[t] = value.data + d + (j + t < keys ? j + t : keys - 1) * value.stride;
+        fetch_ahead(&ahead);
+        if (kind == KIND_INT8) {
+            __m512i x[2];
+            UNROLL for (int i = 0; i < 2; i++) x[i] =
+                _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_maskz_loadu_epi8(inside, rows[2 * i])),
+                                   _mm256_maskz_loadu_epi8(inside, rows[2 * i + 1]), 1);
+            b0 = _mm512_xor_si512(_mm512_permutex2var_epi8(x[0], by_key[0], x[1]), sign);
+            b1 = _mm512_xor_si512(_mm512_permutex2var_epi8(x[0], by_key[1], x[1]), sign);
+        } else {
+            __m512i both = _mm512_permutexvar_epi8(by_key[0], four_rows(rows, 0, left));
+            b0 = _mm512_and_si512(both, low_bits);
+            b1 = _mm512_and_si512(_mm512_srli_epi16(both, 4), low_bits);
+        }
+        add_quads(sums, weights + j, weights_stride, b0, b1, heads, DIGITS);
     }
     UNROLL for (int h = 0; h < heads; h++)
         UNROLL for (int v = 0; v < 2; v++) {
-            f32v x = (f32v)_mm512_cvtepi32_ps(sums[h][0][v]);
-            if (count == DIGITS)
-                x += (f32v)_mm512_cvtepi32_ps(sums[h][1][v]) * all_lanes(256.0f) +
-                     (f32v)_mm512_cvtepi32_ps(sums[h][2][v]) * all_lanes(65536.0f);
-            x *= all_lanes(digits[h].step);
-            if (accumulate) x += load_lanes(c + h * c_stride + 16 * v);
-            store_lanes(c + h * c_stride + 16 * v, x);
+            float *to = output + h * stride + v * high;
+            store_lanes(to, load_lanes(to) + value_of_sums(sums[h], v, digits[h].step, DIGITS));
         }
 }
 
-/* The same for 1 to 4 rows and 1 or 3 digits. */
-static void integer_rows(const int32_t *a, int64_t a_stride, const uint8_t *b, int64_t depth, float *c,
-                         int64_t c_stride, const Digits *digits, int accumulate, const char *ahead, int64_t fetched,
-                         int64_t heads, int count) {
-#define INTEGER_CASE(rows, digits_used) \
-    case 4 * rows + digits_used: \
-        integer_tile(a, a_stride, b, depth, c, c_stride, digits, accumulate, ahead, fetched, rows, digits_used); \
-        break;
-    switch (4 * heads + count) {
-        INTEGER_CASE(1, 1)
-        INTEGER_CASE(2, 1)
-        INTEGER_CASE(3, 1)
-        INTEGER_CASE(4, 1)
-        INTEGER_CASE(1, 3)
-        INTEGER_CASE(2, 3)
-        INTEGER_CASE(3, 3)
-        INTEGER_CASE(4, 3)
+/* Both for 1 to 4 rows. A single digit is quick enough to multiply rows that nobody looks at. */
+OUTLINE void integer_scores(const int32_t *q, int64_t q_stride, const uint8_t *tile, int64_t quads, float *scores,
+                            int64_t stride, const Digits *digits, Ahead ahead, int64_t heads, int count) {
+    switch (count == 1 ? 0 : heads) {
+    case 0: integer_scores_of(q, q_stride, tile, quads, scores, stride, digits, ahead, 4, 1); break;
+    case 1: integer_scores_of(q, q_stride, tile, quads, scores, stride, digits, ahead, 1, DIGITS); break;
+    case 2: integer_scores_of(q, q_stride, tile, quads, scores, stride, digits, ahead, 2, DIGITS); break;
+    case 3: integer_scores_of(q, q_stride, tile, quads, scores, stride, digits, ahead, 3, DIGITS); break;
+    default: integer_scores_of(q, q_stride, tile, quads, scores, stride, digits, ahead, 4, DIGITS);
     }
-#undef INTEGER_CASE
 }
 
-static void interleave_keys(Rows from, int64_t keys, uint8_t *tile, int kind) {
+INLINE void integer_output_any(const int32_t *weights, int64_t weights_stride, Rows value, int64_t d, int64_t keys,
+                               float *output, int64_t high, int64_t stride, const Digits *digits, Ahead ahead,
+                               const int kind, int64_t heads) {
+    switch (heads) {
+    case 1: integer_output_of(weights, weights_stride, value, d, keys, output, high, stride, digits, ahead, kind, 1); break;
+    case 2: integer_output_of(weights, weights_stride, value, d, keys, output, high, stride, digits, ahead, kind, 2); break;
+    case 3: integer_output_of(weights, weights_stride, value, d, keys, output, high, stride, digits, ahead, kind, 3); break;
+    default: integer_output_of(weights, weights_stride, value, d, keys, output, high, stride, digits, ahead, kind, 4);
+    }
+}
+
+OUTLINE void integer_output(const int32_t *weights, int64_t weights_stride, Rows value, int64_t d, int64_t keys,
+                            float *output, int64_t high, int64_t stride, const Digits *digits, Ahead ahead, int64_t kind,
+                            int64_t heads) {
+    if (kind == KIND_INT8)
+        integer_output_any(weights, weights_stride, value, d, keys, output, high, stride, digits, ahead, KIND_INT8, heads);
+    else
+        integer_output_any(weights, weights_stride, value, d, keys, output, high, stride, digits, ahead, KIND_INT4, heads);
+}
+
+OUTLINE void interleave_keys(Rows from, int64_t keys, uint8_t *tile, int64_t kind) {
     if (kind == KIND_INT8)
         interleave_keys_of(from, keys, tile, KIND_INT8);
     else
         interleave_keys_of(from, keys, tile, KIND_INT4);
-}
-
-static void interleave_values(Rows from, int64_t keys, int64_t depth, uint8_t *tile, int kind) {
-    if (kind == KIND_INT8)
-        interleave_values_of(from, keys, depth, tile, KIND_INT8);
-    else
-        interleave_values_of(from, keys, depth, tile, KIND_INT4);
 }
 #endif

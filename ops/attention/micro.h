@@ -1,6 +1,13 @@
 /* The inner loops of attention in floats: for few query rows straight on the codes (`direct_*`), for many on tiles of
  * decoded values (`gemm_rows`); and the exponential. integer.h has those in whole numbers. */
 
+/* One copy of a function: GCC makes more of them for constant arguments, and compiles for longer. */
+#ifdef __clang__
+#define OUTLINE static __attribute__((noinline))
+#else
+#define OUTLINE static __attribute__((noinline, noclone))
+#endif
+
 /* The widest vectors that the machine computes with at once. */
 #ifdef __AVX512F__
 enum { LANES = 16, ROW_STEP = 12, PANEL = 32, OUTPUT_VECTORS = 4 };
@@ -11,6 +18,7 @@ INLINE f32v max_lanes(f32v a, f32v b) { return (f32v)_mm512_max_ps((__m512)a, (_
 INLINE f32v select_lanes(i32v where, f32v yes, f32v no) {
     return (f32v)_mm512_mask_blend_ps(_mm512_movepi32_mask((__m512i)where), (__m512)no, (__m512)yes);
 }
+INLINE int all_true(i32v where) { return _mm512_movepi32_mask((__m512i)where) == 0xffff; }
 INLINE float sum_of_lanes(f32v x) { return _mm512_reduce_add_ps((__m512)x); }
 INLINE float max_of_lanes(f32v x) { return _mm512_reduce_max_ps((__m512)x); }
 #else
@@ -20,6 +28,11 @@ typedef i32x8 i32v;
 typedef f32x8_any f32v_any;
 INLINE f32v max_lanes(f32v a, f32v b) { return max_f32(a, b); }
 INLINE f32v select_lanes(i32v where, f32v yes, f32v no) { return select_f32(where, yes, no); }
+INLINE int all_true(i32v where) {
+    int32_t all = -1;
+    for (int i = 0; i < LANES; i++) all &= where[i];
+    return all != 0;
+}
 INLINE float sum_of_lanes(f32v x) { return sum_of(x); }
 INLINE float max_of_lanes(f32v x) { return max_of(x); }
 #endif
@@ -247,15 +260,12 @@ INLINE void decode_rows_of(Rows from, int64_t keys, int64_t padded, float *tile,
         for (int64_t d = 0; d < span; d += 8) {
             int64_t count = span - d < 8 ? span - d : 8;
             f32x8 low, high;
-            if (kind == KIND_INT4) {
-                float both[16];
-                if (count == 8)
-                    load_int4(row + d, &low, &high);
-                else
-                    load_few_int4(row + d, count, &low, &high);
-                store_f32(both, low), store_f32(both + 8, high);
-                memcpy(to + d, both, sizeof(float) * (size_t)count);
-                memcpy(to + span + d, both + 8, sizeof(float) * (size_t)count);
+            if (kind == KIND_INT4 && count == 8) {
+                load_int4(row + d, &low, &high);
+                store_f32(to + d, low), store_f32(to + span + d, high);
+            } else if (kind == KIND_INT4) {
+                load_few_int4(row + d, count, &low, &high);
+                for (int64_t i = 0; i < count; i++) to[d + i] = low[i], to[span + d + i] = high[i];
             } else {
                 store_f32(to + d, count == 8 ? load_as_f32(row + d * size, kind)
                                              : load_few_as_f32(row + d * size, count, kind));
@@ -267,7 +277,7 @@ INLINE void decode_rows_of(Rows from, int64_t keys, int64_t padded, float *tile,
 
 /* Floats [keys][padded] as panels [keys / PANEL][padded][PANEL], so that gemm_rows reads K transposed; zeros beyond the
  * last key. */
-static void transpose_keys(const float *tile, int64_t keys, int64_t padded, float *panels) {
+OUTLINE void transpose_keys(const float *tile, int64_t keys, int64_t padded, float *panels) {
     for (int64_t first = 0; first < (keys + PANEL - 1) / PANEL * PANEL; first += 8) {
         float *panel = panels + first / PANEL * PANEL * padded + first % PANEL;
         for (int64_t d = 0; d < padded; d += 8) {
@@ -281,7 +291,7 @@ static void transpose_keys(const float *tile, int64_t keys, int64_t padded, floa
 }
 
 /* c[ROW_STEP][PANEL] = (or +=) a[ROW_STEP][depth] * b[depth][PANEL]. */
-static void gemm_rows(const float *a, int64_t a_stride, const float *b, int64_t b_stride, int64_t depth, float *c,
+OUTLINE void gemm_rows(const float *a, int64_t a_stride, const float *b, int64_t b_stride, int64_t depth, float *c,
                       int64_t c_stride, int accumulate) {
     f32v sums[ROW_STEP][2];
     UNROLL for (int r = 0; r < ROW_STEP; r++)

@@ -1,12 +1,15 @@
 """The codec on the CPU writes the codes of its reference, bit for bit."""
 
+import re
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from octavo.ops import encode, encode_token
-from octavo.ops.codec.reference import encode_reference, encode_token_reference
+from octavo.ops import decode, encode, encode_token
+from octavo.ops.codec.reference import decode_reference, encode_reference, encode_token_reference
 
 pytestmark = pytest.mark.usefixtures("build")
 TOKENS, CAPACITY = 33, 64
@@ -57,6 +60,185 @@ def test_codes_and_scales_per_token_are_those_of_the_reference(width: int, dtype
     assert torch.equal(scales, expected_scales)
 
 
+CODE_DTYPES = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Of one dtype and the same bits, but for NaN, of which one is as good as the other."""
+    if not one.is_floating_point():
+        return torch.equal(one, other)
+    return one.dtype == other.dtype and torch.equal(one.float().nan_to_num(1e9), other.float().nan_to_num(1e9))
+
+
+def storage_of(codes: torch.dtype, width: int) -> torch.Tensor:
+    """Storage of 2 sequences, 3 heads and CAPACITY tokens that holds something already."""
+    stored = torch.randint(0, 100, (2, 3, CAPACITY, width // 2 if codes == torch.uint8 else width))
+    return stored.to(torch.uint8).view(codes)
+
+
+def values_of(width: int, dtype: torch.dtype, special: float | None) -> torch.Tensor:
+    """A transposed view `[2, 3, TOKENS, width]`, with one special value where asked for."""
+    values = (torch.randn(2, TOKENS, 3, width) * 3).to(dtype).transpose(1, 2)
+    if special is not None:
+        values[1, 2, 5, width // 2] = special
+    return values
+
+
+def rope_of(batch: int, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    angles = torch.randn(batch, TOKENS, width)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def unchanged(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def window(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor[:, :, 5 : 5 + TOKENS]
+
+
+def divisor(width: int, groups: int) -> int:
+    return groups if width % groups == 0 else 1
+
+
+class Case:
+    """Random arguments that both forms of encoding share."""
+
+    def __init__(
+        self,
+        codes: torch.dtype,
+        width: int,
+        dtype: torch.dtype,
+        rope: torch.dtype | None,
+        has_position: bool,
+        special: float | None,
+        seed: int,
+    ) -> None:
+        torch.manual_seed(seed)
+        self.width = width + width % 2 if codes == torch.uint8 or rope is not None else width
+        self.values = values_of(self.width, dtype, special)
+        self.cos, self.sin = (None, None) if rope is None else rope_of(1 + seed % 2, self.width, rope)
+        self.position = torch.tensor([seed % (CAPACITY - TOKENS + 1)]) if has_position else None
+        self.storage = storage_of(codes, self.width)
+        self.view: Callable[[torch.Tensor], torch.Tensor] = unchanged if has_position else window
+
+    @property
+    def tail(self) -> tuple[torch.Tensor | None, ...]:
+        return self.cos, self.sin, self.position
+
+
+cases = st.builds(
+    Case,
+    codes=st.sampled_from(CODE_DTYPES),
+    width=st.sampled_from([1, 5, 16, 64, 77, 96, 128, 600]),
+    dtype=st.sampled_from(FLOAT_DTYPES),
+    rope=st.sampled_from([None, *FLOAT_DTYPES]),
+    has_position=st.booleans(),
+    special=st.sampled_from([None, None, None, float("nan"), float("inf"), -float("inf")]),
+    seed=st.integers(0, 1000),
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    case=cases,
+    form=st.sampled_from(["channel", "head", "groups", "tokens", "number"]),
+    zero_form=st.sampled_from(["none", "same", "head"]),
+)
+def test_every_static_form_is_that_of_the_reference(case: Case, form: str, zero_form: str) -> None:
+    groups = divisor(case.width, 4)
+    shapes = {
+        "channel": (3, 1, case.width),
+        "head": (3, 1, 1),
+        "groups": (3, 1, groups),
+        "tokens": (2, 3, TOKENS, groups),
+        "number": (),
+    }
+    scale = torch.rand(shapes[form]) * 0.05 + 0.01
+    zero = None if zero_form == "none" else torch.randn(shapes["head" if zero_form == "head" else form]) * 10
+    expected = case.storage.clone()
+    encode(case.values, scale, zero, case.view(case.storage), *case.tail)
+    encode_reference(case.values, scale, zero, case.view(expected), *case.tail)
+    assert equal(case.storage, expected)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    case=cases,
+    groups=st.sampled_from([1, 1, 2, 4, 16]),
+    scale_dtype=st.sampled_from([torch.float32, torch.float16]),
+    zero_dtype=st.sampled_from([None, torch.float32, torch.float16]),
+)
+def test_every_dynamic_form_is_that_of_the_reference(
+    case: Case, groups: int, scale_dtype: torch.dtype, zero_dtype: torch.dtype | None
+) -> None:
+    groups = divisor(case.width, groups)
+    scale = torch.ones((2, 3, CAPACITY, groups), dtype=scale_dtype)
+    zero = None if zero_dtype is None else torch.ones((2, 3, CAPACITY, groups), dtype=zero_dtype)
+    expected = [None if part is None else part.clone() for part in (case.storage, scale, zero)]
+    views = [None if part is None else case.view(part) for part in (case.storage, scale, zero)]
+    encode_token(case.values, *views, *case.tail)
+    expected_views = [None if part is None else case.view(part) for part in expected]
+    encode_token_reference(case.values, *expected_views, *case.tail)
+    for part, expected_part in zip((case.storage, scale, zero), expected, strict=True):
+        assert part is None or equal(part, expected_part)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    dtype=st.sampled_from([*CODE_DTYPES, *FLOAT_DTYPES]),
+    width=st.sampled_from([1, 5, 16, 77, 128]),
+    token_group=st.sampled_from([1, 4, 32, 100]),
+    form=st.sampled_from(["none", "channel", "token", "groups"]),
+    has_zero=st.booleans(),
+    part_dtype=st.sampled_from([torch.float32, torch.float16]),
+    seed=st.integers(0, 1000),
+)
+def test_decoded_values_are_those_of_the_reference(
+    dtype: torch.dtype,
+    width: int,
+    token_group: int,
+    form: str,
+    has_zero: bool,
+    part_dtype: torch.dtype,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    width += width % 2
+    codes = storage_of(dtype, width) if dtype in CODE_DTYPES else torch.randn(2, 3, CAPACITY, width).to(dtype)
+    codes = codes[:, 1:, 3:50]
+    rows = -(-codes.shape[2] // token_group)
+    shapes = {"channel": (2, 1, width), "token": (2, 2, rows, 1), "groups": (2, 2, rows, divisor(width, 4))}
+    shape = shapes.get(form, (1,))
+    scale = None if form == "none" else torch.rand(shape).to(part_dtype)
+    zero = (torch.randn(shape) * 3).to(part_dtype) if has_zero else None
+    expected = decode_reference(codes, scale, zero, token_group).float()
+    assert equal(decode(codes, scale, zero, token_group), expected)
+
+
+@pytest.mark.parametrize("codes", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_fp8_codes_are_those_of_pytorch(codes: torch.dtype) -> None:
+    every = torch.arange(256).to(torch.uint8).view(codes).float()
+    every = every[every.isfinite()].sort().values.unique()
+    middles = (every[1:] + every[:-1]) / 2  # ties
+    values = torch.cat([every, middles, middles.nextafter(torch.tensor(1e9)), middles.nextafter(torch.tensor(-1e9))])
+    values = torch.cat([values, torch.tensor([1e9, -1e9, float("inf"), -float("inf"), float("nan"), -0.0, 1e-40])])
+    written = torch.empty((1, 1, 1, len(values)), dtype=torch.uint8).view(codes)
+    encode(values.view(1, 1, 1, -1), torch.ones(1, 1, 1), None, written)
+    largest = torch.finfo(codes).max
+    expected = values.clamp(-largest, largest).to(codes)
+    assert torch.equal(written.flatten().view(torch.uint8), expected.view(torch.uint8))
+
+
+def test_codes_whose_channels_are_strided_are_written() -> None:
+    values, storage = torch.randn(1, 2, 3, 16), torch.zeros((1, 2, 16, 9), dtype=torch.int8).transpose(2, 3)
+    expected, scale = torch.zeros((1, 2, 9, 16), dtype=torch.int8), torch.rand(2, 1, 16)
+    encode(values, scale, None, storage, position=torch.tensor([4]))
+    encode_reference(values, scale, None, expected, position=torch.tensor([4]))
+    assert torch.equal(storage, expected)
+
+
 def test_halves_go_to_even_and_the_ends_are_clamped() -> None:
     values = torch.tensor([0.5, 1.5, 2.5, -0.5, -1.5, 200.0, -200.0, 0.0]).view(1, 1, 1, 8)
     codes = torch.empty((1, 1, 1, 8), dtype=torch.int8)
@@ -89,7 +271,36 @@ def test_codes_of_another_shape_are_refused() -> None:
         encode(torch.randn(1, 2, 3, 16), torch.ones(2, 1, 16), None, torch.empty((1, 2, 4, 16), dtype=torch.int8))
 
 
+def test_what_does_not_fit_is_refused_with_the_reason() -> None:
+    values, codes = torch.randn(1, 2, 3, 16), torch.zeros((1, 2, 8, 16), dtype=torch.int8)
+    scale, at = torch.ones(2, 1, 16), torch.tensor([6])
+    scales = torch.ones(1, 2, 3, 1)
+    refused = [
+        (IndexError, "3 tokens from position 6 on", lambda: encode(values, scale, None, codes, position=at)),
+        (IndexError, "position -1", lambda: encode(values, scale, None, codes, position=torch.tensor([-1]))),
+        (ValueError, "must be uint8 (1, 2, 3, 8)", lambda: encode(values, scale, None, codes[:, :, :3].byte())),
+        (ValueError, "two in a byte", lambda: encode(values[..., 1:], scale, None, codes[:, :, :3].byte())),
+        (ValueError, "do not divide 16", lambda: encode(values, torch.ones(2, 1, 3), None, codes[:, :, :3])),
+        (ValueError, "does not broadcast", lambda: encode(values, torch.ones(3, 1, 1), None, codes[:, :, :3])),
+        (ValueError, "cos (1, 2, 16)", lambda: encode(values, scale, None, codes[:, :, :3], *torch.ones(2, 1, 2, 16))),
+        (ValueError, "scale (1, 2, 4, 1)", lambda: encode_token(values, codes[:, :, :3], torch.ones(1, 2, 4, 1))),
+        (ValueError, "not torch.bfloat16", lambda: encode_token(values, codes[:, :, :3], scales.bfloat16())),
+        (ValueError, "zero (1, 2, 1, 1)", lambda: encode_token(values, codes[:, :, :3], scales, scales[:, :, :1])),
+        (ValueError, "do not divide 16", lambda: decode(codes, torch.ones(1, 2, 8, 5), None)),
+        (ValueError, "does not broadcast", lambda: decode(codes, torch.ones(1, 2, 3, 1), None, 4)),
+    ]
+    for error, reason, call in refused:
+        with pytest.raises(error, match=re.escape(reason)):
+            call()
+
+
 def test_opcheck() -> None:
     values, codes = torch.randn(1, 2, 3, 16), torch.zeros((1, 2, 3, 16), dtype=torch.int8)
-    torch.library.opcheck(torch.ops.octavo.encode.default, (values, torch.ones(2, 1, 16), None, codes))
-    torch.library.opcheck(torch.ops.octavo.encode_token.default, (values, codes, torch.zeros(1, 2, 3, 1)))
+    packed, rope = torch.zeros((1, 2, 9, 8), dtype=torch.uint8), torch.rand(2, 1, 3, 16)
+    scale, zero = torch.zeros(1, 2, 9, 4), torch.zeros((1, 2, 9, 4), dtype=torch.float16)
+    ops = torch.ops.octavo
+    torch.library.opcheck(ops.encode.default, (values, torch.ones(2, 1, 16), None, codes))
+    torch.library.opcheck(ops.encode.default, (values, torch.ones(2, 1, 1), None, packed, *rope, torch.tensor([2])))
+    torch.library.opcheck(ops.encode_token.default, (values, codes, torch.zeros(1, 2, 3, 1)))
+    torch.library.opcheck(ops.encode_token.default, (values, packed, scale, zero, *rope, torch.tensor([2])))
+    torch.library.opcheck(ops.decode.default, (packed, torch.rand(1, 2, 3, 4), None, 4))

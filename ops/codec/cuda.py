@@ -193,7 +193,7 @@ def decode_kernel(
     tl.store(places + second, high, mask=inside[:, None] & (second < WIDTH))
 
 
-def _static_part(part: torch.Tensor | None, shape: tuple[int, ...], token_group: int, name: str) -> tuple | None:
+def _codec_part(part: torch.Tensor | None, shape: tuple[int, ...], token_group: int, name: str) -> tuple | None:
     """A scale or zero of codes of shape `[B, G, S, D]` as `(pointer, strides of B, G, rows and columns, group)`.
 
     Raises:
@@ -211,7 +211,7 @@ def _static_part(part: torch.Tensor | None, shape: tuple[int, ...], token_group:
     return (part, *broadcast_strides(part, (batch, groups, rows, columns)), width // columns)
 
 
-def _rope(part: torch.Tensor | None, x: torch.Tensor) -> tuple | None:
+def _rope_operand(part: torch.Tensor | None, x: torch.Tensor) -> tuple | None:
     """`cos` or `sin` as `(pointer, strides of B, G, S and D)`."""
     if part is None:
         return None
@@ -260,8 +260,8 @@ def encode_cuda(
     block, warps = _rows_per_program(rows)
     with on_device(x):
         encode_kernel[(-(-rows // block),)](
-            strided(x), _rope(cos, x), _rope(sin, x), _static_part(scale, x.shape, 1, "scale"),
-            _static_part(zero, x.shape, 1, "zero"), strided(raw_codes(codes)), position,
+            strided(x), _rope_operand(cos, x), _rope_operand(sin, x), _codec_part(scale, x.shape, 1, "scale"),
+            _codec_part(zero, x.shape, 1, "zero"), strided(raw_codes(codes)), position,
             rows, groups, tokens, codes.shape[2],
             WIDTH=width, BLOCK_R=block, BLOCK_H=power_of_two((width + 1) // 2), KIND=CODE_KINDS[codes.dtype],
             num_warps=warps, enable_fp_fusion=False,
@@ -297,7 +297,7 @@ def encode_token_cuda(
     block, warps = _rows_per_program(rows)
     with on_device(x):
         encode_token_kernel[(-(-rows // block),)](
-            strided(x), _rope(cos, x), _rope(sin, x), strided(raw_codes(codes)), strided(scale),
+            strided(x), _rope_operand(cos, x), _rope_operand(sin, x), strided(raw_codes(codes)), strided(scale),
             None if zero is None else strided(zero), position,
             rows, groups, tokens, codes.shape[2],
             WIDTH=width, COLUMNS=scale.shape[3], LOW=low, HIGH=high, SMALLEST=SMALLEST_SCALE,
@@ -325,8 +325,8 @@ def decode_cuda(
     block, warps = _rows_per_program(rows)
     with on_device(codes):
         decode_kernel[(-(-rows // block),)](
-            strided(raw_codes(codes)), _static_part(scale, shape, token_group, "scale"),
-            _static_part(zero, shape, token_group, "zero"), output, rows, groups, tokens,
+            strided(raw_codes(codes)), _codec_part(scale, shape, token_group, "scale"),
+            _codec_part(zero, shape, token_group, "zero"), output, rows, groups, tokens,
             WIDTH=width, TOKEN_GROUP=token_group, BLOCK_R=block, BLOCK_H=power_of_two((width + 1) // 2),
             KIND=CODE_KINDS.get(codes.dtype, "float"), NATIVE=gpu_of(codes.device).capability >= FP8_CAPABILITY,
             num_warps=warps, enable_fp_fusion=False,

@@ -73,14 +73,12 @@ def quantize_rows_kernel(
 
 @jit()
 def _output_tile(rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Rows `[M]` and columns `[N]` of a program's tile; tiles that share weights run beside each other."""
+    """The first row and column of a program's tile; tiles that share weights run beside each other."""
     row_blocks, column_blocks = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
     band = tl.program_id(0) // (8 * column_blocks)
     in_band = tl.minimum(row_blocks - band * 8, 8)
     place = tl.program_id(0) % (8 * column_blocks)
-    row = (band * 8 + place % in_band) * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = (place // in_band) * BLOCK_N + tl.arange(0, BLOCK_N)
-    return row, column
+    return (band * 8 + place % in_band) * BLOCK_M, (place // in_band) * BLOCK_N
 
 
 @jit()
@@ -102,22 +100,25 @@ def codes_linear_kernel(
 
     `row_scale` is `(pointer, stride)` or None, `column_scale` `(pointer, stride)`, `quant_bias` int32 `[N]` or None.
     """
-    row, column = _output_tile(rows, columns, BLOCK_M, BLOCK_N)
+    first_row, first_column = _output_tile(rows, columns, BLOCK_M, BLOCK_N)
+    row, column = first_row + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_N)
     weight_pointer, weight_row, weight_column = weight
     k = tl.arange(0, BLOCK_K)
-    a_places = codes + row.to(tl.int64)[:, None] * depth + k[None, :]
-    b_places = weight_pointer + column.to(tl.int64)[:, None] * weight_row + (k * weight_column)[None, :]
+    codes += first_row.to(tl.int64) * depth
+    weight_pointer += first_column.to(tl.int64) * weight_row
+    a_places = tl.arange(0, BLOCK_M)[:, None] * depth + k[None, :]
+    b_places = tl.arange(0, BLOCK_N)[:, None] * weight_row + (k * weight_column)[None, :]
     is_row, is_column = (row < rows)[:, None], (column < columns)[:, None]
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.int32 if DOT == "int8" else tl.float32)
     for start in range(0, depth, BLOCK_K):
         if IS_EVEN:
-            a = tl.load(a_places, mask=is_row, other=0)
-            b = tl.load(b_places, mask=is_column, other=0)
+            a = tl.load(codes + a_places, mask=is_row, other=0)
+            b = tl.load(weight_pointer + b_places, mask=is_column, other=0)
         else:
-            a = tl.load(a_places, mask=is_row & (start + k < depth)[None, :], other=0)
-            b = tl.load(b_places, mask=is_column & (start + k < depth)[None, :], other=0)
-        a_places += BLOCK_K
-        b_places += BLOCK_K * weight_column
+            a = tl.load(codes + a_places, mask=is_row & (start + k < depth)[None, :], other=0)
+            b = tl.load(weight_pointer + b_places, mask=is_column & (start + k < depth)[None, :], other=0)
+        codes += BLOCK_K
+        weight_pointer += BLOCK_K * weight_column
         if DOT == "int8":
             total = tl.dot(a, tl.trans(b), acc=total, out_dtype=tl.int32)
         elif DOT == "fp8":  # the units add up few bits: the sum over blocks is taken outside of them
@@ -155,7 +156,8 @@ def weight_only_kernel(
 
     Of int4, bytes hold codes that are half of `PACKED` apart, and x is taken in two parts to match.
     """
-    row, column = _output_tile(rows, columns, BLOCK_M, BLOCK_N)
+    first_row, first_column = _output_tile(rows, columns, BLOCK_M, BLOCK_N)
+    row, column = first_row + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_N)
     x_pointer, x_row, x_column = x
     weight_pointer, weight_row, weight_column = weight
     scale_pointer, scale_row, scale_column = scale
@@ -163,16 +165,18 @@ def weight_only_kernel(
     byte = tl.arange(0, BYTES)
     k = byte // (PACKED // 2) * PACKED + byte % (PACKED // 2) if IS_INT4 else byte
     is_row, is_column = (row < rows)[:, None], (column < columns)[:, None]
-    x_places = x_pointer + row.to(tl.int64)[:, None] * x_row + (k * x_column)[None, :]
-    places = weight_pointer + column.to(tl.int64)[:, None] * weight_row + (byte * weight_column)[None, :]
+    x_pointer += first_row.to(tl.int64) * x_row
+    weight_pointer += first_column.to(tl.int64) * weight_row
+    x_places = tl.arange(0, BLOCK_M)[:, None] * x_row + (k * x_column)[None, :]
+    places = tl.arange(0, BLOCK_N)[:, None] * weight_row + (byte * weight_column)[None, :]
     scale_places = scale_pointer + column.to(tl.int64) * scale_row
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     x_sum = tl.zeros([BLOCK_M], tl.float32)
     for start in range(0, depth, BLOCK_K):
         inside = is_row if IS_EVEN else is_row & (start + k < depth)[None, :]
         is_weight = is_column if IS_EVEN else is_column & (start + k < depth)[None, :]
-        codes = tl.load(places, mask=is_weight, other=0)
-        values = tl.load(x_places, mask=inside, other=0)
+        codes = tl.load(weight_pointer + places, mask=is_weight, other=0)
+        values = tl.load(x_pointer + x_places, mask=inside, other=0)
         block = tl.zeros([BLOCK_M, BLOCK_N], tl.float32) if IS_GROUPED else total
         block_sum = tl.zeros([BLOCK_M], tl.float32) if IS_GROUPED else x_sum
         if zero is not None:
@@ -180,15 +184,15 @@ def weight_only_kernel(
         if IS_INT4:
             second = start + k + PACKED // 2
             inside = is_row if IS_EVEN else is_row & (second < depth)[None, :]
-            others = tl.load(x_places + PACKED // 2 * x_column, mask=inside, other=0)
+            others = tl.load(x_pointer + PACKED // 2 * x_column + x_places, mask=inside, other=0)
             if zero is not None:
                 block_sum += tl.sum(others.to(tl.float32), 1)
             block = _weight_product(values, (codes & 15).to(tl.int8) - 8, block, DOT)
             block = _weight_product(others, (codes >> 4).to(tl.int8) - 8, block, DOT)
         else:
             block = _weight_product(values, codes, block, DOT)
-        x_places += BLOCK_K * x_column
-        places += BYTES * weight_column
+        x_pointer += BLOCK_K * x_column
+        weight_pointer += BYTES * weight_column
         if IS_GROUPED:
             index = tl.cast(start // group, tl.int64)
             if zero is not None:
@@ -227,12 +231,13 @@ def _linear_tiles(rows: int, columns: int, depth: int, bits: int, capability: in
     """
     has_room = capability in (80, 90, 100, 103)  # 163 KiB of shared memory and more; others have 99 KiB
     if rows <= 16:
-        tiles = _Tiles(16, 16 if columns <= 8192 else 32, 256 if bits == 8 else 128, 4, 4 if has_room else 3)
+        depth_of_few = {8: 512, 16: 256, 32: 64}[bits]
+        tiles = _Tiles(16, 16 if columns <= 8192 else 32, depth_of_few, 4, 4 if has_room else 3)
     elif rows <= 64 or bits == 32:
         tiles = _Tiles(64, 64, {8: 128, 16: 64, 32: 32}[bits], 4, 3)
     else:
         tiles = _Tiles(128, 128, 128 if bits == 8 else 64, 8, 3 if has_room else 2)
-    return tiles._replace(depth=32) if depth <= 32 else tiles
+    return tiles._replace(depth=min(tiles.depth, max(32, 1 << (depth - 1).bit_length())))
 
 
 def _rows_of(x: torch.Tensor, depth: int, weight: torch.Tensor) -> torch.Tensor:
@@ -410,8 +415,8 @@ def linear_weight_only_cuda(
     tiles = _linear_tiles(
         rows.shape[0], columns, depth, 32 if dot == "fp32" else 16, gpu_of(x.device).capability
     )  # fmt: skip
-    if groups > 1:  # a tile stays within a group
-        tiles = tiles._replace(depth=min(tiles.depth, group & -group))
+    if groups > 1:  # a tile stays within a group, and has a sum for it beside the whole sum
+        tiles = tiles._replace(depth=min(tiles.depth, group & -group), columns=min(tiles.columns, 64))
     with on_device(x):
         weight_only_kernel[(-(-rows.shape[0] // tiles.rows) * -(-columns // tiles.columns),)](
             strided(rows), strided(weight), strided(weight_scale),

@@ -1,12 +1,22 @@
-"""The W8A8 linear op on the CPU equals its reference exactly: sums are whole numbers."""
+"""Linears on the CPU: W8A8 equals its reference exactly, as sums are whole numbers; the others sum in float32."""
+
+import re
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from octavo.ops import linear_w8a8
-from octavo.ops.linear.reference import linear_w8a8_reference
+from octavo.ops import linear_fp8, linear_w8a8, linear_w8a8_dynamic, linear_weight_only
+from octavo.ops.codes import pack_int4
+from octavo.ops.linear.reference import (
+    linear_fp8_reference,
+    linear_w8a8_dynamic_reference,
+    linear_w8a8_reference,
+    linear_weight_only_reference,
+)
+
+from ..tolerances import TOLERANCES
 
 pytestmark = pytest.mark.usefixtures("build")
 
@@ -37,6 +47,149 @@ def test_equals_the_reference(rows: int, depth: int, columns: int, dtype: torch.
     assert torch.equal(linear_w8a8(x, *arguments), linear_w8a8_reference(x, *arguments))
 
 
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ROWS = st.sampled_from([1, 2, 3, 4, 5, 7, 13, 16, 17, 20, 37, 100, 400])
+COLUMNS = st.sampled_from([1, 3, 16, 17, 33, 64, 65, 130])
+BIASES = st.sampled_from([None, *FLOAT_DTYPES])
+
+
+def bias_of(columns: int, dtype: torch.dtype | None) -> torch.Tensor | None:
+    return None if dtype is None else torch.randn(columns).to(dtype)
+
+
+def assert_close(output: torch.Tensor, expected: torch.Tensor) -> None:
+    """Of one shape and dtype, and but for the rounding of sums equal."""
+    assert output.shape == expected.shape
+    assert output.dtype == expected.dtype
+    name = "linear" if output.dtype == torch.float32 else "linear in half"
+    error = (output.float() - expected.float()).pow(2).mean().sqrt() / expected.float().pow(2).mean().sqrt()
+    assert error <= TOLERANCES[name]
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    rows=ROWS,
+    depth=st.sampled_from([1, 7, 16, 31, 64, 77, 250, 576, 1100]),
+    columns=COLUMNS,
+    dtype=st.sampled_from(FLOAT_DTYPES),
+    bias=BIASES,
+    seed=st.integers(0, 1000),
+)
+def test_dynamic_equals_the_reference(
+    rows: int, depth: int, columns: int, dtype: torch.dtype, bias: torch.dtype | None, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    x = (torch.randn(rows, depth) * torch.rand(rows, 1) * 10).to(dtype)
+    weight = torch.randint(-128, 128, (columns, depth), dtype=torch.int8)
+    arguments = (x, weight, torch.rand(columns) * 0.01, bias_of(columns, bias))
+    assert torch.equal(linear_w8a8_dynamic(*arguments), linear_w8a8_dynamic_reference(*arguments))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    rows=ROWS,
+    depth=st.sampled_from([1, 7, 31, 32, 77, 96, 128, 320, 576, 1024]),
+    columns=COLUMNS,
+    group=st.sampled_from([None, 32, 64, 128]),
+    is_int4=st.booleans(),
+    has_zero=st.booleans(),
+    scale_dtype=st.sampled_from([torch.float32, torch.float16]),
+    dtype=st.sampled_from(FLOAT_DTYPES),
+    bias=BIASES,
+    seed=st.integers(0, 1000),
+)
+def test_weight_only_is_close_to_the_reference(
+    rows: int,
+    depth: int,
+    columns: int,
+    group: int | None,
+    is_int4: bool,
+    has_zero: bool,
+    scale_dtype: torch.dtype,
+    dtype: torch.dtype,
+    bias: torch.dtype | None,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    depth = -(-depth // 32) * 32 if is_int4 else depth
+    groups = 1 if group is None or depth % group else depth // group
+    weight = torch.randint(-128, 128, (columns, depth), dtype=torch.int8)
+    if is_int4:
+        weight = pack_int4(weight >> 4, 32)
+    scale = (torch.rand(columns, groups) * 0.02 + 0.001).to(scale_dtype)
+    zero = (torch.randn(columns, groups) * (2 if is_int4 else 30)).to(scale_dtype) if has_zero else None
+    arguments = (torch.randn(rows, depth).to(dtype), weight, scale, zero, bias_of(columns, bias))
+    assert_close(linear_weight_only(*arguments), linear_weight_only_reference(*arguments))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=ROWS,
+    depth=st.sampled_from([1, 7, 31, 32, 77, 320, 1024]),
+    columns=COLUMNS,
+    is_static=st.booleans(),
+    is_per_tensor=st.booleans(),
+    dtype=st.sampled_from(FLOAT_DTYPES),
+    bias=BIASES,
+    seed=st.integers(0, 1000),
+)
+def test_fp8_is_close_to_the_reference(
+    rows: int,
+    depth: int,
+    columns: int,
+    is_static: bool,
+    is_per_tensor: bool,
+    dtype: torch.dtype,
+    bias: torch.dtype | None,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    weight = (torch.randn(columns, depth) * 10 ** torch.randn(columns, depth)).clamp(-448, 448)
+    scale = torch.rand(1 if is_per_tensor else columns) * 0.01 + 0.001
+    input_scale = torch.rand(1) * 0.05 + 0.001 if is_static else None
+    x = torch.randn(rows, depth).to(dtype)
+    arguments = (x, weight.to(torch.float8_e4m3fn), scale, input_scale, bias_of(columns, bias))
+    assert_close(linear_fp8(*arguments), linear_fp8_reference(*arguments))
+
+
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_every_fp8_code_counts_as_what_it_is(rows: int) -> None:
+    codes = torch.arange(256).to(torch.uint8)
+    codes[codes & 127 == 127] = 0  # NaN
+    weight = torch.zeros(256, 256, dtype=torch.uint8)
+    weight[:, 3] = codes
+    x = torch.zeros(rows, 256)
+    x[:, 3] = 1.0
+    weight = weight.view(torch.float8_e4m3fn)
+    output = linear_fp8(x, weight, torch.ones(1), torch.ones(1), None)
+    assert torch.equal(output, weight[:, 3].float().expand(rows, -1))
+
+
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_nan_stays_visible(rows: int) -> None:
+    x, weight = torch.randn(rows, 64), torch.randn(20, 64).to(torch.float8_e4m3fn)
+    codes, scale = torch.ones(20, 64, dtype=torch.int8), torch.ones(20)
+    weight[7, 5] = float("nan")
+    is_nan = linear_fp8(x, weight, scale, None, None).isnan()
+    assert is_nan[:, 7].all()
+    assert is_nan.sum() == rows
+    x[0, 33] = float("nan")
+    for output in (
+        linear_fp8(x, weight, scale, None, None),
+        linear_w8a8_dynamic(x, codes, scale, None),
+        linear_weight_only(x, codes, scale[:, None], None, None),
+    ):
+        assert output[0].isnan().all()
+        assert rows == 1 or not output[1:, :7].isnan().any()
+
+
+def test_a_row_of_zeros_gives_the_bias() -> None:
+    x, bias = torch.zeros(3, 64), torch.randn(5)
+    weight = torch.randn(5, 64)
+    assert torch.equal(linear_w8a8_dynamic(x, weight.to(torch.int8), torch.ones(5), bias), bias.expand(3, 5))
+    assert torch.equal(linear_fp8(x, weight.to(torch.float8_e4m3fn), torch.ones(5), None, bias), bias.expand(3, 5))
+
+
 @pytest.mark.parametrize("rows", [1, 6, 40])
 def test_the_extreme_codes_do_not_saturate(rows: int) -> None:
     depth, columns = 4096, 3
@@ -53,7 +206,25 @@ def test_leading_dimensions_and_strides_are_kept() -> None:
     output = linear_w8a8(x, *arguments)
     assert output.shape == (2, 5, 20)
     assert torch.equal(output[1, 3], linear_w8a8(x[1, 3].clone(), *arguments))
-    assert linear_w8a8(torch.empty(2, 0, 48), *arguments).shape == (2, 0, 20)
+    weight, scale = arguments[0], arguments[4]
+    for op, rest in (
+        (linear_w8a8, arguments),
+        (linear_w8a8_dynamic, (weight, scale, None)),
+        (linear_weight_only, (weight, scale[:, None], None, None)),
+        (linear_fp8, (weight.to(torch.float8_e4m3fn), scale, None, None)),
+    ):
+        output = op(x, *rest)
+        assert output.shape == (2, 5, 20)
+        assert torch.equal(output, op(x.contiguous(), *rest))
+        assert op(torch.empty(2, 0, 48), *rest).shape == (2, 0, 20)
+        assert op(x.double(), *rest).dtype == torch.float64
+
+
+def test_strided_weights_and_scales_are_taken() -> None:
+    x, weight, scale = torch.randn(3, 64), torch.randint(-128, 128, (128, 40), dtype=torch.int8), torch.rand(40, 4)
+    strided = weight.T[:, ::2], scale[:, ::2], -scale[:, 1::2]
+    expected = linear_weight_only(x, *(part.contiguous() for part in strided), None)
+    assert torch.equal(linear_weight_only(x, *strided, None), expected)
 
 
 def test_a_row_does_not_depend_on_the_others() -> None:
@@ -74,5 +245,36 @@ def test_a_weight_of_another_depth_is_refused() -> None:
         linear_w8a8(torch.randn(2, 65), *layer(64, 32))
 
 
+def test_what_does_not_fit_is_refused_with_the_reason() -> None:
+    x, codes, scale = torch.randn(2, 64), torch.zeros(8, 64, dtype=torch.int8), torch.ones(8)
+    packed, fp8 = torch.zeros(8, 32, dtype=torch.uint8), torch.zeros(8, 64).to(torch.float8_e4m3fn)
+    refused = [
+        ("do not go together", lambda: linear_w8a8_dynamic(x[:, 1:], codes, scale, None)),
+        ("do not go together", lambda: linear_w8a8_dynamic(x, packed, scale, None)),
+        ("weight_scale must be float32 [8]", lambda: linear_w8a8_dynamic(x, codes, scale[1:], None)),
+        ("bias (7,)", lambda: linear_w8a8_dynamic(x, codes, scale, scale[1:])),
+        ("weight_scale (8, 3)", lambda: linear_weight_only(x, codes, torch.ones(8, 3), None, None)),
+        ("not 16", lambda: linear_weight_only(x, codes, torch.ones(8, 4), None, None)),
+        ("weight_zero (8, 1)", lambda: linear_weight_only(x, codes, torch.ones(8, 2), torch.ones(8, 1), None)),
+        ("do not go together", lambda: linear_weight_only(x[:, :48], packed[:, :24], scale[:, None], None, None)),
+        ("do not go together", lambda: linear_weight_only(x, fp8, scale[:, None], None, None)),
+        ("do not go together", lambda: linear_fp8(x, codes, scale, None, None)),
+        ("weight_scale must be float32 [8]", lambda: linear_fp8(x, fp8, scale[1:], None, None)),
+        ("input_scale must be float32 [1]", lambda: linear_fp8(x, fp8, scale, scale, None)),
+    ]
+    for reason, call in refused:
+        with pytest.raises(ValueError, match=re.escape(reason)):
+            call()
+
+
 def test_opcheck() -> None:
-    torch.library.opcheck(torch.ops.octavo.linear_w8a8.default, (torch.randn(2, 3, 64), *layer(64, 32)))
+    x, codes, bias = torch.randn(2, 3, 64), torch.zeros(32, 64, dtype=torch.int8), torch.randn(32)
+    packed, scale = torch.zeros(32, 32, dtype=torch.uint8), torch.rand(32, 2)
+    ops = torch.ops.octavo
+    torch.library.opcheck(ops.linear_w8a8.default, (x, *layer(64, 32)))
+    torch.library.opcheck(ops.linear_w8a8_dynamic.default, (x, codes, scale[:, 0].contiguous(), bias))
+    torch.library.opcheck(ops.linear_weight_only.default, (x, packed, scale, scale, bias))
+    torch.library.opcheck(ops.linear_weight_only.default, (x, codes, scale[:, :1], None, None))
+    arguments = (x, codes.to(torch.float8_e4m3fn), bias, None, bias)
+    checks = ("test_faketensor", "test_aot_dispatch_dynamic")  # test_schema cannot compare fp8 tensors
+    torch.library.opcheck(ops.linear_fp8.default, arguments, test_utils=checks)

@@ -1,6 +1,7 @@
 # Paths are relative, so that a directory with a space in its name works.
 PYTHON ?= python3
 BIN := .venv/bin
+ARCHITECTURES := $(notdir $(patsubst %/__init__.py,%,$(wildcard models/*/__init__.py)))
 
 .PHONY: help setup demo test check format bench clean
 
@@ -28,7 +29,7 @@ test: setup
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m octavo.common.bundle --arch llama3 --out .cache/bundle
+	for arch in $(ARCHITECTURES); do $(BIN)/python -m octavo.common.bundle --arch $$arch --out .cache/bundle || exit 1; done
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from octavo.models.llama3 import ARCHITECTURE, float_linears
 from octavo.models.llama3.modeling_llama_fa3 import LlamaForCausalLM
 
 from ..support import convert_flags, edit_json, random_ids, run_python, save_source, tiny_config, tiny_llama
+from .loading import environment, load_without_octavo, save_expected
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -47,40 +47,6 @@ VARIANTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "fa with biases, float linears": ({"attention_bias": True}, (*FA, *FLOAT_LINEARS)),
 }
 """Name to changes of the tiny Llama and flags of the conversion."""
-
-LOAD = """
-import json, os, sys
-import torch
-from transformers import AutoModelForCausalLM
-torch.set_num_threads(1)
-ids = torch.tensor(json.loads(sys.argv[1]))
-result = {}
-for name, source, expected in json.loads(sys.argv[2]):
-    model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True).eval()
-    with torch.inference_mode():
-        logits = model(ids).logits
-    tokens = model.generate(ids, max_new_tokens=8, do_sample=False)
-    from safetensors.torch import load_file
-    wanted = load_file(expected)
-    result[name] = [
-        torch.equal(logits, wanted["logits"]),
-        torch.equal(tokens, wanted["tokens"]),
-        type(model).__module__.startswith("transformers_modules."),
-        str(model.dtype),
-    ]
-print(json.dumps(result))
-"""
-
-
-def environment(cache: Path) -> dict[str, str]:
-    """Of a process that is offline and keeps its modules and snapshots in `cache`."""
-    return {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "HF_HUB_CACHE": str(cache / "hub"),
-        "HF_MODULES_CACHE": str(cache / "modules"),
-        "OMP_NUM_THREADS": "1",
-    }
 
 
 def as_snapshot(
@@ -114,23 +80,12 @@ def variants(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def expected(variants: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Logits and tokens of every variant, from the model in this tree."""
-    from safetensors.torch import save_file
-
     folder = tmp_path_factory.mktemp("expected")
-    ids, files = random_ids(2, 33), {}
+    files = {}
     for name, directory in variants.items():
-        model = LlamaForCausalLM.from_pretrained(directory).eval()
-        with torch.inference_mode():
-            logits = model(ids).logits
-        tokens = model.generate(ids, max_new_tokens=8, do_sample=False)
         files[name] = folder / f"{len(files)}.safetensors"
-        save_file({"logits": logits, "tokens": tokens}, files[name])
+        save_expected(LlamaForCausalLM.from_pretrained(directory), files[name])
     return files
-
-
-def load_without_octavo(rows: list[tuple[str, str, str]], cache: Path) -> dict[str, list[Any]]:
-    """Load each (name, source, file of what is expected) in a process that cannot import Octavo."""
-    return run_python(LOAD, json.dumps(random_ids(2, 33).tolist()), json.dumps(rows), environment=environment(cache))
 
 
 def test_every_variant_loads_from_a_path_bit_for_bit(

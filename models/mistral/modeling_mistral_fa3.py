@@ -1,0 +1,19 @@
+"""Mistral with a quantized KV cache, quantized attention and W8A8 linears.
+
+    hidden [B, S, hidden]
+      -> q_proj, k_proj, v_proj       int8 x int8 where the checkpoint says W8A8
+      -> RoPE on q [B, H, S, D] and k [B, G, S, D]
+      -> cache.update(k, v)           encodes the new tokens once; returns the codes of all
+      -> attention(q, codes)          reads the newest `sliding_window` of the codes, or all if there is no window
+      -> o_proj
+
+"fa3" is Ascend's word for 8-bit per-head attention quantization (FAQuant), not FlashAttention-3.
+"""
+
+import transformers
+
+from ...common.model import QuantizedCausalLM
+
+
+class MistralForCausalLM(QuantizedCausalLM, transformers.MistralForCausalLM):
+    """`transformers.MistralForCausalLM` whose `config.octavo` says what is quantized."""

@@ -1,0 +1,19 @@
+"""Qwen3 with a quantized KV cache, quantized attention and W8A8 linears.
+
+    hidden [B, S, hidden]
+      -> q_proj, k_proj, v_proj       int8 x int8 where the checkpoint says W8A8
+      -> RMSNorm of each head of q and k, then RoPE: q [B, H, S, D], k [B, G, S, D]
+      -> cache.update(k, v)           encodes the new tokens once; returns the codes of all
+      -> attention(q, codes)          reads the codes; in sliding layers the newest `sliding_window` of them
+      -> o_proj
+
+"fa3" is Ascend's word for 8-bit per-head attention quantization (FAQuant), not FlashAttention-3.
+"""
+
+import transformers
+
+from ...common.model import QuantizedCausalLM
+
+
+class Qwen3ForCausalLM(QuantizedCausalLM, transformers.Qwen3ForCausalLM):
+    """`transformers.Qwen3ForCausalLM` whose `config.octavo` says what is quantized."""

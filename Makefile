@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARCHITECTURES := $(notdir $(patsubst %/__init__.py,%,$(wildcard models/*/__init__.py)))
 
-.PHONY: help setup demo test check format bench clean
+.PHONY: help setup setup-test demo test check format bench clean
 
 help:
 	@echo "make setup   make .venv and install everything into it"
@@ -17,21 +17,27 @@ setup: .venv/.installed
 .venv/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+setup-test: .venv/.installed-test
+
+.venv/.installed-test: .venv/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	touch $@
 
 demo: setup
 	$(BIN)/python examples/demo.py
 
-test: setup
+test: setup-test
 	smollm2="$$($(BIN)/python examples/fetch_smollm2.py)" && OCTAVO_SMOLLM2="$$smollm2" $(BIN)/python -m pytest -q
 
-check: setup
+check: setup-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	for arch in $(ARCHITECTURES); do $(BIN)/python -m octavo.common.bundle --arch $$arch --out .cache/bundle || exit 1; done
 
-format: setup
+format: setup-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

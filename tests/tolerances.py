@@ -30,6 +30,9 @@ TOLERANCES = {
     "simulation rmse float16": 2e-2,
     "simulation rmse bfloat16": 1e-1,
     "simulation rmse computed in half": 1.5e-1,
+    # Logits of random models of a few layers, calibrated on eight short texts: 0.05 to 0.07 and 0.06 to 0.10 measured.
+    "rmse of a tiny model, C8": 0.15,
+    "rmse of a tiny model, W8A8": 0.3,
     # KL(float || quantized), nats per token, SmolLM2-135M on a window of 2,048 tokens of Wikipedia.
     "kl int8-token": 8e-4,
     "kl ascend-c8": 2e-3,

@@ -26,6 +26,7 @@
 
 typedef float f32x8 __attribute__((vector_size(32)));
 typedef int32_t i32x8 __attribute__((vector_size(32)));
+typedef uint8_t u8x8 __attribute__((vector_size(8)));
 typedef float f32x8_any __attribute__((vector_size(32), aligned(4), may_alias));
 
 /* Element types of tensors, as cpu.py numbers them. */
@@ -81,6 +82,13 @@ INLINE float half_to_float(uint16_t half) {
     return sign ? -value : value;
 }
 
+#ifndef __F16C__
+/* Not inline, which takes compilers long. */
+static __attribute__((noinline, unused)) void halves_to_floats(const uint16_t halves[8], f32x8 *to) {
+    for (int i = 0; i < 8; i++) (*to)[i] = half_to_float(halves[i]);
+}
+#endif
+
 /* The bits of fp8 as those of float16: of e4m3fn 2^-8 of the value, so that the smaller bias fits, NaN as NaN. */
 INLINE uint16_t fp8_to_half(uint8_t code, int kind) {
     uint32_t bits = code, magnitude = (bits & 0x7f) << 7;
@@ -99,9 +107,9 @@ INLINE f32x8 load_fp8(const void *from, int kind, int scaled) {
     halves = _mm_or_si128(halves, _mm_slli_epi16(_mm_cmpeq_epi16(_mm_and_si128(halves, largest), largest), 14));
     x = (f32x8)_mm256_cvtph_ps(halves);
 #else
-    uint8_t codes[8];
-    memcpy(codes, from, 8);
-    for (int i = 0; i < 8; i++) x[i] = half_to_float(fp8_to_half(codes[i], kind));
+    uint16_t halves[8];
+    for (int i = 0; i < 8; i++) halves[i] = fp8_to_half(((const uint8_t *)from)[i], kind);
+    halves_to_floats(halves, &x);
     if (kind == KIND_FLOAT8_E5M2) return x;
 #endif
     return scaled ? x : x * splat(256.0f);
@@ -115,9 +123,10 @@ INLINE void load_int4(const void *from, f32x8 *low, f32x8 *high) {
     *low = (f32x8)_mm256_cvtepi32_ps(low_codes);
     *high = (f32x8)_mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_srli_epi32(bytes, 4), offset));
 #else
-    uint8_t bytes[8];
-    memcpy(bytes, from, 8);
-    for (int i = 0; i < 8; i++) (*low)[i] = (float)((bytes[i] & 15) - 8), (*high)[i] = (float)((bytes[i] >> 4) - 8);
+    u8x8 bytes;
+    memcpy(&bytes, from, 8);
+    *low = __builtin_convertvector(bytes & 15, f32x8) - 8.0f;
+    *high = __builtin_convertvector(bytes >> 4, f32x8) - 8.0f;
 #endif
 }
 
@@ -154,7 +163,7 @@ INLINE f32x8 load_as_f32(const void *from, int kind) {
     return (f32x8)_mm256_cvtph_ps(_mm_loadu_si128(from));
 #else
     f32x8 x;
-    for (int i = 0; i < 8; i++) x[i] = half_to_float(halves[i]);
+    halves_to_floats(halves, &x);
     return x;
 #endif
 }

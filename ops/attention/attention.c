@@ -4,7 +4,7 @@
  * that read the same codes stand together. A task is a block of rows over a chunk of keys; it runs a softmax block by
  * block of keys, and a second pass merges the chunks. */
 
-enum { KEY_BLOCK = 96, MAX_ROWS = 192, DIRECT_ROWS = 8, MIN_CHUNK = 512 };
+enum { KEY_BLOCK = 192, MAX_ROWS = 192, DIRECT_ROWS = 8, MIN_CHUNK = 512 };
 enum { MASK_NONE = 0, MASK_BOOL = 1, MASK_FLOAT = 2 };
 
 /* How the codes of K or V are multiplied: straight from memory, as whole numbers, or decoded into a tile of floats for
@@ -350,7 +350,8 @@ OUTLINE void block_scores(const AttentionArguments *a, const Plan *plan, Rows ke
                 if (j >= seen.from && j < seen.to)
                     integer_scores((const int32_t *)scratch->q + m * padded, padded, (const uint8_t *)scratch->keys,
                                    quads, scratch->scores + m * KEY_BLOCK + j, KEY_BLOCK, scratch->key_digits + m,
-                                   m ? nothing : ahead, count - m < step ? count - m : step, plan->query_digits);
+                                   m ? nothing : ahead, count - m < step ? count - m : step,
+                                   plan->query_digits);
             }
         }
         return;

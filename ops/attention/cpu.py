@@ -34,7 +34,7 @@ def _last_contiguous(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _part(
+def _packed_part(
     part: torch.Tensor | None, codes: torch.Tensor, width: int, group: int
 ) -> tuple[torch.Tensor | None, tuple[int, ...]]:
     """A scale or zero of codes `[B, G, S, *]` of `width` values as the kernel reads it, and its fields there."""
@@ -119,10 +119,10 @@ def attention_cpu(
             q, query_scale = quantized_query(q, query_scale, key.dtype), None
     q = _last_contiguous(q)
     key, value = _last_contiguous(key), _last_contiguous(value)
-    key_scale, key_scale_part = _part(key_scale, key, width, key_group)
-    key_zero, key_zero_part = _part(key_zero, key, width, key_group)
-    value_scale, value_scale_part = _part(value_scale, value, width, value_group)
-    value_zero, value_zero_part = _part(value_zero, value, width, value_group)
+    key_scale, key_scale_part = _packed_part(key_scale, key, width, key_group)
+    key_zero, key_zero_part = _packed_part(key_zero, key, width, key_group)
+    value_scale, value_scale_part = _packed_part(value_scale, value, width, value_group)
+    value_zero, value_zero_part = _packed_part(value_zero, value, width, value_group)
     mask_kind, mask_strides = 0, _NO_MASK
     if mask is not None:
         mask_kind = 1 if mask.dtype == torch.bool else 2
@@ -131,7 +131,9 @@ def attention_cpu(
     length_stride = 0
     if length is not None:
         if length.numel() not in (1, batch):
-            raise ValueError(f"length {tuple(length.shape)} has neither one number nor one for each of {batch} sequences")
+            raise ValueError(
+                f"length {tuple(length.shape)} has neither one number nor one for each of {batch} sequences"
+            )
         length = length if length.dtype in (torch.int32, torch.int64) else length.long()
         length = length.flatten()
         length_stride = length.stride(0) if length.numel() > 1 else 0

@@ -63,45 +63,58 @@ INLINE __m512i four_rows(const char *const rows[4], int64_t d, int64_t left) {
     return _mm512_inserti32x4(_mm512_inserti32x4(x, parts[2], 2), parts[3], 3);
 }
 
-/* 16 bytes from 32 rows on become four rows of 32 quads, of which `count` are stored. */
-INLINE void transpose_quads(const char *const rows[32], int64_t d, int64_t left, uint8_t *to, uint8_t *high,
-                            const int kind) {
-    const __m512i low_bits = _mm512_set1_epi8(15), sign = _mm512_set1_epi8(-128);
-    UNROLL for (int side = 0; side < 2; side++) {
-        __m512i x[4], pairs[4];
-        UNROLL for (int i = 0; i < 4; i++) { /* row 4 l + i in lane l */
-            const char *const four[4] = {rows[16 * side + i], rows[16 * side + 4 + i], rows[16 * side + 8 + i],
-                                         rows[16 * side + 12 + i]};
-            x[i] = four_rows(four, d, left);
-        }
-        pairs[0] = _mm512_unpacklo_epi32(x[0], x[1]), pairs[1] = _mm512_unpackhi_epi32(x[0], x[1]);
-        pairs[2] = _mm512_unpacklo_epi32(x[2], x[3]), pairs[3] = _mm512_unpackhi_epi32(x[2], x[3]);
-        x[0] = _mm512_unpacklo_epi64(pairs[0], pairs[2]), x[1] = _mm512_unpackhi_epi64(pairs[0], pairs[2]);
-        x[2] = _mm512_unpacklo_epi64(pairs[1], pairs[3]), x[3] = _mm512_unpackhi_epi64(pairs[1], pairs[3]);
-        UNROLL for (int i = 0; i < 4; i++) {
-            if (4 * i >= left) break;
-            uint8_t *at = to + i * TILE_COLUMNS * 4 + side * 64, *high_at = high + i * TILE_COLUMNS * 4 + side * 64;
-            if (kind == KIND_INT8) {
-                _mm512_storeu_si512(at, _mm512_xor_si512(x[i], sign));
-            } else {
-                _mm512_storeu_si512(at, _mm512_and_si512(x[i], low_bits));
-                _mm512_storeu_si512(high_at, _mm512_and_si512(_mm512_srli_epi16(x[i], 4), low_bits));
-            }
-        }
+/* Columns become rows, of 16 by 16 numbers of 32 bits. */
+INLINE void transpose_quads(__m512i rows[16]) {
+    __m512i a[16];
+    UNROLL for (int i = 0; i < 16; i += 2) {
+        a[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+        a[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
     }
+    UNROLL for (int i = 0; i < 16; i += 4) {
+        rows[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
+        rows[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
+        rows[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
+        rows[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
+    }
+    UNROLL for (int i = 0; i < 4; i++) { /* rows[4 r + i]: columns i, 4 + i, 8 + i, 12 + i of rows 4 r to 4 r + 3 */
+        __m512i even_low = _mm512_shuffle_i32x4(rows[i], rows[4 + i], 0x88);
+        __m512i odd_low = _mm512_shuffle_i32x4(rows[i], rows[4 + i], 0xdd);
+        __m512i even_high = _mm512_shuffle_i32x4(rows[8 + i], rows[12 + i], 0x88);
+        __m512i odd_high = _mm512_shuffle_i32x4(rows[8 + i], rows[12 + i], 0xdd);
+        a[i] = _mm512_shuffle_i32x4(even_low, even_high, 0x88);
+        a[8 + i] = _mm512_shuffle_i32x4(even_low, even_high, 0xdd);
+        a[4 + i] = _mm512_shuffle_i32x4(odd_low, odd_high, 0x88);
+        a[12 + i] = _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd);
+    }
+    UNROLL for (int i = 0; i < 16; i++) rows[i] = a[i];
 }
 
 /* Codes of up to 32 rows of K as [quads of channels][32 keys] of 4 channels each, unsigned. */
 INLINE void interleave_keys_of(Rows from, int64_t keys, uint8_t *tile, const int kind) {
-    int64_t bytes = kind == KIND_INT4 ? from.width / 2 : from.width, quads = channel_quads(from.width, kind), d = 0;
-    uint8_t *high = tile + quads / 2 * TILE_COLUMNS * 4;
-    const char *rows[TILE_COLUMNS];
-    for (int64_t t = 0; t < TILE_COLUMNS; t++) /* behind the last key the last again, which nobody looks at */
-        rows[t] = from.data + (t < keys ? t : keys - 1) * from.stride;
-    for (; d + 16 <= bytes; d += 16)
-        transpose_quads(rows, d, 16, tile + d * TILE_COLUMNS, high + d * TILE_COLUMNS, kind);
-    if (d < bytes)
-        transpose_quads(rows, d, bytes - d, tile + d * TILE_COLUMNS, high + d * TILE_COLUMNS, kind);
+    const __m512i low_bits = _mm512_set1_epi8(15), sign = _mm512_set1_epi8(-128);
+    int64_t bytes = kind == KIND_INT4 ? from.width / 2 : from.width, quads = channel_quads(from.width, kind);
+    for (int64_t first = 0; first < TILE_COLUMNS; first += 16)
+        for (int64_t d = 0; d < bytes; d += 64) {
+            __m512i rows[16];
+            int64_t left = bytes - d;
+            __mmask64 inside = left >= 64 ? ~(__mmask64)0 : ((__mmask64)1 << left) - 1;
+            UNROLL for (int t = 0; t < 16; t++) { /* behind the last key the last again, which nobody looks at */
+                int64_t j = first + t < keys ? first + t : keys - 1;
+                rows[t] = _mm512_maskz_loadu_epi8(inside, from.data + j * from.stride + d);
+            }
+            transpose_quads(rows);
+            uint8_t *to = tile + (d * TILE_COLUMNS / 4 + first) * 4, *high = to + quads / 2 * TILE_COLUMNS * 4;
+            UNROLL for (int i = 0; i < 16; i++) {
+                if (4 * i >= left) break;
+                if (kind == KIND_INT8) {
+                    _mm512_storeu_si512(to + i * TILE_COLUMNS * 4, _mm512_xor_si512(rows[i], sign));
+                } else {
+                    _mm512_storeu_si512(to + i * TILE_COLUMNS * 4, _mm512_and_si512(rows[i], low_bits));
+                    _mm512_storeu_si512(high + i * TILE_COLUMNS * 4,
+                                        _mm512_and_si512(_mm512_srli_epi16(rows[i], 4), low_bits));
+                }
+            }
+        }
 }
 
 /* Sums of three digits, or of one, as floats. */

@@ -82,6 +82,7 @@ def interpreted(capability: int = 90, processors: int = 4) -> Iterator[None]:
 
     # The interpreter puts its functions into the language for each call, and leaves them there: once is enough.
     scope = interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+    scope.set_attr(tl.tensor, "__index__", lambda number: int(number.handle.data.squeeze()))  # numpy 2.4, Triton < 3.9
     with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
         patch.setattr(interpreter, "_patch_lang", lambda function: SimpleNamespace(restore=lambda: None))
         patch.setattr(interpreter, "_convert_float", _converted)

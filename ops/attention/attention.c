@@ -143,10 +143,13 @@ static void load_query(const AttentionArguments *a, int64_t b, int64_t head, int
 /* A row of q as digits in its place. */
 static void query_to_digits(const AttentionArguments *a, const Plan *plan, float *q, Digits *digits) {
 #if HAS_INTEGER
-    int64_t half = a->width / 2, quads = channel_quads(a->width, (int)a->key.kind), gap = quads * 2 - half;
-    if (a->key.kind == KIND_INT4 && gap) { /* the high half starts at a quad of its own */
-        memmove(q + half + gap, q + half, sizeof(float) * (size_t)half);
-        memset(q + half, 0, sizeof(float) * (size_t)gap);
+    int64_t quads = byte_quads(a->width, a->key.kind), half = a->width / 2, gap = 4 * quads - half;
+    if (a->key.kind == KIND_INT4) {
+        if (gap) { /* the high half starts at a quad of its own */
+            memmove(q + half + gap, q + half, sizeof(float) * (size_t)half);
+            memset(q + half, 0, sizeof(float) * (size_t)gap);
+        }
+        quads *= 2;
     }
     to_digits(q, round_up(4 * quads, 16), plan->query_digits == 1 ? 1.0f : 0.0f, offset_of(a->key.kind), digits);
 #else
@@ -340,7 +343,7 @@ OUTLINE void block_scores(const AttentionArguments *a, const Plan *plan, Rows ke
     }
 #if HAS_INTEGER
     if (plan->key_mode == MODE_INTEGER) {
-        int64_t quads = channel_quads(a->width, (int)a->key.kind), tiles = (keys + TILE_COLUMNS - 1) / TILE_COLUMNS;
+        int64_t quads = byte_quads(a->width, a->key.kind), tiles = (keys + TILE_COLUMNS - 1) / TILE_COLUMNS;
         Ahead ahead = ahead_of(next, keys, tiles * quads), nothing = {(const char *)scratch->keys, 0};
         for (int64_t j = 0; j < keys; j += TILE_COLUMNS, ahead.data += ahead.step * quads) {
             Rows from = {key.data + j * key.stride, key.stride, key.width};
@@ -350,7 +353,7 @@ OUTLINE void block_scores(const AttentionArguments *a, const Plan *plan, Rows ke
                 if (j >= seen.from && j < seen.to)
                     integer_scores((const int32_t *)scratch->q + m * padded, padded, (const uint8_t *)scratch->keys,
                                    quads, scratch->scores + m * KEY_BLOCK + j, KEY_BLOCK, scratch->key_digits + m,
-                                   m ? nothing : ahead, count - m < step ? count - m : step,
+                                   m ? nothing : ahead, a->key.kind, count - m < step ? count - m : step,
                                    plan->query_digits);
             }
         }

@@ -19,11 +19,6 @@ typedef struct {
     int32_t unused[3];
 } Digits;
 
-/* Quads of channels in rows of codes: int4 has those of the low halves first, then those of the high. */
-INLINE int64_t channel_quads(int64_t width, int kind) {
-    return kind == KIND_INT4 ? 2 * ((width / 2 + 3) / 4) : (width + 3) / 4;
-}
-
 #if HAS_INTEGER
 /* Floats [count] become digits in their place: for each four floats 4 bytes of each digit, the lowest first, and 4
  * zeros. `count` is a multiple of 16; `step` 0 finds the one that uses all bits. */
@@ -89,10 +84,13 @@ INLINE void transpose_quads(__m512i rows[16]) {
     UNROLL for (int i = 0; i < 16; i++) rows[i] = a[i];
 }
 
-/* Codes of up to 32 rows of K as [quads of channels][32 keys] of 4 channels each, unsigned. */
-INLINE void interleave_keys_of(Rows from, int64_t keys, uint8_t *tile, const int kind) {
-    const __m512i low_bits = _mm512_set1_epi8(15), sign = _mm512_set1_epi8(-128);
-    int64_t bytes = kind == KIND_INT4 ? from.width / 2 : from.width, quads = channel_quads(from.width, kind);
+/* Quads of bytes in rows of K; those of int4 are two quads of channels. */
+INLINE int64_t byte_quads(int64_t width, int64_t kind) { return ((kind == KIND_INT4 ? width / 2 : width) + 3) / 4; }
+
+/* Up to 32 rows of K as [quads of bytes][32 keys] of 4 bytes each, int8 offset to unsigned. */
+OUTLINE void interleave_keys(Rows from, int64_t keys, uint8_t *tile, int64_t kind) {
+    const __m512i offset = _mm512_set1_epi8(kind == KIND_INT8 ? -128 : 0);
+    int64_t bytes = kind == KIND_INT4 ? from.width / 2 : from.width;
     for (int64_t first = 0; first < TILE_COLUMNS; first += 16)
         for (int64_t d = 0; d < bytes; d += 64) {
             __m512i rows[16];
@@ -103,19 +101,16 @@ INLINE void interleave_keys_of(Rows from, int64_t keys, uint8_t *tile, const int
                 rows[t] = _mm512_maskz_loadu_epi8(inside, from.data + j * from.stride + d);
             }
             transpose_quads(rows);
-            uint8_t *to = tile + (d * TILE_COLUMNS / 4 + first) * 4, *high = to + quads / 2 * TILE_COLUMNS * 4;
             UNROLL for (int i = 0; i < 16; i++) {
                 if (4 * i >= left) break;
-                if (kind == KIND_INT8) {
-                    _mm512_storeu_si512(to + i * TILE_COLUMNS * 4, _mm512_xor_si512(rows[i], sign));
-                } else {
-                    _mm512_storeu_si512(to + i * TILE_COLUMNS * 4, _mm512_and_si512(rows[i], low_bits));
-                    _mm512_storeu_si512(high + i * TILE_COLUMNS * 4,
-                                        _mm512_and_si512(_mm512_srli_epi16(rows[i], 4), low_bits));
-                }
+                _mm512_storeu_si512(tile + ((d / 4 + i) * TILE_COLUMNS + first) * 4, _mm512_xor_si512(rows[i], offset));
             }
         }
 }
+
+/* The int4 codes in the low and in the high halves of bytes, unsigned. */
+INLINE __m512i low_codes(__m512i bytes) { return _mm512_and_si512(bytes, _mm512_set1_epi8(15)); }
+INLINE __m512i high_codes(__m512i bytes) { return low_codes(_mm512_srli_epi16(bytes, 4)); }
 
 /* Sums of three digits, or of one, as floats. */
 INLINE f32v value_of_sums(const i32v sums[DIGITS][2], int v, float step, const int count) {
@@ -149,18 +144,24 @@ INLINE void fetch_ahead(Ahead *ahead) {
     ahead->data += ahead->step;
 }
 
-/* scores[heads][32] = digits of q [heads][quads] times a tile of K. The sums are vectors of 32-bit numbers, because
+/* scores[heads][32] = digits of q times a tile of K of so many quads of bytes. The sums are vectors of 32-bit numbers, because
  * GCC 12 copies and spills them as __m512i. */
 INLINE void integer_scores_of(const int32_t *q, int64_t q_stride, const uint8_t *tile, int64_t quads, float *scores,
-                              int64_t stride, const Digits *digits, Ahead ahead, const int heads, const int count) {
+                              int64_t stride, const Digits *digits, Ahead ahead, const int kind, const int heads,
+                              const int count) {
     i32v sums[INTEGER_ROWS][DIGITS][2];
     UNROLL for (int h = 0; h < heads; h++)
         UNROLL for (int i = 0; i < count; i++)
             UNROLL for (int v = 0; v < 2; v++) sums[h][i][v] = (i32v)_mm512_set1_epi32(digits[h].offset[i]);
     for (int64_t k = 0; k < quads; k++) {
+        __m512i b0 = _mm512_loadu_si512(tile + 128 * k), b1 = _mm512_loadu_si512(tile + 128 * k + 64);
         fetch_ahead(&ahead);
-        add_quads(sums, q + 4 * k, q_stride, _mm512_loadu_si512(tile + 128 * k), _mm512_loadu_si512(tile + 128 * k + 64),
-                  heads, count);
+        if (kind == KIND_INT8) {
+            add_quads(sums, q + 4 * k, q_stride, b0, b1, heads, count);
+        } else {
+            add_quads(sums, q + 4 * k, q_stride, low_codes(b0), low_codes(b1), heads, count);
+            add_quads(sums, q + 4 * (quads + k), q_stride, high_codes(b0), high_codes(b1), heads, count);
+        }
     }
     UNROLL for (int h = 0; h < heads; h++)
         UNROLL for (int v = 0; v < 2; v++)
@@ -172,7 +173,7 @@ INLINE void integer_scores_of(const int32_t *q, int64_t q_stride, const uint8_t 
 INLINE void integer_output_of(const int32_t *weights, int64_t weights_stride, Rows value, int64_t d, int64_t keys,
                               float *output, int64_t high, int64_t stride, const Digits *digits, Ahead ahead,
                               const int kind, const int heads) {
-    const __m512i low_bits = _mm512_set1_epi8(15), sign = _mm512_set1_epi8(-128);
+    const __m512i sign = _mm512_set1_epi8(-128);
     int64_t left = (kind == KIND_INT4 ? value.width / 2 : value.width) - d;
     __m512i by_key[2];
     for (int i = 0; i < 64; i++) { /* byte i: channel i / 4 of row i % 4, of rows of 16 or 32 bytes */
@@ -199,8 +200,7 @@ INLINE void integer_output_of(const int32_t *weights, int64_t weights_stride, Ro
             b1 = _mm512_xor_si512(_mm512_permutex2var_epi8(x[0], by_key[1], x[1]), sign);
         } else {
             __m512i both = _mm512_permutexvar_epi8(by_key[0], four_rows(rows, 0, left));
-            b0 = _mm512_and_si512(both, low_bits);
-            b1 = _mm512_and_si512(_mm512_srli_epi16(both, 4), low_bits);
+            b0 = low_codes(both), b1 = high_codes(both);
         }
         add_quads(sums, weights + j, weights_stride, b0, b1, heads, DIGITS);
     }
@@ -212,15 +212,24 @@ INLINE void integer_output_of(const int32_t *weights, int64_t weights_stride, Ro
 }
 
 /* Both for 1 to 4 rows. A single digit is quick enough to multiply rows that nobody looks at. */
-OUTLINE void integer_scores(const int32_t *q, int64_t q_stride, const uint8_t *tile, int64_t quads, float *scores,
-                            int64_t stride, const Digits *digits, Ahead ahead, int64_t heads, int count) {
+INLINE void integer_scores_any(const int32_t *q, int64_t q_stride, const uint8_t *tile, int64_t quads, float *scores,
+                               int64_t stride, const Digits *digits, Ahead ahead, const int kind, int64_t heads,
+                               int count) {
     switch (count == 1 ? 0 : heads) {
-    case 0: integer_scores_of(q, q_stride, tile, quads, scores, stride, digits, ahead, 4, 1); break;
-    case 1: integer_scores_of(q, q_stride, tile, quads, scores, stride, digits, ahead, 1, DIGITS); break;
-    case 2: integer_scores_of(q, q_stride, tile, quads, scores, stride, digits, ahead, 2, DIGITS); break;
-    case 3: integer_scores_of(q, q_stride, tile, quads, scores, stride, digits, ahead, 3, DIGITS); break;
-    default: integer_scores_of(q, q_stride, tile, quads, scores, stride, digits, ahead, 4, DIGITS);
+    case 0: integer_scores_of(q, q_stride, tile, quads, scores, stride, digits, ahead, kind, 4, 1); break;
+    case 1: integer_scores_of(q, q_stride, tile, quads, scores, stride, digits, ahead, kind, 1, DIGITS); break;
+    case 2: integer_scores_of(q, q_stride, tile, quads, scores, stride, digits, ahead, kind, 2, DIGITS); break;
+    case 3: integer_scores_of(q, q_stride, tile, quads, scores, stride, digits, ahead, kind, 3, DIGITS); break;
+    default: integer_scores_of(q, q_stride, tile, quads, scores, stride, digits, ahead, kind, 4, DIGITS);
     }
+}
+
+OUTLINE void integer_scores(const int32_t *q, int64_t q_stride, const uint8_t *tile, int64_t quads, float *scores,
+                            int64_t stride, const Digits *digits, Ahead ahead, int64_t kind, int64_t heads, int count) {
+    if (kind == KIND_INT8)
+        integer_scores_any(q, q_stride, tile, quads, scores, stride, digits, ahead, KIND_INT8, heads, count);
+    else
+        integer_scores_any(q, q_stride, tile, quads, scores, stride, digits, ahead, KIND_INT4, heads, count);
 }
 
 INLINE void integer_output_any(const int32_t *weights, int64_t weights_stride, Rows value, int64_t d, int64_t keys,
@@ -241,12 +250,5 @@ OUTLINE void integer_output(const int32_t *weights, int64_t weights_stride, Rows
         integer_output_any(weights, weights_stride, value, d, keys, output, high, stride, digits, ahead, KIND_INT8, heads);
     else
         integer_output_any(weights, weights_stride, value, d, keys, output, high, stride, digits, ahead, KIND_INT4, heads);
-}
-
-OUTLINE void interleave_keys(Rows from, int64_t keys, uint8_t *tile, int64_t kind) {
-    if (kind == KIND_INT8)
-        interleave_keys_of(from, keys, tile, KIND_INT8);
-    else
-        interleave_keys_of(from, keys, tile, KIND_INT4);
 }
 #endif

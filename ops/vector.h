@@ -130,7 +130,7 @@ INLINE void load_int4(const void *from, f32x8 *low, f32x8 *high) {
 #endif
 }
 
-/* As load_int4 for `count` < 8 bytes, -8 behind; reads nothing beyond them. */
+/* As load_int4 for `count` <= 8 bytes, -8 behind; reads nothing beyond them. */
 INLINE void load_few_int4(const void *from, int64_t count, f32x8 *low, f32x8 *high) {
     unsigned char padded[8] = {0};
     memcpy(padded, from, (size_t)count);

@@ -288,10 +288,10 @@ OUTLINE void decode_block(const AttentionArguments *a, const Side *side, int gro
             load_channels(&side->scale, b, g, token, a->width, 1.0f, scale);
         if (!j || (side->zero.per_token && token % side->zero.group == 0))
             load_channels(&side->zero, b, g, token, a->width, 0.0f, zero);
+        float *row = tile + j * padded;
         for (int64_t d = 0; d < padded; d += LANES)
-            store_lanes(tile + j * padded + d,
-                        (load_lanes(tile + j * padded + d) - load_lanes(zero + d)) * load_lanes(scale + d));
-        for (int64_t d = a->width; d < padded; d++) tile[j * padded + d] = 0.0f;
+            store_lanes(row + d, (load_lanes(row + d) - load_lanes(zero + d)) * load_lanes(scale + d));
+        for (int64_t d = a->width; d < padded; d++) row[d] = 0.0f;
     }
 }
 

@@ -257,13 +257,18 @@ INLINE void decode_rows_of(Rows from, int64_t keys, int64_t padded, float *tile,
     for (int64_t j = 0; j < keys; j++) {
         const char *row = from.data + j * from.stride;
         float *to = tile + j * padded;
-        for (int64_t d = 0; d < span; d += 8) {
+        int64_t d = 0;
+        for (; d + LANES <= span; d += LANES) {
+            f32v codes[2];
+            load_codes(row + d * size, kind, codes);
+            if (kind == KIND_FLOAT8_E4M3) codes[0] *= all_lanes(E4M3_UNIT);
+            store_lanes(to + d, codes[0]);
+            if (kind == KIND_INT4) store_lanes(to + span + d, codes[1]);
+        }
+        for (; d < span; d += 8) {
             int64_t count = span - d < 8 ? span - d : 8;
             f32x8 low, high;
-            if (kind == KIND_INT4 && count == 8) {
-                load_int4(row + d, &low, &high);
-                store_f32(to + d, low), store_f32(to + span + d, high);
-            } else if (kind == KIND_INT4) {
+            if (kind == KIND_INT4) {
                 load_few_int4(row + d, count, &low, &high);
                 for (int64_t i = 0; i < count; i++) to[d + i] = low[i], to[span + d + i] = high[i];
             } else {
@@ -271,7 +276,7 @@ INLINE void decode_rows_of(Rows from, int64_t keys, int64_t padded, float *tile,
                                              : load_few_as_f32(row + d * size, count, kind));
             }
         }
-        for (int64_t d = from.width; d < padded; d++) to[d] = 0.0f;
+        for (d = from.width; d < padded; d++) to[d] = 0.0f;
     }
 }
 

@@ -27,13 +27,10 @@ def _misfit(x: torch.Tensor, weight: torch.Tensor) -> ValueError:
     return ValueError(f"x {tuple(x.shape)} and weight {weight.dtype} {tuple(weight.shape)} do not go together")
 
 
-def _require_channels(columns: int, **parts: torch.Tensor) -> None:
-    """Raise ValueError unless each part is float32 `[columns]` (int32 for quant_bias)."""
-    for name, part in parts.items():
-        dtype = torch.int32 if name == "quant_bias" else torch.float32
-        if part.dtype != dtype or part.numel() != columns:
-            wanted = f"{str(dtype)[6:]} [{columns}]"
-            raise ValueError(f"{name} must be {wanted}, not {part.dtype} {tuple(part.shape)}")
+def _require(name: str, part: torch.Tensor, dtype: torch.dtype, length: int) -> None:
+    """Raise ValueError unless the part is of this dtype and length."""
+    if part.dtype != dtype or part.numel() != length:
+        raise ValueError(f"{name} must be {str(dtype)[6:]} [{length}], not {part.dtype} {tuple(part.shape)}")
 
 
 def _run_linear(
@@ -123,18 +120,11 @@ def linear_w8a8_cpu(
     columns, depth = weight.shape
     if x.shape[-1] != depth or weight.dtype != torch.int8:
         raise _misfit(x, weight)
-    _require_channels(columns, quant_bias=quant_bias, deq_scale=deq_scale)
-    _require_channels(1, input_scale=input_scale, input_offset=input_offset)
-    return _run_linear(
-        run,
-        x,
-        weight,
-        depth,
-        deq_scale,
-        quant_bias=quant_bias,
-        input_scale=input_scale,
-        input_offset=input_offset,
-    )
+    _require("quant_bias", quant_bias, torch.int32, columns)
+    _require("deq_scale", deq_scale, torch.float32, columns)
+    _require("input_scale", input_scale, torch.float32, 1)
+    _require("input_offset", input_offset, torch.float32, 1)
+    return _run_linear(run, x, weight, depth, deq_scale, 1, None, None, quant_bias, input_scale, input_offset)
 
 
 def linear_w8a8_dynamic_cpu(
@@ -152,7 +142,7 @@ def linear_w8a8_dynamic_cpu(
     columns, depth = weight.shape
     if x.shape[-1] != depth or weight.dtype != torch.int8:
         raise _misfit(x, weight)
-    _require_channels(columns, weight_scale=weight_scale)
+    _require("weight_scale", weight_scale, torch.float32, columns)
     return _run_linear(run, x, weight, depth, weight_scale, bias=bias)
 
 
@@ -214,7 +204,7 @@ def linear_fp8_cpu(
     columns, depth = weight.shape
     if x.shape[-1] != depth or weight.dtype != torch.float8_e4m3fn:
         raise _misfit(x, weight)
-    _require_channels(1 if weight_scale.numel() == 1 else columns, weight_scale=weight_scale)
+    _require("weight_scale", weight_scale, torch.float32, 1 if weight_scale.numel() == 1 else columns)
     if input_scale is not None:
-        _require_channels(1, input_scale=input_scale)
+        _require("input_scale", input_scale, torch.float32, 1)
     return _run_linear(run, x, weight, depth, weight_scale, bias=bias, input_scale=input_scale)

@@ -2,6 +2,7 @@
 
 import platform
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,14 +36,19 @@ def poisoned_memory() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module", params=["native", "portable"])
+BUILDS = {"native": "", "avx2": "-mno-avx512f", "portable": "-mno-avx2 -mno-fma -mno-f16c"}
+
+
+@pytest.fixture(scope="module", params=list(BUILDS))
 def build(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The kernels as this machine runs them, and as a machine without its vector instructions does."""
-    if request.param == "portable" and platform.machine() not in ("x86_64", "AMD64"):
+    """The kernels as this machine runs them, and as machines without its vector instructions do."""
+    if request.param != "native" and platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip("the native build is the portable one here")
+    if request.param == "avx2" and " avx512f " not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("the native build is the one for AVX2 here")
     with pytest.MonkeyPatch.context() as patch:
-        if request.param == "portable":
-            patch.setenv("CC", "cc -mno-avx2 -mno-fma -mno-f16c")
+        if BUILDS[request.param]:
+            patch.setenv("CC", f"cc {BUILDS[request.param]}")
         for kernel in CPU_KERNELS:
             patch.setattr(kernel, "_loaded", None)
             assert kernel.load(), kernel.failure

@@ -17,6 +17,29 @@ UNUSED = 9
 """Tokens of capacity behind those in use: K and V are views of storage, as the cache hands them out."""
 
 
+CODES = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+SCALES = {torch.int8: 0.02, torch.uint8: 0.3, torch.float8_e4m3fn: 0.1, torch.float8_e5m2: 0.1}
+"""Scales with which random codes come out of about the size of normal values."""
+
+
+def unpacked(codes: torch.Tensor) -> torch.Tensor:
+    """Codes in float64; those of int4 lie in the halves of bytes."""
+    if codes.dtype != torch.uint8:
+        return codes.double()
+    return torch.cat((codes & 15, codes >> 4), dim=-1).double() - 8
+
+
+def expanded(part: torch.Tensor, keys: int, width: int, group: int) -> torch.Tensor:
+    """A scale or zero for each token and channel, in float64."""
+    part = part.double().repeat_interleave(width // part.shape[-1], dim=-1)
+    return part.expand(*part.shape[:-2], keys, width) if part.shape[-2] == 1 else tokens_of(part, keys, group)
+
+
+def tokens_of(part: torch.Tensor, keys: int, group: int) -> torch.Tensor:
+    return part.repeat_interleave(group, dim=-2)[..., :keys, :]
+
+
 @dataclass
 class Call:
     """Arguments of the op, by name."""
@@ -32,6 +55,10 @@ class Call:
     mask: torch.Tensor | None = None
     scaling: float = 0.125
     causal: bool = True
+    length: torch.Tensor | None = None
+    window: int = 0
+    key_group: int = 1
+    value_group: int = 1
 
     def run(self) -> torch.Tensor:
         return attention(*vars(self).values())
@@ -41,16 +68,21 @@ class Call:
 
     def oracle(self) -> torch.Tensor:
         """Softmax over decoded K and V in float64, with the mask or causality written out."""
-        ratio = self.query.shape[1] // self.key.shape[1]
+        heads, queries, width = self.query.shape[1:]
+        keys, ratio = self.key.shape[2], heads // self.key.shape[1]
         key, value = (
-            (codes.double() - (0 if zero is None else zero)) * (1 if scale is None else scale)
-            for codes, scale, zero in (
-                (self.key, self.key_scale, self.key_zero),
-                (self.value, self.value_scale, self.value_zero),
+            (unpacked(codes) - (0 if zero is None else expanded(zero, keys, width, group)))
+            * (1 if scale is None else expanded(scale, keys, width, group))
+            for codes, scale, zero, group in (
+                (self.key, self.key_scale, self.key_zero, self.key_group),
+                (self.value, self.value_scale, self.value_zero, self.value_group),
             )
         )
         scores = self.query.double() @ key.repeat_interleave(ratio, dim=1).mT * self.scaling
-        mask = causal_mask(*scores.shape[-2:]) if self.causal and self.mask is None else self.mask
+        mask = self.mask
+        if self.causal and mask is None:
+            mask = causal_mask(queries, keys)
+            mask = mask.triu(keys - queries - self.window + 1) if self.window else mask
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf"))
         return (scores.softmax(dim=-1) @ value.repeat_interleave(ratio, dim=1)).transpose(1, 2)
@@ -61,16 +93,48 @@ def causal_mask(queries: int, keys: int) -> torch.Tensor:
     return torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
 
 
+def poison(codes: torch.Tensor) -> None:
+    """All bits are set: NaN in every float type."""
+    codes.view(torch.uint8).fill_(255)
+
+
+def stored(dtype: torch.dtype, batch: int, groups: int, keys: int, width: int, token_major: bool) -> torch.Tensor:
+    """Random codes, or values, as a view of a storage with poisoned tokens behind the last."""
+    shape = (batch, groups, keys + UNUSED, width)
+    if dtype in (torch.int8, torch.uint8):
+        shape = shape if dtype == torch.int8 else (*shape[:3], width // 2)
+        storage = torch.randint(torch.iinfo(dtype).min, torch.iinfo(dtype).max + 1, shape, dtype=dtype)
+    else:
+        storage = (torch.randn(shape) * (10 if dtype in CODES else 1)).to(dtype)
+    if token_major:
+        storage = storage.transpose(1, 2).contiguous().transpose(1, 2)
+    poison(storage[:, :, keys:])
+    return storage[:, :, :keys]
+
+
+def call_of(
+    key_dtype: torch.dtype,
+    value_dtype: torch.dtype,
+    queries: int = 3,
+    keys: int = 40,
+    groups: int = 2,
+    ratio: int = 3,
+    width: int = 32,
+    batch: int = 2,
+    token_major: bool = False,
+) -> Call:
+    """Random codes with scales per channel."""
+    key, value = (stored(dtype, batch, groups, keys, width, token_major) for dtype in (key_dtype, value_dtype))
+    call = Call(torch.randn(batch, queries, groups * ratio, width).transpose(1, 2), key, value, scaling=width**-0.5)
+    call.key_scale = part_of("per channel", call, key, 1)
+    call.value_scale = part_of("per channel", call, value, 1)
+    return call
+
+
 def int8_call(
     queries: int = 3, keys: int = 40, groups: int = 2, ratio: int = 3, width: int = 32, batch: int = 2
 ) -> Call:
-    """Random codes with scales per channel."""
-    key, value = (
-        torch.randint(-128, 128, (batch, groups, keys + UNUSED, width), dtype=torch.int8)[:, :, :keys] for _ in range(2)
-    )
-    query = torch.randn(batch, queries, groups * ratio, width).transpose(1, 2)
-    scales = (torch.rand(groups, 1, width) * 0.02 + 0.01 for _ in range(2))
-    return Call(query, key, value, key_scale=next(scales), value_scale=next(scales), scaling=width**-0.5)
+    return call_of(torch.int8, torch.int8, queries, keys, groups, ratio, width, batch)
 
 
 def relative_rmse(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -83,18 +147,35 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     assert actual.numel() == 0 or relative_rmse(actual, expected) < TOLERANCES["attention"]
 
 
-FORMS = st.sampled_from(["none", "per channel", "per head", "per token"])
-MASKS = st.sampled_from(["none", "none", "bool", "bool per head", "float", "lowest float", "sees nothing"])
+FORMS = (
+    "per channel",
+    "per head",
+    "per group of channels",
+    "per token",
+    "per group of tokens",
+    "per token and group of channels",
+    "per channel and group of tokens",
+)
+MASKS = ("none", "none", "none", "bool", "bool per head", "float", "lowest float", "sees nothing")
 
 
-def part_of(form: str, call: Call, is_zero: bool) -> torch.Tensor | None:
-    """Random scales, or zero points, of one form."""
-    batch, groups, keys, width = call.key.shape
-    if form == "none":
+def part_of(
+    form: str, call: Call, codes: torch.Tensor, group: int, is_zero: bool = False, half: bool = False
+) -> torch.Tensor | None:
+    """Random scales of codes, or zero points, of one form; float tensors have none."""
+    if form == "none" or codes.dtype in FLOATS:
         return None
-    shape = {"per channel": (groups, 1, width), "per head": (groups, 1, 1), "per token": (batch, groups, keys + 9, 1)}
-    part = torch.randn(shape[form]) * 20 if is_zero else torch.rand(shape[form]) * 0.02 + 0.01
-    return part[:, :, :keys] if form == "per token" else part
+    batch, groups, keys = codes.shape[:3]
+    width = call.query.shape[3]
+    columns = {"per channel": width, "per group of channels": 2, "per token and group of channels": 4}
+    columns["per channel and group of tokens"] = width
+    rows = -(-keys // group) if "token" in form else 1
+    shape = (groups, rows, columns.get(form, 1))
+    shape = shape if rows == 1 else (batch, *shape)
+    limits = {torch.int8: 20, torch.uint8: 3}
+    part = torch.randn(shape) * limits.get(codes.dtype, 1) if is_zero else torch.rand(shape) + 0.5
+    part = part if is_zero else part * SCALES[codes.dtype]
+    return part.half() if half else part
 
 
 def mask_of(kind: str, call: Call) -> torch.Tensor | None:
@@ -112,46 +193,139 @@ def mask_of(kind: str, call: Call) -> torch.Tensor | None:
     return torch.zeros(seen.shape).masked_fill(~seen, lowest) if kind == "lowest float" else seen
 
 
-@settings(max_examples=100, deadline=None)
+def query_scale_of(form: str, call: Call) -> torch.Tensor | None:
+    """Random scales that quantize the query."""
+    batch, heads, queries, _ = call.query.shape
+    shapes = {"per head": (heads, 1, 1), "per token": (batch, heads, queries, 1)}
+    return None if form == "none" else torch.rand(shapes[form]) * 0.02 + 0.01
+
+
+def length_of(form: str, call: Call) -> torch.Tensor | None:
+    """Random tokens in use; what lies behind is poisoned, scales per token too."""
+    batch, _, keys = call.key.shape[:3]
+    if form == "none":
+        return None
+    length = torch.randint(0, keys + 1, (batch if form == "per sequence" else 1,))
+    for b in range(batch):
+        used = int(length[b % len(length)])
+        poison(call.key[b, :, used:])
+        poison(call.value[b, :, used:])
+        for parts, group in (
+            ((call.key_scale, call.key_zero), call.key_group),
+            ((call.value_scale, call.value_zero), call.value_group),
+        ):
+            for part in parts:
+                if part is not None and part.dim() == 4:
+                    part[b, :, -(-used // group) :] = float("nan")
+    return length.int() if form == "one, int32" else length
+
+
+@settings(max_examples=150, deadline=None)
 @given(
+    dtypes=st.tuples(st.sampled_from(CODES + FLOATS), st.sampled_from(CODES + FLOATS)),
     batch=st.sampled_from([1, 2]),
     groups=st.sampled_from([1, 2, 3]),
     ratio=st.sampled_from([1, 2, 3, 4, 5, 7, 8]),
-    width=st.sampled_from([7, 16, 24, 32, 64, 80, 128, 256]),
-    keys=st.sampled_from([0, 1, 2, 63, 96, 97, 127, 300, 1100]),
-    queries=st.sampled_from([1, 1, 2, 5, 17, 64]),
-    dtype=st.sampled_from([torch.int8, torch.int8, torch.float32, torch.bfloat16, torch.float16]),
-    forms=st.tuples(FORMS, FORMS, FORMS, FORMS),
-    quantized_query=st.booleans(),
-    mask=MASKS,
+    width=st.sampled_from([12, 16, 24, 32, 64, 80, 96, 128, 256]),
+    keys=st.sampled_from([0, 1, 2, 31, 32, 63, 127, 192, 193, 300, 1100]),
+    queries=st.sampled_from([1, 1, 1, 2, 5, 17, 64]),
+    scales=st.tuples(st.sampled_from(FORMS), st.sampled_from(FORMS)),
+    zeros=st.tuples(st.sampled_from(("none", *FORMS)), st.sampled_from(("none", *FORMS))),
+    token_groups=st.tuples(st.sampled_from([1, 3, 32]), st.sampled_from([1, 3, 32])),
+    query_scale=st.sampled_from(["none", "none", "per head", "per token"]),
+    mask=st.sampled_from(MASKS),
     causal=st.booleans(),
+    window=st.sampled_from([0, 0, 1, 40, 200]),
+    length=st.sampled_from(["none", "none", "one, int32", "per sequence"]),
+    half=st.booleans(),
+    token_major=st.booleans(),
     seed=st.integers(0, 1000),
 )
 def test_equals_the_reference(
+    dtypes: tuple[torch.dtype, torch.dtype],
     batch: int,
     groups: int,
     ratio: int,
     width: int,
     keys: int,
     queries: int,
-    dtype: torch.dtype,
-    forms: tuple[str, str, str, str],
-    quantized_query: bool,
+    scales: tuple[str, str],
+    zeros: tuple[str, str],
+    token_groups: tuple[int, int],
+    query_scale: str,
     mask: str,
     causal: bool,
+    window: int,
+    length: str,
+    half: bool,
+    token_major: bool,
     seed: int,
 ) -> None:
     torch.manual_seed(seed)
-    call = int8_call(queries, keys, groups, ratio, width, batch)
-    if dtype == torch.int8:
-        forms = tuple("per channel" if form == "none" and not index % 2 else form for index, form in enumerate(forms))
-    else:
-        call.key, call.value = (torch.randn(codes.shape).to(dtype) for codes in (call.key, call.value))
-    call.key_scale, call.key_zero = part_of(forms[0], call, False), part_of(forms[1], call, True)
-    call.value_scale, call.value_zero = part_of(forms[2], call, False), part_of(forms[3], call, True)
-    call.query_scale = torch.rand(groups * ratio, 1, 1) * 0.02 + 0.01 if quantized_query else None
-    call.mask, call.causal = mask_of(mask, call), causal
+    call = call_of(*dtypes, queries, keys, groups, ratio, width, batch, token_major)
+    call.key_group, call.value_group = token_groups
+    call.key_scale = part_of(scales[0], call, call.key, call.key_group, half=half)
+    call.key_zero = part_of(zeros[0], call, call.key, call.key_group, is_zero=True)
+    call.value_scale = part_of(scales[1], call, call.value, call.value_group, half=half)
+    call.value_zero = part_of(zeros[1], call, call.value, call.value_group, is_zero=True, half=half)
+    call.query_scale, call.mask = query_scale_of(query_scale, call), mask_of(mask, call)
+    call.causal, call.window = causal, window
+    call.length = length_of(length, call)
     assert_close(call.run(), call.reference())
+
+
+@pytest.mark.parametrize("ratio", [1, 3, 9])
+@pytest.mark.parametrize("width", [7, 20, 77])
+def test_any_width_of_int8(width: int, ratio: int) -> None:
+    call = call_of(torch.int8, torch.int8, queries=2, keys=70, ratio=ratio, width=width)
+    assert_close(call.run(), call.oracle())
+
+
+@pytest.mark.parametrize("queries", [1, 40])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", CODES)
+def test_codes_equal_softmax_in_float64(dtype: torch.dtype, form: str, queries: int) -> None:
+    call = call_of(dtype, dtype, queries, keys=333, width=64)
+    call.key_group, call.value_group = 32, 5
+    for side, codes, group in (("key", call.key, 32), ("value", call.value, 5)):
+        setattr(call, f"{side}_scale", part_of(form, call, codes, group))
+        setattr(call, f"{side}_zero", part_of(form, call, codes, group, is_zero=True))
+    assert_close(call.run(), call.oracle())
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
+def test_whole_numbers_keep_a_query_of_very_different_channels(dtype: torch.dtype) -> None:
+    """Digits of a common step per row are as good as floats."""
+    call = call_of(dtype, dtype, queries=1, keys=500, width=128)
+    call.query = call.query * torch.logspace(-4, 1, 128)
+    call.scaling = 0.02
+    assert_close(call.run(), call.oracle())
+
+
+@pytest.mark.parametrize("queries", [1, 2, 40])
+@pytest.mark.parametrize("window", [1, 7, 250, 2000])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float32])
+def test_a_window_in_float64(dtype: torch.dtype, window: int, queries: int) -> None:
+    call = replace(call_of(dtype, dtype, queries, keys=1300), window=window)
+    assert_close(call.run(), call.oracle())
+
+
+@pytest.mark.parametrize("queries", [1, 40])
+@pytest.mark.parametrize("dtype", CODES + FLOATS)
+def test_length_equals_a_shorter_storage(dtype: torch.dtype, queries: int) -> None:
+    call = call_of(dtype, dtype, queries, keys=700)
+    shorter = replace(call, key=call.key[:, :, :450].clone(), value=call.value[:, :, :450].clone())
+    expected = shorter.run()
+    poison(call.key[:, :, 450:])
+    poison(call.value[:, :, 450:])
+    for length in (torch.tensor([450]), torch.tensor([450, 450], dtype=torch.int32)):
+        assert_close(replace(call, length=length).run(), expected)
+
+
+def test_no_token_in_use_gives_zeros() -> None:
+    call = int8_call()
+    assert not replace(call, length=torch.tensor([0, 40])).run()[0].any()
+    assert not replace(call, length=torch.tensor([0])).run().any()
 
 
 @pytest.mark.parametrize("queries", [1, 3, 50])
@@ -234,8 +408,12 @@ def test_what_does_not_go_together_is_refused() -> None:
     call = int8_call()
     with pytest.raises(ValueError, match="do not go together"):
         replace(call, value=call.value[:, :, :-1]).run()
-    with pytest.raises(ValueError, match="not both per token and per channel"):
-        replace(call, key_scale=torch.ones(2, 2, 40, 32)).run()
+    with pytest.raises(ValueError, match="does not belong to 40 tokens in groups of 1 and 32 channels"):
+        replace(call, key_scale=torch.ones(2, 2, 41, 1)).run()
+    with pytest.raises(ValueError, match="does not belong to 40 tokens in groups of 1 and 32 channels"):
+        replace(call, value_scale=torch.ones(2, 1, 5)).run()
+    with pytest.raises(ValueError, match="neither one number nor one for each of 2 sequences"):
+        replace(call, length=torch.tensor([1, 2, 3])).run()
 
 
 def test_opcheck() -> None:

@@ -23,7 +23,7 @@ from octavo.common.scheme import load_scheme
 from octavo.common.statistics import scales_of
 from octavo.ops.library import NAMESPACE
 
-SCHEMES = ("int8-token", "ascend-c8", "ascend-fa")
+SCHEMES = ("int8-token", "fp8-token", "int4-token", "ascend-c8", "ascend-fa")
 COLUMNS = ("commit", "model", "what", "windows", "length", "kl", "perplexity", "float_perplexity", "top1")
 
 

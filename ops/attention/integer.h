@@ -101,10 +101,10 @@ OUTLINE void interleave_keys(Rows from, int64_t keys, uint8_t *tile, int64_t kin
                 rows[t] = _mm512_maskz_loadu_epi8(inside, from.data + j * from.stride + d);
             }
             transpose_quads(rows);
-            UNROLL for (int i = 0; i < 16; i++) {
-                if (4 * i >= left) break;
-                _mm512_storeu_si512(tile + ((d / 4 + i) * TILE_COLUMNS + first) * 4, _mm512_xor_si512(rows[i], offset));
-            }
+            UNROLL for (int i = 0; i < 16; i++)
+                if (4 * i < left)
+                    _mm512_storeu_si512(tile + ((d / 4 + i) * TILE_COLUMNS + first) * 4,
+                                        _mm512_xor_si512(rows[i], offset));
         }
 }
 

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -41,9 +41,17 @@ class Codes:
 
 @dataclass(frozen=True)
 class SlidingWindow:
-    """In place of a mask tensor: a query sees the newest `size` of the keys that causality leaves it."""
+    """In place of a mask tensor: a query sees the newest `size` of the keys that causality leaves it.
+
+    `generate` makes the masks of compileable caches ahead of the model and takes each for a tensor `[B, 1, Q, S]`.
+    """
 
     size: int
+    ndim: ClassVar[int] = 4
+
+    def contiguous(self) -> "SlidingWindow":
+        """Itself, as of a tensor that is contiguous."""
+        return self
 
 
 def quantized_attention(
@@ -114,19 +122,27 @@ def _sliding_window(mask_function: Callable) -> int:
     return inspect.getclosurevars(parts[0]).nonlocals["sliding_window"] if is_overlay else 0
 
 
+def _hides_nothing(padding: torch.Tensor | None) -> bool:
+    """Whether a padding mask is known to hide no token; what it holds is not known to a graph that is compiled."""
+    return padding is None or (not torch.compiler.is_compiling() and bool(padding.all()))
+
+
 def causal_or_explicit_mask(
     *args: Any,
     mask_function: Callable = causal_mask_function,
-    attention_mask: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | SlidingWindow | None = None,
     local_size: int | None = None,
     allow_is_causal_skip: bool = True,
     **kwargs: Any,
 ) -> torch.Tensor | SlidingWindow | None:
     """No mask tensor where causality says it all, with a sliding window or without; otherwise SDPA's boolean one."""
-    if allow_is_causal_skip and (attention_mask is None or bool(attention_mask.all())):
+    if isinstance(attention_mask, SlidingWindow):  # made ahead, and asked for again by a model of sliding layers alone
+        return attention_mask
+    if allow_is_causal_skip and _hides_nothing(attention_mask):
         if mask_function is causal_mask_function and local_size is None:
             return None
-        if window := _sliding_window(mask_function):
+        # a graph cannot look into a function for its window
+        if not torch.compiler.is_compiling() and (window := _sliding_window(mask_function)):
             return SlidingWindow(window)
     return sdpa_mask(
         *args,

@@ -112,6 +112,13 @@ def test_no_mask_is_made_where_a_window_says_it_all() -> None:
     assert torch.equal(mask[0, 0], wanted & padded)
 
 
+def test_a_window_that_is_made_ahead_passes_for_a_mask() -> None:
+    window = SlidingWindow(4)
+    assert window.ndim == 4 and window.contiguous() is window
+    given = sliding_window_causal_mask_function(4)
+    assert causal_or_explicit_mask(**MASK_ARGUMENTS, mask_function=given, attention_mask=window) is window
+
+
 def test_a_window_hides_the_keys_that_its_mask_hides() -> None:
     mask = CAUSAL.triu(3)
     assert mask.sum(dim=-1).tolist() == [3] * 6

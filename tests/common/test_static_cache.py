@@ -1,6 +1,7 @@
 """The cache that counts its tokens on the device: equal to the growing one, in one graph for every step."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from octavo.models.llama3.modeling_llama_fa3 import LlamaForCausalLM
 
 from ..support import random_ids, tiny_config, tiny_llama
 from ..tolerances import TOLERANCES
+from .test_cache import tiny_mistral, tiny_qwen2
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -77,6 +79,41 @@ def test_crop_and_reset(model: LlamaForCausalLM) -> None:
     cache.reset()
     assert cache.get_seq_length() == 0
     torch.testing.assert_close(model(ids, past_key_values=cache).logits, expected, atol=TOLERANCES["logits"], rtol=0)
+
+
+@pytest.mark.parametrize("build", [tiny_mistral, tiny_qwen2])
+@pytest.mark.parametrize("padding", [0, 9])
+@pytest.mark.parametrize("way", [{}, {"prefill_chunk_size": 7}, {"num_beams": 3}], ids=str)
+def test_models_with_sliding_windows_generate_with_it(
+    build: Callable[[], torch.nn.Module], padding: int, way: dict[str, Any]
+) -> None:
+    model = build()
+    model.set_attn_implementation("octavo")
+    ids = random_ids(2, 20)
+    mask = torch.ones_like(ids)
+    mask[1, :padding] = 0
+    arguments = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "eos_token_id": None, **way}
+    growing, static = (
+        QuantizedCache(model.config, "int8-token", max_length=32, compileable=flag) for flag in (False, True)
+    )
+    expected = model.generate(ids, past_key_values=growing, **arguments)
+    assert torch.equal(model.generate(ids, past_key_values=static, **arguments), expected)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("build", [tiny_llama, tiny_mistral])
+@pytest.mark.parametrize("has_mask", [False, True])
+def test_a_prompt_is_one_graph(build: Callable[[], torch.nn.Module], has_mask: bool) -> None:
+    model, ids = build(), random_ids(2, 20)
+    model.set_attn_implementation("octavo")
+    mask = torch.ones_like(ids) if has_mask else None
+    eager, compiled = (QuantizedCache(model.config, "int8-token", max_length=24, compileable=True) for _ in range(2))
+    compiled.early_initialization(2, 2, 16, torch.float32, ids.device)
+    expected = model(ids, attention_mask=mask, past_key_values=eager).logits
+    torch._dynamo.reset()
+    forward = torch.compile(model, backend="aot_eager", fullgraph=True)
+    found = forward(ids, attention_mask=mask, past_key_values=compiled).logits
+    torch.testing.assert_close(found, expected, atol=TOLERANCES["logits"], rtol=0)
 
 
 def test_a_length_has_to_be_given() -> None:

@@ -57,8 +57,20 @@ def _user() -> int:
 def cache_folders() -> list[Path]:
     """Where compiled kernels are looked for, and kept in the first that can be written."""
     chosen = os.environ.get("OCTAVO_CACHE")
-    main = Path(chosen) if chosen else Path("~/.cache/octavo/kernels").expanduser()
-    return [main, Path(tempfile.gettempdir()) / f"octavo-kernels-{_user()}"]
+    folders = [Path(chosen)] if chosen else []
+    if not chosen:
+        with contextlib.suppress(RuntimeError):  # a user without a home
+            folders.append(Path("~/.cache/octavo/kernels").expanduser())
+    temporary = _temporary_folder()
+    return folders if temporary is None else [*folders, temporary / f"octavo-kernels-{_user()}"]
+
+
+def _temporary_folder() -> Path | None:
+    """The system's temporary folder; None where no such folder can be written."""
+    try:
+        return Path(tempfile.gettempdir())
+    except FileNotFoundError:
+        return None
 
 
 def _scratch_in(folder: Path) -> tempfile.TemporaryDirectory:
@@ -74,7 +86,7 @@ def _scratch_in(folder: Path) -> tempfile.TemporaryDirectory:
 
 def _check_owner(folder: Path) -> None:
     """Raise OSError for a folder under the temporary one, a name that anybody can take, that is not ours alone."""
-    if folder.parent == Path(tempfile.gettempdir()) and hasattr(os, "getuid"):
+    if folder.parent == _temporary_folder() and hasattr(os, "getuid"):
         state = folder.lstat()
         if not stat.S_ISDIR(state.st_mode) or state.st_uid != _user() or state.st_mode & 0o022:
             raise OSError(errno.EPERM, "belongs to somebody else", str(folder))
@@ -90,9 +102,13 @@ def _cpu_model() -> str:
     return "\n".join(line for line in first_core.splitlines() if line.startswith(kept))
 
 
-def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+def _run(command: list[str], temporary: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a compiler, which keeps what it needs for a moment in `temporary`, or else where the system says."""
+    environment = None if temporary is None else {**os.environ, "TMPDIR": str(temporary)}
     try:
-        return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300)
+        return subprocess.run(
+            command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300, env=environment
+        )
     except (OSError, subprocess.SubprocessError) as error:
         raise CompileError(f"{command[0]}: {error}") from None
 
@@ -119,7 +135,7 @@ def compile_shared(name: str, source: str) -> Path:
         with scratch:
             built = _built(compiler, source, Path(scratch.name) / file_name)
             return built.replace(folder / file_name)
-    raise CompileError(unwritable)
+    raise CompileError(unwritable or "there is no home and no temporary folder to compile in; set OCTAVO_CACHE")
 
 
 def _built(compiler: list[str], source: str, library: Path) -> Path:
@@ -128,7 +144,7 @@ def _built(compiler: list[str], source: str, library: Path) -> Path:
     file.write_text(source, encoding="utf-8")
     first_error = ""
     for tuning in TUNING:
-        result = _run([*compiler, *BASE_FLAGS, *tuning, "-o", str(library), str(file), "-lm"])
+        result = _run([*compiler, *BASE_FLAGS, *tuning, "-o", str(library), str(file), "-lm"], library.parent)
         if result.returncode == 0:
             return library
         lines = [line for line in result.stderr.splitlines() if "error" in line] or result.stderr.splitlines()
@@ -143,7 +159,7 @@ def _compile_all() -> None:
     """
 
     def compile_one(kernel: "CKernel") -> None:
-        with contextlib.suppress(CompileError):
+        with contextlib.suppress(CompileError, OSError):
             compile_shared(kernel.name, kernel.source())
 
     with ThreadPoolExecutor(len(_ALL_KERNELS)) as pool:

@@ -89,6 +89,42 @@ def test_a_cache_that_can_be_read_only_serves_what_it_holds(tmp_path: Path) -> N
     assert sorted(tmp_path.iterdir()) == written
 
 
+NOWHERE_TEMPORARY = """
+import tempfile
+def gettempdir():
+    raise FileNotFoundError(2, "No usable temporary directory found")
+tempfile.gettempdir = gettempdir
+"""
+
+
+def test_without_a_temporary_folder_the_cache_serves(tmp_path: Path) -> None:
+    output, errors = start(tmp_path, NOWHERE_TEMPORARY + REPORT, TMPDIR="/no/such/folder").communicate()
+    assert errors == ""
+    assert all("C kernel" in line for line in cpu_lines(output))
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+HOMELESS = """
+import os, pwd
+def getpwuid(user):
+    raise KeyError(user)
+pwd.getpwuid = getpwuid
+del os.environ["HOME"], os.environ["OCTAVO_CACHE"]
+"""
+
+
+def test_without_a_home_the_temporary_folder_serves(tmp_path: Path) -> None:
+    program = HOMELESS + "from octavo.ops.compile import cache_folders; print(*cache_folders())"
+    output, _ = start(tmp_path, program, TMPDIR=str(tmp_path), HOME=str(tmp_path)).communicate()
+    assert output.strip() == str(tmp_path / f"octavo-kernels-{os.getuid()}")
+
+
+def test_without_any_folder_the_references_serve(tmp_path: Path) -> None:
+    output, errors = start(tmp_path, NOWHERE_TEMPORARY + HOMELESS + REPORT, HOME=str(tmp_path)).communicate()
+    assert errors.count("octavo:") == 1 and "set OCTAVO_CACHE" in errors
+    assert all("reference (PyTorch)" in line for line in cpu_lines(output))
+
+
 def test_the_reference_can_be_asked_for(tmp_path: Path) -> None:
     output, errors = start(tmp_path, OCTAVO_KERNELS="reference").communicate()
     assert "octavo:" not in errors

@@ -35,7 +35,7 @@ typedef struct {
 /* How the work is cut: constant over a call. Parts are those that decoding has not applied already. */
 typedef struct {
     int64_t ratio, rows, block_rows, blocks, begin, end, chunk, chunks, padded;
-    int64_t high_shift; /* columns between where the high half of V's channels starts in the output and where it should */
+    int64_t high_shift; /* columns by which the high half of V's channels starts too far right in the output */
     int key_mode, value_mode, key_grouped, value_grouped, query_digits;
     float query_unit, weight_unit; /* factors of q and the weights that make up for the units of the codes */
     Part key_scale, key_zero, value_scale, value_zero;
@@ -310,18 +310,18 @@ OUTLINE void direct_scores_any(const float *q, int64_t padded, int64_t rows, Row
     }
 }
 
-OUTLINE void direct_output_any(const float *weights, int64_t rows, Rows value, int64_t keys, float *output,
+OUTLINE void direct_output_any(const float *weights, int64_t rows, Rows value, int64_t keys, float *to,
                               int64_t padded, int64_t kind) {
     switch (kind) {
 #if !HAS_INTEGER
-    case KIND_INT8: direct_output(weights, KEY_BLOCK, rows, value, keys, output, padded, KIND_INT8); break;
-    case KIND_INT4: direct_output(weights, KEY_BLOCK, rows, value, keys, output, padded, KIND_INT4); break;
+    case KIND_INT8: direct_output(weights, KEY_BLOCK, rows, value, keys, to, padded, KIND_INT8); break;
+    case KIND_INT4: direct_output(weights, KEY_BLOCK, rows, value, keys, to, padded, KIND_INT4); break;
 #endif
-    case KIND_FLOAT32: direct_output(weights, KEY_BLOCK, rows, value, keys, output, padded, KIND_FLOAT32); break;
-    case KIND_BFLOAT16: direct_output(weights, KEY_BLOCK, rows, value, keys, output, padded, KIND_BFLOAT16); break;
-    case KIND_FLOAT16: direct_output(weights, KEY_BLOCK, rows, value, keys, output, padded, KIND_FLOAT16); break;
-    case KIND_FLOAT8_E4M3: direct_output(weights, KEY_BLOCK, rows, value, keys, output, padded, KIND_FLOAT8_E4M3); break;
-    default: direct_output(weights, KEY_BLOCK, rows, value, keys, output, padded, KIND_FLOAT8_E5M2);
+    case KIND_FLOAT32: direct_output(weights, KEY_BLOCK, rows, value, keys, to, padded, KIND_FLOAT32); break;
+    case KIND_BFLOAT16: direct_output(weights, KEY_BLOCK, rows, value, keys, to, padded, KIND_BFLOAT16); break;
+    case KIND_FLOAT16: direct_output(weights, KEY_BLOCK, rows, value, keys, to, padded, KIND_FLOAT16); break;
+    case KIND_FLOAT8_E4M3: direct_output(weights, KEY_BLOCK, rows, value, keys, to, padded, KIND_FLOAT8_E4M3); break;
+    default: direct_output(weights, KEY_BLOCK, rows, value, keys, to, padded, KIND_FLOAT8_E5M2);
     }
 }
 

@@ -24,11 +24,13 @@ typedef struct {
  * zeros. `count` is a multiple of 16; `step` 0 finds the one that uses all bits. */
 OUTLINE void to_digits(float *row, int64_t count, float step, int offset, Digits *digits) {
     const __m512i bias = _mm512_set1_epi32(0x808080), ones = _mm512_set1_epi8(1);
-    const __m512i by_digit = _mm512_broadcast_i32x4(_mm_set_epi8(-1, -1, -1, -1, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0));
+    const __m512i by_digit =
+        _mm512_broadcast_i32x4(_mm_set_epi8(-1, -1, -1, -1, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0));
     __m512i sums = _mm512_setzero_si512();
     if (step == 0.0f) {
         __m512 largest = _mm512_setzero_ps();
-        for (int64_t i = 0; i < count; i += 16) largest = _mm512_max_ps(largest, _mm512_abs_ps(_mm512_loadu_ps(row + i)));
+        for (int64_t i = 0; i < count; i += 16)
+            largest = _mm512_max_ps(largest, _mm512_abs_ps(_mm512_loadu_ps(row + i)));
         step = _mm512_reduce_max_ps(largest) / LARGEST_WHOLE;
     }
     /* tiny values, of which no inverse is finite, are 0 */
@@ -144,8 +146,8 @@ INLINE void fetch_ahead(Ahead *ahead) {
     ahead->data += ahead->step;
 }
 
-/* scores[heads][32] = digits of q times a tile of K of so many quads of bytes. The sums are vectors of 32-bit numbers, because
- * GCC 12 copies and spills them as __m512i. */
+/* scores[heads][32] = digits of q times a tile of K of so many quads of bytes. The sums are vectors of 32-bit numbers,
+ * because GCC 12 copies and spills them as __m512i. */
 INLINE void integer_scores_of(const int32_t *q, int64_t q_stride, const uint8_t *tile, int64_t quads, float *scores,
                               int64_t stride, const Digits *digits, Ahead ahead, const int kind, const int heads,
                               const int count) {
@@ -232,23 +234,23 @@ OUTLINE void integer_scores(const int32_t *q, int64_t q_stride, const uint8_t *t
         integer_scores_any(q, q_stride, tile, quads, scores, stride, digits, ahead, KIND_INT4, heads, count);
 }
 
-INLINE void integer_output_any(const int32_t *weights, int64_t weights_stride, Rows value, int64_t d, int64_t keys,
-                               float *output, int64_t high, int64_t stride, const Digits *digits, Ahead ahead,
-                               const int kind, int64_t heads) {
+INLINE void integer_output_any(const int32_t *weights, int64_t step, Rows value, int64_t d, int64_t keys, float *to,
+                               int64_t high, int64_t stride, const Digits *digits, Ahead ahead, const int kind,
+                               int64_t heads) {
     switch (heads) {
-    case 1: integer_output_of(weights, weights_stride, value, d, keys, output, high, stride, digits, ahead, kind, 1); break;
-    case 2: integer_output_of(weights, weights_stride, value, d, keys, output, high, stride, digits, ahead, kind, 2); break;
-    case 3: integer_output_of(weights, weights_stride, value, d, keys, output, high, stride, digits, ahead, kind, 3); break;
-    default: integer_output_of(weights, weights_stride, value, d, keys, output, high, stride, digits, ahead, kind, 4);
+    case 1: integer_output_of(weights, step, value, d, keys, to, high, stride, digits, ahead, kind, 1); break;
+    case 2: integer_output_of(weights, step, value, d, keys, to, high, stride, digits, ahead, kind, 2); break;
+    case 3: integer_output_of(weights, step, value, d, keys, to, high, stride, digits, ahead, kind, 3); break;
+    default: integer_output_of(weights, step, value, d, keys, to, high, stride, digits, ahead, kind, 4);
     }
 }
 
-OUTLINE void integer_output(const int32_t *weights, int64_t weights_stride, Rows value, int64_t d, int64_t keys,
-                            float *output, int64_t high, int64_t stride, const Digits *digits, Ahead ahead, int64_t kind,
+OUTLINE void integer_output(const int32_t *weights, int64_t step, Rows value, int64_t d, int64_t keys, float *to,
+                            int64_t high, int64_t stride, const Digits *digits, Ahead ahead, int64_t kind,
                             int64_t heads) {
     if (kind == KIND_INT8)
-        integer_output_any(weights, weights_stride, value, d, keys, output, high, stride, digits, ahead, KIND_INT8, heads);
+        integer_output_any(weights, step, value, d, keys, to, high, stride, digits, ahead, KIND_INT8, heads);
     else
-        integer_output_any(weights, weights_stride, value, d, keys, output, high, stride, digits, ahead, KIND_INT4, heads);
+        integer_output_any(weights, step, value, d, keys, to, high, stride, digits, ahead, KIND_INT4, heads);
 }
 #endif

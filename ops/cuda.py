@@ -113,13 +113,15 @@ def e4m3_as_half(codes, NATIVE: tl.constexpr):
 
 @jit()
 def codes_as_half(codes, KIND: tl.constexpr, NATIVE: tl.constexpr):
-    """int8 or fp8 codes, or int4 ones that are int8 by now, as float16, which holds each exactly."""
+    """int8 or fp8 codes, or int4 ones as `load_halves` gives them, as float16, which holds each exactly."""
     if KIND == "e4m3":
         values = e4m3_as_half(codes, NATIVE)
     elif KIND == "e5m2":
         values = (codes.to(tl.uint16) << 8).to(tl.float16, bitcast=True)
-    else:
-        values = codes.to(tl.float16)
+    else:  # as bits of 1024 + code + offset: conversions of integers would take longer than all else
+        BITS: tl.constexpr = 0x6400 if KIND == "int4" else 0x6480
+        OFFSET: tl.constexpr = 1032.0 if KIND == "int4" else 1152.0
+        values = (codes.to(tl.uint8, bitcast=True).to(tl.uint16) ^ BITS).to(tl.float16, bitcast=True) - OFFSET
     return values
 
 
@@ -132,7 +134,7 @@ def codes_as_float(codes, KIND: tl.constexpr, NATIVE: tl.constexpr):
 
 @jit()
 def load_halves(pointer, rows, stride, inside, channels, WIDTH: tl.constexpr, KIND: tl.constexpr):
-    """The first and the second half of the channels of rows of codes; int4 codes become int8.
+    """The first and the second half of the channels of rows of codes; of int4, `code + 8` in uint8.
 
     Args:
         rows: offsets `[R, 1]`, of which those count where `inside` `[R, 1]` is true.
@@ -141,8 +143,7 @@ def load_halves(pointer, rows, stride, inside, channels, WIDTH: tl.constexpr, KI
     HALF: tl.constexpr = (WIDTH + 1) // 2
     if KIND == "int4":
         both = tl.load(pointer + rows + channels * stride, mask=inside & (channels < HALF), other=0)
-        low = (both & 15).to(tl.int8) - 8
-        high = (both >> 4).to(tl.int8) - 8
+        low, high = both & 15, both >> 4
     else:
         low = tl.load(pointer + rows + channels * stride, mask=inside & (channels < HALF), other=0)
         second = channels + HALF

@@ -113,7 +113,7 @@ def _decoded_half(
 def _operand(codes, KIND: tl.constexpr, DOT: tl.constexpr, NATIVE: tl.constexpr):
     """A tile of codes, or of float values, as an operand of a matrix product in `DOT`."""
     if DOT == "int8":
-        operand = codes
+        operand = codes.to(tl.int8) - 8 if KIND == "int4" else codes
     elif DOT == "fp8":
         operand = codes.to(tl.float8e4nv if KIND == "e4m3" else tl.float8e5, bitcast=True)
     elif DOT == "bf16":
@@ -161,7 +161,7 @@ def attention_kernel(
     key_scale, key_zero, value_scale, value_zero, query_scale, mask, length,
     groups, queries, keys, window, factor,
     RATIO: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
-    SPLITS: tl.constexpr, KEY_KIND: tl.constexpr, VALUE_KIND: tl.constexpr, QUERY_KIND: tl.constexpr,
+    IS_SPLIT: tl.constexpr, KEY_KIND: tl.constexpr, VALUE_KIND: tl.constexpr, QUERY_KIND: tl.constexpr,
     KEY_DOT: tl.constexpr, VALUE_DOT: tl.constexpr, KEY_SCALE: tl.constexpr, KEY_ZERO: tl.constexpr,
     VALUE_SCALE: tl.constexpr, VALUE_ZERO: tl.constexpr, KEY_GROUP: tl.constexpr, VALUE_GROUP: tl.constexpr,
     KEY_TILE: tl.constexpr, VALUE_TILE: tl.constexpr,
@@ -171,13 +171,14 @@ def attention_kernel(
 
     The forms of scales and zeros are "none", "head", "channel", "token", or "tile", which says that both scale and
     zero are applied to the tile, in the two layouts of `KEY_TILE` or `VALUE_TILE`. `factor` is that of the scores, for
-    powers of two. With one part `output` is `[B, Q, H, D]`; with more it is float32 `[B, Q, H, SPLITS, D]`, and `lse`
-    takes the logarithms of the sums of weights.
+    powers of two. `output` is `[B, Q, H, D]`; where `IS_SPLIT` it is float32 `[B, Q, H, splits, D]`, and `lse` takes
+    the logarithms of the sums of weights. How many splits there are is no constant, for which the kernel would be
+    compiled again and again as the cache grows.
     """
     HALF: tl.constexpr = (WIDTH + 1) // 2
     blocks = tl.cdiv(queries * RATIO, BLOCK_M)
     block = blocks - 1 - tl.program_id(0) % blocks  # with causality the last ones have most to do
-    split = tl.program_id(1)
+    split, splits = tl.program_id(1), tl.num_programs(1)
     batch = (tl.program_id(0) // blocks // groups).to(tl.int64)
     group = (tl.program_id(0) // blocks % groups).to(tl.int64)
 
@@ -197,10 +198,14 @@ def attention_kernel(
         pointer, scale_batch, scale_head, scale_token, _ = query_scale
         place = batch * scale_batch + head * scale_head + number.to(tl.int64) * scale_token
         step = tl.load(pointer + place, mask=is_row, other=1.0).to(tl.float32)
-        c_low = to_code(tl.div_rn(q_low.to(tl.float32), step[:, None]), QUERY_KIND)
-        c_high = to_code(tl.div_rn(q_high.to(tl.float32), step[:, None]), QUERY_KIND)
+        values_low = tl.div_rn(q_low.to(tl.float32), step[:, None])
+        values_high = tl.div_rn(q_high.to(tl.float32), step[:, None])
+        c_low, c_high = to_code(values_low, QUERY_KIND), to_code(values_high, QUERY_KIND)
         q_low, q_high = codes_as_float(c_low, QUERY_KIND, NATIVE), codes_as_float(c_high, QUERY_KIND, NATIVE)
         row_factor *= step
+        if QUERY_KIND == "int8":  # whose codes have no NaN
+            nans = (values_low != values_low).to(tl.int32) + (values_high != values_high).to(tl.int32)
+            row_factor = tl.where(tl.max(nans, 1) > 0, float("nan"), row_factor)
     if KEY_SCALE == "head":
         pointer, scale_batch, scale_group, _, _, _ = key_scale
         row_factor *= tl.load(pointer + batch * scale_batch + group * scale_group).to(tl.float32)
@@ -244,7 +249,7 @@ def attention_kernel(
         if WINDOW:
             oldest = total - queries + block * BLOCK_M // RATIO - window + 1
             first = tl.maximum(oldest, 0) // BLOCK_N * BLOCK_N
-    share = tl.cdiv(tl.cdiv(tl.maximum(last - first, 0), BLOCK_N), SPLITS) * BLOCK_N
+    share = tl.cdiv(tl.cdiv(tl.maximum(last - first, 0), BLOCK_N), splits) * BLOCK_N
     first += split * share
     last = tl.minimum(last, first + share)
 
@@ -365,8 +370,8 @@ def attention_kernel(
         o_low *= _channel_values(value_scale, batch, group, low, VALUE_SCALE, WIDTH)
         o_high *= _channel_values(value_scale, batch, group, high, VALUE_SCALE, WIDTH)
     place = (batch * queries + number) * (groups * RATIO) + head
-    if SPLITS > 1:
-        place = place * SPLITS + split
+    if IS_SPLIT:
+        place = place * splits + split
         tl.store(lse + place, tl.where(weight_sum == 0, float("-inf"), best + tl.log2(divisor)), mask=is_row)
     place = output + place[:, None] * WIDTH
     kind = output.dtype.element_ty
@@ -374,19 +379,19 @@ def attention_kernel(
     tl.store(place + high, o_high.to(kind), mask=is_row[:, None] & (high < WIDTH))
 
 
-@jit()
+@jit("count")
 def merge_kernel(
-    parts, lse, output, WIDTH: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr
+    parts, lse, output, count, WIDTH: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
-    """One query of one head: what the parts of its keys gave, `[SPLITS, D]`, weighted by their sums."""
+    """One query of one head: what the parts of its keys gave, `[count, D]`, weighted by their sums."""
     row = tl.program_id(0).to(tl.int64)
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     splits = tl.arange(0, BLOCK_S)
-    logs = tl.load(lse + row * SPLITS + splits, mask=splits < SPLITS, other=float("-inf"))
+    logs = tl.load(lse + row * count + splits, mask=splits < count, other=float("-inf"))
     best = tl.max(logs, 0)
     weights = tl.exp2(logs - tl.where(best == float("-inf"), 0.0, best))
-    inside = (splits < SPLITS)[:, None] & (channels < WIDTH)[None, :]
-    places = (row * SPLITS + splits)[:, None] * WIDTH + channels[None, :]
+    inside = (splits < count)[:, None] & (channels < WIDTH)[None, :]
+    places = (row * count + splits)[:, None] * WIDTH + channels[None, :]
     values = tl.load(parts + places, mask=inside, other=0)
     total = tl.sum(weights, 0)
     merged = tl.sum(values * weights[:, None], 0) / tl.where(total == 0, 1.0, total)
@@ -394,12 +399,13 @@ def merge_kernel(
 
 
 class _Blocks(NamedTuple):
-    """How the kernel cuts its work: rows and keys of a tile, warps, and tiles in flight."""
+    """How the kernel cuts its work: rows and keys of a tile, warps, tiles in flight, and most registers of a thread."""
 
     rows: int
     keys: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 def _blocks(rows: int, half: int, bits: int, capability: int) -> _Blocks:
@@ -414,7 +420,8 @@ def _blocks(rows: int, half: int, bits: int, capability: int) -> _Blocks:
     if bits == 32:
         return _Blocks(min(64, power_of_two(rows, 16)), 32, 4, 2 if has_room and half <= 64 else 1)
     if rows <= 16:
-        return _Blocks(16, 64 if half <= 64 else 32, 4, 4 if has_room else 3)
+        # So that four programs fit a multiprocessor: two, which is what the compiler makes of it, wait for each other.
+        return _Blocks(16, 64 if half <= 64 else 32, 4, 3, 128 if bits == 8 else None)
     if rows <= 64 or half > 64 or capability < 90:
         is_small = half > 64 or (bits == 8 and capability < 90)  # there each warp holds all of a decoded tile
         return _Blocks(power_of_two(min(rows, 64)), 32 if is_small else 64, 4, 3 if has_room else 2)
@@ -480,13 +487,15 @@ def _tiles(
     """
     for both, token_group in parts:
         if both[0].form == "tile" and max(part.rows for part in both) > 1 and token_group % 16 == 0:
-            blocks = blocks._replace(keys=min(blocks.keys, token_group & -token_group))
+            blocks = blocks._replace(
+                keys=min(blocks.keys, token_group & -token_group), registers=blocks.registers and 168
+            )
     layouts = [
         tuple(_layout(part, width, half, token_group, blocks.keys) if part.form == "tile" else -1 for part in both)
         for both, token_group in parts
     ]
     if 0 in layouts[0] + layouts[1]:  # fetched ahead they would not fit
-        blocks = blocks._replace(keys=16, stages=1)
+        blocks = blocks._replace(keys=16, stages=1, registers=None)
     return blocks, layouts
 
 
@@ -546,9 +555,12 @@ def _dots(
     return key_dot, "fp32" if query.dtype == torch.float32 else "fp16"
 
 
-def _splits(programs: int, keys: int, processors: int) -> int:
-    """Parts of the keys: as many as keep all multiprocessors busy, of a size that is worth it."""
-    wanted = -(-4 * processors // programs) if programs < processors else 1
+def _splits(programs: int, keys: int, processors: int, are_small: bool) -> int:
+    """Parts of the keys: as many as keep all multiprocessors busy, of a size that is worth it.
+
+    No more than start at once, four on a multiprocessor where tiles are small: what is left over would run alone.
+    """
+    wanted = 4 * processors // programs if are_small or programs < processors else 1
     return max(1, min(wanted, -(-keys // FEWEST_KEYS), MOST_SPLITS))
 
 
@@ -620,7 +632,7 @@ def attention_cuda(
     blocks = _blocks(rows, half, bits, gpu.capability)
     blocks, layouts = _tiles(blocks, ((key_parts, key_group), (value_parts, value_group)), width, half)
     programs = -(-rows // blocks.rows) * batch * groups
-    splits = _splits(programs, keys, gpu.processors)
+    splits = _splits(programs, keys, gpu.processors, blocks.rows == 16)
     parts, lse = output, None
     if splits > 1:
         parts = torch.empty((*output.shape[:3], splits, width), dtype=torch.float32, device=query.device)
@@ -638,19 +650,19 @@ def attention_cuda(
             key_parts[0].operand, key_parts[1].operand, value_parts[0].operand, value_parts[1].operand,
             query_scale, mask, length,
             groups, queries, keys, window, scaling * LOG2_E,
-            RATIO=ratio, WIDTH=width, BLOCK_M=blocks.rows, BLOCK_N=blocks.keys, BLOCK_H=half, SPLITS=splits,
+            RATIO=ratio, WIDTH=width, BLOCK_M=blocks.rows, BLOCK_N=blocks.keys, BLOCK_H=half, IS_SPLIT=splits > 1,
             KEY_KIND=CODE_KINDS.get(key.dtype, "float"), VALUE_KIND=CODE_KINDS.get(value.dtype, "float"),
             QUERY_KIND=quantized, KEY_DOT=key_dot, VALUE_DOT=value_dot,
             KEY_SCALE=key_parts[0].form, KEY_ZERO=key_parts[1].form,
             VALUE_SCALE=value_parts[0].form, VALUE_ZERO=value_parts[1].form,
             KEY_GROUP=key_group, VALUE_GROUP=value_group, KEY_TILE=layouts[0], VALUE_TILE=layouts[1],
             CAUSAL=causal, WINDOW=causal and window > 0, MASK=mask_kind, NATIVE=native,
-            num_warps=blocks.warps, num_stages=blocks.stages, enable_fp_fusion=True,
+            num_warps=blocks.warps, num_stages=blocks.stages, maxnreg=blocks.registers, enable_fp_fusion=True,
         )  # fmt: skip
         if splits > 1:
             merge_kernel[(batch * queries * heads, -(-width // MERGED_CHANNELS))](
-                parts, lse, output,
-                WIDTH=width, SPLITS=splits, BLOCK_S=power_of_two(splits), BLOCK_C=MERGED_CHANNELS,
+                parts, lse, output, splits,
+                WIDTH=width, BLOCK_S=power_of_two(splits), BLOCK_C=MERGED_CHANNELS,
                 num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip
     return output

@@ -227,6 +227,15 @@ def test_what_is_no_number_stays_none(what: float, broken: str, queries: int) ->
 
 
 @needs_triton
+def test_quantized_queries_that_are_no_number_stay_none() -> None:
+    arguments = call("int8", "int8", ("head", "none", "head", "none"), torch.float32, 3, 40)
+    arguments["query_scale"] = torch.full((GROUPS * 3, 1, 1), 0.02)
+    arguments["query"][0, 0, 1, 5] = float("nan")
+    output, expected = run(arguments), attention_reference(*arguments.values())
+    assert torch.equal(output.isfinite(), expected.isfinite()) and not output.isfinite().all()
+
+
+@needs_triton
 def test_large_and_small_queries_and_scales_lose_nothing() -> None:
     """bfloat16 reaches where float16, in which codes are multiplied, does not."""
     arguments = call("int8", "int8", ("channel", "none", "token", "none"), torch.bfloat16, 4, 90, 64)
@@ -286,6 +295,19 @@ def test_kernels_compile(capability: int) -> None:
                 attention_cuda(*arguments.values())
     assert len(kernels) >= 2 * len(PRESETS)
     assert max(kernel.metadata.shared for kernel in kernels) <= SHARED_MEMORY[capability] * 1024
+
+
+@needs_triton
+@pytest.mark.slow
+def test_a_cache_that_grows_compiles_nothing_anew() -> None:
+    """From two parts of the keys on: other numbers of parts, 2 to 32, are the same kernel."""
+    arguments = preset_call("int8 per token", 1, 4096, torch.bfloat16)
+    of_tokens = ("key", "value", "key_scale", "value_scale")
+    with compiled(90, 132) as kernels:
+        for tokens in (130, 300, 700, 4096):
+            attention_cuda(*{**arguments, **{name: arguments[name][:, :, :tokens] for name in of_tokens}}.values())
+    assert len(kernels) == 8 and len({kernel.hash for kernel in kernels[::2]}) == 1
+    assert len({kernel.hash for kernel in kernels[1::2]}) == 4  # those that merge up to 2, 4, 8 and 32
 
 
 @needs_triton

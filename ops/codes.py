@@ -56,6 +56,14 @@ def from_codes(codes: torch.Tensor, block: int, dtype: torch.dtype) -> torch.Ten
     return (unpack_int4(codes, block) if codes.dtype == torch.uint8 else codes).to(dtype)
 
 
+def dynamic_scale(extent: torch.Tensor, span: float) -> torch.Tensor:
+    """The scale at which values of a float32 `extent` fill `span` units of codes, the same on every device.
+
+    By a number that is no tensor, PyTorch divides on GPUs through its reciprocal, which is off by a bit now and then.
+    """
+    return (extent / extent.new_full((), span)).clamp_min(SMALLEST_SCALE)
+
+
 def expand_scale(scale: torch.Tensor, tokens: int, width: int, token_group: int = 1) -> torch.Tensor:
     """A scale or zero `[..., T, W]` for each of `tokens` x `width` values, as `[..., tokens or 1, width or 1]`.
 

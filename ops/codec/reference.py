@@ -5,7 +5,7 @@ B batch, G KV heads, S new tokens, C capacity of a storage, D head_dim.
 
 import torch
 
-from ..codes import CODE_RANGES, FP8_DTYPES, SMALLEST_SCALE, code_width, expand_scale, from_codes, to_codes
+from ..codes import CODE_RANGES, FP8_DTYPES, code_width, dynamic_scale, expand_scale, from_codes, to_codes
 
 
 def rotated(x: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None) -> torch.Tensor:
@@ -88,11 +88,11 @@ def encode_token_reference(
     low, high = CODE_RANGES[codes.dtype]
     grouped = values.unflatten(-1, (scale.shape[-1], -1))
     if zero is None:
-        step = grouped.abs().amax(dim=-1).div(high).clamp_min(SMALLEST_SCALE).to(scale.dtype)
+        step = dynamic_scale(grouped.abs().amax(dim=-1), high).to(scale.dtype)
         offset = None
     else:
         smallest = grouped.amin(dim=-1)
-        step = ((grouped.amax(dim=-1) - smallest) / (high - low)).clamp_min(SMALLEST_SCALE).to(scale.dtype)
+        step = dynamic_scale(grouped.amax(dim=-1) - smallest, high - low).to(scale.dtype)
         offset = (low - smallest / step.float()).to(zero.dtype)
     scaled = values / expand_scale(step.float(), tokens, width)
     if offset is not None:

@@ -5,7 +5,7 @@ N output channels, K input channels.
 
 import torch
 
-from ..codes import CODE_RANGES, INT8_MAX, SMALLEST_SCALE, expand_scale, from_codes
+from ..codes import CODE_RANGES, INT8_MAX, dynamic_scale, expand_scale, from_codes
 
 EXACT_PRODUCTS = 1024
 """Products of two int8 codes that float32 adds up exactly: 1024 * 128 * 128 = 2^24."""
@@ -70,7 +70,7 @@ def linear_w8a8_dynamic_reference(
         `[..., N]`, of the dtype of `x`.
     """
     rows = x.float().reshape(-1, x.shape[-1])
-    scale = rows.abs().amax(dim=-1, keepdim=True).div(INT8_MAX).clamp_min(SMALLEST_SCALE)
+    scale = dynamic_scale(rows.abs().amax(dim=-1, keepdim=True), INT8_MAX)
     codes = (rows / scale).round().clamp(-128, 127)
     return _finished(_int32_matmul(codes, weight).float() * (scale * weight_scale), bias, x)
 
@@ -124,6 +124,6 @@ def linear_fp8_reference(
     rows = x.float().reshape(-1, x.shape[-1])
     low, high = CODE_RANGES[torch.float8_e4m3fn]
     if input_scale is None:
-        input_scale = rows.abs().amax(dim=-1, keepdim=True).div(high).clamp_min(SMALLEST_SCALE)
+        input_scale = dynamic_scale(rows.abs().amax(dim=-1, keepdim=True), high)
     codes = (rows / input_scale).clamp(low, high).to(torch.float8_e4m3fn).float()
     return _finished((codes @ weight.float().T) * (input_scale * weight_scale), bias, x)

@@ -8,13 +8,17 @@ from hypothesis import strategies as st
 from octavo.ops.codes import (
     CODE_RANGES,
     FP8_DTYPES,
+    SMALLEST_SCALE,
     code_width,
+    dynamic_scale,
     expand_scale,
     from_codes,
     pack_int4,
     to_codes,
     unpack_int4,
 )
+
+from .cuda_double import needs_gpu
 
 
 @given(rows=st.integers(0, 5), blocks=st.integers(1, 4), half=st.integers(1, 20), seed=st.integers(0, 1000))
@@ -79,3 +83,13 @@ def test_one_row_is_for_all_tokens() -> None:
 def test_a_scale_that_fits_nowhere_is_refused(shape: tuple[int, ...], token_group: int) -> None:
     with pytest.raises(ValueError, match="does not belong to 7 tokens"):
         expand_scale(torch.ones(shape), 7, 6, token_group)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+@pytest.mark.parametrize("span", [127.0, 448.0, 15.0, 255.0])
+def test_scales_are_quotients_rounded_once(span: float, device: str) -> None:
+    extent = torch.rand(10_000, generator=torch.Generator().manual_seed(0)).bfloat16().float() * 4
+    expected = (extent.double() / span).float().clamp_min(SMALLEST_SCALE)
+    assert torch.equal(dynamic_scale(extent.to(device), span).cpu(), expected)
+    assert (extent * (1 / torch.tensor(span)) != expected).any(), "what GPUs give by a number that is no tensor"
+    assert float(dynamic_scale(torch.zeros(()), span)) == SMALLEST_SCALE

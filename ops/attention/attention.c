@@ -213,14 +213,12 @@ OUTLINE void soften_row(const Plan *plan, Row *row, float *scores, Range compute
                        const float *bias, float *output) {
     f32v largest = all_lanes(-INFINITY), factor = all_lanes(row->factor);
     i32v sound = (i32v)(largest <= largest); /* all true, until a score is NaN or +inf */
-    int tokens = plan->key_scale.per_token || plan->key_zero.per_token;
+    int scaled_keys = plan->key_scale.per_token, shifted = plan->key_zero.per_token || row->constant != 0.0f;
     for (int64_t j = computed.from; j < computed.to; j += LANES) {
         f32v s = load_lanes(scores + j);
-        if (tokens)
-            s = (s - all_lanes(row->constant) - load_lanes(scratch->key_zero + j) * all_lanes(row->q_sum)) * factor *
-                load_lanes(scratch->key_scale + j);
-        else
-            s *= factor;
+        if (shifted) s -= all_lanes(row->constant) + load_lanes(scratch->key_zero + j) * all_lanes(row->q_sum);
+        s *= factor;
+        if (scaled_keys) s *= load_lanes(scratch->key_scale + j);
         if (bias) s += load_lanes(bias + j);
         if (j < seen.from || j + LANES > seen.to) {
             i32v key = lane_numbers() + (int32_t)j;
@@ -234,15 +232,15 @@ OUTLINE void soften_row(const Plan *plan, Row *row, float *scores, Range compute
     float best = max_of_lanes(largest) > row->best ? max_of_lanes(largest) : row->best;
     float shift = best == -INFINITY ? 0.0f : best, fade = exp2_of_one(row->best - shift);
     f32v total = {0}, weighted = {0}, zeros = {0};
-    int scaled = plan->value_scale.per_token || plan->value_zero.per_token;
+    int scaled = plan->value_scale.per_token, shifted_values = plan->value_zero.per_token;
     for (int64_t j = computed.from; j < computed.to; j += LANES) {
         f32v weight = exp2_of(load_lanes(scores + j) - all_lanes(shift));
         total += weight;
         if (scaled) {
             weight *= load_lanes(scratch->value_scale + j);
             weighted += weight;
-            zeros += weight * load_lanes(scratch->value_zero + j);
         }
+        if (shifted_values) zeros += weight * load_lanes(scratch->value_zero + j);
         store_lanes(scores + j, weight * all_lanes(plan->weight_unit));
     }
     float block_weighted = sum_of_lanes(scaled ? weighted : total);

@@ -27,14 +27,15 @@ SCHEMES = ("int8-token", "fp8-token", "int4-token", "ascend-c8", "ascend-fa")
 COLUMNS = ("commit", "model", "what", "windows", "length", "kl", "perplexity", "float_perplexity", "top1")
 
 
-def _row(model: str, what: str, samples: list[torch.Tensor], result: Fidelity) -> dict[str, str]:
+def _row(version: str, model: str, what: str, samples: list[torch.Tensor], result: Fidelity) -> dict[str, str]:
     numbers = (f"{result.kl:.6f}", f"{result.perplexity:.4f}", f"{result.float_perplexity:.4f}", f"{result.top1:.4f}")
-    values = (commit(), model, what, str(len(samples)), str(samples[0].shape[1]), *numbers)
+    values = (version, model, what, str(len(samples)), str(samples[0].shape[1]), *numbers)
     return dict(zip(COLUMNS, values, strict=True))
 
 
 def measure(flags: argparse.Namespace) -> Iterator[dict[str, str]]:
     """A row for each scheme on the stock model, and for each quantized checkpoint."""
+    version = commit()  # before the results make the tree dirty
     model = AutoModelForCausalLM.from_pretrained(flags.model_path, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(flags.model_path)
     ids = tokenizer(flags.eval_file.read_text(encoding="utf-8"), return_tensors="pt")["input_ids"][0]
@@ -56,13 +57,13 @@ def measure(flags: argparse.Namespace) -> Iterator[dict[str, str]]:
             ),
             tqdm(samples, desc=preset, unit="window"),
         )
-        yield _row(name, f"float weights + {preset}", samples, result)
+        yield _row(version, name, f"float weights + {preset}", samples, result)
     for directory in flags.checkpoint:
         quantized = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
         floats = iter(expected)
         progress = tqdm(samples, desc=directory.name, unit="window")
         result = compare(lambda _, floats=floats: next(floats), lambda i, m=quantized: m(i).logits, progress)
-        yield _row(name, directory.name, samples, result)
+        yield _row(version, name, directory.name, samples, result)
 
 
 def main() -> int:

@@ -46,8 +46,8 @@ COLUMNS = (
 PRINTED = ("op", "case", "what", "p50_ms", "p20_ms", "p80_ms", "gigabytes_per_s", "share", "times_ours")
 
 
-def measure(case: Case, device: torch.device, bandwidth: float) -> Iterator[dict[str, str]]:
-    """A row per variant of a case, ours first.
+def measure(case: Case, device: torch.device, bandwidth: float, version: str) -> Iterator[dict[str, str]]:
+    """A row per variant of a case, ours first; `version` is the commit whose code is loaded.
 
     Raises:
         AssertionError: a result is not its reference's.
@@ -60,7 +60,7 @@ def measure(case: Case, device: torch.device, bandwidth: float) -> Iterator[dict
     for variant in variants:
         timing = timings[variant.what]
         values = (
-            commit(),
+            version,
             torch.__version__,
             transformers.__version__,
             device_name(device),
@@ -104,11 +104,12 @@ def main() -> int:
     print(ops.report())
     rows: list[dict[str, str]] = []
     failed: list[str] = []
+    version = commit()  # before the results make the tree dirty
     with torch.inference_mode():
         bandwidth = read_bandwidth(device)
         for case in tqdm([case for case in CASES[flags.device] if flags.op in (None, case.op)], unit="case"):
             try:
-                measured = list(measure(case, device, bandwidth))
+                measured = list(measure(case, device, bandwidth, version))
             except Exception as error:
                 failed.append(f"{case.op}, {case.name}: {type(error).__name__}: {error}")
                 continue

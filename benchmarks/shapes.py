@@ -139,9 +139,15 @@ def _codec(tokens: int, groups: int, width: int, device: torch.device) -> Prepar
         ops.encode(x, scale, None, codes)
         encode_reference(x, scale, None, expected)
         check_equal("static", codes, expected)
-        ops.encode_token(x, codes, scales)
-        encode_token_reference(x, expected, scales.clone())
-        check_equal("per token", codes, expected)
+        for what, storage in (("int8 per token", codes), ("int4 per token", packed), ("fp8 per token", fp8)):
+            wanted, wanted_scales = torch.empty_like(storage), torch.empty_like(scales)
+            ops.encode_token(x, storage, scales)
+            encode_token_reference(x, wanted, wanted_scales)
+            check_equal(f"{what}, scales", scales, wanted_scales)
+            check_equal(what, storage.view(torch.uint8), wanted.view(torch.uint8))
+        ops.encode_token(x, codes, scales, None, cos, sin)
+        encode_token_reference(x, expected, wanted_scales, None, cos, sin)
+        check_close("RoPE and int8 per token", codes, expected, 1e-3)  # a GPU may contract products and sums
 
     moved = x.nbytes + codes.nbytes
     rotary = cos.nbytes + sin.nbytes

@@ -16,18 +16,34 @@ ROOT = Path(__file__).parents[1]
 QUALITY_MODEL = "smollm2-135m"
 SPEED_MODEL = "SmolLM2-135M"
 FLOAT = "float"
-OURS_FIRST = {"attention": "SDPA", "linear": "F.linear"}
+THEIRS = {"attention": ("SDPA",), "linear": ("F.linear",)}
 """How the names of what ops are compared with begin."""
+MACHINE = ("machine", "threads", "torch")
+"""What all rows of one table have in common."""
 
 Row = dict[str, str]
 
 
-def _newest(file: str, keys: tuple[str, ...]) -> dict[tuple[str, ...], Row]:
-    """The last row of each combination of `keys` in a results file; nothing if there is no such file."""
+def _rows(file: str) -> list[Row]:
+    """The rows of a results file, the oldest first; none if there is no such file."""
     if not (RESULTS / file).exists():
-        return {}
+        return []
     with (RESULTS / file).open(newline="", encoding="utf-8") as stream:
-        return {tuple(row[key] for key in keys): row for row in csv.DictReader(stream)}
+        return list(csv.DictReader(stream))
+
+
+def _timed(file: str) -> dict[tuple[str, str], dict[str, Row]]:
+    """Rows by op and shape, and by variant: each case as it was last timed on the machine of the newest row."""
+    rows = _rows(file)
+    cases: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in rows:
+        if any(row[column] != rows[-1][column] for column in MACHINE):
+            continue
+        case = cases.setdefault((row["op"], row["case"]), {})
+        if any(other["commit"] != row["commit"] for other in case.values()):
+            case.clear()
+        case[row["what"]] = row
+    return cases
 
 
 def _markdown(rows: list[tuple[str, ...]], texts: int = 1) -> str:
@@ -43,11 +59,11 @@ def _conditions(row: Row) -> str:
 
 def _models(file: str) -> dict[str, dict[str, Row]]:
     """Rows of the whole model by work and variant."""
-    found: dict[str, dict[str, Row]] = {}
-    for (op, case, what), row in _newest(file, ("op", "case", "what")).items():
-        if op == "model" and case.startswith(SPEED_MODEL + ", "):
-            found.setdefault(case.removeprefix(SPEED_MODEL + ", "), {})[what] = row
-    return found
+    return {
+        case.removeprefix(SPEED_MODEL + ", "): rows
+        for (op, case), rows in _timed(file).items()
+        if op == "model" and case.startswith(SPEED_MODEL + ", ")
+    }
 
 
 def _ratio(rows: dict[str, Row], what: str) -> str:
@@ -60,9 +76,10 @@ def _ratio(rows: dict[str, Row], what: str) -> str:
 
 def results_table() -> str:
     """Speed and fidelity of each variant of the whole model, with the conditions under it."""
-    quality = {what: row for (model, what), row in _newest("quality.csv", ("model", "what")).items()
-               if model == QUALITY_MODEL}  # fmt: skip
+    quality = {row["what"]: row for row in _rows("quality.csv") if row["model"] == QUALITY_MODEL}
     speed = _models("cpu.csv")
+    if not (quality and speed):
+        return "Speed or quality is not measured yet."
     variants = dict.fromkeys([FLOAT, *reversed(next(iter(speed.values()), {})), *quality])
     rows = [(SPEED_MODEL, *speed, "perplexity", "KL from float")]
     for what in variants:
@@ -85,23 +102,20 @@ def results_table() -> str:
 
 def ops_table(file: str) -> str:
     """Each op on each shape against the fastest form that PyTorch has of the same work."""
-    newest = _newest(file, ("op", "case", "what"))
-    if not newest:
+    timed = _timed(file)
+    if not timed:
         return "No run on such a device is recorded yet."
     rows = [("op", "shape", "ours", "ms", "share of read bandwidth", "times as fast as", "the best of PyTorch")]
-    for (op, case, what), row in newest.items():
-        theirs = OURS_FIRST.get(op)
-        if theirs is None or what.startswith(theirs):
+    for (op, case), variants in timed.items():
+        others = {what: float(row["p50_ms"]) for what, row in variants.items() if what.startswith(THEIRS.get(op, ()))}
+        if not others:
             continue
-        others = {
-            other: float(found["p50_ms"])
-            for (o, c, other), found in newest.items()
-            if (o, c) == (op, case) and other.startswith(theirs)
-        }
         best = min(others, key=others.__getitem__)
-        taken = float(row["p50_ms"])
-        rows.append((op, case, what, f"{taken:.3f}", row["share"], f"{others[best] / taken:.2f}", best))
-    any_row = next(iter(newest.values()))
+        for what, row in variants.items():
+            if what not in others:
+                taken = float(row["p50_ms"])
+                rows.append((op, case, what, f"{taken:.3f}", row["share"], f"{others[best] / taken:.2f}", best))
+    any_row = next(iter(next(iter(timed.values())).values()))
     bandwidth = any_row["read_gigabytes_per_s"]
     return f"{_markdown(rows, 3)}\n\n{_conditions(any_row)}, which read {bandwidth} GB/s."
 

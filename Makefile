@@ -10,7 +10,7 @@ help:
 	@echo "make demo    fetch SmolLM2-135M, quantize it, and compare it with the float model (some minutes)"
 	@echo "make test    run the tests"
 	@echo "make check   lint, and check that the code can be bundled"
-	@echo "make bench   time the ops on this machine"
+	@echo "make bench   time ops and models on this machine"
 
 setup: .venv/.installed
 

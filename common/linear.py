@@ -1,4 +1,4 @@
-"""The W8A8 linear layer: static int8 activations and per-channel int8 weights, computed on the codes."""
+"""The W8A8 linear layers: int8 weights per output channel times int8 activations, static or dynamic, on the codes."""
 
 from collections.abc import Callable
 

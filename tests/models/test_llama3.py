@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from octavo.common import convert as conversion
 from octavo.models.llama3 import ARCHITECTURE, float_linears
 from octavo.models.llama3.modeling_llama_fa3 import LlamaForCausalLM
 
 from ..support import convert_flags, edit_json, random_ids, run_python, save_source, tiny_config, tiny_llama
+from ..tolerances import TOLERANCES
 from .loading import environment, load_without_octavo, save_expected
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -205,6 +206,30 @@ def test_the_class_loads_an_ordinary_checkpoint_as_float(source: Path) -> None:
     with torch.inference_mode():
         torch.testing.assert_close(model(ids).logits, tiny_llama()(ids).logits, atol=1e-4, rtol=1e-4)
     assert model.scheme.name == "float"
+
+
+def test_static_and_dynamic_linears_live_in_one_directory(
+    variants: dict[str, Path], source: Path, tmp_path: Path
+) -> None:
+    """As msmodelslim writes them for recipes that mix both."""
+    mixed, static = tmp_path / "mixed", variants["c8 w8a8"]
+    assert conversion.main(ARCHITECTURE, convert_flags(source, mixed, *C8, *DYNAMIC)) == 0
+    file, description = mixed / "quant_model_weight_w8a8_dynamic.safetensors", "quant_model_description.json"
+    tensors, labels = load_file(file), json.loads((mixed / description).read_text())
+    static_labels = json.loads((static / description).read_text())
+    for name, tensor in load_file(static / "quant_model_weight_w8a8.safetensors").items():
+        if ".q_proj." in name:
+            tensors[name], labels[name] = tensor, static_labels[name]
+    save_file(tensors, file, metadata={"format": "pt"})
+    (mixed / description).write_text(json.dumps(labels))
+    model = LlamaForCausalLM.from_pretrained(mixed).eval()
+    attention = model.model.layers[0].self_attn
+    assert (attention.q_proj.LABEL, attention.k_proj.LABEL) == ("W8A8", "W8A8_DYNAMIC")
+    ids = random_ids(1, 30)
+    with torch.inference_mode():
+        expected = tiny_llama()(ids).logits
+        error = (model(ids).logits - expected).square().mean().sqrt() / expected.std()
+    assert error < TOLERANCES["rmse of a tiny model, W8A8"]
 
 
 def test_config_of_the_output(variants: dict[str, Path]) -> None:

@@ -11,6 +11,8 @@ import torch
 from ..codes import CODE_RANGES, SMALLEST_SCALE, code_width
 from ..cuda import (
     FP8_CAPABILITY,
+    codes_as_float,
+    codes_as_half,
     cuda_description,
     e4m3_as_half,
     gpu_of,
@@ -35,7 +37,7 @@ WEIGHT_ONLY_CUDA = cuda_description("weights decoded in registers, a row of tile
 LARGEST_ROW_BLOCK = 4096
 
 
-@jit("depth")
+@jit()
 def quantize_rows_kernel(
     x, codes, row_scale, input_scale, input_offset, depth,
     LOW: tl.constexpr, HIGH: tl.constexpr, SMALLEST: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr,
@@ -91,7 +93,7 @@ def _store_tile(output, values, bias, row, column, rows, columns):
     tl.store(output + places, values.to(output.dtype.element_ty), mask=inside)
 
 
-@jit("rows", "columns", "depth")
+@jit("rows")
 def codes_linear_kernel(
     codes, weight, output, row_scale, column_scale, quant_bias, bias, rows, columns, depth,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, IS_EVEN: tl.constexpr, DOT: tl.constexpr,
@@ -137,16 +139,24 @@ def codes_linear_kernel(
 
 
 @jit()
-def _weight_product(x, weight, total, DOT: tl.constexpr):
-    """`total + x @ weight.T` where weights are whole numbers, exact in every type of x."""
+def _weight_product(x, weight, total, KIND: tl.constexpr, DOT: tl.constexpr):
+    """`total + x @ weight.T` where weights are codes, exact in every type of x; of int4, `code + 8` in uint8."""
     if DOT == "fp32":
-        total = tl.dot(x.to(tl.float32), tl.trans(weight.to(tl.float32)), acc=total, input_precision="tf32x3")
+        values = codes_as_float(weight, KIND, False)
+        total = tl.dot(x.to(tl.float32), tl.trans(values), acc=total, input_precision="tf32x3")
     else:
-        total = tl.dot(x, tl.trans(weight.to(x.dtype)), acc=total)
+        if x.dtype == tl.float16:
+            values = codes_as_half(weight, KIND, False)
+        elif KIND == "int4":  # as bits of 128 + code + 8
+            values = (weight.to(tl.uint16) | 0x4300).to(tl.bfloat16, bitcast=True).to(tl.float32) - 136.0
+            values = values.to(tl.bfloat16)
+        else:
+            values = weight.to(tl.bfloat16)
+        total = tl.dot(x, tl.trans(values), acc=total)
     return total
 
 
-@jit("rows", "columns", "depth")
+@jit("rows")
 def weight_only_kernel(
     x, weight, scale, zero, output, bias, rows, columns, depth, group,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, IS_EVEN: tl.constexpr, IS_INT4: tl.constexpr,
@@ -187,10 +197,10 @@ def weight_only_kernel(
             others = tl.load(x_pointer + PACKED // 2 * x_column + x_places, mask=inside, other=0)
             if zero is not None:
                 block_sum += tl.sum(others.to(tl.float32), 1)
-            block = _weight_product(values, (codes & 15).to(tl.int8) - 8, block, DOT)
-            block = _weight_product(others, (codes >> 4).to(tl.int8) - 8, block, DOT)
+            block = _weight_product(values, codes & 15, block, "int4", DOT)
+            block = _weight_product(others, codes >> 4, block, "int4", DOT)
         else:
-            block = _weight_product(values, codes, block, DOT)
+            block = _weight_product(values, codes, block, "int8", DOT)
         x_pointer += BLOCK_K * x_column
         weight_pointer += BYTES * weight_column
         if IS_GROUPED:
@@ -223,7 +233,7 @@ class _Tiles(NamedTuple):
     stages: int
 
 
-def _linear_tiles(rows: int, columns: int, depth: int, bits: int, capability: int) -> _Tiles:
+def _linear_tiles(rows: int, depth: int, bits: int, capability: int) -> _Tiles:
     """Tiles for so many tokens: narrow ones for few, which are bound by the bandwidth of memory.
 
     Args:
@@ -232,7 +242,7 @@ def _linear_tiles(rows: int, columns: int, depth: int, bits: int, capability: in
     has_room = capability in (80, 90, 100, 103)  # 163 KiB of shared memory and more; others have 99 KiB
     if rows <= 16:
         depth_of_few = {8: 512, 16: 256, 32: 64}[bits]
-        tiles = _Tiles(16, 16 if columns <= 8192 else 32, depth_of_few, 4, 4 if has_room else 3)
+        tiles = _Tiles(16, 32, depth_of_few, 4, 4 if has_room else 3)  # of four warps on 16 columns some do the same
     elif rows <= 64 or bits == 32:
         tiles = _Tiles(64, 64, {8: 128, 16: 64, 32: 32}[bits], 4, 3)
     else:
@@ -295,7 +305,7 @@ def _multiplied(
     rows, depth = codes.shape
     columns = weight.shape[0]
     output = torch.empty((*x.shape[:-1], columns), dtype=x.dtype, device=x.device)
-    tiles = _linear_tiles(rows, columns, depth, 16 if dot == "fp16" else 8, gpu_of(x.device).capability)
+    tiles = _linear_tiles(rows, depth, 16 if dot == "fp16" else 8, gpu_of(x.device).capability)
     codes_linear_kernel[(-(-rows // tiles.rows) * -(-columns // tiles.columns),)](
         codes, strided(raw_codes(weight)), output, row_scale, column_scale, quant_bias, bias, rows, columns, depth,
         BLOCK_M=tiles.rows, BLOCK_N=tiles.columns, BLOCK_K=tiles.depth, IS_EVEN=depth % tiles.depth == 0, DOT=dot,
@@ -413,10 +423,12 @@ def linear_weight_only_cuda(
     dot = "fp32" if x.dtype == torch.float32 else "own"
     group = depth // groups
     tiles = _linear_tiles(
-        rows.shape[0], columns, depth, 32 if dot == "fp32" else 16, gpu_of(x.device).capability
+        rows.shape[0], depth, 32 if dot == "fp32" else 16, gpu_of(x.device).capability
     )  # fmt: skip
     if groups > 1:  # a tile stays within a group, and has a sum for it beside the whole sum
-        tiles = tiles._replace(depth=min(tiles.depth, group & -group), columns=min(tiles.columns, 64))
+        block = min(tiles.depth, group & -group)
+        stages = min(tiles.stages * (tiles.depth // block), 8)  # as many bytes in flight
+        tiles = tiles._replace(depth=block, columns=min(tiles.columns, 64), stages=stages)
     with on_device(x):
         weight_only_kernel[(-(-rows.shape[0] // tiles.rows) * -(-columns // tiles.columns),)](
             strided(rows), strided(weight), strided(weight_scale),

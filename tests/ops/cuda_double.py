@@ -20,6 +20,8 @@ MODULES = ("octavo.ops.cuda", "octavo.ops.attention.cuda", "octavo.ops.codec.cud
 LANGUAGE = ("triton.language", "triton.language.standard")
 """Where Triton keeps functions of its language that are kernels themselves, as `tl.sum`."""
 CPU = torch.device("cpu")
+SHARED_MEMORY = {80: 163, 89: 99, 90: 227}
+"""KiB that a program may have, by compute capability."""
 needs_triton = pytest.mark.skipif(triton is None, reason="Triton is not installed: pip install triton")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 

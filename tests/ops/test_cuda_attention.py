@@ -13,7 +13,7 @@ from octavo.ops.attention.reference import attention_reference
 from octavo.ops.codes import to_codes
 
 from ..tolerances import TOLERANCES
-from .cuda_double import compiled, interpreted, needs_gpu, needs_triton
+from .cuda_double import SHARED_MEMORY, compiled, interpreted, needs_gpu, needs_triton
 
 BATCH, GROUPS = 2, 2
 CODES = {
@@ -23,8 +23,6 @@ CODES = {
     "e5m2": (torch.float8_e5m2, 100.0),
 }
 """By kind: dtype, and the codes of a value of 1."""
-SHARED_MEMORY = {80: 163, 89: 99, 90: 227}
-"""KiB that a program may have, by compute capability."""
 
 
 def storage(kind: str, capacity: int, width: int, query: torch.dtype) -> torch.Tensor:

@@ -142,6 +142,7 @@ class StaticQuantizedLayer(QuantizedLayer):
     def __init__(self, scheme: Scheme, scales: LayerScales | None, max_length: int) -> None:
         super().__init__(scheme, scales, max_length)
         self.cumulative_length = torch.zeros(1, dtype=torch.int64)
+        self.is_first = True  # the next update, as far as the host knows: it cannot ask how many tokens there are
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """As in `QuantizedLayer`; addresses of storage and count are marked as constant for CUDA graphs."""
@@ -155,12 +156,12 @@ class StaticQuantizedLayer(QuantizedLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[Codes, Codes] | tuple[torch.Tensor, torch.Tensor]:
         """Encode and append new `[B, G, S, D]` states; return handles to the whole storage with its length."""
-        is_first = not self.is_initialized
-        if is_first:
+        if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.key_store.write(key_states, self.cumulative_length)
         self.value_store.write(value_states, self.cumulative_length)
         self.cumulative_length.add_(key_states.shape[2])
+        is_first, self.is_first = self.is_first, False
         if is_first and self.scheme.prefill == "float":
             return key_states, value_states
         return self._handles(self.cumulative_length)
@@ -182,7 +183,7 @@ class StaticQuantizedLayer(QuantizedLayer):
     def reset(self) -> None:
         """Forget all tokens."""
         self.cumulative_length.zero_()
-        self.is_initialized = False
+        self.is_initialized, self.is_first = False, True
 
 
 class QuantizedCache(Cache):

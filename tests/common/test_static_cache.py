@@ -9,6 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from octavo.common.cache import QuantizedCache
 from octavo.common.errors import OctavoError
+from octavo.common.scheme import Scheme, load_scheme
 from octavo.models.llama3.modeling_llama_fa3 import LlamaForCausalLM
 
 from ..support import random_ids, tiny_config, tiny_llama
@@ -79,6 +80,23 @@ def test_crop_and_reset(model: LlamaForCausalLM) -> None:
     cache.reset()
     assert cache.get_seq_length() == 0
     torch.testing.assert_close(model(ids, past_key_values=cache).logits, expected, atol=TOLERANCES["logits"], rtol=0)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("is_early", [False, True])
+def test_a_first_pass_in_float_is_the_first_wherever_storage_was_allocated(is_early: bool) -> None:
+    model, ids = tiny_llama(), random_ids(1, 20)
+    model.set_attn_implementation("octavo")
+    scheme = Scheme.from_dict({**load_scheme("int8-token").to_dict(), "prefill": "float"})
+    growing, static = (QuantizedCache(model.config, scheme, max_length=40, compileable=flag) for flag in (False, True))
+    if is_early:
+        static.early_initialization(1, 2, 16, torch.float32, ids.device)
+    for part in (ids, ids[:, :3]):
+        found, expected = (model(part, past_key_values=cache).logits for cache in (static, growing))
+        torch.testing.assert_close(found, expected, atol=TOLERANCES["logits"], rtol=0)
+    static.reset(), growing.reset()
+    found, expected = (model(ids, past_key_values=cache).logits for cache in (static, growing))
+    torch.testing.assert_close(found, expected, atol=TOLERANCES["logits"], rtol=0)
 
 
 @pytest.mark.parametrize("build", [tiny_mistral, tiny_qwen2])

@@ -243,12 +243,15 @@ def attention_kernel(
     valid = tl.minimum(total, keys)
     newest = total - queries + number
     first, last = 0, valid
+    seen_from, seen_to = 0, valid  # keys that all rows see
     if CAUSAL:
         last_row = tl.minimum(block * BLOCK_M + BLOCK_M, queries * RATIO) - 1
-        last = tl.minimum(valid, total - queries + last_row // RATIO + 1)
+        first_newest = total - queries + block * BLOCK_M // RATIO
+        last_newest = total - queries + last_row // RATIO
+        last, seen_to = tl.minimum(valid, last_newest + 1), tl.minimum(valid, first_newest + 1)
         if WINDOW:
-            oldest = total - queries + block * BLOCK_M // RATIO - window + 1
-            first = tl.maximum(oldest, 0) // BLOCK_N * BLOCK_N
+            first = tl.maximum(first_newest - window + 1, 0) // BLOCK_N * BLOCK_N
+            seen_from = last_newest - window + 1
     share = tl.cdiv(tl.cdiv(tl.maximum(last - first, 0), BLOCK_N), splits) * BLOCK_N
     first += split * share
     last = tl.minimum(last, first + share)
@@ -297,21 +300,23 @@ def attention_kernel(
         if KEY_SCALE == "token":
             scores *= _token_values(key_scale, batch, group, tokens, stored, KEY_GROUP)[None, :]
 
-        visible = stored[None, :]
-        if CAUSAL:
-            visible = visible & (tokens[None, :] <= newest[:, None])
-            if WINDOW:
-                visible = visible & (tokens[None, :] > newest[:, None] - window)
+        if (start < seen_from) | (start + BLOCK_N > seen_to):
+            visible = stored[None, :]
+            if CAUSAL:
+                visible = visible & (tokens[None, :] <= newest[:, None])
+                if WINDOW:
+                    visible = visible & (tokens[None, :] > newest[:, None] - window)
+            scores = tl.where(visible, scores, float("-inf"))
         if MASK != "none":
             mask_pointer, mask_batch, mask_head, mask_token, mask_key = mask
             place = (batch * mask_batch + head * mask_head + number.to(tl.int64) * mask_token)[:, None]
             place += tokens.to(tl.int64)[None, :] * mask_key
             is_read = is_row[:, None] & stored[None, :]
             if MASK == "bool":
-                visible = visible & (tl.load(mask_pointer + place, mask=is_read, other=0) != 0)
+                visible = tl.load(mask_pointer + place, mask=is_read, other=0) != 0
+                scores = tl.where(visible, scores, float("-inf"))
             else:
                 scores += tl.load(mask_pointer + place, mask=is_read, other=0).to(tl.float32) * 1.4426950408889634
-        scores = tl.where(visible, scores, float("-inf"))
 
         new_best = tl.maximum(best, tl.max(scores, 1))
         shift = tl.where(new_best == float("-inf"), 0.0, new_best)

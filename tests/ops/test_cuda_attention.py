@@ -199,6 +199,19 @@ def test_queries_that_see_nothing_and_an_empty_cache_give_zeros(queries: int) ->
 
 
 @needs_triton
+@pytest.mark.parametrize("queries", [1, 2, 70])
+@pytest.mark.parametrize("window", [0, 63, 64, 150, 200])
+def test_windows_wider_than_a_tile_at_every_edge(queries: int, window: int) -> None:
+    """Tiles that all rows of a program see take no mask."""
+    arguments = call(queries=queries, tokens=330, ratio=2, width=16, unused=6)
+    for length in ([330, 257], [256, 255], [331, 128]):
+        changed = {**arguments, "window": window, "length": torch.tensor(length)}
+        changed["key"][:, :, 330:] = 0
+        changed["value"][:, :, 330:] = 0
+        assert_close(run(changed, processors=6), changed)
+
+
+@needs_triton
 def test_more_queries_than_keys_leave_the_first_blind() -> None:
     output = run(call(queries=5, tokens=3))
     assert not output[:, :2].any() and output[:, 2:].any(dim=-1).all()

@@ -4,14 +4,14 @@ Models have the shapes of released ones and random weights, on which no time dep
 Quantized models come out of the conversion itself. Caches of a decode step are filled with random keys and values.
 """
 
+import functools
 from functools import partial
 from typing import Any
 
 import torch
 from cases import Case, Prepared, Variant, check_close
 from shapes import FLOAT
-from transformers import DynamicCache, LlamaConfig
-from transformers import LlamaForCausalLM as FloatLlama
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from octavo.common.cache import QuantizedCache, head_dim_of
 from octavo.common.checkpoints.ascend import TensorHeader
@@ -39,10 +39,7 @@ LLAMA_8B_LAYERS = {
     "num_key_value_heads": 8,
     "tie_word_embeddings": False,
 }
-SHAPES = {
-    "cpu": {"SmolLM2-135M": SMOLLM2},
-    "cuda": {"SmolLM2-135M": SMOLLM2, "8 layers of Llama 3.1 8B": LLAMA_8B_LAYERS},
-}
+SHAPES = {"SmolLM2-135M": SMOLLM2, "8 layers of Llama 3.1 8B": LLAMA_8B_LAYERS}
 FLOAT_VARIANT = "float"
 LARGEST_ERROR = 0.2
 """Relative error of the logits of a quantized random model from those of the float one, at most. Random weights are no
@@ -57,14 +54,14 @@ def _ids(tokens: int, device: torch.device) -> torch.Tensor:
     return torch.randint(1000, (1, tokens), generator=generator).to(device)
 
 
-def _float_model(shape: dict[str, Any], device: torch.device) -> FloatLlama:
+def _float_model(name: str, device: torch.device) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    config = LlamaConfig(**shape, max_position_embeddings=1 << 17, dtype=FLOAT[device.type])
+    config = LlamaConfig(**SHAPES[name], max_position_embeddings=1 << 17)
     with torch.device(device):
-        return FloatLlama(config).to(FLOAT[device.type]).eval()
+        return AutoModelForCausalLM.from_config(config, dtype=FLOAT[device.type]).eval()
 
 
-def _converted(model: FloatLlama, scheme: str, is_dynamic: bool) -> torch.nn.Module:
+def _converted(model: LlamaForCausalLM, scheme: str, is_dynamic: bool) -> torch.nn.Module:
     """The model that a load of its converted directory gives; static scales from random tokens."""
     patterns = () if is_dynamic else ("down_proj", "lm_head")
     linears = [
@@ -79,10 +76,11 @@ def _converted(model: FloatLlama, scheme: str, is_dynamic: bool) -> torch.nn.Mod
     return build_quantized(ARCHITECTURE, model, quantized)
 
 
-def _variants(shape: dict[str, Any], device: torch.device) -> dict[str, tuple[torch.nn.Module, Any]]:
-    """Model, and what makes an empty cache for it, by name; ours first."""
-    model = _float_model(shape, device)
-    stock = _float_model(shape, device)
+@functools.lru_cache(maxsize=1)
+def _variants(name: str, device: torch.device) -> dict[str, tuple[torch.nn.Module, Any]]:
+    """Model, and what makes an empty cache for it, by name; ours first. Made once for all cases of a shape."""
+    model = _float_model(name, device)
+    stock = _float_model(name, device)
     stock.load_state_dict(model.state_dict())
     stock.set_attn_implementation(NAMESPACE)
     dynamic = _converted(model, "ascend-c8", True)
@@ -127,9 +125,9 @@ def _cache_bytes(cache: Any) -> int:
     return sum(part[:, :, : store.length].nbytes for store in stores for part in store.parts())
 
 
-def _decode(context: int, shape: dict[str, Any], device: torch.device) -> Prepared:
+def _decode(context: int, name: str, device: torch.device) -> Prepared:
     """One decode step at batch 1 behind `context` tokens; every step adds one."""
-    variants = _variants(shape, device)
+    variants = _variants(name, device)
     token = torch.ones((1, 1), dtype=torch.long, device=device)
     prepared = []
     for what, (model, new_cache) in variants.items():
@@ -139,9 +137,9 @@ def _decode(context: int, shape: dict[str, Any], device: torch.device) -> Prepar
     return prepared, partial(_check, variants, device)
 
 
-def _prefill(tokens: int, shape: dict[str, Any], device: torch.device) -> Prepared:
+def _prefill(tokens: int, name: str, device: torch.device) -> Prepared:
     """The first token behind a prompt of `tokens` tokens."""
-    variants = _variants(shape, device)
+    variants = _variants(name, device)
     ids = _ids(tokens, device)
     prepared = [
         Variant(
@@ -154,18 +152,18 @@ def _prefill(tokens: int, shape: dict[str, Any], device: torch.device) -> Prepar
     return prepared, partial(_check, variants, device)
 
 
-def _cases(shapes: dict[str, dict[str, Any]]) -> list[Case]:
+def _cases(*names: str) -> list[Case]:
     work = {
         "decode at 8,192 tokens": partial(_decode, 8192),
         "decode at 2,048 tokens": partial(_decode, 2048),
         "first token of 2,048": partial(_prefill, 2048),
     }
     return [
-        Case("model", f"{name}, {what}", partial(prepare, shape), wall=True)
-        for name, shape in shapes.items()
+        Case("model", f"{name}, {what}", partial(prepare, name), wall=True)
+        for name in names
         for what, prepare in work.items()
     ]
 
 
-MODEL_CASES = {kind: _cases(shapes) for kind, shapes in SHAPES.items()}
+MODEL_CASES = {"cpu": _cases("SmolLM2-135M"), "cuda": _cases("SmolLM2-135M", "8 layers of Llama 3.1 8B")}
 """Cases by kind of device."""

@@ -11,6 +11,11 @@ from functools import partial
 from pathlib import Path
 
 from rows import RESULTS
+from transformers import LlamaConfig
+
+from models import SHAPES
+from octavo.common.cache import kv_bytes_per_token
+from octavo.common.scheme import load_scheme
 
 ROOT = Path(__file__).parents[1]
 QUALITY_MODEL = "smollm2-135m"
@@ -74,6 +79,13 @@ def _ratio(rows: dict[str, Row], what: str) -> str:
     return f"{taken:,.0f} ms ({float_taken / taken:.2f}x)"
 
 
+def _kv_bytes(what: str) -> str:
+    """Bytes per token in the cache of a variant, whose name ends in its scheme; 4 each where that is float."""
+    name = what.rpartition(" + ")[2]
+    scheme = load_scheme({"C8": "ascend-c8", "FAQuant": "ascend-fa"}.get(name, name))
+    return f"{kv_bytes_per_token(LlamaConfig(**SHAPES[SPEED_MODEL]), scheme, 4):,}"
+
+
 def results_table() -> str:
     """Speed and fidelity of each variant of the whole model, with the conditions under it."""
     quality = {row["what"]: row for row in _rows("quality.csv") if row["model"] == QUALITY_MODEL}
@@ -81,13 +93,13 @@ def results_table() -> str:
     if not (quality and speed):
         return "Speed or quality is not measured yet."
     variants = dict.fromkeys([FLOAT, *reversed(next(iter(speed.values()), {})), *quality])
-    rows = [(SPEED_MODEL, *speed, "perplexity", "KL from float")]
+    rows = [(SPEED_MODEL, "KV cache, bytes per token", *speed, "perplexity", "KL from float")]
     for what in variants:
         score = quality.get(what)
         perplexity, kl = (f"{float(score['perplexity']):.2f}", f"{float(score['kl']):.4f}") if score else ("", "")
         if what == FLOAT and quality:
             perplexity, kl = f"{float(next(iter(quality.values()))['float_perplexity']):.2f}", "0"
-        rows.append((what, *(_ratio(work, what) for work in speed.values()), perplexity, kl))
+        rows.append((what, _kv_bytes(what), *(_ratio(work, what) for work in speed.values()), perplexity, kl))
     any_score = next(iter(quality.values()))
     any_speed = next(iter(next(iter(speed.values())).values()))
     return (

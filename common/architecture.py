@@ -10,6 +10,11 @@ import torch
 REPOSITORY = Path(__file__).parents[1]
 
 
+def down_and_head(config: Any, dtype: torch.dtype) -> list[str]:
+    """The recipe of MindIE-LLM (qwen/convert_quant_weights_72b.py) and msmodelslim for static W8A8, for most models."""
+    return ["*.mlp.down_proj", "lm_head"]
+
+
 @dataclass(frozen=True)
 class Architecture:
     """One architecture of the zoo.
@@ -25,7 +30,7 @@ class Architecture:
     name: str
     model_type: str
     model_class: type
-    float_linears: Callable[[Any, torch.dtype], list[str]]
+    float_linears: Callable[[Any, torch.dtype], list[str]] = down_and_head
 
     @property
     def module(self) -> str:

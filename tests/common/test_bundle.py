@@ -121,7 +121,7 @@ def test_bundling_is_deterministic(files: dict[str, str], tree: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "old", "new"),
     [
-        ("common/cache.py", "SMALLEST_CAPACITY = 64", "SMALLEST_CAPACITY = 32"),
+        ("common/store.py", "SMALLEST_CAPACITY = 64", "SMALLEST_CAPACITY = 32"),
         ("ops/attention/reference.py", "KEY_BLOCK = 1024", "KEY_BLOCK = 512"),
         ("ops/attention/attention.c", "\n", "\n\n"),
         ("common/presets/ascend-c8.json", '"channel"', '"head"'),

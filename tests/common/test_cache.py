@@ -18,6 +18,7 @@ from octavo.common.scheme import Scheme, load_scheme
 from octavo.common.statistics import LayerScales, load_statistics, scales_of
 from octavo.common.store import SMALLEST_CAPACITY, capacity_for
 from octavo.models.llama3.modeling_llama_fa3 import LlamaForCausalLM
+from octavo.ops.codes import unpack_int4
 
 from ..support import random_ids, randomized, tiny_config, tiny_llama
 from ..tolerances import TOLERANCES
@@ -224,14 +225,13 @@ def test_logits_do_not_depend_on_how_a_prompt_is_cut(chunk: int, quantized: torc
         torch.testing.assert_close(parts, whole, atol=TOLERANCES["logits"], rtol=0)
     for layer in range(LAYERS if one.scheme.key else 0):
         for name in ("key_store", "value_store"):
-            difference = (
-                getattr(one.layers[layer], name).codes().codes.int()
-                - getattr(many.layers[layer], name).codes().codes.int()
-            )
-            assert (
-                difference.abs().max() <= 1
-                and difference.count_nonzero() <= TOLERANCES["codes tipped over"] * difference.numel()
-            )
+            first, second = (getattr(used.layers[layer], name).codes().codes for used in (one, many))
+            if first.dtype == torch.uint8:
+                first, second = (unpack_int4(codes, WIDTH) for codes in (first, second))
+            difference = (first.float() - second.float()).abs()
+            # The small codes of fp8 lie closer together than the noise of the layers behind a code that tipped over.
+            assert difference.max() <= 1 or one.scheme.name == "fp8-token"
+            assert difference.count_nonzero() <= TOLERANCES["codes tipped over"] * difference.numel()
     assert (parts - whole).square().mean().sqrt() <= TOLERANCES["logits rmse with codes tipped over"] * whole.std()
 
 

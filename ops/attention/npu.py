@@ -118,7 +118,8 @@ def attention_npu(
 
 def _lengths(key: torch.Tensor, length: torch.Tensor | None) -> list[int]:
     """Tokens in use, per sequence, on the host."""
-    return [key.shape[2]] * key.shape[0] if length is None else length.expand(key.shape[0]).tolist()
+    batch, capacity = key.shape[0], key.shape[2]
+    return [capacity] * batch if length is None else length.clamp(0, capacity).expand(batch).tolist()
 
 
 def _is_served(
@@ -286,7 +287,7 @@ def _mask_options(
     if mask is not None:
         shape = (mask.shape[0], 1, queries, key.shape[2])
         hidden = torch.ones(shape, dtype=torch.bool, device=query.device)
-        hidden[..., : mask.shape[3]] = ~mask
+        hidden[..., : max(lengths) if mask.shape[3] == 1 else mask.shape[3]] = ~mask
         return {"atten_mask": hidden, "sparse_mode": WHOLE_MASK, "inner_precise": EMPTY_ROWS_ARE_ZERO}
     if not causal:
         return {}

@@ -74,7 +74,7 @@ def _visible(
     bias = torch.zeros(hidden.shape, device=length.device).masked_fill_(hidden, float("-inf"))
     if mask is None:
         return bias
-    part = mask[..., start:stop]
+    part = mask if mask.shape[-1] == 1 else mask[..., start:stop]
     return bias + part if part.dtype != torch.bool else bias.masked_fill(~part, float("-inf"))
 
 

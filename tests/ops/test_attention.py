@@ -363,6 +363,15 @@ def test_a_query_that_sees_nothing_gets_zeros(queries: int) -> None:
     assert output[:, 0].all()
 
 
+@pytest.mark.parametrize("keys", [50, 1100])
+def test_a_mask_of_one_column_is_for_all_keys(keys: int) -> None:
+    call = int8_call(queries=3, keys=keys)
+    mask = torch.tensor([True, False, True])[:, None]
+    written_out = replace(call, mask=mask.expand(3, keys))
+    assert_close(replace(call, mask=mask).run(), written_out.run())
+    assert_close(replace(call, mask=mask).reference(), written_out.run())
+
+
 def test_more_queries_than_keys_leave_the_first_blind() -> None:
     output = int8_call(queries=5, keys=3).run()
     assert not output[:, :2].any()

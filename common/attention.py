@@ -38,6 +38,13 @@ class Codes:
     query_scale: torch.Tensor | None = None
     length: torch.Tensor | None = None
 
+    def __getattr__(self, name: str) -> Any:
+        """What another attention function runs into when it takes codes for a tensor."""
+        raise AttributeError(
+            f"a quantized cache hands out codes, which have no {name!r}; "
+            f"call model.set_attn_implementation({NAMESPACE!r}) first"
+        )
+
 
 @dataclass(frozen=True)
 class SlidingWindow:

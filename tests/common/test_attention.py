@@ -14,6 +14,7 @@ from transformers.masking_utils import (
 )
 
 from octavo.common.attention import Codes, SlidingWindow, causal_or_explicit_mask, quantized_attention
+from octavo.common.cache import QuantizedCache
 from octavo.common.errors import OctavoError
 from octavo.models.llama3.modeling_llama_fa3 import LlamaForCausalLM
 
@@ -64,6 +65,12 @@ def test_codes_stand_for_code_less_zero_times_scale() -> None:
     torch.testing.assert_close(attend(value=handle), attend(value=decoded), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(attend(key=handle), attend(key=Codes(codes, scale)), atol=1e-4, rtol=0)  # softmax
     assert (attend(value=handle) - attend(value=Codes(codes, scale))).abs().max() > 1e-3
+
+
+def test_an_attention_that_cannot_read_codes_is_told_what_is_missing() -> None:
+    model = tiny_llama()
+    with pytest.raises(AttributeError, match="set_attn_implementation\\('octavo'\\)"):
+        model(random_ids(1, 5), past_key_values=QuantizedCache(model.config, "int8-token"))
 
 
 def test_training_is_refused() -> None:

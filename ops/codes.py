@@ -1,8 +1,15 @@
 """How codes are stored, and how scales belong to them: `x = (code - zero) * scale`, everywhere.
 
-int8 codes are int8 tensors, fp8 codes float8_e4m3fn or float8_e5m2 tensors. int4 codes, -8 to 7, lie two in a uint8:
-byte i of a block of n codes holds `code[i] + 8` in its low and `code[i + n / 2] + 8` in its high half. A block is a
-whole row of head_dim in the KV cache and 32 codes in the weights of linears.
+int8 codes are int8 tensors, fp8 codes float8_e4m3fn or float8_e5m2 tensors. Codes of 4, 3 and 2 bits lie in uint8
+tensors, as indices: the code plus `2 ** (bits - 1)`. A block of n codes takes n * bits / 8 bytes; it is a whole row of
+head_dim in the KV cache and 32 codes in the weights of linears.
+
+int4, -8 to 7: byte i holds the indices i and i + n / 2, from the low bits up.
+int2, -2 to 1: byte i holds the indices i, i + n / 4, i + n / 2 and i + 3 n / 4, from the low bits up.
+int3, -4 to 3: n / 4 bytes with the low two bits of each index, as int2, then n / 8 bytes of high bits: bit k of byte i
+is that of index i + k * n / 8.
+
+With a codebook, `levels`, an index stands for its level, and `code` in the formula is that level.
 """
 
 import torch
@@ -14,46 +21,174 @@ CODE_RANGES = {
     torch.float8_e4m3fn: (-448.0, 448.0),
     torch.float8_e5m2: (-57344.0, 57344.0),
 }
-"""Smallest and largest code by the dtype of the tensor that holds the codes; uint8 is int4, two in a byte."""
+"""Smallest and largest code by the dtype of the tensor that holds the codes; uint8 as int4. See `code_range`."""
 INT8_MIN, INT8_MAX = -128, 127
-INT4_OFFSET = 8
+WIDTH_STEPS = {4: 2, 3: 8, 2: 4}
+"""Bits of the codes that uint8 tensors hold; the number of codes in a block is a multiple of these."""
 SMALLEST_SCALE = torch.finfo(torch.float32).eps
 """Floor of every scale, as in msmodelslim: a channel that is always zero keeps a usable scale."""
 
 
+def _checked_bits(bits: int) -> int:
+    if bits not in WIDTH_STEPS:
+        raise ValueError(f"uint8 tensors hold codes of 2, 3 or 4 bits, not {bits}")
+    return bits
+
+
+def code_range(dtype: torch.dtype, bits: int = 4) -> tuple[float, float]:
+    """Smallest and largest code of a tensor of `dtype`; `bits` counts for uint8 only.
+
+    Raises:
+        ValueError: uint8 and bits other than 2, 3 and 4.
+    """
+    if dtype != torch.uint8:
+        return CODE_RANGES[dtype]
+    half = float(2 ** (_checked_bits(bits) - 1))
+    return -half, half - 1
+
+
+def stored_width(width: int, dtype: torch.dtype, bits: int = 4) -> int:
+    """Number of elements of `dtype` that a row of `width` codes takes; `bits` counts for uint8 only.
+
+    Raises:
+        ValueError: uint8, and the codes of the row do not fill whole bytes as their packing wants it.
+    """
+    if dtype != torch.uint8:
+        return width
+    if width % WIDTH_STEPS[_checked_bits(bits)]:
+        raise ValueError(f"a row of int{bits} codes has a multiple of {WIDTH_STEPS[bits]} channels, not {width}")
+    return width * bits // 8
+
+
+def code_width(codes: torch.Tensor, bits: int = 4) -> int:
+    """Number of codes in the last dimension; `bits` counts for uint8 only.
+
+    Raises:
+        ValueError: uint8, and no whole number of codes fits.
+    """
+    columns = codes.shape[-1]
+    if codes.dtype != torch.uint8:
+        return columns
+    if columns * 8 % (_checked_bits(bits) * WIDTH_STEPS[bits]):
+        raise ValueError(f"{columns} bytes are no row of int{bits} codes")
+    return columns * 8 // bits
+
+
+def _pack_fields(fields: torch.Tensor, bits: int) -> torch.Tensor:
+    """uint8 `[..., n]` of values of 1, 2 or 4 bits, as `[..., n * bits / 8]`."""
+    packed, *others = fields.unflatten(-1, (8 // bits, -1)).unbind(-2)
+    for number, part in enumerate(others, 1):
+        packed = packed | part << number * bits
+    return packed
+
+
+def _unpack_fields(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """The inverse of `_pack_fields`."""
+    return torch.cat([packed >> shift & 2**bits - 1 for shift in range(0, 8, bits)], dim=-1)
+
+
+def pack_indices(indices: torch.Tensor, bits: int, block: int) -> torch.Tensor:
+    """Indices `[..., N]` from 0 to `2 ** bits - 1`, of any dtype, as uint8 `[..., N * bits / 8]`, in blocks of `block`.
+
+    Raises:
+        ValueError: bits other than 2, 3 and 4, or a block of a number of codes that cannot be packed.
+    """
+    columns = stored_width(block, torch.uint8, bits)
+    blocks = indices.to(torch.uint8).unflatten(-1, (indices.shape[-1] // block, block))
+    if bits == 3:
+        packed = torch.cat((_pack_fields(blocks & 3, 2), _pack_fields(blocks >> 2, 1)), dim=-1)
+    else:
+        packed = _pack_fields(blocks, bits)
+    return packed.reshape(*indices.shape[:-1], indices.shape[-1] // block * columns)
+
+
+def unpack_indices(packed: torch.Tensor, bits: int, block: int) -> torch.Tensor:
+    """The inverse of `pack_indices`, as uint8 `[..., N]`."""
+    columns = stored_width(block, torch.uint8, bits)
+    blocks = packed.unflatten(-1, (packed.shape[-1] // columns, columns))
+    if bits == 3:
+        low, high = blocks.split((block // 4, block // 8), dim=-1)
+        indices = _unpack_fields(low, 2) | _unpack_fields(high, 1) << 2
+    else:
+        indices = _unpack_fields(blocks, bits)
+    return indices.flatten(-2)
+
+
+def pack_codes(codes: torch.Tensor, bits: int, block: int) -> torch.Tensor:
+    """Codes `[..., N]` from `-2 ** (bits - 1)` on, of any signed dtype, as uint8 `[..., N * bits / 8]`."""
+    return pack_indices(codes + 2 ** (bits - 1), bits, block)
+
+
+def unpack_codes(packed: torch.Tensor, bits: int, block: int) -> torch.Tensor:
+    """The inverse of `pack_codes`, as int8 `[..., N]`."""
+    return unpack_indices(packed, bits, block).to(torch.int8) - 2 ** (bits - 1)
+
+
 def pack_int4(codes: torch.Tensor, block: int) -> torch.Tensor:
-    """Codes `[..., N]` from -8 to 7, of any dtype, as uint8 `[..., N / 2]`, in blocks of `block` codes."""
-    low, high = (codes + INT4_OFFSET).to(torch.uint8).unflatten(-1, (-1, 2, block // 2)).unbind(-2)
-    return (low | (high << 4)).flatten(-2)
+    """Codes `[..., N]` from -8 to 7, of any signed dtype, as uint8 `[..., N / 2]`, in blocks of `block` codes."""
+    return pack_codes(codes, 4, block)
 
 
 def unpack_int4(packed: torch.Tensor, block: int) -> torch.Tensor:
     """The inverse of `pack_int4`, as int8 `[..., N]`."""
-    halves = packed.unflatten(-1, (-1, block // 2))
-    both = torch.stack((halves & 15, halves >> 4), dim=-2).to(torch.int8) - INT4_OFFSET
-    return both.flatten(-3)
+    return unpack_codes(packed, 4, block)
 
 
-def code_width(codes: torch.Tensor) -> int:
-    """Number of codes in the last dimension."""
-    return codes.shape[-1] * (2 if codes.dtype == torch.uint8 else 1)
+def check_levels(dtype: torch.dtype, bits: int, levels: torch.Tensor | None) -> None:
+    """Raise ValueError unless `levels` is None or a codebook for codes of `bits` in a tensor of `dtype`."""
+    if levels is None:
+        return
+    if dtype != torch.uint8:
+        raise ValueError(f"a codebook is for codes of 2 to 4 bits in uint8, not {dtype}")
+    if levels.dtype != torch.float32 or levels.shape != (2 ** _checked_bits(bits),):
+        raise ValueError(
+            f"the levels of int{bits} codes are float32 ({2**bits},), not {levels.dtype} {tuple(levels.shape)}"
+        )
 
 
-def to_codes(x: torch.Tensor, dtype: torch.dtype, block: int) -> torch.Tensor:
+def nearest_level(x: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    """Index of the level nearest to each value, the lower one of two as near; int64. NaN takes the last.
+
+    Args:
+        x: float32, any shape.
+        levels: float32 `[N]`, ascending; borders are the middles of neighbours, rounded to float32.
+    """
+    return torch.bucketize(x, (levels[1:] + levels[:-1]) / 2)
+
+
+def to_codes(
+    x: torch.Tensor, dtype: torch.dtype, block: int, bits: int = 4, levels: torch.Tensor | None = None
+) -> torch.Tensor:
     """Values in units of codes, float32 `[..., N]`, rounded to codes as a tensor of `dtype`, halves to even.
 
-    Values beyond the range take its end, so that fp8 codes are never infinite; NaN stays NaN in fp8.
+    Values beyond the range take its end, so that fp8 codes are never infinite; NaN stays NaN in fp8. With `levels`,
+    float32 `[2 ** bits]`, values go to the nearest level.
+
+    Raises:
+        ValueError: bits, block or levels that do not belong to the dtype.
     """
-    low, high = CODE_RANGES[dtype]
+    check_levels(dtype, bits, levels)
+    if levels is not None:
+        return pack_indices(nearest_level(x, levels), bits, block)
+    low, high = code_range(dtype, bits)
     if dtype in FP8_DTYPES:
         return x.clamp(low, high).to(dtype)
     rounded = x.round().clamp(low, high)
-    return pack_int4(rounded, block) if dtype == torch.uint8 else rounded.to(torch.int8)
+    return pack_codes(rounded, bits, block) if dtype == torch.uint8 else rounded.to(torch.int8)
 
 
-def from_codes(codes: torch.Tensor, block: int, dtype: torch.dtype) -> torch.Tensor:
-    """Codes `[..., N]` as float values in units of codes; float tensors, which are no codes, as they are."""
-    return (unpack_int4(codes, block) if codes.dtype == torch.uint8 else codes).to(dtype)
+def from_codes(
+    codes: torch.Tensor, block: int, dtype: torch.dtype, bits: int = 4, levels: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Codes `[..., N]`, or with `levels` their levels, as float values; float tensors, which are no codes, as they are.
+
+    Raises:
+        ValueError: bits, block or levels that do not belong to the codes.
+    """
+    check_levels(codes.dtype, bits, levels)
+    if levels is not None:
+        return levels[unpack_indices(codes, bits, block).int()].to(dtype)
+    return (unpack_codes(codes, bits, block) if codes.dtype == torch.uint8 else codes).to(dtype)
 
 
 def dynamic_scale(extent: torch.Tensor, span: float) -> torch.Tensor:

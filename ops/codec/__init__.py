@@ -14,24 +14,33 @@ def _encode_fake(*unused: object, **unused_by_name: object) -> None:
     return None
 
 
-def _decode_fake(codes: torch.Tensor, *unused: object) -> torch.Tensor:
-    return codes.new_empty((*codes.shape[:-1], code_width(codes)), dtype=torch.float32)
+def _decode_fake(
+    codes: torch.Tensor,
+    scale: torch.Tensor | None,
+    zero: torch.Tensor | None,
+    token_group: int = 1,
+    bits: int = 4,
+    levels: torch.Tensor | None = None,
+) -> torch.Tensor:
+    return codes.new_empty((*codes.shape[:-1], code_width(codes, bits)), dtype=torch.float32)
 
 
 encode = define(
     "encode(Tensor x, Tensor scale, Tensor? zero, Tensor(a!) codes, Tensor? cos=None, Tensor? sin=None, "
-    "Tensor? position=None) -> ()",
+    "Tensor? position=None, int bits=4, Tensor? levels=None) -> ()",
     encode_reference,
     _encode_fake,
 )
 encode_token = define(
     "encode_token(Tensor x, Tensor(a!) codes, Tensor(b!) scale, Tensor(c!)? zero=None, Tensor? cos=None, "
-    "Tensor? sin=None, Tensor? position=None) -> ()",
+    "Tensor? sin=None, Tensor? position=None, int bits=4) -> ()",
     encode_token_reference,
     _encode_fake,
 )
 decode = define(
-    "decode(Tensor codes, Tensor? scale, Tensor? zero, int token_group=1) -> Tensor", decode_reference, _decode_fake
+    "decode(Tensor codes, Tensor? scale, Tensor? zero, int token_group=1, int bits=4, Tensor? levels=None) -> Tensor",
+    decode_reference,
+    _decode_fake,
 )
 implement("encode", "CPU", encode_cpu, CODEC_KERNEL.description)
 implement("encode_token", "CPU", encode_token_cpu, CODEC_KERNEL.description)

@@ -4,7 +4,7 @@ import struct
 
 import torch
 
-from ..codes import CODE_RANGES, code_width
+from ..codes import CODE_RANGES, code_width, stored_width
 from ..compile import CKernel
 from ..operands import FLOAT_KINDS, KINDS, broadcast_strides
 from .reference import decode_reference, encode_reference, encode_token_reference
@@ -32,11 +32,8 @@ def _check_codes(x: torch.Tensor, codes: torch.Tensor, position: torch.Tensor | 
             f"x {tuple(x.shape)} cannot become {codes.dtype} {tuple(codes.shape)}: not codes of 4 dimensions"
         )
     batch, heads, tokens, width = x.shape
-    if codes.dtype == torch.uint8:
-        if width % 2:
-            raise ValueError(f"int4 codes lie two in a byte, and x has {width} channels")
-        width //= 2
-    expected = (batch, heads, codes.shape[2] if position is not None else tokens, width)
+    stored = stored_width(width, codes.dtype)
+    expected = (batch, heads, codes.shape[2] if position is not None else tokens, stored)
     if codes.shape != expected:
         raise ValueError(
             f"codes must be {str(codes.dtype)[6:]} {expected} for x {tuple(x.shape)}, not {tuple(codes.shape)}"
@@ -93,6 +90,8 @@ def encode_cpu(
     cos: torch.Tensor | None = None,
     sin: torch.Tensor | None = None,
     position: torch.Tensor | None = None,
+    bits: int = 4,
+    levels: torch.Tensor | None = None,
 ) -> None:
     """`encode_reference` in C.
 
@@ -102,8 +101,8 @@ def encode_cpu(
         MemoryError: no room for the scratch of the threads.
     """
     run = CODEC_KERNEL.load().get("encode")
-    if run is None:
-        return encode_reference(x, scale, zero, codes, cos, sin, position)
+    if run is None or bits != 4 or levels is not None:
+        return encode_reference(x, scale, zero, codes, cos, sin, position, bits, levels)
     _check_codes(x, codes, position)
     x, shape, capacity = _loadable(x), x.shape, codes.shape[2]
     scale, groups, scale_strides = _static_part(scale, *shape)
@@ -157,6 +156,7 @@ def encode_token_cpu(
     cos: torch.Tensor | None = None,
     sin: torch.Tensor | None = None,
     position: torch.Tensor | None = None,
+    bits: int = 4,
 ) -> None:
     """`encode_token_reference` in C.
 
@@ -166,8 +166,8 @@ def encode_token_cpu(
         MemoryError: no room for the scratch of the threads.
     """
     run = CODEC_KERNEL.load().get("encode_token")
-    if run is None:
-        return encode_token_reference(x, codes, scale, zero, cos, sin, position)
+    if run is None or bits != 4:
+        return encode_token_reference(x, codes, scale, zero, cos, sin, position, bits)
     _check_codes(x, codes, position)
     x, shape, capacity = _loadable(x), x.shape, codes.shape[2]
     groups = scale.shape[-1]
@@ -230,7 +230,12 @@ def _grouped_part(
 
 
 def decode_cpu(
-    codes: torch.Tensor, scale: torch.Tensor | None, zero: torch.Tensor | None, token_group: int = 1
+    codes: torch.Tensor,
+    scale: torch.Tensor | None,
+    zero: torch.Tensor | None,
+    token_group: int = 1,
+    bits: int = 4,
+    levels: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`decode_reference` in C.
 
@@ -239,8 +244,8 @@ def decode_cpu(
         MemoryError: no room for the scratch of the threads.
     """
     run = CODEC_KERNEL.load().get("decode")
-    if run is None:
-        return decode_reference(codes, scale, zero, token_group)
+    if run is None or bits != 4 or levels is not None:
+        return decode_reference(codes, scale, zero, token_group, bits, levels)
     if codes.dim() != 4 or token_group < 1:
         raise ValueError(f"codes must have 4 dimensions and token_group be positive, not {codes.dim()}, {token_group}")
     if codes.dtype not in KINDS:

@@ -26,7 +26,9 @@ from ..cuda import (
 from ..operands import broadcast_strides
 from .reference import decode_reference, encode_reference, encode_token_reference
 
-CODEC_CUDA = cuda_description("a pass over the values, with RoPE and the append at `position` in it")
+CODEC_CUDA = cuda_description(
+    "a pass over the values, with RoPE and the append at `position` in it; 2 and 3 bits and codebooks by the reference"
+)
 
 
 @jit()
@@ -244,14 +246,16 @@ def encode_cuda(
     cos: torch.Tensor | None = None,
     sin: torch.Tensor | None = None,
     position: torch.Tensor | None = None,
+    bits: int = 4,
+    levels: torch.Tensor | None = None,
 ) -> None:
     """`encode_reference` in Triton; tokens that would go beyond the storage are left out.
 
     Raises:
         ValueError: shapes that do not go together.
     """
-    if not triton_serves(x):
-        return encode_reference(x, scale, zero, codes, cos, sin, position)
+    if not triton_serves(x) or bits != 4 or levels is not None:
+        return encode_reference(x, scale, zero, codes, cos, sin, position, bits, levels)
     _check_storage(x, codes, position)
     batch, groups, tokens, width = x.shape
     rows = batch * groups * tokens
@@ -277,14 +281,15 @@ def encode_token_cuda(
     cos: torch.Tensor | None = None,
     sin: torch.Tensor | None = None,
     position: torch.Tensor | None = None,
+    bits: int = 4,
 ) -> None:
     """`encode_token_reference` in Triton; tokens that would go beyond the storage are left out.
 
     Raises:
         ValueError: shapes that do not go together.
     """
-    if not triton_serves(x):
-        return encode_token_reference(x, codes, scale, zero, cos, sin, position)
+    if not triton_serves(x) or bits != 4:
+        return encode_token_reference(x, codes, scale, zero, cos, sin, position, bits)
     _check_storage(x, codes, position)
     batch, groups, tokens, width = x.shape
     for name, part in (("scale", scale), ("zero", zero)):
@@ -308,15 +313,20 @@ def encode_token_cuda(
 
 
 def decode_cuda(
-    codes: torch.Tensor, scale: torch.Tensor | None, zero: torch.Tensor | None, token_group: int = 1
+    codes: torch.Tensor,
+    scale: torch.Tensor | None,
+    zero: torch.Tensor | None,
+    token_group: int = 1,
+    bits: int = 4,
+    levels: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`decode_reference` in Triton.
 
     Raises:
         ValueError: shapes that do not go together.
     """
-    if not triton_serves(codes):
-        return decode_reference(codes, scale, zero, token_group)
+    if not triton_serves(codes) or bits != 4 or levels is not None:
+        return decode_reference(codes, scale, zero, token_group, bits, levels)
     shape = batch, groups, tokens, width = (*codes.shape[:3], code_width(codes))
     output = torch.empty(shape, dtype=torch.float32, device=codes.device)
     rows = batch * groups * tokens

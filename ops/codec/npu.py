@@ -2,7 +2,7 @@
 
 import torch
 
-from ..codes import CODE_RANGES, INT8_MIN, SMALLEST_SCALE, pack_int4
+from ..codes import INT8_MIN, SMALLEST_SCALE, code_range, pack_codes
 from ..npu import (
     is_static,
     npu_description,
@@ -16,10 +16,12 @@ from ..npu import (
 from .reference import decode_reference, encode_reference, encode_token_reference
 
 ENCODE_NPU = npu_description(
-    "npu_quantize; by the reference (PyTorch): packing of int4, scales that vary along the tokens; fp8 raises"
+    "npu_quantize; by the reference (PyTorch): packing of 2 to 4 bits, codebooks, scales that vary along the tokens; "
+    "fp8 raises"
 )
 ENCODE_TOKEN_NPU = npu_description(
-    "npu_dynamic_quant and its asymmetric twin; by the reference (PyTorch): int4, float16 scales, RoPE; fp8 raises"
+    "npu_dynamic_quant and its asymmetric twin; by the reference (PyTorch): 2 to 4 bits, float16 scales, RoPE; "
+    "fp8 raises"
 )
 DECODE_NPU = "reference (PyTorch); fp8 raises"
 
@@ -32,21 +34,23 @@ def encode_npu(
     cos: torch.Tensor | None = None,
     sin: torch.Tensor | None = None,
     position: torch.Tensor | None = None,
+    bits: int = 4,
+    levels: torch.Tensor | None = None,
 ) -> None:
     """`encode_reference` by npu_quantize (ascend-op-plugin docs: npu_quantize, npu_rotary_mul, scatter_update_).
 
-    int4 codes are those of int8, clamped further and packed; npu_quantize's own int4 takes no division, and in which
-    order it packs is not documented. Scales that vary along the tokens take the reference.
+    Codes of 2 to 4 bits are those of int8, clamped further and packed; npu_quantize's own int4 takes no division, and
+    in which order it packs is not documented. Codebooks and scales that vary along the tokens take the reference.
 
     Args:
         x: `[B, G, S, D]`, float32, float16 or bfloat16.
         scale, zero: float32, `[B or 1, G, 1, W]` where W divides D, or without leading dimensions.
-        codes: int8 `[B, G, S, D]` or uint8 `[B, G, S, D / 2]`, may be a strided view; overwritten.
-        cos, sin, position: as in the reference; RoPE is computed in float32.
+        codes: int8 `[B, G, S, D]` or uint8 `[B, G, S, D * bits / 8]`, may be a strided view; overwritten.
+        cos, sin, position, bits, levels: as in the reference; RoPE is computed in float32.
 
     Raises:
         NotImplementedError: codes in fp8.
-        ValueError: RoPE beyond the limits of npu_rotary_mul.
+        ValueError: RoPE beyond the limits of npu_rotary_mul; bits, levels or a D that the codes cannot have.
         RuntimeError: torch_npu cannot be imported.
     """
     refuse_fp8(codes)
@@ -54,13 +58,13 @@ def encode_npu(
         return
     values = rotated_npu(x, cos, sin)
     tokens, width = x.shape[-2:]
-    if not all(part is None or is_static(part, tokens) for part in (scale, zero)):
-        encode_reference(values, scale, zero, codes, None, None, position)
+    if levels is not None or not all(part is None or is_static(part, tokens) for part in (scale, zero)):
+        encode_reference(values, scale, zero, codes, None, None, position, bits, levels)
         return
     new = quantize_static(values, scale, zero)
     if codes.dtype == torch.uint8:
-        low, high = CODE_RANGES[torch.uint8]
-        new = pack_int4(new.clamp(int(low), int(high)), width)
+        low, high = code_range(torch.uint8, bits)
+        new = pack_codes(new.clamp(int(low), int(high)), bits, width)
     write_tokens(codes, new, position)
 
 
@@ -72,12 +76,13 @@ def encode_token_npu(
     cos: torch.Tensor | None = None,
     sin: torch.Tensor | None = None,
     position: torch.Tensor | None = None,
+    bits: int = 4,
 ) -> None:
     """`encode_token_reference` by npu_dynamic_quant and npu_dynamic_quant_asymmetric (documents of these names).
 
     Both return a float32 scale and take no float32 x. So the reference serves float16 scales, by which the codes are
-    to be rounded, and RoPE, which is to be computed in float32. It serves int4 too, whose packing in the ops' int32 is
-    not documented.
+    to be rounded, and RoPE, which is to be computed in float32. It serves 2 to 4 bits too: the packing of int4 in the
+    ops' int32 is not documented.
 
     Differs from the reference where the scale of a token or group would be below 2^-23: it is not raised to that floor.
     What the ops make of a group of zeros, or affine of equal values, is not documented, so its codes, scale and zero
@@ -85,13 +90,13 @@ def encode_token_npu(
 
     Args:
         x: `[B, G, S, D]`, float16 or bfloat16.
-        codes: int8 `[B, G, S, D]` or uint8 `[B, G, S, D / 2]`, may be a strided view; overwritten.
+        codes: int8 `[B, G, S, D]` or uint8 `[B, G, S, D * bits / 8]`, may be a strided view; overwritten.
         scale, zero: float32 or float16 `[B, G, S, W]` where W divides D, may be strided views; overwritten.
-        cos, sin, position: as in the reference.
+        cos, sin, position, bits: as in the reference.
 
     Raises:
         NotImplementedError: codes in fp8.
-        ValueError: x in another dtype, or RoPE beyond the limits of npu_rotary_mul.
+        ValueError: x in another dtype, RoPE beyond the limits of npu_rotary_mul, bits or a D that codes cannot have.
         RuntimeError: torch_npu cannot be imported.
     """
     require_npu_float("K and V", x)
@@ -100,7 +105,7 @@ def encode_token_npu(
         return
     is_float32 = all(part is None or part.dtype == torch.float32 for part in (scale, zero))
     if codes.dtype != torch.int8 or cos is not None or not is_float32:
-        encode_token_reference(rotated_npu(x, cos, sin), codes, scale, zero, None, None, position)
+        encode_token_reference(rotated_npu(x, cos, sin), codes, scale, zero, None, None, position, bits)
         return
     rows = x.reshape(-1, x.shape[-1] // scale.shape[-1])
     new_codes, new_scale, new_zero = _dynamic_codes(rows, affine=zero is not None)
@@ -130,7 +135,12 @@ def _dynamic_codes(rows: torch.Tensor, affine: bool) -> tuple[torch.Tensor, torc
 
 
 def decode_npu(
-    codes: torch.Tensor, scale: torch.Tensor | None, zero: torch.Tensor | None, token_group: int = 1
+    codes: torch.Tensor,
+    scale: torch.Tensor | None,
+    zero: torch.Tensor | None,
+    token_group: int = 1,
+    bits: int = 4,
+    levels: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`decode_reference`, on the device: npu_anti_quant writes float16 and bfloat16 only.
 
@@ -138,4 +148,4 @@ def decode_npu(
         NotImplementedError: codes in fp8.
     """
     refuse_fp8(codes)
-    return decode_reference(codes, scale, zero, token_group)
+    return decode_reference(codes, scale, zero, token_group, bits, levels)

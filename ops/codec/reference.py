@@ -5,7 +5,7 @@ B batch, G KV heads, S new tokens, C capacity of a storage, D head_dim.
 
 import torch
 
-from ..codes import CODE_RANGES, FP8_DTYPES, code_width, dynamic_scale, expand_scale, from_codes, to_codes
+from ..codes import FP8_DTYPES, code_range, code_width, dynamic_scale, expand_scale, from_codes, to_codes
 
 
 def rotated(x: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None) -> torch.Tensor:
@@ -40,25 +40,34 @@ def encode_reference(
     cos: torch.Tensor | None = None,
     sin: torch.Tensor | None = None,
     position: torch.Tensor | None = None,
+    bits: int = 4,
+    levels: torch.Tensor | None = None,
 ) -> None:
     """Write the codes of `x` by static scales: `round(x / scale + zero)`, clamped to the range of the code.
+
+    With `levels`, the code is the index of the level nearest to `x / scale + zero`, the lower one of two as near.
 
     Args:
         x: values of shape `[B, G, S, D]`, any float dtype.
         scale: float32, `[G, 1, D]` per channel, `[G, 1, D / n]` per group of n channels, `[G, 1, 1]` per head; anything
             that `expand_scale` takes.
         zero: zero points in units of codes, of the shape of `scale`; None for a symmetric codec, as fp8 is.
-        codes: `[B, G, S, D]` int8 or fp8, or `[B, G, S, D / 2]` uint8 for int4; may be a strided view; overwritten.
+        codes: `[B, G, S, D]` int8 or fp8, or `[B, G, S, D * bits / 8]` uint8; may be a strided view; overwritten.
         cos, sin: `[B or 1, S, D]`: rotate x by RoPE first; None takes x as it is.
         position: int64 `[1]`: `codes` is a storage of C tokens of which `position` to `position + S` are overwritten, a
             number that stays on the device; None: `codes` has S tokens.
+        bits: of codes in uint8: 4, 3 or 2; other dtypes take no notice of it.
+        levels: float32 `[2 ** bits]`, ascending: a codebook for codes in uint8; None: codes are whole numbers.
+
+    Raises:
+        ValueError: bits, levels or a D that the codes cannot have, or a scale that does not belong to x.
     """
     values = rotated(x, cos, sin)
     tokens, width = values.shape[-2:]
     scaled = values / expand_scale(scale, tokens, width)
     if zero is not None:
         scaled = scaled + expand_scale(zero, tokens, width)
-    _written(codes, tokens, position, to_codes(scaled, codes.dtype, width))
+    _written(codes, tokens, position, to_codes(scaled, codes.dtype, width, bits, levels))
 
 
 def encode_token_reference(
@@ -69,6 +78,7 @@ def encode_token_reference(
     cos: torch.Tensor | None = None,
     sin: torch.Tensor | None = None,
     position: torch.Tensor | None = None,
+    bits: int = 4,
 ) -> None:
     """Write the codes of `x` and their scales, dynamic: per token and head, or per group of channels of them.
 
@@ -82,10 +92,14 @@ def encode_token_reference(
             strided view; overwritten. Codes are by the scale as it is stored.
         zero: as `scale`, for an affine codec; None for a symmetric one, as fp8 is.
         cos, sin, position: as in `encode_reference`; `position` counts in `scale` and `zero` too.
+        bits: as in `encode_reference`.
+
+    Raises:
+        ValueError: bits or a D that the codes cannot have.
     """
     values = rotated(x, cos, sin)
     tokens, width = values.shape[-2:]
-    low, high = CODE_RANGES[codes.dtype]
+    low, high = code_range(codes.dtype, bits)
     grouped = values.unflatten(-1, (scale.shape[-1], -1))
     if zero is None:
         step = dynamic_scale(grouped.abs().amax(dim=-1), high).to(scale.dtype)
@@ -99,20 +113,29 @@ def encode_token_reference(
         scaled = scaled + expand_scale(offset.float(), tokens, width)
         _written(zero, tokens, position, offset)
     _written(scale, tokens, position, step)
-    _written(codes, tokens, position, to_codes(scaled, codes.dtype, width))
+    _written(codes, tokens, position, to_codes(scaled, codes.dtype, width, bits))
 
 
 def decode_reference(
-    codes: torch.Tensor, scale: torch.Tensor | None, zero: torch.Tensor | None, token_group: int = 1
+    codes: torch.Tensor,
+    scale: torch.Tensor | None,
+    zero: torch.Tensor | None,
+    token_group: int = 1,
+    bits: int = 4,
+    levels: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The values of codes, float32 `[B, G, S, D]`: `(code - zero) * scale`.
+    """The values of codes, float32 `[B, G, S, D]`: `(code - zero) * scale`, or `(levels[index] - zero) * scale`.
 
     Args:
         codes: as in `encode_reference`.
         scale, zero: as `expand_scale` takes them with `token_group`; None leaves them out.
+        bits, levels: as in `encode_reference`.
+
+    Raises:
+        ValueError: bits, levels, a scale or a zero that do not belong to the codes.
     """
-    tokens, width = codes.shape[-2], code_width(codes)
-    values = from_codes(codes, width, torch.float32)
+    tokens, width = codes.shape[-2], code_width(codes, bits)
+    values = from_codes(codes, width, torch.float32, bits, levels)
     if zero is not None:
         values = values - expand_scale(zero, tokens, width, token_group)
     return values if scale is None else values * expand_scale(scale, tokens, width, token_group)

@@ -279,7 +279,7 @@ def test_what_does_not_fit_is_refused_with_the_reason() -> None:
         (IndexError, "3 tokens from position 6 on", lambda: encode(values, scale, None, codes, position=at)),
         (IndexError, "position -1", lambda: encode(values, scale, None, codes, position=torch.tensor([-1]))),
         (ValueError, "must be uint8 (1, 2, 3, 8)", lambda: encode(values, scale, None, codes[:, :, :3].byte())),
-        (ValueError, "two in a byte", lambda: encode(values[..., 1:], scale, None, codes[:, :, :3].byte())),
+        (ValueError, "2 channels, not 15", lambda: encode(values[..., 1:], scale, None, codes[:, :, :3].byte())),
         (ValueError, "do not divide 16", lambda: encode(values, torch.ones(2, 1, 3), None, codes[:, :, :3])),
         (ValueError, "does not broadcast", lambda: encode(values, torch.ones(3, 1, 1), None, codes[:, :, :3])),
         (ValueError, "cos (1, 2, 16)", lambda: encode(values, scale, None, codes[:, :, :3], *torch.ones(2, 1, 2, 16))),

@@ -1,5 +1,6 @@
 """The attention function that transformers' models call, and the mask that goes with it."""
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,36 +15,16 @@ from transformers.masking_utils import (
     sliding_window_overlay,
 )
 
-from ..ops import attention
+from ..ops import attention, attention_lse
 from ..ops.library import NAMESPACE
 from .errors import OctavoError
+from .folds import FOLD, PositionTerms
+from .handles import Codes, Piece, Segments, as_segments, pieces
+from .rotation import hadamard
 
+DECODED_BLOCK = 4096
+"""Tokens decoded at a time where the attention op does not read the codes of a scheme."""
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias")
-
-
-@dataclass
-class Codes:
-    """What the cache hands to attention in place of K or V: views of the stored codes and what decodes them.
-
-    Attributes:
-        codes: `[B, G, S, D]` as `ops/codes.py` says, or float values where the scheme leaves them in float.
-        scale, zero: as the attention op takes them; None where not used.
-        length: int64 `[1]` on the device, where not all of the S tokens are in use; None where they are.
-        query_scale: with K only, `[H, 1, 1]`: scale by which the queries are quantized; None leaves them in float.
-    """
-
-    codes: torch.Tensor
-    scale: torch.Tensor | None = None
-    zero: torch.Tensor | None = None
-    query_scale: torch.Tensor | None = None
-    length: torch.Tensor | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        """What another attention function runs into when it takes codes for a tensor."""
-        raise AttributeError(
-            f"a quantized cache hands out codes, which have no {name!r}; "
-            f"call model.set_attn_implementation({NAMESPACE!r}) first"
-        )
 
 
 @dataclass(frozen=True)
@@ -61,11 +42,106 @@ class SlidingWindow:
         return self
 
 
+class _Decoded:
+    """Blocks of decoded tokens of K or V: the newest one is kept, since pieces of it come one after another."""
+
+    def __init__(self, side: Segments) -> None:
+        self.side = side
+        self._start, self._values = -1, torch.empty(0)
+
+    def __call__(self, start: int, stop: int) -> torch.Tensor:
+        """Tokens `start:stop` of the codes, float32 `[B, G, S, D]`."""
+        block = start // DECODED_BLOCK * DECODED_BLOCK
+        if block != self._start:
+            last = min(block + DECODED_BLOCK, self.side.body.codes.shape[2])
+            self._start, self._values = block, self.side.decoder(block, last)
+        return self._values[:, :, start - block : stop - block]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What calls of the op over the same queries have in common."""
+
+    query: torch.Tensor
+    query_scale: torch.Tensor | None
+    mask: torch.Tensor | None
+    scaling: float
+    causal: bool
+    window: int
+    position: PositionTerms | None
+
+    def codes(self, keys: Codes, values: Codes) -> torch.Tensor:
+        """All tokens in one call of the op."""
+        mask = None if self.mask is None else self.mask[..., : keys.codes.shape[2]]
+        return attention(
+            self.query, *self._operands(keys, values, mask), length=keys.length, **self._rest(keys, values)
+        )
+
+    def _operands(self, keys: Codes, values: Codes, mask: torch.Tensor | None) -> tuple[Any, ...]:
+        return (keys.codes, values.codes, keys.scale, keys.zero, values.scale, values.zero, self.query_scale, mask,
+                self.scaling, self.causal)  # fmt: skip
+
+    def _rest(self, keys: Codes, values: Codes) -> dict[str, Any]:
+        rest = {"window": self.window, "key_group": keys.group, "value_group": values.group}
+        if self.position is not None:
+            rest |= self.position.arguments()
+        return rest
+
+    def segments(self, keys: Segments, values: Segments) -> torch.Tensor:
+        """Piece by piece, each weighed by its sum of exponentials."""
+        batch, heads, queries, width = self.query.shape
+        output = self.query.new_zeros((batch, queries, heads, width), dtype=torch.float32)
+        total = self.query.new_full((batch, heads, queries), float("-inf"), dtype=torch.float32)
+        decoded = _Decoded(keys), _Decoded(values)
+        for piece in pieces(keys, values, queries, DECODED_BLOCK):
+            key, value = (self._part(side, piece, block) for side, block in zip((keys, values), decoded, strict=True))
+            first, last = piece.queries
+            part, lse = self._of(piece)._with_lse(key, value, piece)
+            old = total[:, :, first:last]
+            new = torch.logaddexp(old, lse)
+            share = torch.exp(lse - new).nan_to_num(0.0).transpose(1, 2)[..., None]  # -inf - -inf where none is seen
+            output[:, first:last].lerp_(part.float(), share)
+            total[:, :, first:last] = new
+        return output.to(self.query.dtype)
+
+    @staticmethod
+    def _part(side: Segments, piece: Piece, decoded: _Decoded) -> Codes:
+        """The tokens of a piece."""
+        start, stop = piece.slots
+        first, last = side.edges(piece.seen)
+        if stop <= first or start >= last:
+            return Codes(side.floats(start, stop))
+        if side.decoder is not None:
+            return Codes(decoded(start - first, stop - first))
+        return side.body.part(start - first, stop - first)
+
+    def _of(self, piece: Piece) -> "_Call":
+        """The queries of a piece."""
+        first, last = piece.queries
+        position = None if self.position is None else self.position.part(first, last, piece.slots[0])
+        mask = self.mask
+        if mask is not None:
+            mask = mask if mask.shape[-2] == 1 else mask[..., first:last, :]
+            mask = mask if mask.shape[-1] == 1 else mask[..., slice(*piece.slots)]
+        return dataclasses.replace(self, query=self.query[:, :, first:last], mask=mask, position=position)
+
+    def _with_lse(self, keys: Codes, values: Codes, piece: Piece) -> tuple[torch.Tensor, torch.Tensor]:
+        length = torch.tensor([piece.seen - piece.slots[0]], device=self.query.device)
+        query_scale = self.query_scale if keys.scale is not None else None
+        call = dataclasses.replace(self, query_scale=query_scale)
+        operands = call._operands(keys, values, self.mask)
+        return attention_lse(self.query, *operands, length=length, **self._rest(keys, values))
+
+
+def _tokens_of(handle: Codes | Segments) -> int:
+    return handle.total if hasattr(handle, "edges") else handle.codes.shape[2]
+
+
 def quantized_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
-    key: Codes | torch.Tensor,
-    value: Codes | torch.Tensor,
+    key: Codes | Segments | torch.Tensor,
+    value: Codes | Segments | torch.Tensor,
     attention_mask: torch.Tensor | SlidingWindow | None,
     scaling: float | None = None,
     dropout: float = 0.0,
@@ -97,25 +173,28 @@ def quantized_attention(
     # Not `isinstance(key, Codes)`: another copy of this very code, beside another checkpoint, has a class of its own.
     keys = Codes(key) if isinstance(key, torch.Tensor) else key
     values = Codes(value) if isinstance(value, torch.Tensor) else value
-    window = attention_mask.size if isinstance(attention_mask, SlidingWindow) else 0
-    mask = attention_mask[..., : keys.codes.shape[2]] if isinstance(attention_mask, torch.Tensor) else None
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    output = attention(
-        query,
-        keys.codes,
-        values.codes,
-        keys.scale,
-        keys.zero,
-        values.scale,
-        values.zero,
+    fold = getattr(module, FOLD, None)
+    if keys.folded and fold is None:
+        raise OctavoError(
+            "the static scales of this cache are for keys and values without their biases; call "
+            "octavo.common.folds.prepare(model) first"
+        )
+    call = _Call(
+        hadamard(query) if keys.rotated else query,
         keys.query_scale,
-        mask,
+        attention_mask if isinstance(attention_mask, torch.Tensor) else None,
         query.shape[-1] ** -0.5 if scaling is None else scaling,
-        causal,
-        length=keys.length,
-        window=window,
+        getattr(module, "is_causal", True) if is_causal is None else is_causal,
+        attention_mask.size if isinstance(attention_mask, SlidingWindow) else 0,
+        None
+        if fold is None
+        else fold.terms(query, kwargs.get("position_ids"), _tokens_of(keys), getattr(keys, "length", None)),
     )
-    return output, None
+    is_plain = not any(hasattr(side, "edges") or side.decoder for side in (keys, values))
+    output = call.codes(keys, values) if is_plain else call.segments(as_segments(keys), as_segments(values))
+    if values.rotated:
+        output = hadamard(output)
+    return output if fold is None else fold.with_value_bias(output), None
 
 
 def _sliding_window(mask_function: Callable) -> int:

@@ -5,16 +5,24 @@ B batch, G KV heads, S tokens, D head_dim. Importing this module registers the a
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .attention import Codes, register_attention
+from .attention import register_attention
+from .codec import Codec
 from .errors import OctavoError
-from .scheme import Scheme, load_scheme
+from .handles import Codes, Segments
+from .rotation import hadamard, rope_constants
+from .scheme import Scheme, bits_per_element, load_scheme
+from .segments import SegmentStore
 from .statistics import LayerScales, Scales, load_statistics, scales_of
 from .store import CodeStore
+
+COUNTED_LENGTH = 2048
+"""Tokens of a sequence over which sinks, windows and codebooks are spread when bits are counted."""
 
 
 def head_dim_of(config: PreTrainedConfig) -> int:
@@ -23,14 +31,25 @@ def head_dim_of(config: PreTrainedConfig) -> int:
 
 
 def kv_bytes_per_token(config: PreTrainedConfig, scheme: Scheme, float_bytes: int) -> int:
-    """Bytes that one token takes in the cache, over all layers."""
+    """Bytes that one token takes in the cache, over all layers: codes, scales, zeros and outliers.
+
+    Sinks and windows, of which there are no more in a longer sequence, are in `kv_bits_per_element`.
+    """
     width = head_dim_of(config)
-    total = 0
+    total = 0.0
     for index in range(config.num_hidden_layers):
         part = scheme.of_layer(index)
         for codec in (part.key, part.value):
-            total += config.num_key_value_heads * (width * float_bytes if codec is None else codec.token_bytes(width))
-    return total
+            each = width * float_bytes if codec is None else codec.token_bits(width) / 8
+            total += config.num_key_value_heads * each
+    return round(total)
+
+
+def kv_bits_per_element(config: PreTrainedConfig, scheme: Scheme, length: int = COUNTED_LENGTH) -> float:
+    """Bits of an element of K and V in sequences of `length` tokens, everything counted, as a mean over the layers."""
+    layers = [scheme.of_layer(index) for index in range(config.num_hidden_layers)]
+    width, heads = head_dim_of(config), config.num_key_value_heads
+    return sum(bits_per_element(layer, heads, width, length) for layer in layers) / len(layers)
 
 
 class QuantizedLayer(CacheLayerMixin):
@@ -39,13 +58,31 @@ class QuantizedLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, scheme: Scheme, scales: LayerScales | None = None, max_length: int | None = None) -> None:
+    def __init__(
+        self,
+        scheme: Scheme,
+        scales: LayerScales | None = None,
+        max_length: int | None = None,
+        frequencies: torch.Tensor | None = None,
+    ) -> None:
         super().__init__()
+        scales = scales or LayerScales()
         self.scheme = scheme
         self.max_length = max_length
-        self.key_store = CodeStore(scheme.key, scales.key if scales else None, max_length)
-        self.value_store = CodeStore(scheme.value, scales.value if scales else None, max_length)
-        self.query_scale = scales.query if scales and scheme.query is not None else None
+        self.is_folded = scales.folded
+        self.key_store = self._store(
+            scheme.key, CodeStore(scheme.key, scales.key, max_length, scales.key_levels, frequencies)
+        )
+        self.value_store = self._store(
+            scheme.value, CodeStore(scheme.value, scales.value, max_length, scales.value_levels)
+        )
+        self.query_scale = scales.query if scheme.query is not None else None
+        if scheme.query is not None and scheme.query.fixed_scale:
+            self.query_scale = torch.full((1, 1, 1), scheme.query.fixed_scale)
+        self._key_mean: torch.Tensor | None = None  # [B, G, 1, D], where the scheme smooths K
+
+    def _store(self, codec: Codec | None, codes: CodeStore) -> CodeStore | SegmentStore:
+        return SegmentStore(self.scheme, codec, codes) if self.scheme.is_segmented else codes
 
     def __repr__(self) -> str:
         return f"QuantizedLayer(scheme={self.scheme.name!r}, length={self.get_seq_length()})"
@@ -61,7 +98,7 @@ class QuantizedLayer(CacheLayerMixin):
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
-    ) -> tuple[Codes, Codes] | tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[Codes | Segments | torch.Tensor, Codes | Segments | torch.Tensor]:
         """Encode and append new `[B, G, S, D]` states; return handles to all codes, for the attention function.
 
         With `prefill="float"` the first call returns the states themselves, and only later ones the codes.
@@ -69,16 +106,29 @@ class QuantizedLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         is_first = self.key_store.length == 0
-        self.key_store.append(key_states)
-        self.value_store.append(value_states)
+        keys = self.key_store.append(self._prepared_key(key_states))
+        values = self.value_store.append(self._prepared_value(value_states))
         if is_first and self.scheme.prefill == "float":
             return key_states, value_states
-        return self._handles(None)
+        return self._handles(keys, values)
 
-    def _handles(self, length: torch.Tensor | None) -> tuple[Codes, Codes]:
-        keys = self.key_store.codes(length)
-        keys.query_scale = self.query_scale
-        return keys, self.value_store.codes(length)
+    def _prepared_key(self, states: torch.Tensor) -> torch.Tensor:
+        """K as it is stored: without its mean and rotated, where the scheme says so."""
+        if self.scheme.smooth_key:
+            if self._key_mean is None:
+                self._key_mean = states.mean(dim=2, keepdim=True, dtype=torch.float32).to(states.dtype)
+            states = states - self._key_mean
+        return hadamard(states) if self.scheme.rotate_key else states
+
+    def _prepared_value(self, states: torch.Tensor) -> torch.Tensor:
+        return hadamard(states) if self.scheme.rotate_value else states
+
+    def _handles(self, keys: Codes | Segments, values: Codes | Segments) -> tuple[Codes | Segments, Codes | Segments]:
+        body = keys if isinstance(keys, Codes) else keys.body
+        body.query_scale = self.query_scale
+        keys.rotated, values.rotated = self.scheme.rotate_key, self.scheme.rotate_value
+        keys.folded = self.is_folded
+        return keys, values
 
     def get_seq_length(self) -> int:
         """Number of tokens stored."""
@@ -97,18 +147,23 @@ class QuantizedLayer(CacheLayerMixin):
         if tokens_to_remove > 0:
             raise OctavoError("crop takes the number of tokens to remove as a negative integer")
         length = max(0, self.get_seq_length() + tokens_to_remove)
-        self.key_store.length = self.value_store.length = length
+        self.key_store.crop(length)
+        self.value_store.crop(length)
+        if length == 0:
+            self._key_mean = None
 
     def reset(self) -> None:
         """Forget all tokens."""
         self.key_store.clear()
         self.value_store.clear()
+        self._key_mean = None
         self.is_initialized = self.max_length is not None and self.is_initialized
 
     def _map_storage(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if self.is_initialized:
             self.key_store.map_storage(change)
             self.value_store.map_storage(change)
+            self._key_mean = None if self._key_mean is None else change(self._key_mean)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row `i` of the batch becomes what row `beam_idx[i]` was."""
@@ -139,8 +194,14 @@ class StaticQuantizedLayer(QuantizedLayer):
 
     is_compileable = True
 
-    def __init__(self, scheme: Scheme, scales: LayerScales | None, max_length: int) -> None:
-        super().__init__(scheme, scales, max_length)
+    def __init__(self, scheme: Scheme, scales: LayerScales | None, max_length: int, *args: Any) -> None:
+        if (
+            scheme.is_segmented
+            or scheme.smooth_key
+            or not all(c is None or c.is_native for c in (scheme.key, scheme.value))
+        ):
+            raise OctavoError(f"compileable=True: {scheme.name} keeps tokens in float or decodes codes; leave it out")
+        super().__init__(scheme, scales, max_length, *args)
         self.cumulative_length = torch.zeros(1, dtype=torch.int64)
         self.is_first = True  # the next update, as far as the host knows: it cannot ask how many tokens there are
 
@@ -154,17 +215,18 @@ class StaticQuantizedLayer(QuantizedLayer):
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
-    ) -> tuple[Codes, Codes] | tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[Codes | Segments | torch.Tensor, Codes | Segments | torch.Tensor]:
         """Encode and append new `[B, G, S, D]` states; return handles to the whole storage with its length."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.key_store.write(key_states, self.cumulative_length)
-        self.value_store.write(value_states, self.cumulative_length)
+        self.key_store.write(self._prepared_key(key_states), self.cumulative_length)
+        self.value_store.write(self._prepared_value(value_states), self.cumulative_length)
         self.cumulative_length.add_(key_states.shape[2])
         is_first, self.is_first = self.is_first, False
         if is_first and self.scheme.prefill == "float":
             return key_states, value_states
-        return self._handles(self.cumulative_length)
+        length = self.cumulative_length
+        return self._handles(self.key_store.codes(length), self.value_store.codes(length))
 
     def get_seq_length(self) -> int | torch.Tensor:
         """Number of tokens stored, on the device."""
@@ -236,8 +298,9 @@ class QuantizedCache(Cache):
         if scales is not None and len(scales) != count:
             raise OctavoError(f"there are scales for {len(scales)} layers and the model has {count}: another model's?")
         layer_class = StaticQuantizedLayer if compileable else QuantizedLayer
+        frequencies = rope_constants(config, head_dim_of(config))[0]
         layers = [
-            layer_class(self.scheme.of_layer(index), scales[index] if scales else None, max_length)
+            layer_class(self.scheme.of_layer(index), scales[index] if scales else None, max_length, frequencies)
             for index in range(count)
         ]
         super().__init__(layers=layers, offloading=offloading)

@@ -98,6 +98,39 @@ class W8A8DynamicLinear(QuantizedLinear):
         return linear_w8a8_dynamic(x, self.weight, self.weight_scale.view(-1), self.bias)
 
 
+class BiasFreeLinear(nn.Linear):
+    """A float linear layer that leaves its bias out, for somebody else to add: see `folds.py`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., K] -> [..., N]`."""
+        self.left_out = self.bias.detach()
+        return nn.functional.linear(x, self.weight)
+
+
+class BiasFreeW8A8Linear(W8A8Linear):
+    """Likewise; `quant_bias` holds the bias too, in steps of `deq_scale`, so that it is taken off again."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., K] -> [..., N]`."""
+        self.left_out = self.bias
+        return super().forward(x) - self.bias.to(x.dtype)
+
+
+class BiasFreeW8A8DynamicLinear(W8A8DynamicLinear):
+    """Likewise."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., K] -> [..., N]`."""
+        self.left_out = self.bias
+        return linear_w8a8_dynamic(x, self.weight, self.weight_scale.view(-1), None)
+
+
+BIAS_FREE_LINEARS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: BiasFreeLinear,
+    W8A8Linear: BiasFreeW8A8Linear,
+    W8A8DynamicLinear: BiasFreeW8A8DynamicLinear,
+}
+"""What a linear layer becomes when its bias is folded."""
 QUANTIZED_LINEARS: dict[str, type[QuantizedLinear]] = {part.LABEL: part for part in (W8A8Linear, W8A8DynamicLinear)}
 """The class of a linear layer by its label in a description."""
 

@@ -12,6 +12,7 @@ from transformers.masking_utils import sdpa_mask
 
 from ..ops.library import NAMESPACE
 from .checkpoints.ascend import attention_modules
+from .rotation import rope_constants, rotated_by_slot
 from .statistics import Statistics, rotary_radius
 
 OBSERVING = f"{NAMESPACE}_observe"
@@ -19,22 +20,48 @@ BINS = 2048
 
 
 class AttentionObserver:
-    """Largest q, k and v of one attention: per channel, and for q and k the length of each rotary pair."""
+    """Extremes of q, k and v of one attention: per channel, and for q and k the length of each rotary pair.
 
-    def __init__(self) -> None:
-        self.largest: dict[str, torch.Tensor] = {}
+    Args:
+        attention: the module, for the biases of its projections.
+        frequencies, factor: angles per token of the rotary pairs, `[D / 2]`, and the factor of cos and sin.
+    """
+
+    def __init__(self, attention: nn.Module, frequencies: torch.Tensor, factor: float) -> None:
+        self.found: dict[str, torch.Tensor] = {}
+        self._frequencies, self._factor = frequencies, factor
+        self._key_bias, self._value_bias = (
+            None if linear.bias is None else linear.bias.detach().float().view(-1, 1, attention.head_dim)
+            for linear in (attention.k_proj, attention.v_proj)
+        )
 
     def _keep(self, name: str, values: torch.Tensor) -> None:
         """Fold `[1, heads, S, width]` into the running maximum `[heads, width]`."""
-        largest = values.float().abs().amax(dim=(0, 2))
-        self.largest[name] = torch.maximum(self.largest.get(name, largest), largest)
+        largest = values.float().amax(dim=(0, 2))
+        self.found[name] = torch.maximum(self.found.get(name, largest), largest)
+
+    def _keep_range(self, name: str, values: torch.Tensor) -> None:
+        self._keep(f"{name}.high", values)
+        self._keep(f"{name}.negative_low", -values)
 
     def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
-        """See `[1, H or G, S, D]` states after RoPE."""
+        """See `[1, H or G, S, D]` states after RoPE, of tokens from the first on."""
         for name, states in (("q", query), ("k", key)):
-            self._keep(f"{name}.max", states)
+            self._keep(f"{name}.max", states.abs())
             self._keep(f"{name}.radius", rotary_radius(states.float()))
-        self._keep("v.max", value)
+        self._keep_range("v", value)
+        if self._key_bias is not None:
+            before = rotated_by_slot(key.float(), self._frequencies, 0, backwards=True)
+            self._keep("k.folded.radius", rotary_radius(before - self._factor * self._key_bias))
+        if self._value_bias is not None:
+            self._keep_range("v.folded", value.float() - self._value_bias)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What was found, by the names of `statistics.py` within a layer."""
+        return {
+            name.replace("negative_low", "low"): (-found if "negative" in name else found).cpu()
+            for name, found in self.found.items()
+        }
 
 
 class InputObserver:
@@ -122,7 +149,8 @@ def calibrate(model: nn.Module, linears: Iterable[str], samples: Iterable[dict[s
     inputs = InputObservers(model, linears)
     attentions = attention_modules(model)
     for _, attention in attentions:
-        attention.attention_observer = AttentionObserver()
+        frequencies, factor = rope_constants(model.config, attention.head_dim)
+        attention.attention_observer = AttentionObserver(attention, frequencies.to(model.device), factor)
     before = model.config._attn_implementation
     model.set_attn_implementation(OBSERVING)
     tokens = 0
@@ -132,9 +160,9 @@ def calibrate(model: nn.Module, linears: Iterable[str], samples: Iterable[dict[s
                 tokens += sample["input_ids"].shape[1]
                 model(**{name: part.to(model.device) for name, part in sample.items()}, use_cache=False)
         tensors = {
-            f"layers.{attention.layer_idx}.{name}": largest.cpu()
+            f"layers.{attention.layer_idx}.{name}": found
             for _, attention in attentions
-            for name, largest in attention.attention_observer.largest.items()
+            for name, found in attention.attention_observer.tensors().items()
         }
     finally:
         model.set_attn_implementation(before)

@@ -5,95 +5,76 @@ Everywhere in this project a code stands for `x = (code - zero) * scale`.
 
 import dataclasses
 import json
+import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from ..ops.resources import resource
+from .codec import Codec
 from .errors import OctavoError
 
-CODE_DTYPES = {
-    "int8": torch.int8,
-    "int4": torch.uint8,
-    "fp8_e4m3": torch.float8_e4m3fn,
-    "fp8_e5m2": torch.float8_e5m2,
-}
-"""Types of codes, and the dtype of the tensors that hold them (`ops/codes.py`)."""
-GRANULARITIES = ("channel", "head", "token")
 PREFILLS = ("codes", "float")
-PRESETS = ("ascend-c8", "ascend-fa", "float", "fp8-token", "int4-token", "int8-token")
+PRESETS = (
+    "ascend-c8",
+    "ascend-fa",
+    "float",
+    "fp8-token",
+    "fp8_e5m2",
+    "int4-token",
+    "int8-token",
+    "k4v2",
+    "k8v4",
+    "kivi-2",
+    "kivi-4",
+    "kvquant-2",
+    "kvquant-3",
+    "kvquant-4",
+    "llamacpp-q4_0",
+    "llamacpp-q4_1",
+    "llamacpp-q8_0",
+    "lmdeploy-int4",
+    "lmdeploy-int8",
+    "lmdeploy-int8-ptq",
+    "vllm-fp8",
+    "vllm-fp8-head",
+)
+KV_CACHE_DTYPES = {"auto": "float", "fp8": "vllm-fp8", "fp8_e4m3": "vllm-fp8"}
+"""Values of vLLM's `kv_cache_dtype` that are not the name of a preset themselves, as fp8_e5m2 is."""
+SMALLEST_STEP = 32
+"""Tokens leave a float window so many at a time, so that a prompt is not cut into single queries."""
+_PARTS = ("key", "value", "query")
 
 
-@dataclass(frozen=True)
-class Codec:
-    """How one tensor of shape `[B, G, S, D]` is coded.
-
-    Attributes:
-        dtype: type of the codes: "int8", "int4", "fp8_e4m3" or "fp8_e5m2".
-        granularity: what shares one scale: "channel" (a channel of a head), "head", or "token" (a token of a head).
-        dynamic: scales come from each token itself (granularity "token"); otherwise they are static, from calibration.
-        symmetric: zero is 0; otherwise each scale has a zero point beside it (dynamic integers only).
-        group_size: channels of a token that share one scale (dynamic only); 0 is all of a head.
-    """
-
-    dtype: str = "int8"
-    granularity: str = "channel"
-    dynamic: bool = False
-    symmetric: bool = True
-    group_size: int = 0
-
-    def __post_init__(self) -> None:
-        if self.dtype not in CODE_DTYPES:
-            raise OctavoError(f"codec: dtype {self.dtype!r} is none of {', '.join(CODE_DTYPES)}")
-        if self.granularity not in GRANULARITIES:
-            raise OctavoError(f"codec: granularity {self.granularity!r} is none of {', '.join(GRANULARITIES)}")
-        if self.dynamic != (self.granularity == "token"):
-            raise OctavoError("codec: scales per token are dynamic and all others static; change 'dynamic'")
-        if not self.symmetric and (not self.dynamic or self.dtype.startswith("fp8")):
-            raise OctavoError("codec: only dynamic int8 and int4 have zero points; leave 'symmetric' at true")
-        if self.group_size < 0 or (self.group_size and not self.dynamic):
-            raise OctavoError(
-                "codec: 'group_size' is a number of channels that share a dynamic scale; 0 is a whole head"
-            )
-
-    @property
-    def stored_dtype(self) -> torch.dtype:
-        """The dtype of the tensor that holds the codes."""
-        return CODE_DTYPES[self.dtype]
-
-    def stored_width(self, width: int) -> int:
-        """Columns of the tensor that holds codes of `width` channels."""
-        return width // 2 if self.dtype == "int4" else width
-
-    def channel_groups(self, width: int) -> int:
-        """Dynamic scales of one token and head of `width` channels.
-
-        Raises:
-            OctavoError: the group size does not divide the head.
-        """
-        if self.group_size and width % self.group_size:
-            raise OctavoError(f"codec: groups of {self.group_size} channels do not divide a head of {width}")
-        return width // self.group_size if self.group_size else 1
-
-    def token_bytes(self, width: int) -> int:
-        """Bytes of one token of one head of `width` channels, float32 scales and zeros of its own included."""
-        parts = self.channel_groups(width) * (1 if self.symmetric else 2) if self.dynamic else 0
-        return self.stored_width(width) + 4 * parts
+def _layers_of(text: str) -> range:
+    """The layers that "3" or "0-1" names."""
+    found = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    if found is None:
+        raise OctavoError(f"scheme: layers {text!r} is no layer number and no range such as 0-1")
+    first = int(found[1])
+    return range(first, int(found[2] or first) + 1)
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """The codecs of q, k and v; None leaves a tensor in float.
+    """The codecs of q, k and v, and what goes with them; a codec of None leaves a tensor in float.
 
     Attributes:
         name: name of the preset, or any name of your own.
         key, value: codecs of what the cache stores.
-        query: codec of the queries; static per head, so that the attention itself runs in int8.
+        query: codec of the queries; static per head or tensor, so that the attention itself runs in int8 or fp8.
         prefill: "codes": every query attends to what is stored, its own tokens included, so that logits do not depend
             on how a prompt is cut. "float": the first pass attends to the float k and v, as Ascend's runtime does.
         float_layers: decoder layers whose attention and cache stay in float.
-        origin: which system the scheme comes from.
+        layers: other schemes for some layers, by "3" or "0-1": name of a preset, or the fields that differ.
+        sinks: tokens at the start of a sequence that stay in 16-bit floats.
+        window: at least this many of the newest tokens stay in 16-bit floats (residual window).
+        rotate_key: q and k are multiplied by a Hadamard matrix, which leaves q . k and spreads outlier channels.
+        rotate_value: likewise v; the output is rotated back.
+        smooth_key: k is stored less the mean of the first pass of each sequence, which no softmax notices.
+        fold_bias: where the model allows, biases of k and v are left out of the cache and come back exactly in
+            attention (`folds.py`). Ascend's formats count them in.
+        origin: which system the scheme comes from, and what it rests on.
     """
 
     name: str
@@ -102,30 +83,89 @@ class Scheme:
     query: Codec | None = None
     prefill: str = "codes"
     float_layers: tuple[int, ...] = field(default=())
+    layers: tuple[tuple[str, Any], ...] = field(default=())
+    sinks: int = 0
+    window: int = 0
+    rotate_key: bool = False
+    rotate_value: bool = False
+    smooth_key: bool = False
+    fold_bias: bool = True
     origin: str = ""
 
     def __post_init__(self) -> None:
         if self.prefill not in PREFILLS:
             raise OctavoError(f"scheme {self.name}: prefill {self.prefill!r} is none of {', '.join(PREFILLS)}")
-        if self.query is not None and self.query.granularity != "head":
-            raise OctavoError(f"scheme {self.name}: q is quantized per head with static scales, or not at all")
+        if self.sinks < 0 or self.window < 0:
+            raise OctavoError(f"scheme {self.name}: sinks and window are numbers of tokens, 0 for none")
+        if self.query is not None and self.query.granularity not in ("head", "tensor"):
+            raise OctavoError(
+                f"scheme {self.name}: q is quantized per head or tensor with static scales, or not at all"
+            )
         if self.query is not None:
             key_dtype = self.key.dtype if self.key else ""
             if self.query.dtype != (key_dtype if key_dtype.startswith("fp8") else "int8"):
                 raise OctavoError(f"scheme {self.name}: q is quantized to the fp8 type of K, or else to int8")
+        if self.value is not None and self.value.before_rope:
+            raise OctavoError(f"scheme {self.name}: V is not rotated by RoPE; 'before_rope' is for K")
+        if self.key is not None and self.key.before_rope and self.rotate_key:
+            raise OctavoError(f"scheme {self.name}: 'rotate_key' and a K stored before RoPE exclude each other")
+        if self.prefill == "float" and self.is_segmented:
+            raise OctavoError(f"scheme {self.name}: prefill 'float' excludes sinks, a window and groups of tokens")
+        for text, other in self.layers:
+            _layers_of(text)
+            if isinstance(other, str):
+                load_scheme(other)
+            else:
+                self._changed(other)
 
     @property
     def is_static(self) -> bool:
-        """Whether the scheme needs scales from a calibration."""
-        return any(codec is not None and not codec.dynamic for codec in (self.key, self.value, self.query))
+        """Whether the scheme needs a calibration."""
+        own = any(codec is not None and codec.is_calibrated for codec in (self.key, self.value, self.query))
+        return own or any(self.of_layer(_layers_of(text)[0]).is_static for text, _ in self.layers)
+
+    @property
+    def is_segmented(self) -> bool:
+        """Whether some tokens are stored in float beside the codes: sinks, a window, groups of tokens not yet full."""
+        return bool(self.sinks or self.window) or self.step(self.key) > 1 or self.step(self.value) > 1
+
+    def step(self, codec: Codec | None) -> int:
+        """How many tokens become codes at a time; 1 where they do at once."""
+        if codec is None:
+            return 1
+        group = codec.token_group
+        if not self.window:
+            return group
+        others = [part.token_group for part in (self.key, self.value) if part is not None]
+        return math.lcm(SMALLEST_STEP, *others)
+
+    def coded(self, codec: Codec | None, tokens: int) -> int:
+        """How many of the first `tokens` tokens, the sinks not counted, are codes and no longer in a float window."""
+        step = self.step(codec)
+        return max(0, tokens - self.sinks - self.window) // step * step
+
+    def _changed(self, fields: dict[str, Any]) -> "Scheme":
+        return Scheme.from_dict({**self.to_dict(), "layers": {}, "float_layers": [], **fields})
 
     def of_layer(self, layer: int) -> "Scheme":
-        """The scheme of one layer: this one, or float where the layer is listed in `float_layers`."""
-        return Scheme(name="float") if layer in self.float_layers else self
+        """The scheme of one layer: this one, float where `float_layers` lists it, or what `layers` says of it."""
+        if layer in self.float_layers:
+            return Scheme(name="float")
+        for text, other in self.layers:
+            if layer in _layers_of(text):
+                return load_scheme(other) if isinstance(other, str) else self._changed(other)
+        return self if not (self.layers or self.float_layers) else self._changed({})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, as it stands in a preset file or under `octavo.scheme` in a config.json."""
-        return {**dataclasses.asdict(self), "float_layers": list(self.float_layers)}
+        """Plain data, as it stands in a preset file or under `octavo.scheme` in a config.json; defaults left out."""
+        result: dict[str, Any] = {"name": self.name}
+        for part in dataclasses.fields(self)[1:]:
+            value = getattr(self, part.name)
+            if value == part.default:
+                continue
+            is_codec = part.name in _PARTS
+            result[part.name] = value.to_dict() if is_codec else dict(value) if part.name == "layers" else value
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in result.items()}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Scheme":
@@ -140,16 +180,20 @@ class Scheme:
         if unknown:
             raise OctavoError(f"scheme {data['name']}: unknown field {sorted(unknown)[0]!r}")
         codecs = {}
-        for part in ("key", "value", "query"):
+        for part in _PARTS:
             try:
                 codecs[part] = Codec(**data[part]) if data.get(part) is not None else None
             except TypeError as error:
                 raise OctavoError(f"scheme {data['name']}: {part}: {error}") from None
-        return cls(**{**data, **codecs, "float_layers": tuple(data.get("float_layers", ()))})
+        layers = data.get("layers") or {}
+        if not isinstance(layers, dict):
+            raise OctavoError(f'scheme {data["name"]}: \'layers\' is an object such as {{"0-1": "int8-token"}}')
+        floats = tuple(data.get("float_layers", ()))
+        return cls(**{**data, **codecs, "layers": tuple(layers.items()), "float_layers": floats})
 
 
 def load_scheme(scheme: "str | dict[str, Any] | Scheme") -> Scheme:
-    """A scheme from the name of a preset, from plain data, or as it is.
+    """A scheme from the name of a preset or a `kv_cache_dtype` of vLLM, from plain data, or as it is.
 
     Raises:
         OctavoError: the name is no preset; the message lists them.
@@ -158,6 +202,26 @@ def load_scheme(scheme: "str | dict[str, Any] | Scheme") -> Scheme:
         return scheme
     if isinstance(scheme, dict):
         return Scheme.from_dict(scheme)
-    if scheme not in PRESETS:
+    name = KV_CACHE_DTYPES.get(scheme, scheme)
+    if name not in PRESETS:
         raise OctavoError(f"scheme {scheme!r} is no preset; choose one of {', '.join(PRESETS)}")
-    return Scheme.from_dict(json.loads(resource(f"common/presets/{scheme}.json")))
+    return Scheme.from_dict(json.loads(resource(f"common/presets/{name}.json")))
+
+
+def bits_per_element(scheme: Scheme, heads: int, width: int, length: int = 2048) -> float:
+    """Bits that an element of K and V takes, everything counted, in sequences of `length` tokens.
+
+    Codes, scales, zeros, outliers and codebooks; sinks and the float window in 16 bits, the window at its mean size.
+
+    Args:
+        heads, width: G and D.
+    """
+    total = 0.0
+    for codec in (scheme.key, scheme.value):
+        if codec is None:
+            total += 16.0
+            continue
+        floats = min(length, scheme.sinks + scheme.window + (scheme.step(codec) - 1) / 2)
+        constants = codec.constant_bits(heads, width) / (length * heads * width)
+        total += (16 * floats + codec.token_bits(width) * (length - floats) / width) / length + constants
+    return total / 2

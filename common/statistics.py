@@ -2,9 +2,12 @@
 
 Tensors, for decoder layer `i` (H query heads, G KV heads, D head_dim), all float32:
 
-    layers.{i}.{q,k}.max      [H or G, D]    largest |x| of each channel after RoPE
-    layers.{i}.{q,k}.radius   [H or G, D/2]  largest sqrt(x_d^2 + x_{d+D/2}^2) of each rotary pair
-    layers.{i}.v.max          [G, D]         largest |x| of each channel
+    layers.{i}.{q,k}.max          [H or G, D]    largest |x| of each channel after RoPE
+    layers.{i}.{q,k}.radius       [H or G, D/2]  largest sqrt(x_d^2 + x_{d+D/2}^2) of each rotary pair
+    layers.{i}.v.{low,high}       [G, D]         smallest and largest x of each channel
+    layers.{i}.k.folded.radius, layers.{i}.v.folded.{low,high}: the same without the bias of the projection, if any
+    layers.{i}.k.before.{low,high}  [G, D]       ends of the codebook of each channel before RoPE (`codebooks.py`)
+    layers.{i}.{k,v}.levels.{bits}  [2**bits]    codebooks (`codebooks.py`)
 """
 
 from dataclasses import dataclass
@@ -14,11 +17,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..ops.codes import CODE_RANGES, SMALLEST_SCALE
+from ..ops.codes import SMALLEST_SCALE, code_range
+from .codec import Codec
 from .errors import OctavoError, first_line
-from .scheme import Codec, Scheme
+from .scheme import Scheme
 
-STATISTICS_FORMAT = "octavo-statistics-1"
+STATISTICS_FORMAT = "octavo-statistics-2"
 
 
 @dataclass(frozen=True)
@@ -28,12 +32,17 @@ class LayerScales:
     Attributes:
         key, value: scale and zero, each broadcastable to `[G, 1, D]`, float32; zero is None where symmetric. The
             pair is None where the codec is dynamic or none.
-        query: `[H, 1, 1]` float32, or None.
+        query: `[H or 1, 1, 1]` float32, or None.
+        key_levels, value_levels: codebooks, float32 `[2**bits]`, where the levels are calibrated.
+        folded: whether key and value are for states without the biases of their projections.
     """
 
     key: tuple[torch.Tensor, torch.Tensor | None] | None = None
     value: tuple[torch.Tensor, torch.Tensor | None] | None = None
     query: torch.Tensor | None = None
+    key_levels: torch.Tensor | None = None
+    value_levels: torch.Tensor | None = None
+    folded: bool = False
 
 
 Scales = list[LayerScales]
@@ -105,15 +114,42 @@ def rotary_radius(x: torch.Tensor) -> torch.Tensor:
 
 def symmetric_scale(largest: torch.Tensor, dtype: torch.dtype = torch.int8) -> torch.Tensor:
     """The scale at which values up to `largest` fill the range of a code, stored as `dtype`, without clipping."""
-    return (largest.float() / CODE_RANGES[dtype][1]).clamp_min(SMALLEST_SCALE)
+    return (largest.float() / code_range(dtype)[1]).clamp_min(SMALLEST_SCALE)
 
 
-def _static_scale(codec: Codec | None, largest: torch.Tensor) -> tuple[torch.Tensor, None] | None:
-    """Scale of a codec from the bound of each channel, `[heads, D]`, as `[heads, 1, D or 1]`."""
-    if codec is None or codec.dynamic:
+def _shared(codec: Codec, bound: torch.Tensor, largest: bool = True) -> torch.Tensor:
+    """Bounds of each channel `[heads, D]` as those of what shares a scale: `[heads or 1, 1, D or 1]`."""
+    if codec.granularity == "channel":
+        return bound[:, None]
+    dims = (0, 1) if codec.granularity == "tensor" else (1,)
+    return (bound.amax(dim=dims) if largest else bound.amin(dim=dims)).view(-1, 1, 1)
+
+
+def _static_scale(
+    codec: Codec | None, low: torch.Tensor, high: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """Scale and zero of a codec from the smallest and largest value of each channel, `[heads, D]`.
+
+    Affine: the middle of the range is code 0 and its width 255 steps (LMDeploy's zp = (min + max) / 2 and
+    scale = (max - min) / 255, the zero point in units of codes), or with a codebook 2, from -1 to 1.
+    """
+    if codec is None or codec.dynamic or codec.fixed_scale:
         return None
-    bound = largest if codec.granularity == "channel" else largest.amax(dim=-1, keepdim=True)
-    return symmetric_scale(bound, codec.stored_dtype)[:, None, :], None
+    if codec.symmetric:
+        return symmetric_scale(_shared(codec, torch.maximum(-low, high)), codec.stored_dtype), None
+    least, most = _shared(codec, low, largest=False), _shared(codec, high)
+    first, last = (-1.0, 1.0) if codec.levels == "calibrated" else code_range(codec.stored_dtype, codec.bits)
+    scale = ((most - least) / (last - first)).clamp_min(SMALLEST_SCALE)
+    return scale, -(most + least) / 2 / scale
+
+
+def _levels(codec: Codec | None, statistics: Statistics, name: str) -> torch.Tensor | None:
+    if codec is None or codec.levels != "calibrated":
+        return None
+    found = statistics.tensors.get(f"{name}.levels.{codec.bits}")
+    if found is None:
+        raise OctavoError("these statistics hold no codebooks; convert again with a kvquant scheme to make them")
+    return found
 
 
 def scales_of(scheme: Scheme, statistics: Statistics) -> Scales:
@@ -121,12 +157,40 @@ def scales_of(scheme: Scheme, statistics: Statistics) -> Scales:
 
     K and q take the radius of each rotary pair as the bound of both its channels: a range observed after RoPE holds
     only for the positions that were observed, since RoPE turns one channel of a pair into the other as they grow.
+
+    Raises:
+        OctavoError: the statistics lack what the scheme needs.
     """
-    result = []
+    tensors, result = statistics.tensors, []
     for index in range(statistics.layers):
-        part, tensors = scheme.of_layer(index), statistics.tensors
-        key = _static_scale(part.key, tensors[f"layers.{index}.k.radius"].repeat(1, 2))
-        value = _static_scale(part.value, tensors[f"layers.{index}.v.max"])
-        query = _static_scale(part.query, tensors[f"layers.{index}.q.radius"].repeat(1, 2))
-        result.append(LayerScales(key, value, query[0] if query else None))
+        part, name = scheme.of_layer(index), f"layers.{index}"
+        folded = part.fold_bias and any(f"{name}.{side}" in tensors for side in ("k.folded.radius", "v.folded.low"))
+        of_key, of_value = (
+            f"{name}.{side}.folded" if folded and f"{name}.{side}.folded.{kind}" in tensors else f"{name}.{side}"
+            for side, kind in (("k", "radius"), ("v", "low"))
+        )
+        key_levels, value_levels = (
+            _levels(part.key, statistics, f"{name}.k"),
+            _levels(part.value, statistics, f"{name}.v"),
+        )
+        radius = tensors[f"{of_key}.radius"].repeat(1, 2)
+        key_range = (
+            (tensors[f"{name}.k.before.low"], tensors[f"{name}.k.before.high"])
+            if key_levels is not None
+            else (-radius, radius)
+        )
+        query_radius = tensors[f"{name}.q.radius"].repeat(1, 2)
+        query = _static_scale(part.query, -query_radius, query_radius)
+        value = _static_scale(part.value, tensors[f"{of_value}.low"], tensors[f"{of_value}.high"])
+        is_folded = folded and part.is_static
+        result.append(
+            LayerScales(
+                _static_scale(part.key, *key_range),
+                value,
+                query[0] if query else None,
+                key_levels,
+                value_levels,
+                is_folded,
+            )
+        )
     return result

@@ -1,0 +1,177 @@
+"""Exact folds: biases of k and v that are left out of the cache and come back inside attention.
+
+Qwen2's k_proj.bias reaches 200 on single channels, next to which a scale per token or head loses everything else. With
+R_n the rotation of position n, `q . R_n (W x + b) = q . R_n W x + q . R_n b`: the cache holds `R_n W x`, and the second
+term, a sum over rotary pairs of `cos_n (q1 b1 + q2 b2) + sin_n (q2 b1 - q1 b2)`, enters the scores by position.
+Weights of attention sum to 1, so that the bias of v is added once to the output.
+
+B batch, Q query tokens, H query heads, G KV heads, D head_dim, P positions.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..ops.library import NAMESPACE
+from .checkpoints.ascend import attention_modules
+from .errors import OctavoError
+from .linear import BIAS_FREE_LINEARS
+
+FOLD = "octavo_fold"
+"""Attribute of an attention module whose biases are folded."""
+STEADY_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Those whose angles do not change as a sequence grows."""
+SMALLEST_TABLE = 2048
+
+
+class RotaryTable:
+    """cos and sin of a model's own rotary embedding for all positions up to one, made once for all layers."""
+
+    def __init__(self, rotary: nn.Module) -> None:
+        self._rotary = rotary
+        self._rows: torch.Tensor | None = None
+        self._checked: torch.Tensor | None = None
+        self._needed = 0
+
+    def rows(self, length: int, device: torch.device) -> torch.Tensor:
+        """`[P, D]` float32 with P at least `length`: cos of the D / 2 rotary pairs and then their sin."""
+        if self._rows is None or self._rows.shape[0] < length or self._rows.device != device:
+            size = max(SMALLEST_TABLE, 1 << (length - 1).bit_length())
+            positions = torch.arange(size, device=device)[None]
+            cos, sin = self._rotary(torch.zeros(1, dtype=torch.float32, device=device), positions)
+            half = cos.shape[-1] // 2
+            self._rows = torch.cat((cos[0, :, :half], sin[0, :, :half]), dim=-1).contiguous()
+        return self._rows
+
+    def length_for(self, position_ids: torch.Tensor, tokens: int) -> int:
+        """Rows that a pass needs, asked for by every layer and worked out by the first.
+
+        Raises:
+            OctavoError: positions do not follow one another, so that they do not tell those of the stored tokens.
+        """
+        if position_ids is not self._checked and not torch.compiler.is_compiling():
+            last = position_ids[:, -1:]
+            expected = last - torch.arange(position_ids.shape[1] - 1, -1, -1, device=position_ids.device)
+            if bool(((position_ids != expected) & (expected >= 0)).any()):
+                raise OctavoError(
+                    "position_ids do not follow one another, as with packed sequences, which folded biases do not "
+                    "serve; give sequences one by one, or a scheme with fold_bias=False"
+                )
+            self._checked, self._needed = position_ids, int(last.max()) + 1
+        return max(self._needed, tokens)
+
+
+@dataclass(frozen=True)
+class PositionTerms:
+    """The part of the scores that depends on a query and the position of a key, as the attention op takes it.
+
+    Attributes:
+        query: `[B, H, Q, D]` float32.
+        table: `[P, D]` float32, by position.
+        start: int64 `[B or 1]`: position of the first stored token of each sequence.
+    """
+
+    query: torch.Tensor
+    table: torch.Tensor
+    start: torch.Tensor
+
+    def part(self, first: int, last: int, slot: int) -> "PositionTerms":
+        """Of queries `first:last` and keys from `slot` on."""
+        return PositionTerms(self.query[:, :, first:last], self.table, self.start + slot)
+
+    def arguments(self) -> dict[str, torch.Tensor]:
+        """Keyword arguments of the op."""
+        return {"position_query": self.query, "position_table": self.table, "position_start": self.start}
+
+
+class BiasFold:
+    """The folded biases of one attention module."""
+
+    def __init__(self, attention: nn.Module, table: RotaryTable | None, has_value: bool) -> None:
+        self._key = attention.k_proj if table is not None else None
+        self._value = attention.v_proj if has_value else None
+        self._width = attention.head_dim
+        self._table = table
+
+    def terms(
+        self, query: torch.Tensor, position_ids: torch.Tensor | None, tokens: int, length: torch.Tensor | None
+    ) -> PositionTerms | None:
+        """What the bias of k adds to the scores.
+
+        Args:
+            query: `[B, H, Q, D]` after RoPE.
+            position_ids: int64 `[B or 1, Q]`, those of the queries.
+            tokens: stored tokens, this pass's included, or the size of storage where `length` says how many.
+            length: int64 `[1]`, or None.
+
+        Raises:
+            OctavoError: positions are missing, or do not follow one another.
+        """
+        if self._key is None:
+            return None
+        if position_ids is None:
+            raise OctavoError("attention is given no position_ids, which folded biases need; use fold_bias=False")
+        table = self._table.rows(self._table.length_for(position_ids, tokens), query.device)
+        bias = self._key.left_out.float().view(-1, self._width)
+        bias = bias.repeat_interleave(query.shape[1] // bias.shape[0], dim=0)[:, None]
+        (q1, q2), (b1, b2) = query.float().chunk(2, dim=-1), bias.chunk(2, dim=-1)
+        newest = tokens if length is None else length
+        return PositionTerms(torch.cat((q1 * b1 + q2 * b2, q2 * b1 - q1 * b2), dim=-1), table,
+                             position_ids[:, -1] - (newest - 1))  # fmt: skip
+
+    def with_value_bias(self, output: torch.Tensor) -> torch.Tensor:
+        """Attention's `[B, Q, H, D]` with the bias of v added."""
+        if self._value is None:
+            return output
+        bias = self._value.left_out.to(output.dtype).view(-1, self._width)
+        return output + bias.repeat_interleave(output.shape[2] // bias.shape[0], dim=0)
+
+
+def _leave_out(linear: nn.Module) -> None:
+    """Make a linear layer compute without its bias, which stays its parameter."""
+    linear.__class__ = BIAS_FREE_LINEARS[type(linear)]
+
+
+def _is_foldable(linear: nn.Module) -> bool:
+    return getattr(linear, "bias", None) is not None and type(linear) in BIAS_FREE_LINEARS
+
+
+def _refuse_other_attention(decoder: nn.Module, *_: Any) -> None:
+    if decoder.config._attn_implementation != NAMESPACE:
+        raise OctavoError(
+            f"attn_implementation {decoder.config._attn_implementation!r} knows nothing of the biases that are folded "
+            f"in this model; call set_attn_implementation({NAMESPACE!r}), or load the model anew"
+        )
+
+
+def fold_biases(model: nn.Module) -> int:
+    """Fold the biases of k and v of a decoder that has any, in place; return how many there were.
+
+    Those of k stay where the model's rotary angles change with the length of a sequence (dynamic scaling, LongRoPE).
+    """
+    decoder = model.base_model
+    parameters = getattr(decoder.config, "rope_parameters", None) or {}
+    is_steady = parameters.get("rope_type", "default") in STEADY_ROPE_TYPES and hasattr(decoder, "rotary_emb")
+    table = RotaryTable(decoder.rotary_emb) if is_steady else None
+    count = 0
+    for _, attention in attention_modules(model):
+        has_key, has_value = table is not None and _is_foldable(attention.k_proj), _is_foldable(attention.v_proj)
+        if hasattr(attention, FOLD) or not (has_key or has_value):
+            continue
+        setattr(attention, FOLD, BiasFold(attention, table if has_key else None, has_value))
+        for linear, is_folded in ((attention.k_proj, has_key), (attention.v_proj, has_value)):
+            if is_folded:
+                _leave_out(linear)
+                count += 1
+    if count:
+        decoder.register_forward_pre_hook(_refuse_other_attention)
+    return count
+
+
+def prepare(model: nn.Module) -> nn.Module:
+    """Make a stock model of transformers ready for a `QuantizedCache`: its attention reads codes, biases are folded."""
+    model.set_attn_implementation(NAMESPACE)
+    fold_biases(model)
+    return model

@@ -1,0 +1,158 @@
+"""What the cache hands to attention in place of K or V: codes, and segments of codes and of floats.
+
+B batch, G KV heads, S tokens, D head_dim. Slots count the tokens of a sequence from 0, padding included.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from ..ops.library import NAMESPACE
+
+
+@dataclass
+class Codes:
+    """Views of the stored codes and what decodes them.
+
+    Attributes:
+        codes: `[B, G, S, D]` as `ops/codes.py` says, or float values where the scheme leaves them in float.
+        scale, zero: as the attention op takes them; None where not used.
+        query_scale: with K only, `[H or 1, 1, 1]`: scale by which the queries are quantized; None leaves them in float.
+        length: int64 `[1]` on the device, where not all of the S tokens are in use; None where they are.
+        group: consecutive tokens that share a row of scale and zero.
+        decoder: where the attention op does not read such codes, the float32 values `[B, G, *, D]` of tokens from, to.
+        rotated: whether the values are rotated by `hadamard`.
+        folded: whether static scales are for values without the bias of their projection.
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor | None = None
+    zero: torch.Tensor | None = None
+    query_scale: torch.Tensor | None = None
+    length: torch.Tensor | None = None
+    group: int = 1
+    decoder: Callable[[int, int], torch.Tensor] | None = None
+    rotated: bool = False
+    folded: bool = False
+
+    def __getattr__(self, name: str) -> Any:
+        """What another attention function runs into when it takes codes for a tensor."""
+        raise AttributeError(
+            f"a quantized cache hands out codes, which have no {name!r}; "
+            f"call model.set_attn_implementation({NAMESPACE!r}) first"
+        )
+
+    def part(self, start: int, stop: int) -> "Codes":
+        """Tokens `start:stop`, of which `start` is a multiple of the group."""
+
+        def rows(part: torch.Tensor | None) -> torch.Tensor | None:
+            if part is None or part.dim() < 4 or part.shape[-2] == 1:
+                return part
+            return part[:, :, start // self.group : -(-stop // self.group)]
+
+        codes = self.codes[:, :, start:stop]
+        return dataclasses.replace(self, codes=codes, scale=rows(self.scale), zero=rows(self.zero), decoder=None)
+
+
+@dataclass
+class Segments:
+    """K or V of a layer that keeps some tokens in float, or codes that have to be decoded.
+
+    Attributes:
+        front: `[B, G, *, D]`, the first tokens in float, or None.
+        body: the codes of the tokens that follow.
+        tail: `[B, G, *, D]`, in float, up to the newest token: all that were before this pass, and this pass's.
+        total: tokens stored.
+        coded: of a number of tokens, those behind the front that are codes once so many are stored.
+        rotated, folded: as in `Codes`.
+    """
+
+    front: torch.Tensor | None
+    body: Codes
+    tail: torch.Tensor
+    total: int
+    coded: Callable[[int], int]
+    rotated: bool = False
+    folded: bool = False
+
+    @property
+    def query_scale(self) -> torch.Tensor | None:
+        """As in `Codes`."""
+        return self.body.query_scale
+
+    @property
+    def decoder(self) -> Callable[[int, int], torch.Tensor] | None:
+        """As in `Codes`."""
+        return self.body.decoder
+
+    def edges(self, tokens: int) -> tuple[int, int]:
+        """Slots where codes begin and end, as a query sees them after which `tokens` tokens are stored."""
+        first = 0 if self.front is None else self.front.shape[2]
+        return first, first + self.coded(tokens)
+
+    def floats(self, start: int, stop: int) -> torch.Tensor:
+        """Slots `start:stop` of the front or of the tail."""
+        if self.front is not None and stop <= self.front.shape[2]:
+            return self.front[:, :, start:stop]
+        offset = self.total - self.tail.shape[2]
+        return self.tail[:, :, start - offset : stop - offset]
+
+
+def as_segments(handle: Codes | Segments) -> Segments:
+    """Codes as a single segment."""
+    if hasattr(handle, "edges"):
+        return handle
+    total = handle.codes.shape[2]
+    return Segments(None, handle, handle.codes[:, :, :0], total, lambda _: total, handle.rotated, handle.folded)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Queries and keys that one call of the op serves.
+
+    Attributes:
+        queries: of this pass, from and to.
+        seen: tokens stored after the last of these queries.
+        slots: of K and V, from and to, which lie in one segment of each.
+    """
+
+    queries: tuple[int, int]
+    seen: int
+    slots: tuple[int, int]
+
+
+def _runs(keys: Segments, values: Segments, queries: int) -> Iterator[tuple[int, int]]:
+    """Runs of queries that see the same tokens as codes: how many tokens are stored before and after each."""
+
+    def edges(tokens: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        return keys.edges(tokens), values.edges(tokens)
+
+    start = keys.total - queries
+    while start < keys.total:
+        low, high = start + 1, keys.total + 1  # the edges at `low` are those at start + 1, those at `high` are not
+        while high - low > 1:
+            middle = (low + high) // 2
+            if edges(middle) == edges(start + 1):
+                low = middle
+            else:
+                high = middle
+        yield start, low
+        start = low
+
+
+def pieces(keys: Segments, values: Segments, queries: int, most: int) -> list[Piece]:
+    """The calls that serve the newest `queries` tokens, by slot; codes in blocks of `most` tokens at most."""
+    result = []
+    before = keys.total - queries
+    for start, seen in _runs(keys, values, queries):
+        cuts = {0, seen}
+        for first, last in (keys.edges(seen), values.edges(seen)):
+            cuts |= {first, last, *range(first + most, last, most)}
+        slots = sorted(cut for cut in cuts if cut <= seen)
+        chosen = (start - before, seen - before)
+        result += [Piece(chosen, seen, pair) for pair in pairwise(slots)]
+    return sorted(result, key=lambda piece: piece.slots)

@@ -1,12 +1,13 @@
 """One folder per op, each with a reference that is its semantics; see the README of each folder."""
 
-from .attention import attention
+from .attention import attention, attention_lse
 from .codec import decode, encode, encode_token
 from .library import report
 from .linear import linear_fp8, linear_w8a8, linear_w8a8_dynamic, linear_weight_only
 
 __all__ = [
     "attention",
+    "attention_lse",
     "decode",
     "encode",
     "encode_token",

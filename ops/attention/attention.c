@@ -23,21 +23,29 @@ typedef struct {
     Part scale, zero;
 } Side;
 
+/* Scores by position: `query` . row `start` + key of `table`, which has `rows` of them; `query` 0 if there are none. */
+typedef struct {
+    int64_t query, table, start, width, rows, row_stride, start_stride, query_stride[3];
+} Position;
+
 typedef struct {
     int64_t query, output, query_scale, mask, length;
     int64_t batch, heads, queries, width, groups, keys;
     int64_t mask_kind, length_bytes, length_stride, causal, window, threads;
     int64_t query_stride[3], query_scale_stride[3], mask_stride[4];
     Side key, value;
+    int64_t lse; /* 0 if it is not wanted */
+    Position position;
     double scaling;
 } AttentionArguments;
 
 /* How the work is cut: constant over a call. Parts are those that decoding has not applied already. */
 typedef struct {
-    int64_t ratio, rows, block_rows, blocks, begin, end, chunk, chunks, padded;
+    int64_t ratio, rows, block_rows, blocks, begin, end, chunk, chunks, padded, position_padded;
     int64_t high_shift; /* columns by which the high half of V's channels starts too far right in the output */
     int key_mode, value_mode, key_grouped, value_grouped, query_digits;
     float query_unit, weight_unit; /* factors of q and the weights that make up for the units of the codes */
+    float factor;                  /* of scores, for units of log2 */
     Part key_scale, key_zero, value_scale, value_zero;
 } Plan;
 
@@ -45,6 +53,7 @@ typedef struct {
 typedef struct {
     float factor;   /* of the products q . code: scaling, and all scales that do not vary along keys or channels */
     float constant; /* sum of q * key_zero, where a per-token scale keeps it from cancelling */
+    float offset;   /* of all scores, where that sum cancels: what the log-sum-exp alone needs */
     float q_sum;    /* sum of q, for per-token zeros of K */
     float best, total;
     float weighted;       /* sum of weights * value_scale, where that is per token */
@@ -53,7 +62,7 @@ typedef struct {
 } Row;
 
 typedef struct {
-    float *q, *output, *scores, *keys, *values, *panels, *channel_scale, *channel_zero;
+    float *q, *output, *scores, *keys, *values, *panels, *channel_scale, *channel_zero, *position_q, *positions;
     float key_scale[KEY_BLOCK], key_zero[KEY_BLOCK], value_scale[KEY_BLOCK], value_zero[KEY_BLOCK], bias[KEY_BLOCK];
     Row rows[MAX_ROWS];
     Digits key_digits[MAX_ROWS], weight_digits[MAX_ROWS];
@@ -140,6 +149,16 @@ static void load_query(const AttentionArguments *a, int64_t b, int64_t head, int
     row->factor *= step;
 }
 
+/* One row of the query of scores by position, copied and padded. */
+static void load_position_query(const AttentionArguments *a, const Plan *plan, int64_t b, int64_t head, int64_t query,
+                                float *to) {
+    const Position *position = &a->position;
+    const float *from = (const float *)position->query + b * position->query_stride[0] +
+                        head * position->query_stride[1] + query * position->query_stride[2];
+    memcpy(to, from, sizeof(float) * (size_t)position->width);
+    memset(to + position->width, 0, sizeof(float) * (size_t)(plan->position_padded - position->width));
+}
+
 /* A row of q as digits in its place. */
 static void query_to_digits(const AttentionArguments *a, const Plan *plan, float *q, Digits *digits) {
 #if HAS_INTEGER
@@ -163,25 +182,32 @@ OUTLINE void prepare_rows(const AttentionArguments *a, const Plan *plan, int64_t
     int64_t padded = plan->padded, whole = round_up(count, plan->rows > DIRECT_ROWS ? ROW_STEP : 1);
     int scaled = plan->key_scale.data && !plan->key_scale.per_token;
     int per_channel = scaled && plan->key_scale.span < a->width;
-    int constant = plan->key_zero.data && !plan->key_zero.per_token && plan->key_scale.per_token;
+    int varies = (int)plan->key_scale.per_token;
+    int constant = plan->key_zero.data && !plan->key_zero.per_token && (varies || a->lse);
     const float *scale = scratch->channel_scale, *zero = scratch->channel_zero;
     if (scaled) load_channels(&plan->key_scale, b, g, 0, a->width, 1.0f, scratch->channel_scale);
     if (constant) load_channels(&plan->key_zero, b, g, 0, a->width, 0.0f, scratch->channel_zero);
     memset(scratch->q + count * padded, 0, sizeof(float) * (size_t)(padded * (whole - count)));
     memset(scratch->output, 0, sizeof(float) * (size_t)(padded * whole));
+    memset(scratch->position_q + count * plan->position_padded, 0,
+           sizeof(float) * (size_t)(plan->position_padded * (whole - count)));
     for (int64_t m = 0; m < count; m++) {
         int64_t query = (first + m) / plan->ratio, head = g * plan->ratio + (first + m) % plan->ratio;
         float *q = scratch->q + m * padded;
         Range seen = keys_of(a, b, query);
-        Row row = {.best = -INFINITY, .factor = (float)(a->scaling * 1.4426950408889634)};
+        Row row = {.best = -INFINITY, .factor = plan->factor};
         row.front = seen.from, row.limit = seen.to;
         load_query(a, b, head, query, padded, q, &row);
+        if (a->position.query)
+            load_position_query(a, plan, b, head, query, scratch->position_q + m * plan->position_padded);
         if (scaled && !per_channel) row.factor *= *scale; /* the products of quantized q and K stay whole numbers */
         for (int64_t d = 0; per_channel && d < a->width; d++) q[d] *= scale[d];
         f32v sum = {0};
         for (int64_t d = 0; d < padded; d += LANES) sum += load_lanes(q + d);
         row.q_sum = sum_of_lanes(sum);
-        for (int64_t d = 0; constant && d < a->width; d++) row.constant += q[d] * zero[d];
+        float shift = 0.0f;
+        for (int64_t d = 0; constant && d < a->width; d++) shift += q[d] * zero[d];
+        row.constant = varies ? shift : 0.0f, row.offset = varies ? 0.0f : -shift * row.factor;
         if (plan->key_mode == MODE_INTEGER) {
             if (!(row.q_sum - row.q_sum == 0.0f)) row.factor = NAN; /* digits would hide what is no number */
             query_to_digits(a, plan, q, &scratch->key_digits[m]);
@@ -208,9 +234,9 @@ OUTLINE void load_bias(const AttentionArguments *a, int64_t b, int64_t head, int
 }
 
 /* One row's products of a block of keys, those in `computed`, become weights, 0 outside of `seen`; the row's sums and
- * its output so far are brought up to date. */
+ * its output so far are brought up to date. `bias` and `positions`, products by position, may be NULL. */
 OUTLINE void soften_row(const Plan *plan, Row *row, float *scores, Range computed, Range seen, const Scratch *scratch,
-                       const float *bias, float *output) {
+                       const float *bias, const float *positions, float *output) {
     f32v largest = all_lanes(-INFINITY), factor = all_lanes(row->factor);
     i32v sound = (i32v)(largest <= largest); /* all true, until a score is NaN or +inf */
     int scaled_keys = plan->key_scale.per_token, shifted = plan->key_zero.per_token || row->constant != 0.0f;
@@ -219,6 +245,7 @@ OUTLINE void soften_row(const Plan *plan, Row *row, float *scores, Range compute
         if (shifted) s -= all_lanes(row->constant) + load_lanes(scratch->key_zero + j) * all_lanes(row->q_sum);
         s *= factor;
         if (scaled_keys) s *= load_lanes(scratch->key_scale + j);
+        if (positions) s += load_lanes(positions + j) * all_lanes(plan->factor);
         if (bias) s += load_lanes(bias + j);
         if (j < seen.from || j + LANES > seen.to) {
             i32v key = lane_numbers() + (int32_t)j;
@@ -331,17 +358,60 @@ static Ahead ahead_of(Rows next, int64_t keys, int64_t turns) {
 }
 #endif
 
+/* scores[m][j] = q[m] . key[j] for one block of keys in panels, `depth` of `padded` columns, where m sees j. */
+static void panel_scores(const float *q, int64_t padded, int64_t depth, const float *panels, float *scores,
+                         int64_t count, int64_t start, int64_t keys, const Scratch *scratch) {
+    for (int64_t j = 0; j < keys; j += PANEL)
+        for (int64_t m = 0; m < count; m += ROW_STEP) {
+            Range seen = seen_by(scratch, m, ROW_STEP, count, start, keys);
+            if (j + PANEL > seen.from && j < seen.to)
+                gemm_rows(q + m * padded, padded, panels + j * padded, PANEL, depth, scores + m * KEY_BLOCK + j,
+                          KEY_BLOCK, 0);
+        }
+}
+
+/* The rows of the table of one block of keys: where they lie, or, beyond its ends or if they want padding, a copy. */
+static Rows position_rows(const AttentionArguments *a, int64_t b, int64_t start, int64_t keys, int64_t padded,
+                          float *tile) {
+    const Position *position = &a->position;
+    int64_t first = ((const int64_t *)position->start)[b * position->start_stride] + start;
+    const float *table = (const float *)position->table;
+    if (first >= 0 && first <= position->rows - keys && position->width == padded && position->row_stride == padded)
+        return (Rows){(const char *)(table + first * padded), padded * 4, padded};
+    for (int64_t j = 0; j < keys; j++) {
+        int64_t row = clamped(first + j, position->rows - 1);
+        memcpy(tile + j * padded, table + row * position->row_stride, sizeof(float) * (size_t)position->width);
+        memset(tile + j * padded + position->width, 0, sizeof(float) * (size_t)(padded - position->width));
+    }
+    return (Rows){(const char *)tile, padded * 4, padded};
+}
+
+/* positions[m][j] = position_q[m] . table[position_start + j] for one block of keys. The tiles of K are free by now. */
+OUTLINE void position_scores(const AttentionArguments *a, const Plan *plan, int64_t b, int64_t count, int64_t start,
+                            int64_t keys, Scratch *scratch) {
+    int64_t padded = plan->position_padded;
+    Rows rows = position_rows(a, b, start, keys, padded, scratch->keys), nothing = {rows.data, 0, 0};
+    if (plan->rows <= DIRECT_ROWS) {
+        direct_scores_any(scratch->position_q, padded, count, rows, keys, scratch->positions, nothing, KIND_FLOAT32);
+        return;
+    }
+    transpose_keys((const float *)rows.data, keys, padded, scratch->panels);
+    panel_scores(scratch->position_q, padded, a->position.width, scratch->panels, scratch->positions, count, start,
+                 keys, scratch);
+}
+
 /* scores[m][j] = q[m] . key[j] for one block of keys; `next`, the rows of V, is fetched meanwhile. */
 OUTLINE void block_scores(const AttentionArguments *a, const Plan *plan, Rows key, Rows next, int64_t b, int64_t g,
                          int64_t count, int64_t start, int64_t keys, Scratch *scratch) {
-    int64_t padded = plan->padded, step = row_step(plan->key_mode);
+    int64_t padded = plan->padded;
     if (plan->key_mode == MODE_DIRECT) {
         direct_scores_any(scratch->q, padded, count, key, keys, scratch->scores, next, a->key.kind);
         return;
     }
 #if HAS_INTEGER
     if (plan->key_mode == MODE_INTEGER) {
-        int64_t quads = byte_quads(a->width, a->key.kind), tiles = (keys + TILE_COLUMNS - 1) / TILE_COLUMNS;
+        int64_t step = row_step(MODE_INTEGER), quads = byte_quads(a->width, a->key.kind);
+        int64_t tiles = (keys + TILE_COLUMNS - 1) / TILE_COLUMNS;
         Ahead ahead = ahead_of(next, keys, tiles * quads), nothing = {(const char *)scratch->keys, 0};
         for (int64_t j = 0; j < keys; j += TILE_COLUMNS, ahead.data += ahead.step * quads) {
             Rows from = {key.data + j * key.stride, key.stride, key.width};
@@ -366,13 +436,7 @@ OUTLINE void block_scores(const AttentionArguments *a, const Plan *plan, Rows ke
         return;
     }
     transpose_keys(scratch->keys, keys, padded, scratch->panels);
-    for (int64_t j = 0; j < keys; j += PANEL)
-        for (int64_t m = 0; m < count; m += step) {
-            Range seen = seen_by(scratch, m, step, count, start, keys);
-            if (j + PANEL > seen.from && j < seen.to)
-                gemm_rows(scratch->q + m * padded, padded, scratch->panels + j * padded, PANEL, a->width,
-                          scratch->scores + m * KEY_BLOCK + j, KEY_BLOCK, 0);
-        }
+    panel_scores(scratch->q, padded, a->width, scratch->panels, scratch->scores, count, start, keys, scratch);
 }
 
 /* output[m] += sum_j weights[m][j] value[j] for one block of keys; `next`, the rows of K that follow, is fetched. */
@@ -442,7 +506,7 @@ OUTLINE void soften_rows(const AttentionArguments *a, const Plan *plan, int64_t 
         computed.to = round_up(computed.to, LANES);
         if (a->mask) load_bias(a, b, head, query, start, keys, scratch->bias);
         soften_row(plan, row, scores, computed, seen, scratch, a->mask ? scratch->bias : NULL,
-                   scratch->output + m * plan->padded);
+                   a->position.query ? scratch->positions + m * KEY_BLOCK : NULL, scratch->output + m * plan->padded);
 #if HAS_INTEGER
         if (plan->value_mode == MODE_INTEGER)
             to_digits(scores + computed.from, computed.to - computed.from, 0.0f, offset_of(a->value.kind),
@@ -482,12 +546,13 @@ OUTLINE void attend(const AttentionArguments *a, const Plan *plan, int64_t b, in
         load_tokens(&plan->value_scale, b, g, start, keys, scratch->value_scale);
         load_tokens(&plan->value_zero, b, g, start, keys, scratch->value_zero);
         block_scores(a, plan, key, (Rows){value.data, value.stride, value_bytes}, b, g, count, start, keys, scratch);
+        if (a->position.query) position_scores(a, plan, b, count, start, keys, scratch);
         soften_rows(a, plan, b, g, first, count, start, keys, scratch);
         block_output(a, plan, value, next_key, b, g, count, start, keys, scratch);
     }
 }
 
-/* The rows' finished output, from sums and unscaled output. */
+/* A row's finished output and log-sum-exp, from sums and unscaled output. */
 OUTLINE void finish_row(const AttentionArguments *a, const Plan *plan, int64_t b, int64_t g, int64_t m, const Row *row,
                        const float *output) {
     const Part *scale = plan->value_scale.data && !plan->value_scale.per_token ? &plan->value_scale : NULL;
@@ -502,6 +567,10 @@ OUTLINE void finish_row(const AttentionArguments *a, const Plan *plan, int64_t b
         if (scale) x *= part_value(scale, scale_start + d / scale->span * scale->stride[3]);
         to[d] = x * inverse;
     }
+    if (a->lse) { /* of no key -inf, since the logarithm of 0 is */
+        double bits = (double)row->best + log2((double)row->total) + row->offset;
+        ((float *)a->lse)[(b * a->heads + head) * a->queries + query] = (float)(bits * 0.6931471805599453);
+    }
 }
 
 /* The chunks of one row become one. `rows` and `outputs` are those of the first chunk, the next lie `rows_step` and
@@ -509,7 +578,7 @@ OUTLINE void finish_row(const AttentionArguments *a, const Plan *plan, int64_t b
 OUTLINE void merge_row(const Plan *plan, Row *rows, float *outputs, int64_t rows_step, int64_t outputs_step) {
     float best = -INFINITY;
     for (int64_t c = 0; c < plan->chunks; c++) best = rows[c * rows_step].best > best ? rows[c * rows_step].best : best;
-    Row merged = {.best = best};
+    Row merged = {.best = best, .offset = rows->offset};
     float shift = best == -INFINITY ? 0.0f : best;
     for (int64_t c = 0; c < plan->chunks; c++) {
         Row row = rows[c * rows_step];
@@ -539,7 +608,8 @@ static int mode_of(const Side *side, int grouped, int64_t width, int64_t rows) {
 static Plan plan_of(const AttentionArguments *a) {
     Plan plan = {.ratio = a->heads / a->groups, .begin = a->keys, .query_unit = 1.0f, .weight_unit = 1.0f};
     plan.rows = plan.ratio * a->queries;
-    plan.padded = round_up(a->width, PANEL);
+    plan.padded = round_up(a->width, PANEL), plan.position_padded = round_up(a->position.width, LANES);
+    plan.factor = (float)(a->scaling * 1.4426950408889634);
     plan.key_grouped = is_grouped(&a->key, a->width), plan.value_grouped = is_grouped(&a->value, a->width);
     plan.key_mode = mode_of(&a->key, plan.key_grouped, a->width, plan.rows);
     plan.value_mode = mode_of(&a->value, plan.value_grouped, a->width, plan.rows);
@@ -577,7 +647,12 @@ static Scratch *new_scratch(const Plan *plan) {
     size_t rows = (size_t)plan->block_rows, padded = (size_t)plan->padded;
     size_t key_tile = tile_size(plan->key_mode, padded), value_tile = tile_size(plan->value_mode, padded);
     size_t panels = plan->key_mode == MODE_TILE ? KEY_BLOCK * padded : 0;
-    size_t floats = 2 * rows * padded + rows * KEY_BLOCK + key_tile + value_tile + panels + 2 * (padded + LANES);
+    size_t position_padded = (size_t)plan->position_padded, position_tile = KEY_BLOCK * position_padded;
+    if (key_tile < position_tile) key_tile = position_tile;
+    if (plan->rows > DIRECT_ROWS && panels < position_tile) panels = position_tile;
+    size_t position_rows = position_padded ? rows * (position_padded + KEY_BLOCK) : 0;
+    size_t floats = 2 * rows * padded + rows * KEY_BLOCK + key_tile + value_tile + panels + 2 * (padded + LANES) +
+                    position_rows;
     char *memory = malloc(sizeof(Scratch) + sizeof(float) * floats + 64);
     if (!memory) return NULL;
     Scratch *scratch = (Scratch *)memory;
@@ -589,6 +664,8 @@ static Scratch *new_scratch(const Plan *plan) {
     scratch->panels = scratch->values + value_tile;
     scratch->channel_scale = scratch->panels + panels;
     scratch->channel_zero = scratch->channel_scale + padded + LANES;
+    scratch->position_q = scratch->channel_zero + padded + LANES;
+    scratch->positions = scratch->position_q + rows * position_padded;
     memset(scratch->channel_scale, 0, sizeof(float) * 2 * (padded + LANES)); /* padding that is multiplied too */
     return scratch;
 }

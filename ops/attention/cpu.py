@@ -1,20 +1,21 @@
 """Attention on the CPU: `attention.c` behind the Python signature of the reference."""
 
 import struct
+from typing import Any
 
 import torch
 
 from ..codes import FP8_DTYPES, code_width
 from ..compile import CKernel
 from ..operands import KINDS, broadcast_strides
-from .reference import attention_reference, quantized_query
+from .reference import attention_lse_reference, attention_reference, has_position_scores, quantized_query
 
 ATTENTION_KERNEL = CKernel(
     "attention",
     ("ops/vector.h", "ops/attention/micro.h", "ops/attention/integer.h", "ops/attention/attention.c"),
     ("attention",),
 )
-_pack_attention = struct.Struct("73q1d").pack
+_pack_attention = struct.Struct("84q1d").pack
 
 
 def attention_cpu_description() -> str:
@@ -24,6 +25,7 @@ def attention_cpu_description() -> str:
 
 _NO_PART = (0,) * 9
 _NO_MASK = (0, 0, 0, 0)
+_NO_POSITIONS = (0,) * 10
 _PART_KINDS = {torch.float32: KINDS[torch.float32], torch.float16: KINDS[torch.float16]}
 
 
@@ -52,7 +54,23 @@ def _packed_part(
     return part, (part.data_ptr(), _PART_KINDS[part.dtype], rows != 1, group, width // columns, *strides)
 
 
-def attention_cpu(
+def _packed_positions(
+    query: torch.Tensor,
+    position_query: torch.Tensor | None,
+    position_table: torch.Tensor | None,
+    position_start: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, tuple[int, ...]]:
+    """The arguments of scores by position as the kernel reads them, and their fields there."""
+    if not has_position_scores(query, position_query, position_table, position_start):
+        return None, None, None, _NO_POSITIONS
+    rows, table = _last_contiguous(position_query.float()), _last_contiguous(position_table.float())
+    start = position_start.long().flatten()
+    fields = (rows.data_ptr(), table.data_ptr(), start.data_ptr(), table.shape[1], table.shape[0], table.stride(0))
+    return rows, table, start, (*fields, start.stride(0) if start.numel() > 1 else 0, *rows.stride()[:3])
+
+
+def _attend(
+    wants_lse: bool,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -68,32 +86,16 @@ def attention_cpu(
     window: int = 0,
     key_group: int = 1,
     value_group: int = 1,
-) -> torch.Tensor:
-    """`attention_reference` in C; the reference itself for a query in float64.
+    position_query: torch.Tensor | None = None,
+    position_table: torch.Tensor | None = None,
+    position_start: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`attention_lse_reference` in C; the log-sum-exp only if it is wanted.
 
     Raises:
         ValueError: shapes that do not go together.
         MemoryError: no room for the scratch of the threads.
     """
-    run = ATTENTION_KERNEL.load().get("attention")
-    if run is None or query.dtype == torch.float64:
-        return attention_reference(
-            query,
-            key,
-            value,
-            key_scale,
-            key_zero,
-            value_scale,
-            value_zero,
-            query_scale,
-            mask,
-            scaling,
-            causal,
-            length,
-            window,
-            key_group,
-            value_group,
-        )
     batch, heads, queries, width = query.shape
     groups, keys = key.shape[1], key.shape[2]
     if (
@@ -107,9 +109,13 @@ def attention_cpu(
             f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} do not go together: "
             f"[B, H, Q, D] and twice [B, G, S, D], in int4 [B, G, S, D / 2], with H a multiple of G"
         )
+    position_query, position_table, position_start, position_fields = _packed_positions(
+        query, position_query, position_table, position_start
+    )
     output = torch.empty((batch, queries, heads, width))
+    lse = torch.empty((batch, heads, queries)) if wants_lse else None
     if output.numel() == 0 or keys == 0:
-        return output.zero_().to(query.dtype)
+        return output.zero_().to(query.dtype), None if lse is None else lse.fill_(float("-inf"))
     q = query if query.dtype == torch.float32 else query.float()
     query_scale_strides = _NO_MASK
     if query_scale is not None:
@@ -137,7 +143,7 @@ def attention_cpu(
         length = length if length.dtype in (torch.int32, torch.int64) else length.long()
         length = length.flatten()
         length_stride = length.stride(0) if length.numel() > 1 else 0
-    failed = run(
+    failed = ATTENTION_KERNEL.load()["attention"](
         _pack_attention(
             q.data_ptr(),
             output.data_ptr(),
@@ -169,9 +175,26 @@ def attention_cpu(
             *value.stride()[:3],
             *value_scale_part,
             *value_zero_part,
+            0 if lse is None else lse.data_ptr(),
+            *position_fields,
             scaling,
         )
     )
     if failed:
         raise MemoryError("attention on the CPU found no memory for its scratch")
-    return output if query.dtype == torch.float32 else output.to(query.dtype)
+    return output if query.dtype == torch.float32 else output.to(query.dtype), lse
+
+
+def _c_serves(query: torch.Tensor) -> bool:
+    """Whether there is a kernel, and for the query's dtype."""
+    return query.dtype != torch.float64 and bool(ATTENTION_KERNEL.load())
+
+
+def attention_cpu(query: torch.Tensor, *others: Any) -> torch.Tensor:
+    """`attention_reference` in C, of the same arguments; the reference itself for a query in float64."""
+    return _attend(False, query, *others)[0] if _c_serves(query) else attention_reference(query, *others)
+
+
+def attention_lse_cpu(query: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attention_lse_reference` in C, of the same arguments; the reference itself for a query in float64."""
+    return _attend(True, query, *others) if _c_serves(query) else attention_lse_reference(query, *others)

@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 import torch
 
 from ..npu import npu_description, quantize_static, refuse_fp8, require_npu_float, torch_npu_module, whole_storage
-from .reference import attention_reference
+from .reference import attention_lse_reference, attention_reference
 
 ATTENTION_NPU = npu_description(
     "npu_fused_infer_attention_score, which waits for `length` on the host and gets a copy of a window at decode; int8 "
     "queries by _npu_paged_attention_quant, a call per KV head; by the reference (PyTorch): int4, scales in groups, K "
     "and V of different granularity, several queries or a mask over codes except static ones in float16 or, up to 16 "
-    "queries, any in bfloat16, and int8 queries except one over static codes per head; fp8 raises"
+    "queries, any in bfloat16, int8 queries except one over static codes per head, scores by position, and segments of "
+    "a sequence where causality or a window cuts them; fp8 raises"
 )
 PER_CHANNEL, PER_HEAD, PER_TOKEN, FLOAT = 0, 2, 3, -1
 """The antiquant modes of FIA that our scales are: perchannel, pertensor + perhead, pertoken + perhead; and none."""
@@ -45,7 +46,33 @@ class _Operand(NamedTuple):
     zero: torch.Tensor | None
 
 
-def attention_npu(
+def attention_npu(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *others: Any) -> torch.Tensor:
+    """`attention_reference` by ops of torch_npu, of the same arguments; the query in float16 or bfloat16.
+
+    Raises:
+        ValueError: a dtype, shape or layout beyond the limits of the op; the message names the limit.
+        NotImplementedError: codes in fp8.
+        RuntimeError: torch_npu cannot be imported.
+    """
+    require_npu_float("q", query)
+    refuse_fp8(key, value)
+    output = _attend_by_ops(query, key, value, *others)
+    return attention_reference(query, key, value, *others) if output is None else output
+
+
+def attention_lse_npu(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *others: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attention_lse_reference` on the device.
+
+    Raises:
+        NotImplementedError: codes in fp8.
+    """
+    refuse_fp8(key, value)
+    return attention_lse_reference(query, key, value, *others)
+
+
+def _attend_by_ops(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -61,8 +88,11 @@ def attention_npu(
     window: int = 0,
     key_group: int = 1,
     value_group: int = 1,
-) -> torch.Tensor:
-    """`attention_reference` by ops of torch_npu; shapes as there, the query in float16 or bfloat16.
+    position_query: torch.Tensor | None = None,
+    position_table: torch.Tensor | None = None,
+    position_start: torch.Tensor | None = None,
+) -> torch.Tensor | None:
+    """`attention_reference` by ops of torch_npu; None where they have no mode for it.
 
     With one query and a mask `[B, 1, 1, S]` FIA ignores all beyond key 512 without an error
     (github.com/vllm-project/vllm-ascend/issues/15503). So a mask at decode makes two equal queries of the one, for
@@ -71,37 +101,20 @@ def attention_npu(
 
     Both ops plan their work on the host, from lists of lengths: `length` is copied there, which waits for the device.
     Neither knows a window at decode: the codes in it, not the whole cache, are copied to storage of their own.
-
-    Raises:
-        ValueError: a dtype, shape or layout beyond the limits of the op; the message names the limit.
-        NotImplementedError: codes in fp8.
-        RuntimeError: torch_npu cannot be imported.
     """
-    require_npu_float("q", query)
-    refuse_fp8(key, value)
+    if position_query is not None or position_table is not None or position_start is not None:
+        return None
     operands = _Operand(key, key_scale, key_zero), _Operand(value, value_scale, value_zero)
     is_doubled = mask is not None and mask.dim() == 4 and query.shape[2] == 1
     if is_doubled and _is_served(query.expand(-1, -1, 2, -1), operands, query_scale, mask):
         query, mask = query.expand(-1, -1, 2, -1), mask.expand(-1, -1, 2, -1)
     elif not _is_served(query, operands, query_scale, mask):
-        return attention_reference(
-            query,
-            key,
-            value,
-            key_scale,
-            key_zero,
-            value_scale,
-            value_zero,
-            query_scale,
-            mask,
-            scaling,
-            causal,
-            length,
-            window,
-            key_group,
-            value_group,
-        )
+        return None
     lengths = _lengths(key, length)
+    cuts = causal and mask is None and (query.shape[2] > 1 or window > 0)
+    if cuts and max(lengths) > key.shape[2]:
+        return None
+    lengths = [min(max(0, tokens), key.shape[2]) for tokens in lengths]
     window = window if causal and mask is None else 0
     if window and query.shape[2] == 1 and max(lengths) > window:
         operands = _newest(operands[0], lengths, window), _newest(operands[1], lengths, window)
@@ -117,9 +130,9 @@ def attention_npu(
 
 
 def _lengths(key: torch.Tensor, length: torch.Tensor | None) -> list[int]:
-    """Tokens in use, per sequence, on the host."""
+    """Tokens in use, per sequence, on the host, as the caller says: may exceed those stored."""
     batch, capacity = key.shape[0], key.shape[2]
-    return [capacity] * batch if length is None else length.clamp(0, capacity).expand(batch).tolist()
+    return [capacity] * batch if length is None else length.expand(batch).tolist()
 
 
 def _is_served(

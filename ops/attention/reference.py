@@ -4,6 +4,8 @@ B batch, Q query tokens, S stored tokens, H query heads, G KV heads, D head_dim.
 `h // (H // G)`.
 """
 
+from typing import Any
+
 import torch
 
 from ..codes import CODE_RANGES, FP8_DTYPES, expand_scale, from_codes
@@ -78,7 +80,45 @@ def _visible(
     return bias + part if part.dtype != torch.bool else bias.masked_fill(~part, float("-inf"))
 
 
-def attention_reference(
+def has_position_scores(
+    query: torch.Tensor,
+    position_query: torch.Tensor | None,
+    position_table: torch.Tensor | None,
+    position_start: torch.Tensor | None,
+) -> bool:
+    """Whether scores by position are asked for.
+
+    Raises:
+        ValueError: the three arguments do not go together, or not with the query.
+    """
+    if position_query is None and position_table is None and position_start is None:
+        return False
+    if position_query is None or position_table is None or position_start is None:
+        raise ValueError("position_query, position_table and position_start go together: give all three or none")
+    width = position_query.shape[-1]
+    is_table = position_table.dim() == 2 and position_table.shape[0] > 0 and position_table.shape[1] == width > 0
+    if position_query.shape[:-1] != query.shape[:-1] or not is_table:
+        raise ValueError(
+            f"position_query {tuple(position_query.shape)} and position_table {tuple(position_table.shape)} do not go "
+            f"together with a query {tuple(query.shape)}: [B, H, Q, E] and [P, E] with a query [B, H, Q, D]"
+        )
+    if position_start.numel() not in (1, query.shape[0]):
+        raise ValueError(
+            f"position_start {tuple(position_start.shape)} has neither one number nor one for each of "
+            f"{query.shape[0]} sequences"
+        )
+    return True
+
+
+def _position_scores(
+    query: torch.Tensor, table: torch.Tensor, first: torch.Tensor, start: int, stop: int
+) -> torch.Tensor:
+    """`[B, H, Q, stop - start]`: `query . table[first + n]` for the keys n in `start:stop`."""
+    rows = first.view(-1, 1) + torch.arange(start, stop, device=first.device)
+    return query @ table[rows.clamp(0, table.shape[0] - 1)].to(query.dtype)[:, None].mT
+
+
+def attention_lse_reference(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -94,8 +134,11 @@ def attention_reference(
     window: int = 0,
     key_group: int = 1,
     value_group: int = 1,
-) -> torch.Tensor:
-    """Attention over stored codes, one block of keys at a time with a running softmax.
+    position_query: torch.Tensor | None = None,
+    position_table: torch.Tensor | None = None,
+    position_start: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over stored codes, one block of keys at a time with a running softmax; and its log-sum-exp.
 
     It computes in float32, or in float64 where the query is float64, which serves to check all else.
 
@@ -115,13 +158,25 @@ def attention_reference(
         scaling: factor of the scores, usually `1 / sqrt(D)`.
         causal: without a mask, query i sees the keys up to `length - Q + i`; ignored where a mask is given.
         length: int32 or int64 `[B]` or `[1]`: tokens in use of the S stored ones, a number that stays on the device;
-            what lies behind is hidden and may be anything, NaN included. None: all S.
+            what lies behind is hidden and may be anything, NaN included. None: all S. More than S where K and V are a
+            segment of a sequence: the tokens from the segment's first on, so that causality and window are those of
+            the sequence. 0 or less: none.
         window: with `causal` and without a mask, a query sees only the newest `window` of the keys that causality
             leaves it, its own included (sliding window); 0: all of them.
         key_group, value_group: consecutive tokens that share a row of the scale and zero of K, of V.
+        position_query: `[B, H, Q, E]`, any float dtype; with the next two it adds scores by position: that of query m
+            and key n is `scaling * (q_m . k_n + position_query_m . position_table[position_start + n])`. It is used as
+            it is, whatever `query_scale`. All three or none.
+        position_table: `[P, E]`, float. Rows beyond the table are its first or last.
+        position_start: int64 `[B]` or `[1]`: row of the first key, a number that stays on the device.
 
     Returns:
-        `[B, Q, H, D]`, of the query's dtype.
+        `[B, Q, H, D]`, of the query's dtype, and the natural logarithm of the sum of `exp(score)` over the keys that a
+        query sees, `[B, H, Q]`, float32 or for a query in float64 float64; -inf where a query sees none. Outputs of the
+        segments of a sequence are merged by it: their mean, weighted by `exp(lse)`.
+
+    Raises:
+        ValueError: scales or arguments of scores by position that do not go together.
     """
     batch, heads, queries, width = query.shape
     groups, keys = key.shape[1], key.shape[2]
@@ -130,6 +185,7 @@ def attention_reference(
     if query_scale is not None:
         q = quantized_query(q, query_scale, key.dtype)
     q = q.reshape(batch, groups, heads // groups * queries, width) * scaling
+    has_positions = has_position_scores(query, position_query, position_table, position_start)
     best = torch.full((batch, heads, queries, 1), float("-inf"), dtype=dtype, device=q.device)
     total = torch.zeros_like(best)
     output = torch.zeros((batch, heads, queries, width), dtype=dtype, device=q.device)
@@ -140,6 +196,9 @@ def attention_reference(
         stop = min(start + block, keys)
         decoded = _in_use(_decode(key, key_scale, key_zero, key_group, start, stop, width, dtype), length, start)
         scores = (q @ decoded.mT).view(batch, heads, queries, -1)
+        if has_positions:
+            terms = _position_scores(position_query.to(dtype), position_table, position_start, start, stop)
+            scores = scores + terms * scaling
         scores = scores + _visible(mask, length, causal, window, queries, start, stop)
         new_best = torch.maximum(best, scores.amax(dim=-1, keepdim=True))
         shift = new_best.masked_fill(new_best == float("-inf"), 0)
@@ -153,4 +212,9 @@ def attention_reference(
         output = output * fade + (grouped @ decoded).view(batch, heads, queries, width)
         best = new_best
     output = output / total.masked_fill(total == 0, 1)
-    return output.transpose(1, 2).contiguous().to(query.dtype)
+    return output.transpose(1, 2).contiguous().to(query.dtype), (best + total.log()).squeeze(-1)
+
+
+def attention_reference(*args: Any, **kwargs: Any) -> torch.Tensor:
+    """The output of `attention_lse_reference` alone, of the same arguments."""
+    return attention_lse_reference(*args, **kwargs)[0]

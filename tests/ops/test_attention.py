@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from octavo.ops import attention
-from octavo.ops.attention.reference import attention_reference
+from octavo.ops import attention, attention_lse
+from octavo.ops.attention.reference import attention_lse_reference, attention_reference
 
 from ..tolerances import TOLERANCES
 
@@ -59,15 +59,24 @@ class Call:
     window: int = 0
     key_group: int = 1
     value_group: int = 1
+    position_query: torch.Tensor | None = None
+    position_table: torch.Tensor | None = None
+    position_start: torch.Tensor | None = None
 
     def run(self) -> torch.Tensor:
         return attention(*vars(self).values())
+
+    def run_lse(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return attention_lse(*vars(self).values())
 
     def reference(self) -> torch.Tensor:
         return attention_reference(*vars(self).values())
 
     def oracle(self) -> torch.Tensor:
-        """Softmax over decoded K and V in float64, with the mask or causality written out."""
+        return self.oracle_lse()[0]
+
+    def oracle_lse(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Softmax over decoded K and V in float64, with the mask or causality written out, and log-sum-exp."""
         heads, queries, width = self.query.shape[1:]
         keys, ratio = self.key.shape[2], heads // self.key.shape[1]
         key, value = (
@@ -79,13 +88,18 @@ class Call:
             )
         )
         scores = self.query.double() @ key.repeat_interleave(ratio, dim=1).mT * self.scaling
+        if self.position_query is not None:
+            rows = self.position_start.view(-1, 1) + torch.arange(keys)
+            table = self.position_table.double()[rows.clamp(0, self.position_table.shape[0] - 1)]
+            scores = scores + self.position_query.double() @ table[:, None].mT * self.scaling
         mask = self.mask
         if self.causal and mask is None:
             mask = causal_mask(queries, keys)
             mask = mask.triu(keys - queries - self.window + 1) if self.window else mask
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf"))
-        return (scores.softmax(dim=-1) @ value.repeat_interleave(ratio, dim=1)).transpose(1, 2)
+        output = (scores.softmax(dim=-1) @ value.repeat_interleave(ratio, dim=1)).transpose(1, 2)
+        return output, scores.logsumexp(dim=-1)
 
 
 def causal_mask(queries: int, keys: int) -> torch.Tensor:
@@ -145,6 +159,16 @@ def relative_rmse(actual: torch.Tensor, expected: torch.Tensor) -> float:
 def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     assert actual.shape == expected.shape
     assert actual.numel() == 0 or relative_rmse(actual, expected) < TOLERANCES["attention"]
+
+
+def assert_lse_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Both say alike who sees nothing, and how much is seen. All keys at the lowest float are as good as none."""
+    assert actual.shape == expected.shape and actual.dtype == torch.float32
+    lowest = torch.finfo(torch.float32).min / 2
+    sees = expected > lowest
+    assert torch.equal(actual > lowest, sees)
+    assert torch.equal(actual == float("-inf"), expected == float("-inf"))
+    torch.testing.assert_close(actual[sees].double(), expected[sees].double(), rtol=1e-6, atol=TOLERANCES["attention"])
 
 
 FORMS = (
@@ -220,6 +244,15 @@ def length_of(form: str, call: Call) -> torch.Tensor | None:
     return length.int() if form == "one, int32" else length
 
 
+def add_positions(call: Call, width: int, rows: int = 500, size: float = 1.0) -> Call:
+    """The call with random scores by position, which start elsewhere in each sequence."""
+    batch, heads, queries, _ = call.query.shape
+    call.position_query = torch.randn(batch, queries, heads, width).transpose(1, 2) * size
+    call.position_table = torch.randn(rows, width)
+    call.position_start = torch.randint(-20, rows, (batch,))
+    return call
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     dtypes=st.tuples(st.sampled_from(CODES + FLOATS), st.sampled_from(CODES + FLOATS)),
@@ -237,6 +270,7 @@ def length_of(form: str, call: Call) -> torch.Tensor | None:
     causal=st.booleans(),
     window=st.sampled_from([0, 0, 1, 40, 200]),
     length=st.sampled_from(["none", "none", "one, int32", "per sequence"]),
+    positions=st.sampled_from([0, 0, 16, 20, 64]),
     half=st.booleans(),
     token_major=st.booleans(),
     seed=st.integers(0, 1000),
@@ -257,6 +291,7 @@ def test_equals_the_reference(
     causal: bool,
     window: int,
     length: str,
+    positions: int,
     half: bool,
     token_major: bool,
     seed: int,
@@ -271,7 +306,176 @@ def test_equals_the_reference(
     call.query_scale, call.mask = query_scale_of(query_scale, call), mask_of(mask, call)
     call.causal, call.window = causal, window
     call.length = length_of(length, call)
-    assert_close(call.run(), call.reference())
+    if positions:
+        add_positions(call, positions)
+    output, lse = call.run_lse()
+    expected, expected_lse = attention_lse_reference(*vars(call).values())
+    assert torch.equal(output, call.run())
+    assert_close(output, expected)
+    assert_lse_close(lse, expected_lse)
+
+
+@pytest.mark.parametrize("queries", [1, 3, 40])
+@pytest.mark.parametrize("dtype", CODES + FLOATS)
+@pytest.mark.parametrize("width", [1, 16, 60, 64, 128])
+def test_scores_by_position_in_float64(dtype: torch.dtype, queries: int, width: int) -> None:
+    call = add_positions(call_of(dtype, dtype, queries, keys=333), width)
+    output, lse = call.run_lse()
+    expected, expected_lse = call.oracle_lse()
+    assert_close(output, expected)
+    assert_lse_close(lse, expected_lse)
+
+
+@pytest.mark.parametrize("queries", [1, 40])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float32])
+def test_large_scores_by_position_lose_no_more_than_float32(dtype: torch.dtype, queries: int) -> None:
+    """Up to 1,000 and more: what is left of a score is exact to a few 1e-4, and so are the weights."""
+    call = call_of(dtype, dtype, queries, keys=700, width=64)
+    call.scaling = 0.125
+    add_positions(call, 64, rows=800, size=400.0)
+    terms = call.position_query @ call.position_table[:600].mT * call.scaling
+    assert terms.abs().max() > 1000
+    output, lse = call.run_lse()
+    expected, expected_lse = call.oracle_lse()
+    assert relative_rmse(output, expected) < TOLERANCES["attention with large scores by position"]
+    assert_lse_close(lse, expected_lse)
+
+
+@pytest.mark.parametrize("queries", [1, 40])
+def test_a_bias_of_k_that_is_left_out_enters_by_position(queries: int) -> None:
+    """RoPE of a bias that dwarfs K: what Qwen2 has on single channels."""
+    keys, width, half = 300, 32, 16
+    angles = torch.arange(keys)[:, None] * 10000.0 ** (-torch.arange(half) / half)
+    cos, sin = angles.cos().double(), angles.sin().double()
+    bias = torch.zeros(2, width).double()
+    bias[:, 5], bias[0, 20], bias[1, 31] = 200, -90, 150
+    first, second = bias[:, None, :half], bias[:, None, half:]
+    rotated = torch.cat((cos * first - sin * second, cos * second + sin * first), dim=-1)
+    call = call_of(torch.float32, torch.float32, queries, keys, width=width)
+    whole = replace(call, key=call.key.double() + rotated)
+    q1, q2 = call.query[..., :half], call.query[..., half:]
+    b1, b2 = (part.float().repeat_interleave(3, dim=0) for part in (first, second))
+    call.position_query = torch.cat((q1 * b1 + q2 * b2, q2 * b1 - q1 * b2), dim=-1)
+    call.position_table = torch.cat((cos, sin), dim=-1).float()
+    call.position_start = torch.tensor([0])
+    assert relative_rmse(call.run(), whole.oracle()) < TOLERANCES["attention with large scores by position"]
+
+
+@pytest.mark.parametrize("queries", [1, 2, 40])
+@pytest.mark.parametrize("start", [-500, -30, 0, 90, 10**12])
+def test_rows_beyond_the_table_are_its_ends(queries: int, start: int) -> None:
+    """What stands around the table is not read."""
+    call = add_positions(int8_call(queries, keys=250), 16)
+    storage = torch.full((400, 16), float("nan"))
+    storage[100:300] = call.position_table[:200]
+    call.position_table, call.position_start = storage[100:300], torch.tensor([start])
+    rows = (start + torch.arange(250)).clamp(0, 199)
+    written_out = replace(call, position_table=storage[100:300][rows], position_start=torch.tensor([0, 0]))
+    assert_close(call.run(), written_out.run())
+    assert_close(call.reference(), written_out.run())
+
+
+@pytest.mark.parametrize("queries", [1, 40])
+def test_scores_by_position_take_any_layout_and_dtype(queries: int) -> None:
+    call = add_positions(int8_call(queries, keys=250), 16)
+    expected = call.run()
+    spread = torch.empty(500, 3, 16)
+    spread[:, 1] = call.position_table
+    for table in (spread[:, 1], call.position_table.mT.contiguous().mT, call.position_table.double()):
+        assert torch.equal(replace(call, position_table=table).run(), expected)
+    rows = call.position_query
+    for query in (rows.contiguous(), rows.mT.contiguous().mT, rows.double()):
+        assert torch.equal(replace(call, position_query=query).run(), expected)
+    assert torch.equal(replace(call, position_start=call.position_start.int()).run(), expected)
+
+
+@pytest.mark.parametrize("what", [float("nan"), float("inf")])
+@pytest.mark.parametrize("broken", ["position_query", "position_table"])
+@pytest.mark.parametrize("queries", [1, 40])
+def test_scores_by_position_that_are_no_number_stay_none(queries: int, broken: str, what: float) -> None:
+    call = add_positions(int8_call(queries, keys=250), 16)
+    call.position_start = torch.tensor([0])
+    getattr(call, broken)[..., 0, 3] = what
+    output, lse = call.run_lse()
+    expected, expected_lse = attention_lse_reference(*vars(call).values())
+    assert torch.equal(output.isfinite(), expected.isfinite()) and torch.equal(lse.isfinite(), expected_lse.isfinite())
+    assert not output.isfinite().all()
+
+
+def segments_of(call: Call, cuts: tuple[int, ...]) -> list[Call]:
+    """The call cut along its keys."""
+    keys = call.key.shape[2]
+    length = torch.tensor([keys]) if call.length is None else call.length
+    segments = []
+    for start, stop in zip((0, *cuts), (*cuts, keys), strict=True):
+        parts = {name: getattr(call, name)[:, :, start:stop] for name in ("key", "value")}
+        for name in ("key_scale", "key_zero", "value_scale", "value_zero"):
+            part = getattr(call, name)
+            parts[name] = part if part is None or part.shape[-2] == 1 else part[..., start:stop, :]
+        parts["mask"] = None if call.mask is None else call.mask[..., start:stop]
+        if call.position_start is not None:
+            parts["position_start"] = call.position_start + start
+        segments.append(replace(call, length=length - start, **parts))
+    return segments
+
+
+def merged(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """Outputs of segments as one, weighted by their log-sum-exp."""
+    lses = torch.stack([lse for _, lse in parts])
+    weights = (lses - lses.logsumexp(dim=0).clamp_min(-1e30)).exp().transpose(-1, -2)[..., None]
+    return (torch.stack([output for output, _ in parts]) * weights).sum(dim=0)
+
+
+@pytest.mark.parametrize("queries", [1, 5, 40])
+@pytest.mark.parametrize("lengths", [None, [300, 300], [90, 260], [7, 30]])
+@pytest.mark.parametrize("what", ["causal", "window", "small window", "mask", "float mask", "not causal"])
+@pytest.mark.parametrize("positions", [False, True])
+def test_segments_are_merged_by_their_log_sum_exp(
+    what: str, lengths: list[int] | None, queries: int, positions: bool
+) -> None:
+    call = call_of(torch.int8, torch.int8, queries, keys=300)
+    call.key_scale, call.value_scale = (part_of("per token", call, call.key, 1) for _ in range(2))
+    call.mask = mask_of({"mask": "bool per head", "float mask": "float"}.get(what, "none"), call)
+    call.window = {"window": 200, "small window": 9}.get(what, 0)
+    call.causal = what != "not causal"
+    call.length = None if lengths is None else torch.tensor(lengths)
+    if positions:
+        add_positions(call, 32)
+    expected, expected_lse = (part.double() for part in attention_lse_reference(*vars(call).values()))
+    for kernel in (attention_lse, attention_lse_reference):
+        parts = [kernel(*vars(segment).values()) for segment in segments_of(call, (20, 283))]
+        assert_close(merged(parts), expected)
+        assert_lse_close(torch.stack([lse for _, lse in parts]).logsumexp(dim=0), expected_lse)
+
+
+def test_segments_of_codes_between_floats() -> None:
+    """Float tokens at both ends of a sequence whose middle is in codes."""
+    call = call_of(torch.int8, torch.uint8, queries=4, keys=300, batch=1)
+    decoded = [
+        (unpacked(codes) * expanded(scale, 300, 32, 1)).float()
+        for codes, scale in ((call.key, call.key_scale), (call.value, call.value_scale))
+    ]
+    floats = replace(call, key=decoded[0], value=decoded[1], key_scale=None, value_scale=None)
+    (first, _, last), (_, codes, _) = segments_of(floats, (16, 200)), segments_of(call, (16, 200))
+    assert_close(merged([segment.run_lse() for segment in (first, codes, last)]), call.oracle())
+
+
+def test_log_sum_exp_of_a_query_in_float64() -> None:
+    call = int8_call()
+    output, lse = replace(call, query=call.query.double()).run_lse()
+    expected, expected_lse = call.oracle_lse()
+    assert lse.dtype == output.dtype == torch.float64
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(lse, expected_lse)
+
+
+def test_log_sum_exp_of_no_keys() -> None:
+    call = int8_call(keys=0)
+    output, lse = call.run_lse()
+    assert not output.any() and (lse == float("-inf")).all()
+    for length in ([0, 40], [-3, 40]):
+        output, lse = replace(int8_call(), length=torch.tensor(length)).run_lse()
+        assert not output[0].any() and (lse[0] == float("-inf")).all() and lse[1].isfinite().all()
 
 
 @pytest.mark.parametrize("ratio", [1, 3, 9])
@@ -423,10 +627,25 @@ def test_what_does_not_go_together_is_refused() -> None:
         replace(call, value_scale=torch.ones(2, 1, 5)).run()
     with pytest.raises(ValueError, match="neither one number nor one for each of 2 sequences"):
         replace(call, length=torch.tensor([1, 2, 3])).run()
+    positions = add_positions(int8_call(), 16)
+    for change, reason in (
+        ({"position_table": None}, "all three or none"),
+        ({"position_query": None, "position_table": None}, "all three or none"),
+        ({"position_table": torch.ones(9, 15)}, "do not go together"),
+        ({"position_table": torch.ones(0, 16)}, "do not go together"),
+        ({"position_query": positions.position_query[:, :1]}, "do not go together"),
+        ({"position_start": torch.tensor([1, 2, 3])}, "neither one number nor one for each of 2 sequences"),
+    ):
+        for wrong in (replace(positions, **change), replace(positions, query=positions.query.double(), **change)):
+            with pytest.raises(ValueError, match=reason):
+                wrong.run()
 
 
-def test_opcheck() -> None:
-    torch.library.opcheck(torch.ops.octavo.attention.default, tuple(vars(int8_call()).values()))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("op", [torch.ops.octavo.attention.default, torch.ops.octavo.attention_lse.default])
+def test_opcheck(op: torch._ops.OpOverload, dtype: torch.dtype) -> None:
+    for call in (int8_call(), add_positions(int8_call(), 16)):
+        torch.library.opcheck(op, tuple(vars(replace(call, query=call.query.to(dtype))).values()))
 
 
 @pytest.mark.parametrize("queries", [1, 40])

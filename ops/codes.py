@@ -153,7 +153,7 @@ def nearest_level(x: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
         x: float32, any shape.
         levels: float32 `[N]`, ascending; borders are the middles of neighbours, rounded to float32.
     """
-    return torch.bucketize(x, (levels[1:] + levels[:-1]) / 2)
+    return torch.bucketize(x.contiguous(), (levels[1:] + levels[:-1]) / 2)
 
 
 def to_codes(

@@ -4,15 +4,17 @@ import struct
 
 import torch
 
-from ..codes import CODE_RANGES, code_width, stored_width
+from ..codes import CODE_RANGES, check_levels, code_width, stored_width
 from ..compile import CKernel
 from ..operands import FLOAT_KINDS, KINDS, broadcast_strides
 from .reference import decode_reference, encode_reference, encode_token_reference
 
 CODEC_KERNEL = CKernel(
-    "codec", ("ops/vector.h", "ops/rounding.h", "ops/codec/codec.c"), ("encode", "encode_token", "decode")
+    "codec",
+    ("ops/vector.h", "ops/rounding.h", "ops/codec/packed.h", "ops/codec/codec.c"),
+    ("encode", "encode_token", "decode"),
 )
-_pack_codec = struct.Struct("39q").pack
+_pack_codec = struct.Struct("41q").pack
 _NO_STRIDES = (0, 0, 0, 0)
 _NO_ROPE = (0, 0, 0), (0, 0), (0, 0)
 _Rope = tuple[tuple[int, int, int], tuple[int, ...], tuple[int, ...]]
@@ -26,18 +28,31 @@ def _loadable(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _check_codes(x: torch.Tensor, codes: torch.Tensor, position: torch.Tensor | None) -> None:
+def _check_codes(x: torch.Tensor, codes: torch.Tensor, position: torch.Tensor | None, bits: int) -> None:
     if codes.dtype not in CODE_RANGES or x.dim() != 4 or codes.dim() != 4:
         raise ValueError(
             f"x {tuple(x.shape)} cannot become {codes.dtype} {tuple(codes.shape)}: not codes of 4 dimensions"
         )
     batch, heads, tokens, width = x.shape
-    stored = stored_width(width, codes.dtype)
+    stored = stored_width(width, codes.dtype, bits)
     expected = (batch, heads, codes.shape[2] if position is not None else tokens, stored)
     if codes.shape != expected:
         raise ValueError(
             f"codes must be {str(codes.dtype)[6:]} {expected} for x {tuple(x.shape)}, not {tuple(codes.shape)}"
         )
+
+
+def _levels_at(dtype: torch.dtype, bits: int, levels: _MaybeTensor) -> tuple[_MaybeTensor, int]:
+    """A codebook as the kernel reads it, and its address.
+
+    Raises:
+        ValueError: it is none for codes of `bits` in a tensor of `dtype`.
+    """
+    if levels is None:
+        return None, 0
+    check_levels(dtype, bits, levels)
+    levels = levels.contiguous()
+    return levels, levels.data_ptr()
 
 
 def _rope(x: torch.Tensor, cos: _MaybeTensor, sin: _MaybeTensor) -> tuple[_MaybeTensor, _MaybeTensor, _Rope]:
@@ -57,12 +72,13 @@ def _rope(x: torch.Tensor, cos: _MaybeTensor, sin: _MaybeTensor) -> tuple[_Maybe
 def _static_part(
     part: torch.Tensor, batch: int, heads: int, tokens: int, width: int
 ) -> tuple[torch.Tensor, int, tuple[int, ...]]:
-    """A static scale or zero as float32, its groups of channels, and its strides over batch, heads, tokens and groups.
+    """A static scale or zero in float32 or float16, its groups of channels, and its strides over batch, heads, tokens
+    and groups.
 
     Raises:
         ValueError: it does not broadcast to the rows, or its groups do not divide the channels.
     """
-    if part.dtype != torch.float32:
+    if part.dtype not in (torch.float32, torch.float16):
         part = part.float()
     groups = part.shape[-1] if part.dim() else 1
     if groups > 1 and part.stride(-1) != 1:
@@ -101,9 +117,10 @@ def encode_cpu(
         MemoryError: no room for the scratch of the threads.
     """
     run = CODEC_KERNEL.load().get("encode")
-    if run is None or bits != 4 or levels is not None:
+    if run is None:
         return encode_reference(x, scale, zero, codes, cos, sin, position, bits, levels)
-    _check_codes(x, codes, position)
+    _check_codes(x, codes, position, bits)
+    levels, levels_at = _levels_at(codes.dtype, bits, levels)
     x, shape, capacity = _loadable(x), x.shape, codes.shape[2]
     scale, groups, scale_strides = _static_part(scale, *shape)
     zero_groups, zero_strides = 1, _NO_STRIDES
@@ -122,10 +139,12 @@ def encode_cpu(
             cos_at,
             sin_at,
             0 if position is None else position.data_ptr(),
+            levels_at,
             KINDS[x.dtype],
             KINDS[codes.dtype],
-            1,
-            1,
+            bits,
+            KINDS[scale.dtype],
+            1 if zero is None else KINDS[zero.dtype],
             rope_kind,
             *shape,
             capacity,
@@ -166,9 +185,9 @@ def encode_token_cpu(
         MemoryError: no room for the scratch of the threads.
     """
     run = CODEC_KERNEL.load().get("encode_token")
-    if run is None or bits != 4:
+    if run is None:
         return encode_token_reference(x, codes, scale, zero, cos, sin, position, bits)
-    _check_codes(x, codes, position)
+    _check_codes(x, codes, position, bits)
     x, shape, capacity = _loadable(x), x.shape, codes.shape[2]
     groups = scale.shape[-1]
     if scale.shape != (*codes.shape[:3], groups) or not groups or shape[3] % groups:
@@ -193,8 +212,10 @@ def encode_token_cpu(
             cos_at,
             sin_at,
             0 if position is None else position.data_ptr(),
+            0,
             KINDS[x.dtype],
             KINDS[codes.dtype],
+            bits,
             KINDS[scale.dtype],
             1 if zero is None else KINDS[zero.dtype],
             rope_kind,
@@ -244,7 +265,7 @@ def decode_cpu(
         MemoryError: no room for the scratch of the threads.
     """
     run = CODEC_KERNEL.load().get("decode")
-    if run is None or bits != 4 or levels is not None:
+    if run is None:
         return decode_reference(codes, scale, zero, token_group, bits, levels)
     if codes.dim() != 4 or token_group < 1:
         raise ValueError(f"codes must have 4 dimensions and token_group be positive, not {codes.dim()}, {token_group}")
@@ -252,7 +273,8 @@ def decode_cpu(
         codes = codes.float()
     if codes.stride(3) != 1:
         codes = codes.contiguous()
-    shape = (*codes.shape[:3], code_width(codes))
+    shape = (*codes.shape[:3], code_width(codes, bits))
+    levels, levels_at = _levels_at(codes.dtype, bits, levels)
     scale, groups, scale_strides = _grouped_part(scale, shape, token_group)
     zero, zero_groups, zero_strides = _grouped_part(zero, shape, token_group)
     output = torch.empty(shape)
@@ -265,10 +287,12 @@ def decode_cpu(
             0,
             0,
             0,
+            levels_at,
             1,
             KINDS[codes.dtype],
-            1,
-            1,
+            bits,
+            1 if scale is None else KINDS[scale.dtype],
+            1 if zero is None else KINDS[zero.dtype],
             0,
             *shape,
             shape[2],

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from octavo.ops import decode, encode, encode_token
 from octavo.ops.codec.reference import decode_reference, encode_reference, encode_token_reference
+from octavo.ops.codes import FP8_DTYPES, WIDTH_STEPS, stored_width
 
 pytestmark = pytest.mark.usefixtures("build")
 TOKENS, CAPACITY = 33, 64
@@ -61,6 +62,8 @@ def test_codes_and_scales_per_token_are_those_of_the_reference(width: int, dtype
 
 
 CODE_DTYPES = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)
+FORMATS = ((torch.int8, 4), (torch.uint8, 4), (torch.uint8, 3), (torch.uint8, 2), *((dtype, 4) for dtype in FP8_DTYPES))
+"""dtype of the tensor of codes, and bits."""
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -71,10 +74,23 @@ def equal(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.dtype == other.dtype and torch.equal(one.float().nan_to_num(1e9), other.float().nan_to_num(1e9))
 
 
-def storage_of(codes: torch.dtype, width: int) -> torch.Tensor:
+def storage_of(codes: torch.dtype, width: int, bits: int = 4) -> torch.Tensor:
     """Storage of 2 sequences, 3 heads and CAPACITY tokens that holds something already."""
-    stored = torch.randint(0, 100, (2, 3, CAPACITY, width // 2 if codes == torch.uint8 else width))
+    stored = torch.randint(0, 256 if codes == torch.uint8 else 100, (2, 3, CAPACITY, stored_width(width, codes, bits)))
     return stored.to(torch.uint8).view(codes)
+
+
+def codebook(bits: int) -> torch.Tensor:
+    """Ascending levels, of which two are equal; a strided view."""
+    levels = (torch.randn(2**bits) * 2).sort().values
+    levels[1] = levels[0]
+    return levels.repeat_interleave(3)[::3]
+
+
+def padded_width(width: int, codes: torch.dtype, bits: int, is_rotated: bool = False) -> int:
+    """The smallest width from `width` on that codes can have."""
+    step = WIDTH_STEPS[bits] if codes == torch.uint8 else 1 + is_rotated
+    return -(-width // step) * step
 
 
 def values_of(width: int, dtype: torch.dtype, special: float | None) -> torch.Tensor:
@@ -107,7 +123,7 @@ class Case:
 
     def __init__(
         self,
-        codes: torch.dtype,
+        codes: tuple[torch.dtype, int],
         width: int,
         dtype: torch.dtype,
         rope: torch.dtype | None,
@@ -116,11 +132,12 @@ class Case:
         seed: int,
     ) -> None:
         torch.manual_seed(seed)
-        self.width = width + width % 2 if codes == torch.uint8 or rope is not None else width
+        self.bits = codes[1]
+        self.width = padded_width(width, *codes, rope is not None)
         self.values = values_of(self.width, dtype, special)
         self.cos, self.sin = (None, None) if rope is None else rope_of(1 + seed % 2, self.width, rope)
         self.position = torch.tensor([seed % (CAPACITY - TOKENS + 1)]) if has_position else None
-        self.storage = storage_of(codes, self.width)
+        self.storage = storage_of(codes[0], self.width, self.bits)
         self.view: Callable[[torch.Tensor], torch.Tensor] = unchanged if has_position else window
 
     @property
@@ -130,7 +147,7 @@ class Case:
 
 cases = st.builds(
     Case,
-    codes=st.sampled_from(CODE_DTYPES),
+    codes=st.sampled_from(FORMATS),
     width=st.sampled_from([1, 5, 16, 64, 77, 96, 128, 600]),
     dtype=st.sampled_from(FLOAT_DTYPES),
     rope=st.sampled_from([None, *FLOAT_DTYPES]),
@@ -145,8 +162,12 @@ cases = st.builds(
     case=cases,
     form=st.sampled_from(["channel", "head", "groups", "tokens", "number"]),
     zero_form=st.sampled_from(["none", "same", "head"]),
+    has_levels=st.booleans(),
+    part_dtype=st.sampled_from([torch.float32, torch.float16]),
 )
-def test_every_static_form_is_that_of_the_reference(case: Case, form: str, zero_form: str) -> None:
+def test_every_static_form_is_that_of_the_reference(
+    case: Case, form: str, zero_form: str, has_levels: bool, part_dtype: torch.dtype
+) -> None:
     groups = divisor(case.width, 4)
     shapes = {
         "channel": (3, 1, case.width),
@@ -155,11 +176,14 @@ def test_every_static_form_is_that_of_the_reference(case: Case, form: str, zero_
         "tokens": (2, 3, TOKENS, groups),
         "number": (),
     }
-    scale = torch.rand(shapes[form]) * 0.05 + 0.01
-    zero = None if zero_form == "none" else torch.randn(shapes["head" if zero_form == "head" else form]) * 10
+    is_packed = case.storage.dtype == torch.uint8
+    scale = (torch.rand(shapes[form]) + 0.2 if is_packed else torch.rand(shapes[form]) * 0.05 + 0.01).to(part_dtype)
+    zero_shape = shapes["head" if zero_form == "head" else form]
+    zero = None if zero_form == "none" else (torch.randn(zero_shape) * (1 if is_packed else 10)).to(part_dtype)
+    levels = codebook(case.bits) if has_levels and is_packed else None
     expected = case.storage.clone()
-    encode(case.values, scale, zero, case.view(case.storage), *case.tail)
-    encode_reference(case.values, scale, zero, case.view(expected), *case.tail)
+    encode(case.values, scale, zero, case.view(case.storage), *case.tail, case.bits, levels)
+    encode_reference(case.values, scale, zero, case.view(expected), *case.tail, case.bits, levels)
     assert equal(case.storage, expected)
 
 
@@ -178,43 +202,75 @@ def test_every_dynamic_form_is_that_of_the_reference(
     zero = None if zero_dtype is None else torch.ones((2, 3, CAPACITY, groups), dtype=zero_dtype)
     expected = [None if part is None else part.clone() for part in (case.storage, scale, zero)]
     views = [None if part is None else case.view(part) for part in (case.storage, scale, zero)]
-    encode_token(case.values, *views, *case.tail)
+    encode_token(case.values, *views, *case.tail, case.bits)
     expected_views = [None if part is None else case.view(part) for part in expected]
-    encode_token_reference(case.values, *expected_views, *case.tail)
+    encode_token_reference(case.values, *expected_views, *case.tail, case.bits)
     for part, expected_part in zip((case.storage, scale, zero), expected, strict=True):
         assert part is None or equal(part, expected_part)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
-    dtype=st.sampled_from([*CODE_DTYPES, *FLOAT_DTYPES]),
-    width=st.sampled_from([1, 5, 16, 77, 128]),
+    form=st.sampled_from([*FORMATS, *FORMATS[1:4], *((dtype, 4) for dtype in FLOAT_DTYPES)]),
+    width=st.sampled_from([1, 5, 16, 64, 77, 128, 192]),
     token_group=st.sampled_from([1, 4, 32, 100]),
-    form=st.sampled_from(["none", "channel", "token", "groups"]),
-    has_zero=st.booleans(),
-    part_dtype=st.sampled_from([torch.float32, torch.float16]),
+    scale_form=st.sampled_from(["none", "channel", "token", "groups", "number"]),
+    zero_form=st.sampled_from(["none", "channel", "token", "groups"]),
+    part_dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    has_levels=st.booleans(),
     seed=st.integers(0, 1000),
 )
 def test_decoded_values_are_those_of_the_reference(
-    dtype: torch.dtype,
+    form: tuple[torch.dtype, int],
     width: int,
     token_group: int,
-    form: str,
-    has_zero: bool,
+    scale_form: str,
+    zero_form: str,
     part_dtype: torch.dtype,
+    has_levels: bool,
     seed: int,
 ) -> None:
     torch.manual_seed(seed)
-    width += width % 2
-    codes = storage_of(dtype, width) if dtype in CODE_DTYPES else torch.randn(2, 3, CAPACITY, width).to(dtype)
+    dtype, bits = form
+    width = padded_width(width, dtype, bits)
+    codes = storage_of(dtype, width, bits) if dtype in CODE_DTYPES else torch.randn(2, 3, CAPACITY, width).to(dtype)
     codes = codes[:, 1:, 3:50]
     rows = -(-codes.shape[2] // token_group)
-    shapes = {"channel": (2, 1, width), "token": (2, 2, rows, 1), "groups": (2, 2, rows, divisor(width, 4))}
-    shape = shapes.get(form, (1,))
-    scale = None if form == "none" else torch.rand(shape).to(part_dtype)
-    zero = (torch.randn(shape) * 3).to(part_dtype) if has_zero else None
-    expected = decode_reference(codes, scale, zero, token_group).float()
-    assert equal(decode(codes, scale, zero, token_group), expected)
+    shapes = {
+        "channel": (2, 1, width),
+        "token": (2, 2, rows, 1),
+        "groups": (2, 2, rows, divisor(width, 4)),
+        "number": (1,),
+    }
+    scale = None if scale_form == "none" else torch.rand(shapes[scale_form]).to(part_dtype)
+    zero = None if zero_form == "none" else (torch.randn(shapes[zero_form]) * 3).to(part_dtype)
+    levels = codebook(bits) if has_levels and dtype == torch.uint8 else None
+    expected = decode_reference(codes, scale, zero, token_group, bits, levels).float()
+    assert equal(decode(codes, scale, zero, token_group, bits, levels), expected)
+
+
+@pytest.mark.parametrize("bits", WIDTH_STEPS)
+def test_columns_of_a_strided_scale_are_groups_too(bits: int) -> None:
+    codes = storage_of(torch.uint8, 128, bits)
+    scale = torch.rand(2, 3, 4, CAPACITY).transpose(2, 3)
+    zero = torch.rand(2, 3, CAPACITY, 8)[..., ::2]
+    assert torch.equal(decode(codes, scale, zero, 1, bits), decode_reference(codes, scale, zero, 1, bits))
+
+
+@pytest.mark.parametrize("bits", WIDTH_STEPS)
+def test_ties_between_levels_go_to_the_lower_one(bits: int) -> None:
+    levels = torch.arange(2.0**bits) ** 2 - 3
+    middles = (levels[1:] + levels[:-1]) / 2
+    values = torch.cat([middles, middles.nextafter(torch.tensor(1e9)), levels, torch.tensor([-1e9, 1e9])])
+    values = torch.cat([values, torch.zeros(-len(values) % 8)]).view(1, 1, 1, -1)
+    codes = storage_of(torch.uint8, values.shape[-1], bits)[:1, :1, :1]
+    encode(values, torch.ones(()), None, codes, bits=bits, levels=levels)
+    decoded = decode(codes, None, None, bits=bits, levels=levels).flatten()
+    count = len(middles)
+    assert torch.equal(decoded[:count], levels[:-1])
+    assert torch.equal(decoded[count : 2 * count], levels[1:])
+    assert torch.equal(decoded[2 * count : 3 * count + 1], levels)
+    assert decoded[3 * count + 1 : 3 * count + 3].tolist() == [levels[0], levels[-1]]
 
 
 @pytest.mark.parametrize("codes", [torch.float8_e4m3fn, torch.float8_e5m2])
@@ -294,6 +350,26 @@ def test_what_does_not_fit_is_refused_with_the_reason() -> None:
             call()
 
 
+def test_bits_and_levels_that_do_not_fit_are_refused_with_the_reason() -> None:
+    values, scale = torch.randn(1, 2, 3, 12), torch.ones(2, 1, 12)
+    codes, packed, levels = (torch.zeros((1, 2, 3, n), dtype=torch.uint8) for n in (12, 3, 4))
+    refused = [
+        ("a multiple of 8 channels, not 12", lambda: encode(values, scale, None, packed, bits=3)),
+        ("2, 3 or 4 bits, not 5", lambda: encode(values, scale, None, packed, bits=5)),
+        ("2, 3 or 4 bits, not 1", lambda: encode_token(values, packed, torch.ones(1, 2, 3, 1), bits=1)),
+        ("2, 3 or 4 bits, not 8", lambda: decode(packed, None, None, bits=8)),
+        ("4 bytes are no row of int3 codes", lambda: decode(levels, None, None, bits=3)),
+        ("must be uint8 (1, 2, 3, 3)", lambda: encode(values, scale, None, codes, bits=2)),
+        ("in uint8, not torch.int8", lambda: encode(values, scale, None, codes.char(), levels=torch.ones(256))),
+        ("are float32 (4,)", lambda: encode(values, scale, None, packed, bits=2, levels=torch.ones(16))),
+        ("are float32 (4,)", lambda: decode(packed, scale, None, bits=2, levels=torch.ones(4).double())),
+    ]
+    for reason, call in refused:
+        with pytest.raises(ValueError, match=re.escape(reason)):
+            call()
+    encode(values, scale, None, codes.char(), bits=99)  # which counts for uint8 only
+
+
 def test_opcheck() -> None:
     values, codes = torch.randn(1, 2, 3, 16), torch.zeros((1, 2, 3, 16), dtype=torch.int8)
     packed, rope = torch.zeros((1, 2, 9, 8), dtype=torch.uint8), torch.rand(2, 1, 3, 16)
@@ -304,3 +380,12 @@ def test_opcheck() -> None:
     torch.library.opcheck(ops.encode_token.default, (values, codes, torch.zeros(1, 2, 3, 1)))
     torch.library.opcheck(ops.encode_token.default, (values, packed, scale, zero, *rope, torch.tensor([2])))
     torch.library.opcheck(ops.decode.default, (packed, torch.rand(1, 2, 3, 4), None, 4))
+    for bits in WIDTH_STEPS:
+        storage, levels = storage_of(torch.uint8, 16, bits)[:1, :2], torch.rand(2**bits).sort().values
+        appended = {"position": torch.tensor([2]), "bits": bits}
+        torch.library.opcheck(ops.encode.default, (values, torch.ones(2, 1, 1), None, storage), appended)
+        arguments = (values, torch.ones(2, 1, 1), None, storage, *rope, torch.tensor([2]), bits, levels)
+        torch.library.opcheck(ops.encode.default, arguments)
+        scales = torch.zeros(1, 2, CAPACITY, 4)
+        torch.library.opcheck(ops.encode_token.default, (values, storage, scales), appended)
+        torch.library.opcheck(ops.decode.default, (storage, torch.rand(2, 1, 4), None, 1, bits, levels))

@@ -4,7 +4,7 @@ import torch
 
 from ..library import define, implement
 from .cpu import attention_cpu, attention_cpu_description, attention_lse_cpu
-from .cuda import ATTENTION_CUDA, attention_cuda
+from .cuda import ATTENTION_CUDA, attention_cuda, attention_lse_cuda
 from .npu import ATTENTION_NPU, attention_lse_npu, attention_npu
 from .reference import attention_lse_reference, attention_reference
 
@@ -33,5 +33,6 @@ attention_lse = define(
 implement("attention", "CPU", attention_cpu, attention_cpu_description)
 implement("attention_lse", "CPU", attention_lse_cpu, attention_cpu_description)
 implement("attention", "CUDA", attention_cuda, ATTENTION_CUDA)
+implement("attention_lse", "CUDA", attention_lse_cuda, ATTENTION_CUDA)
 implement("attention", "PrivateUse1", attention_npu, ATTENTION_NPU)
 implement("attention_lse", "PrivateUse1", attention_lse_npu, "reference (PyTorch); fp8 raises")

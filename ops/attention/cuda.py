@@ -8,7 +8,7 @@ codes are decoded in registers, and a width is worked at in two halves, which is
 Nothing is read back from the device: the grid follows from the capacity, and programs share out the tokens in use.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,10 +31,11 @@ from ..cuda import (
     triton_serves,
 )
 from ..operands import broadcast_strides
-from .reference import attention_reference
+from .reference import attention_lse_reference, attention_reference, has_position_scores
 
 ATTENTION_CUDA = cuda_description("codes decoded in registers, keys split over programs where queries are few")
 LARGEST_WIDTH = 256
+"""Of heads, and of rows of the table of scores by position."""
 LOG2_E = 1.4426950408889634
 MOST_SPLITS, FEWEST_KEYS = 128, 128
 """Of the split of keys over programs: how many parts at most, and how many keys a part has at least."""
@@ -155,10 +156,23 @@ def _query_operand(values, KIND: tl.constexpr, DOT: tl.constexpr):
     return operand
 
 
+@jit()
+def _table_rows(
+    table, first, tokens, stored, BLOCK_E: tl.constexpr, POSITION_WIDTH: tl.constexpr
+):  # fmt: skip
+    """Rows of the table of scores by position at tokens `[N]`, those beyond its ends from there, in float32."""
+    pointer, row_stride, channel_stride, last = table
+    channels = tl.arange(0, BLOCK_E)[None, :]
+    rows = tl.minimum(tl.maximum(first + tokens, 0), last)[:, None] * row_stride
+    inside = stored[:, None] & (channels < POSITION_WIDTH)
+    return tl.load(pointer + rows + channels * channel_stride, mask=inside, other=0).to(tl.float32)
+
+
 @jit("queries", "keys", "window")
 def attention_kernel(
-    query, key, value, output, lse,
+    query, key, value, output, parts_lse, lse,
     key_scale, key_zero, value_scale, value_zero, query_scale, mask, length,
+    position_query, position_table, position_start,
     groups, queries, keys, window, factor,
     RATIO: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
     IS_SPLIT: tl.constexpr, KEY_KIND: tl.constexpr, VALUE_KIND: tl.constexpr, QUERY_KIND: tl.constexpr,
@@ -166,14 +180,15 @@ def attention_kernel(
     VALUE_SCALE: tl.constexpr, VALUE_ZERO: tl.constexpr, KEY_GROUP: tl.constexpr, VALUE_GROUP: tl.constexpr,
     KEY_TILE: tl.constexpr, VALUE_TILE: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr, NATIVE: tl.constexpr,
+    WANTS_LSE: tl.constexpr, POSITION_WIDTH: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Queries of all heads of one KV head, `BLOCK_M` rows of them, over one part of the keys.
 
     The forms of scales and zeros are "none", "head", "channel", "token", or "tile", which says that both scale and
     zero are applied to the tile, in the two layouts of `KEY_TILE` or `VALUE_TILE`. `factor` is that of the scores, for
-    powers of two. `output` is `[B, Q, H, D]`; where `IS_SPLIT` it is float32 `[B, Q, H, splits, D]`, and `lse` takes
-    the logarithms of the sums of weights. How many splits there are is no constant, for which the kernel would be
-    compiled again and again as the cache grows.
+    powers of two. `output` is `[B, Q, H, D]`; where `IS_SPLIT` it is float32 `[B, Q, H, splits, D]`, and `parts_lse`
+    takes the logarithms, to base 2, of the sums of weights; otherwise `lse`, if there is one, natural ones. How many
+    splits there are is no constant, for which the kernel would be compiled again and again as the cache grows.
     """
     HALF: tl.constexpr = (WIDTH + 1) // 2
     blocks = tl.cdiv(queries * RATIO, BLOCK_M)
@@ -231,10 +246,20 @@ def attention_kernel(
         s_low, s_high = a_low.to(tl.float32), a_high.to(tl.float32)
     if KEY_ZERO == "token":
         query_sum = tl.sum(s_low, 1) + tl.sum(s_high, 1)
-    elif KEY_SCALE == "token" and (KEY_ZERO == "head" or KEY_ZERO == "channel"):
+    elif (KEY_SCALE == "token" or WANTS_LSE) and (KEY_ZERO == "head" or KEY_ZERO == "channel"):
         query_sum = tl.sum(s_low * _channel_values(key_zero, batch, group, low, KEY_ZERO, WIDTH), 1)
         high_zero = tl.where(high < WIDTH, _channel_values(key_zero, batch, group, high, KEY_ZERO, WIDTH), 0.0)
         query_sum += tl.sum(s_high * high_zero, 1)
+
+    if POSITION_WIDTH > 0:
+        position_pointer, position_batch, position_head, position_token, position_channel = position_query
+        start_pointer, start_batch = position_start
+        places = (batch * position_batch + head * position_head + number.to(tl.int64) * position_token)[:, None]
+        channels = tl.arange(0, BLOCK_E)[None, :]
+        inside = is_row[:, None] & (channels < POSITION_WIDTH)
+        loaded = tl.load(position_pointer + places + channels * position_channel, mask=inside, other=0)
+        q_position = loaded.to(tl.float32)
+        first_row = tl.load(start_pointer + batch * start_batch).to(tl.int64)
 
     total = keys
     if length is not None:
@@ -299,6 +324,10 @@ def attention_kernel(
         scores *= row_factor[:, None]
         if KEY_SCALE == "token":
             scores *= _token_values(key_scale, batch, group, tokens, stored, KEY_GROUP)[None, :]
+        if POSITION_WIDTH > 0:
+            # Three products of TF32 keep 21 bits; all of float32 ("ieee") would do without the matrix units.
+            table_rows = _table_rows(position_table, first_row, tokens, stored, BLOCK_E, POSITION_WIDTH)
+            scores += _product(q_position, tl.trans(table_rows), "fp32") * factor
 
         if (start < seen_from) | (start + BLOCK_N > seen_to):
             visible = stored[None, :]
@@ -375,24 +404,30 @@ def attention_kernel(
         o_low *= _channel_values(value_scale, batch, group, low, VALUE_SCALE, WIDTH)
         o_high *= _channel_values(value_scale, batch, group, high, VALUE_SCALE, WIDTH)
     place = (batch * queries + number) * (groups * RATIO) + head
+    log_sum = tl.where(weight_sum == 0, float("-inf"), best + tl.log2(divisor))
+    if WANTS_LSE and KEY_SCALE != "token" and (KEY_ZERO == "head" or KEY_ZERO == "channel"):
+        log_sum -= query_sum * row_factor  # which all scores lack, and no weight needs
     if IS_SPLIT:
         place = place * splits + split
-        tl.store(lse + place, tl.where(weight_sum == 0, float("-inf"), best + tl.log2(divisor)), mask=is_row)
+        tl.store(parts_lse + place, log_sum, mask=is_row)
+    elif WANTS_LSE:
+        tl.store(lse + (batch * groups * RATIO + head) * queries + number, log_sum * 0.6931471805599453, mask=is_row)
     place = output + place[:, None] * WIDTH
     kind = output.dtype.element_ty
     tl.store(place + low, o_low.to(kind), mask=is_row[:, None] & (low < HALF))
     tl.store(place + high, o_high.to(kind), mask=is_row[:, None] & (high < WIDTH))
 
 
-@jit("count")
+@jit("count", "queries", "heads")
 def merge_kernel(
-    parts, lse, output, count, WIDTH: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr
+    parts, parts_lse, output, lse, count, queries, heads,
+    WIDTH: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, WANTS_LSE: tl.constexpr,
 ):  # fmt: skip
     """One query of one head: what the parts of its keys gave, `[count, D]`, weighted by their sums."""
     row = tl.program_id(0).to(tl.int64)
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     splits = tl.arange(0, BLOCK_S)
-    logs = tl.load(lse + row * count + splits, mask=splits < count, other=float("-inf"))
+    logs = tl.load(parts_lse + row * count + splits, mask=splits < count, other=float("-inf"))
     best = tl.max(logs, 0)
     weights = tl.exp2(logs - tl.where(best == float("-inf"), 0.0, best))
     inside = (splits < count)[:, None] & (channels < WIDTH)[None, :]
@@ -401,6 +436,10 @@ def merge_kernel(
     total = tl.sum(weights, 0)
     merged = tl.sum(values * weights[:, None], 0) / tl.where(total == 0, 1.0, total)
     tl.store(output + row * WIDTH + channels, merged.to(output.dtype.element_ty), mask=channels < WIDTH)
+    if WANTS_LSE and tl.program_id(1) == 0:
+        log_sum = tl.where(total == 0, float("-inf"), best + tl.log2(total))
+        place = (row // (queries * heads) * heads + row % heads) * queries + row // heads % queries
+        tl.store(lse + place, log_sum * 0.6931471805599453)
 
 
 class _Blocks(NamedTuple):
@@ -431,6 +470,18 @@ def _blocks(rows: int, half: int, bits: int, capability: int) -> _Blocks:
         is_small = half > 64 or (bits == 8 and capability < 90)  # there each warp holds all of a decoded tile
         return _Blocks(power_of_two(min(rows, 64)), 32 if is_small else 64, 4, 3 if has_room else 2)
     return _Blocks(128, 64, 8, 3 if has_room else 2)
+
+
+def _with_positions(blocks: _Blocks, half: int, position_block: int, capability: int) -> _Blocks:
+    """Tiles that leave room for rows of the table of scores by position, `position_block` wide in float32."""
+    has_room = capability in (80, 90, 100, 103) and half + position_block <= 192
+    return blocks._replace(
+        rows=min(blocks.rows, max(16, 4096 // position_block)),
+        keys=min(blocks.keys, 32),
+        warps=4,
+        stages=min(blocks.stages, 2 if has_room else 1),
+        registers=None,
+    )
 
 
 class _Part(NamedTuple):
@@ -523,6 +574,27 @@ def _checked(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tup
     return shapes[0]
 
 
+def _position_operands(
+    query: torch.Tensor,
+    position_query: torch.Tensor | None,
+    position_table: torch.Tensor | None,
+    position_start: torch.Tensor | None,
+) -> tuple[tuple[tuple | None, ...], int]:
+    """The arguments of scores by position as the kernel takes them, and their width, 0 of none.
+
+    Raises:
+        ValueError: they do not go together, or are too wide.
+    """
+    if not has_position_scores(query, position_query, position_table, position_start):
+        return (None, None, None), 0
+    rows, width = position_table.shape
+    if width > LARGEST_WIDTH:
+        raise ValueError(f"attention on CUDA takes scores by position up to {LARGEST_WIDTH} wide, not {width}")
+    start = position_start.flatten()
+    first = (start, start.stride(0) if start.numel() > 1 else 0)
+    return (strided(position_query), (*strided(position_table), rows - 1), first), width
+
+
 def _float_dot(values: torch.dtype, query: torch.dtype) -> str:
     """What float K or V is multiplied in: 16 bits where the query has the same, else float32."""
     if values == query and values in (torch.float16, torch.bfloat16):
@@ -569,7 +641,8 @@ def _splits(programs: int, keys: int, processors: int, are_small: bool) -> int:
     return max(1, min(wanted, -(-keys // FEWEST_KEYS), MOST_SPLITS))
 
 
-def attention_cuda(
+def _attend_triton(
+    wants_lse: bool,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -585,38 +658,25 @@ def attention_cuda(
     window: int = 0,
     key_group: int = 1,
     value_group: int = 1,
-) -> torch.Tensor:
-    """`attention_reference` in Triton; the reference itself for queries in float64 and where Triton does not serve.
+    position_query: torch.Tensor | None = None,
+    position_table: torch.Tensor | None = None,
+    position_start: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`attention_lse_reference` in Triton; the log-sum-exp only if it is wanted.
 
     Any strides. With queries of 16 bits, products are of 16 bits and sums of 32; weights are rounded to 16 bits, and to
     e4m3 where queries are many and q, K and V all in fp8.
 
     Raises:
-        ValueError: shapes that do not go together, or a head_dim beyond 256.
+        ValueError: shapes that do not go together, or a head_dim or scores by position wider than 256.
     """
-    if not triton_serves(query):
-        return attention_reference(
-            query,
-            key,
-            value,
-            key_scale,
-            key_zero,
-            value_scale,
-            value_zero,
-            query_scale,
-            mask,
-            scaling,
-            causal,
-            length,
-            window,
-            key_group,
-            value_group,
-        )
     shape = batch, groups, keys, width = _checked(query, key, value)
     heads, queries = query.shape[1:3]
+    position, position_width = _position_operands(query, position_query, position_table, position_start)
     output = query.new_empty((batch, queries, heads, width))
+    lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=query.device) if wants_lse else None
     if output.numel() == 0 or keys == 0:
-        return output.zero_()
+        return output.zero_(), None if lse is None else lse.fill_(float("-inf"))
     key_parts = _joined(_part(key_scale, shape, key_group, "key_scale"), _part(key_zero, shape, key_group, "key_zero"))
     value_parts = _joined(
         _part(value_scale, shape, value_group, "value_scale"), _part(value_zero, shape, value_group, "value_zero")
@@ -635,13 +695,16 @@ def attention_cuda(
     half = power_of_two((width + 1) // 2, 32 if key_dot in ("int8", "fp8") else 16)
     bits = max(32 if "fp32" in (key_dot, value_dot) else 0, *(8 * codes.element_size() for codes in (key, value)))
     blocks = _blocks(rows, half, bits, gpu.capability)
+    position_block = power_of_two(position_width, 16)
+    if position_width:
+        blocks = _with_positions(blocks, half, position_block, gpu.capability)
     blocks, layouts = _tiles(blocks, ((key_parts, key_group), (value_parts, value_group)), width, half)
     programs = -(-rows // blocks.rows) * batch * groups
     splits = _splits(programs, keys, gpu.processors, blocks.rows == 16)
-    parts, lse = output, None
+    parts, parts_lse = output, None
     if splits > 1:
         parts = torch.empty((*output.shape[:3], splits, width), dtype=torch.float32, device=query.device)
-        lse = torch.empty((*output.shape[:3], splits), dtype=torch.float32, device=query.device)
+        parts_lse = torch.empty((*output.shape[:3], splits), dtype=torch.float32, device=query.device)
     mask_kind = "none" if mask is None else "bool" if mask.dtype == torch.bool else "float"
     if mask is not None:
         strides = broadcast_strides(mask, (batch, heads, queries, keys))
@@ -651,9 +714,9 @@ def attention_cuda(
     causal = causal and mask is None and (queries > 1 or window > 0)
     with on_device(query):
         attention_kernel[(programs, splits)](
-            strided(query), strided(raw_codes(key)), strided(raw_codes(value)), parts, lse,
+            strided(query), strided(raw_codes(key)), strided(raw_codes(value)), parts, parts_lse, lse,
             key_parts[0].operand, key_parts[1].operand, value_parts[0].operand, value_parts[1].operand,
-            query_scale, mask, length,
+            query_scale, mask, length, *position,
             groups, queries, keys, window, scaling * LOG2_E,
             RATIO=ratio, WIDTH=width, BLOCK_M=blocks.rows, BLOCK_N=blocks.keys, BLOCK_H=half, IS_SPLIT=splits > 1,
             KEY_KIND=CODE_KINDS.get(key.dtype, "float"), VALUE_KIND=CODE_KINDS.get(value.dtype, "float"),
@@ -662,12 +725,23 @@ def attention_cuda(
             VALUE_SCALE=value_parts[0].form, VALUE_ZERO=value_parts[1].form,
             KEY_GROUP=key_group, VALUE_GROUP=value_group, KEY_TILE=layouts[0], VALUE_TILE=layouts[1],
             CAUSAL=causal, WINDOW=causal and window > 0, MASK=mask_kind, NATIVE=native,
+            WANTS_LSE=wants_lse, POSITION_WIDTH=position_width, BLOCK_E=position_block,
             num_warps=blocks.warps, num_stages=blocks.stages, maxnreg=blocks.registers, enable_fp_fusion=True,
         )  # fmt: skip
         if splits > 1:
             merge_kernel[(batch * queries * heads, -(-width // MERGED_CHANNELS))](
-                parts, lse, output, splits,
-                WIDTH=width, BLOCK_S=power_of_two(splits), BLOCK_C=MERGED_CHANNELS,
+                parts, parts_lse, output, lse, splits, queries, heads,
+                WIDTH=width, BLOCK_S=power_of_two(splits), BLOCK_C=MERGED_CHANNELS, WANTS_LSE=wants_lse,
                 num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip
-    return output
+    return output, lse
+
+
+def attention_cuda(query: torch.Tensor, *others: Any) -> torch.Tensor:
+    """`attention_reference` in Triton, of the same arguments; the reference itself where Triton does not serve."""
+    return _attend_triton(False, query, *others)[0] if triton_serves(query) else attention_reference(query, *others)
+
+
+def attention_lse_cuda(query: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attention_lse_reference` in Triton, of the same arguments; the reference itself where Triton does not serve."""
+    return _attend_triton(True, query, *others) if triton_serves(query) else attention_lse_reference(query, *others)

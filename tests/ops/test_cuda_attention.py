@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from octavo.ops import attention
-from octavo.ops.attention.cuda import attention_cuda
-from octavo.ops.attention.reference import attention_reference
+from octavo.ops import attention, attention_lse
+from octavo.ops.attention.cuda import attention_cuda, attention_lse_cuda
+from octavo.ops.attention.reference import attention_lse_reference, attention_reference
 from octavo.ops.codes import to_codes
 
 from ..tolerances import TOLERANCES
@@ -91,12 +91,31 @@ def call(
         "window": 0,
         "key_group": token_groups[0],
         "value_group": token_groups[1],
+        "position_query": None,
+        "position_table": None,
+        "position_start": None,
+    }
+
+
+def with_positions(arguments: dict[str, Any], width: int, rows: int = 90, size: float = 1.0) -> dict[str, Any]:
+    """The call with random scores by position, which start elsewhere in each sequence."""
+    batch, heads, queries, _ = arguments["query"].shape
+    return {
+        **arguments,
+        "position_query": torch.randn(batch, queries, heads, width).transpose(1, 2) * size,
+        "position_table": torch.randn(rows, width),
+        "position_start": torch.tensor([-7, 40]),
     }
 
 
 def run(arguments: dict[str, Any], capability: int = 90, processors: int = 4) -> torch.Tensor:
     with interpreted(capability, processors):
         return attention_cuda(*arguments.values())
+
+
+def run_lse(arguments: dict[str, Any], capability: int = 90, processors: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    with interpreted(capability, processors):
+        return attention_lse_cuda(*arguments.values())
 
 
 def relative_rmse(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -108,6 +127,19 @@ def assert_close(actual: torch.Tensor, arguments: dict[str, Any], tolerance: str
     expected = attention_reference(*{**arguments, "query": arguments["query"].float()}.values())
     assert (actual.shape, actual.dtype) == (expected.shape, arguments["query"].dtype)
     assert relative_rmse(actual, expected) <= TOLERANCES[tolerance or f"cuda attention {str(actual.dtype)[6:]}"]
+
+
+def assert_both_close(
+    actual: tuple[torch.Tensor, torch.Tensor], arguments: dict[str, Any], tolerance: str | None = None
+) -> None:
+    """Output and log-sum-exp, an error in which is one of the weights."""
+    assert_close(actual[0], arguments, tolerance)
+    expected = attention_lse_reference(*{**arguments, "query": arguments["query"].float()}.values())[1]
+    assert actual[1].shape == expected.shape and actual[1].dtype == torch.float32
+    sees = expected > float("-inf")
+    assert torch.equal(actual[1] > float("-inf"), sees)
+    limit = TOLERANCES[tolerance or f"cuda attention {str(arguments['query'].dtype)[6:]}"]
+    torch.testing.assert_close(actual[1][sees], expected[sees], rtol=limit, atol=10 * limit)
 
 
 STATIC = st.sampled_from(["head", "channel", "token"])
@@ -140,6 +172,7 @@ KINDS = st.sampled_from(["int8", "int4", "e4m3", "e5m2", "own", "float32"])
     quantizes_query=st.booleans(),
     mask=st.sampled_from(["none", "none", "window", "bool", "bool per head", "float", "not causal"]),
     unused=st.sampled_from([0, 70]),
+    positions=st.sampled_from([0, 0, 16, 20, 64]),
     capability=st.sampled_from([80, 90]),
     seed=st.integers(0, 1000),
 )
@@ -155,6 +188,7 @@ def test_equals_the_reference(
     quantizes_query: bool,
     mask: str,
     unused: int,
+    positions: int,
     capability: int,
     seed: int,
 ) -> None:
@@ -173,14 +207,91 @@ def test_equals_the_reference(
     arguments["window"] = 7 if mask == "window" else 0
     arguments["causal"] = mask != "not causal"
     many_in_fp8 = quantizes_query and capability == 90 and set(kinds) <= {"e4m3", "e5m2"} and ratio * queries > 64
-    assert_close(run(arguments, capability), arguments, "cuda attention in fp8" if many_in_fp8 else None)
+    arguments = with_positions(arguments, positions) if positions else arguments
+    assert_both_close(run_lse(arguments, capability), arguments, "cuda attention in fp8" if many_in_fp8 else None)
 
 
 @needs_triton
 @pytest.mark.parametrize("processors", [1, 40])
 def test_parts_of_the_keys_are_merged(processors: int) -> None:
     arguments = call("int8", "int4", ("token", "none", "token", "token"), torch.float16, 1, 700, 64, 4)
-    assert_close(run(arguments, processors=processors), arguments)
+    assert_both_close(run_lse(arguments, processors=processors), arguments)
+    assert torch.equal(run(arguments, processors=processors), run_lse(arguments, processors=processors)[0])
+
+
+@needs_triton
+@pytest.mark.parametrize("queries", [1, 9])
+@pytest.mark.parametrize("forms", [("token", "channel"), ("channel", "channel"), ("head", "head"), ("none", "channel")])
+def test_log_sum_exp_knows_zero_points_that_cancel(forms: tuple[str, str], queries: int) -> None:
+    kind = "float32" if forms[0] == "none" else "int8"
+    arguments = call(kind, "int8", (*forms, "head", "none"), torch.float32, queries, 150)
+    for processors in (1, 4):
+        assert_both_close(run_lse(arguments, processors=processors), arguments)
+
+
+@needs_triton
+@pytest.mark.parametrize("queries", [1, 9])
+@pytest.mark.parametrize("width", [1, 100, 256])
+def test_scores_by_position_of_any_width(width: int, queries: int) -> None:
+    arguments = with_positions(call(queries=queries, tokens=150, unused=9), width)
+    for processors in (1, 12):
+        assert_both_close(run_lse(arguments, processors=processors), arguments)
+
+
+@needs_triton
+@pytest.mark.parametrize("queries", [1, 20])
+def test_large_scores_by_position_lose_no_more_than_float32(queries: int) -> None:
+    arguments = with_positions(call(queries=queries, tokens=150), 64, size=400.0)
+    output, lse = run_lse(arguments)
+    exact = {**arguments, "query": arguments["query"].double()}
+    expected, expected_lse = attention_lse_reference(*exact.values())
+    assert expected_lse.max() > 1000
+    assert relative_rmse(output, expected) <= TOLERANCES["attention with large scores by position"]
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-6, atol=1e-4)
+
+
+@needs_triton
+@pytest.mark.parametrize("start", [-400, -30, 70, 10**12])
+def test_rows_beyond_the_table_are_its_ends(start: int) -> None:
+    """What stands around the table is not read."""
+    arguments = with_positions(call(queries=3, tokens=150), 16)
+    storage = torch.full((290, 16), float("nan"))
+    storage[100:190] = arguments["position_table"]
+    for first in (torch.tensor([start]), torch.tensor([min(start, 10**9), 3], dtype=torch.int32)):
+        changed = {**arguments, "position_table": storage[100:190], "position_start": first}
+        assert_both_close(run_lse(changed), changed)
+
+
+@needs_triton
+def test_scores_by_position_take_any_layout_and_dtype() -> None:
+    arguments = with_positions(call(queries=3, tokens=150), 16)
+    expected = run(arguments)
+    spread = torch.full((90, 3, 16), float("nan"))
+    spread[:, 1] = arguments["position_table"]
+    for table in (spread[:, 1], arguments["position_table"].mT.contiguous().mT):
+        assert torch.equal(run({**arguments, "position_table": table}), expected)
+    halves = {name: arguments[name].bfloat16() for name in ("position_query", "position_table")}
+    assert_close(run({**arguments, **halves}), {**arguments, **halves})
+
+
+@needs_triton
+@pytest.mark.parametrize("queries", [1, 20])
+@pytest.mark.parametrize(("window", "causal"), [(0, True), (50, True), (0, False)])
+@pytest.mark.parametrize("processors", [1, 12])
+def test_segments_are_merged_by_their_log_sum_exp(queries: int, window: int, causal: bool, processors: int) -> None:
+    """Of which some are not seen at all."""
+    arguments = with_positions(
+        call("int8", "int8", ("token", "none", "token", "none"), queries=queries, tokens=260), 16
+    )
+    arguments |= {"window": window, "causal": causal, "length": torch.tensor([260, 40])}
+    parts = []
+    for start, stop in ((0, 16), (16, 200), (200, 260)):
+        cut = {name: arguments[name][:, :, start:stop] for name in ("key", "value", "key_scale", "value_scale")}
+        cut |= {name: arguments[name] + moved for name, moved in (("length", -start), ("position_start", start))}
+        parts.append(run_lse({**arguments, **cut}, processors=processors))
+    lses = torch.stack([lse for _, lse in parts])
+    weights = (lses - lses.logsumexp(dim=0).clamp_min(-1e30)).exp().transpose(-1, -2)[..., None]
+    assert_close((torch.stack([output for output, _ in parts]) * weights).sum(dim=0), arguments)
 
 
 @needs_triton
@@ -195,7 +306,8 @@ def test_queries_that_see_nothing_and_an_empty_cache_give_zeros(queries: int) ->
     assert not empty.any() and empty.isfinite().all()
     none = {**arguments, "key": arguments["key"][:, :, :0], "value": arguments["value"][:, :, :0]}
     none |= dict.fromkeys(("key_scale", "key_zero", "value_scale", "value_zero"))
-    assert not run(none).any()
+    for output, lse in (run_lse(none), run_lse({**arguments, "length": torch.tensor([-5])})):
+        assert not output.any() and (lse == float("-inf")).all()
 
 
 @needs_triton
@@ -271,6 +383,10 @@ def test_what_does_not_go_together_is_refused() -> None:
         assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="up to 256"):
         run(call(width=272))
+    with pytest.raises(ValueError, match="up to 256 wide, not 257"):
+        run(with_positions(arguments, 257))
+    with pytest.raises(ValueError, match="all three or none"):
+        run({**with_positions(arguments, 16), "position_table": None})
 
 
 PRESETS = {
@@ -334,6 +450,22 @@ def test_other_widths_masks_and_types_compile() -> None:
     assert max(kernel.metadata.shared for kernel in kernels) <= SHARED_MEMORY[89] * 1024
 
 
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 89, 90])
+def test_scores_by_position_compile(capability: int) -> None:
+    """Beside the largest tiles of K and V, with log-sum-exp, split and whole."""
+    with compiled(capability) as kernels:
+        for name, width in (("int8 per token", 64), ("int4 as KIVI", 16), ("own", 128), ("e4m3 queries", 256)):
+            for queries in (1, 64):
+                arguments = with_positions(preset_call(name, queries, 512, torch.bfloat16, unused=512), width)
+                attention_lse_cuda(*arguments.values())
+        wide = call("own", "own", ("none",) * 4, torch.bfloat16, 64, 300, 256, 1)
+        attention_lse_cuda(*with_positions(wide, 256).values())
+        attention_lse_cuda(*with_positions(call("float32", "float32", ("none",) * 4, queries=64), 128).values())
+    assert max(kernel.metadata.shared for kernel in kernels) <= SHARED_MEMORY[capability] * 1024
+
+
 def to_gpu(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
 
@@ -348,7 +480,11 @@ def test_on_a_gpu(name: str, queries: int, dtype: torch.dtype) -> None:
     arguments = preset_call(name, queries, 3000, dtype, unused=1096)
     arguments["length"] = torch.tensor([3000, 2500], dtype=torch.int32)
     in_fp8 = name == "e4m3 queries" and queries >= 64
-    assert_close(attention(*to_gpu(arguments).values()).cpu(), arguments, "cuda attention in fp8" if in_fp8 else None)
+    tolerance = "cuda attention in fp8" if in_fp8 else None
+    assert_close(attention(*to_gpu(arguments).values()).cpu(), arguments, tolerance)
+    arguments = with_positions(arguments, 64, rows=4096)
+    output, lse = attention_lse(*to_gpu(arguments).values())
+    assert_both_close((output.cpu(), lse.cpu()), arguments, tolerance)
 
 
 @needs_gpu
@@ -356,6 +492,8 @@ def test_on_a_gpu(name: str, queries: int, dtype: torch.dtype) -> None:
 def test_opcheck_and_compile_on_a_gpu(name: str) -> None:
     arguments = to_gpu(preset_call(name, 1, 200, torch.bfloat16, unused=56))
     torch.library.opcheck(torch.ops.octavo.attention.default, tuple(arguments.values()))
+    positions = to_gpu(with_positions(arguments, 32))
+    torch.library.opcheck(torch.ops.octavo.attention_lse.default, tuple(positions.values()))
 
     def step(query: torch.Tensor) -> torch.Tensor:
         return attention(query * 1, *list(arguments.values())[1:]) * 1

@@ -189,18 +189,22 @@ INLINE void store_bytes(uint8_t *to, i32x8 words) {
 }
 
 /* The values of a row by its scales and zeros, rounded, as bytes; those that are packed later as indices. */
-INLINE void round_row(const CodecArguments *a, Buffers *at, int kind) {
-    for (int64_t d = 0; d < a->shape[3]; d += 8) {
-        f32x8 x = load_f32(at->values + d) / load_f32(at->scale + d);
-        if (a->zero) x += load_f32(at->zero + d);
+INLINE void round_row(const CodecArguments *a, const Buffers *at, int kind) {
+    const float *values = at->values, *scale = at->scale, *zero = a->zero ? at->zero : NULL, *borders = at->borders;
+    int64_t width = a->shape[3], bits = a->bits;
+    int has_levels = a->levels != 0;
+    uint8_t *restrict bytes = at->bytes;
+    for (int64_t d = 0; d < width; d += 8) {
+        f32x8 x = load_f32(values + d) / load_f32(scale + d);
+        if (zero) x += load_f32(zero + d);
         i32x8 codes;
         if (kind == KIND_INT8)
             codes = __builtin_convertvector(round_to_code(x), i32x8);
         else if (kind == KIND_INT4)
-            codes = a->levels ? nearest_level(x, at->borders, a->bits) : nearest_code(x, a->bits);
+            codes = has_levels ? nearest_level(x, borders, bits) : nearest_code(x, bits);
         else
             codes = (i32x8)to_fp8(x, kind == KIND_FLOAT8_E4M3 ? E4M3 : E5M2);
-        store_bytes(at->bytes + d, codes);
+        store_bytes(bytes + d, codes);
     }
 }
 

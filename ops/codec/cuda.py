@@ -1,12 +1,13 @@
 """The codec on CUDA GPUs: Triton kernels behind the Python signatures of the references.
 
-A program takes some rows of head_dim in two halves, which is how RoPE pairs channels and how int4 codes are packed. It
-divides and rounds as the references do, without fused multiply-adds, so the codes are theirs, bit for bit.
+A program takes some rows of head_dim in two halves, which is how RoPE pairs channels and how int4 codes are packed.
+With 2 and 3 bits each half consists of the parts that lie behind each other in the bits of a byte. It divides and rounds
+as the references do, without fused multiply-adds, so the codes are theirs, bit for bit.
 """
 
 import torch
 
-from ..codes import CODE_RANGES, SMALLEST_SCALE, code_width
+from ..codes import SMALLEST_SCALE, check_levels, code_range, code_width
 from ..cuda import (
     CODE_KINDS,
     FP8_CAPABILITY,
@@ -18,6 +19,7 @@ from ..cuda import (
     on_device,
     power_of_two,
     raw_codes,
+    round_half_even,
     strided,
     tl,
     to_code,
@@ -26,9 +28,9 @@ from ..cuda import (
 from ..operands import broadcast_strides
 from .reference import decode_reference, encode_reference, encode_token_reference
 
-CODEC_CUDA = cuda_description(
-    "a pass over the values, with RoPE and the append at `position` in it; 2 and 3 bits and codebooks by the reference"
-)
+CODEC_CUDA = cuda_description("a pass over the values, with RoPE and the append at `position` in it")
+PARTS = {4: 1, 3: 4, 2: 2}
+"""In how many parts kernels take half of the channels, by the bits of codes in uint8."""
 
 
 @jit()
@@ -77,32 +79,112 @@ def _written_token(position, token, capacity, inside):
 
 
 @jit()
-def _store_codes(codes, low, high, batch, group, target, inside, channels, WIDTH: tl.constexpr, KIND: tl.constexpr):
+def _half_channels(WIDTH: tl.constexpr, BLOCK_H: tl.constexpr, PARTS: tl.constexpr):
+    """Channels `[1, BLOCK_H]` of the first half of a row, part by part; what only fills a part is `WIDTH`."""
+    lane = tl.arange(0, BLOCK_H)[None, :]
+    if PARTS == 1:
+        channels = lane
+    else:
+        SPAN: tl.constexpr = WIDTH // 2 // PARTS
+        inside = lane % (BLOCK_H // PARTS)
+        channels = tl.where(inside < SPAN, lane // (BLOCK_H // PARTS) * SPAN + inside, WIDTH)
+    return channels
+
+
+@jit()
+def _load_indices(pointer, places, stride, inside, channels, WIDTH: tl.constexpr, BITS: tl.constexpr):
+    """Both halves of rows of packed codes, as indices; of channels beyond the half anything."""
+    is_low = inside & (channels < WIDTH // 2)
+    if BITS == 4:
+        both = tl.load(pointer + places + channels * stride, mask=is_low, other=0)
+        low, high = both & 15, both >> 4
+    else:
+        QUARTER: tl.constexpr = WIDTH // 4
+        fours = tl.load(pointer + places + channels % QUARTER * stride, mask=is_low, other=0)
+        fours = fours.to(tl.int32) >> channels // QUARTER * 2
+        low, high = fours & 3, (fours >> 4) & 3
+    if BITS == 3:
+        EIGHTH: tl.constexpr = WIDTH // 8
+        eights = tl.load(pointer + places + (QUARTER + channels % EIGHTH) * stride, mask=is_low, other=0)
+        eights = eights.to(tl.int32) >> channels // EIGHTH
+        low, high = low | ((eights & 1) << 2), high | ((eights >> 2) & 4)
+    return low, high
+
+
+@jit()
+def _values_of_indices(indices, levels, BITS: tl.constexpr):
+    """The codes of indices, or their levels, in float32."""
+    if levels is not None:
+        values = tl.load(levels + indices.to(tl.int32))
+    else:
+        values = indices.to(tl.float32) - 2.0 ** (BITS - 1)
+    return values
+
+
+@jit()
+def _nearest_index(x, levels, BITS: tl.constexpr):
+    """The index of the level nearest to each value, the lower one of two as near, or without levels of the code."""
+    if levels is not None:
+        index = tl.zeros(x.shape, tl.int32)
+        for border in tl.static_range(2**BITS - 1):
+            middle = (tl.load(levels + border) + tl.load(levels + border + 1)) * 0.5
+            index += tl.where(x <= middle, 0, 1)
+    else:
+        HALF_RANGE: tl.constexpr = 2.0 ** (BITS - 1)
+        index = (round_half_even(tl.minimum(tl.maximum(x, -HALF_RANGE), HALF_RANGE - 1)) + HALF_RANGE).to(tl.int32)
+    return index
+
+
+@jit()
+def _store_packed(places, stride, low, high, inside, channels, WIDTH: tl.constexpr, BITS: tl.constexpr):
+    """Write the indices of both halves of rows, packed, from the addresses `places` `[R, 1]` on."""
+    if BITS == 4:
+        mask = inside & (channels < WIDTH // 2)
+        tl.store(places + channels * stride, (low | (high << 4)).to(tl.uint8), mask=mask)
+    else:
+        ROWS: tl.constexpr = low.shape[0]
+        LANES: tl.constexpr = low.shape[1]
+        fours = ((low & 3) | ((high & 3) << 4)) << (channels // (WIDTH // 4) * 2)
+        fours = tl.sum(tl.reshape(fours, [ROWS, 2, LANES // 2]), 1)
+        quarter = tl.min(tl.reshape(channels, [2, LANES // 2]), 0)[None, :]
+        tl.store(places + quarter * stride, fours.to(tl.uint8), mask=inside & (quarter < WIDTH // 4))
+    if BITS == 3:
+        eights = ((low >> 2) | ((high >> 2) << 4)) << (channels // (WIDTH // 8))
+        eights = tl.sum(tl.reshape(eights, [ROWS, 4, LANES // 4]), 1)
+        eighth = tl.min(tl.reshape(channels, [4, LANES // 4]), 0)[None, :]
+        tl.store(places + (WIDTH // 4 + eighth) * stride, eights.to(tl.uint8), mask=inside & (eighth < WIDTH // 8))
+
+
+@jit()
+def _store_codes(
+    codes, levels, low, high, batch, group, target, inside, channels,
+    WIDTH: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
     """Round both halves of rows, in units of codes, and write them."""
     HALF: tl.constexpr = (WIDTH + 1) // 2
     pointer, batch_stride, group_stride, token_stride, channel_stride = codes
     places = pointer + (batch * batch_stride + group * group_stride + target * token_stride)[:, None]
-    low, high = to_code(low, KIND), to_code(high, KIND)
-    first = inside[:, None] & (channels < HALF)
-    if KIND == "int4":
-        both = (low + 8).to(tl.uint8) | ((high + 8).to(tl.uint8) << 4)
-        tl.store(places + channels * channel_stride, both, mask=first)
+    inside = inside[:, None]
+    if KIND == "int4":  # or of another number of bits
+        low, high = _nearest_index(low, levels, BITS), _nearest_index(high, levels, BITS)
+        _store_packed(places, channel_stride, low, high, inside, channels, WIDTH, BITS)
     else:
-        tl.store(places + channels * channel_stride, low, mask=first)
+        tl.store(places + channels * channel_stride, to_code(low, KIND), mask=inside & (channels < HALF))
         second = channels + HALF
-        tl.store(places + second * channel_stride, high, mask=inside[:, None] & (second < WIDTH))
+        tl.store(places + second * channel_stride, to_code(high, KIND), mask=inside & (second < WIDTH))
 
 
 @jit("rows", "tokens", "capacity")
 def encode_kernel(
-    x, cos, sin, scale, zero, codes, position, rows, groups, tokens, capacity,
-    WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, KIND: tl.constexpr,
+    x, cos, sin, scale, zero, codes, levels, position, rows, groups, tokens, capacity,
+    WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """`BLOCK_R` rows of x as codes by static scales."""
     number = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = number < rows
     batch, group, token = _row_places(number, groups, tokens)
-    channels = tl.arange(0, BLOCK_H)[None, :]
+    channels = _half_channels(WIDTH, BLOCK_H, PARTS)
     low, high = _rotated_halves(x, cos, sin, batch, group, token, inside, channels, WIDTH)
     second = channels + (WIDTH + 1) // 2
     low = tl.div_rn(low, _part_values(scale, batch, group, token, inside, channels, WIDTH))
@@ -111,21 +193,21 @@ def encode_kernel(
         low += _part_values(zero, batch, group, token, inside, channels, WIDTH)
         high += _part_values(zero, batch, group, token, inside, second, WIDTH)
     target, inside = _written_token(position, token, capacity, inside)
-    _store_codes(codes, low, high, batch, group, target, inside, channels, WIDTH, KIND)
+    _store_codes(codes, levels, low, high, batch, group, target, inside, channels, WIDTH, KIND, BITS)
 
 
 @jit("rows", "tokens", "capacity")
 def encode_token_kernel(
     x, cos, sin, codes, scale, zero, position, rows, groups, tokens, capacity,
     WIDTH: tl.constexpr, COLUMNS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, SMALLEST: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, KIND: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """`BLOCK_R` rows of x as codes and their scales, one for each of `COLUMNS` groups of channels."""
     number = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = number < rows
     batch, group, token = _row_places(number, groups, tokens)
     target, is_written = _written_token(position, token, capacity, inside)
-    channels = tl.arange(0, BLOCK_H)[None, :]
+    channels = _half_channels(WIDTH, BLOCK_H, PARTS)
     second = channels + (WIDTH + 1) // 2
     low, high = _rotated_halves(x, cos, sin, batch, group, token, inside, channels, WIDTH)
     is_nan_low, is_nan_high = (low != low).to(tl.int32), (high != high).to(tl.int32)
@@ -164,26 +246,30 @@ def encode_token_kernel(
             column_high += offset.to(tl.float32)[:, None]
         code_low = tl.where(of_low, column_low, code_low)
         code_high = tl.where(of_high, column_high, code_high)
-    _store_codes(codes, code_low, code_high, batch, group, target, is_written, channels, WIDTH, KIND)
+    _store_codes(codes, None, code_low, code_high, batch, group, target, is_written, channels, WIDTH, KIND, BITS)
 
 
 @jit("rows", "tokens")
 def decode_kernel(
-    codes, scale, zero, output, rows, groups, tokens,
+    codes, scale, zero, levels, output, rows, groups, tokens,
     WIDTH: tl.constexpr, TOKEN_GROUP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, KIND: tl.constexpr,
-    NATIVE: tl.constexpr,
+    NATIVE: tl.constexpr, BITS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """`BLOCK_R` rows of codes as float32 values."""
     HALF: tl.constexpr = (WIDTH + 1) // 2
     number = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = number < rows
     batch, group, token = _row_places(number, groups, tokens)
-    channels = tl.arange(0, BLOCK_H)[None, :]
+    channels = _half_channels(WIDTH, BLOCK_H, PARTS)
     second = channels + HALF
     pointer, batch_stride, group_stride, token_stride, channel_stride = codes
     places = (batch * batch_stride + group * group_stride + token.to(tl.int64) * token_stride)[:, None]
-    low, high = load_halves(pointer, places, channel_stride, inside[:, None], channels, WIDTH=WIDTH, KIND=KIND)
-    low, high = codes_as_float(low, KIND, NATIVE), codes_as_float(high, KIND, NATIVE)
+    if KIND == "int4":
+        low, high = _load_indices(pointer, places, channel_stride, inside[:, None], channels, WIDTH, BITS)
+        low, high = _values_of_indices(low, levels, BITS), _values_of_indices(high, levels, BITS)
+    else:
+        low, high = load_halves(pointer, places, channel_stride, inside[:, None], channels, WIDTH=WIDTH, KIND=KIND)
+        low, high = codes_as_float(low, KIND, NATIVE), codes_as_float(high, KIND, NATIVE)
     if zero is not None:
         low -= _part_values(zero, batch, group, token // TOKEN_GROUP, inside, channels, WIDTH)
         high -= _part_values(zero, batch, group, token // TOKEN_GROUP, inside, second, WIDTH)
@@ -224,13 +310,21 @@ def _rope_operand(part: torch.Tensor | None, x: torch.Tensor) -> tuple | None:
     return (part, strides[0], 0, *strides[1:])
 
 
-def _check_storage(x: torch.Tensor, codes: torch.Tensor, position: torch.Tensor | None) -> None:
+def _check_storage(x: torch.Tensor, codes: torch.Tensor, position: torch.Tensor | None, bits: int) -> None:
     """Raise ValueError unless `codes` is a storage for x."""
     expected = list(x.shape)
     if position is not None and codes.dim() == 4:
         expected[2] = codes.shape[2]
-    if x.dim() != 4 or codes.dtype not in CODE_KINDS or [*codes.shape[:3], code_width(codes)] != expected:
+    if x.dim() != 4 or codes.dtype not in CODE_KINDS or [*codes.shape[:3], code_width(codes, bits)] != expected:
         raise ValueError(f"codes {codes.dtype} {tuple(codes.shape)} have no room for values {tuple(x.shape)}")
+
+
+def _channel_constants(codes: torch.Tensor, width: int, bits: int) -> dict[str, int]:
+    """How a program takes half of `width` channels: lanes, parts, and the bits of codes in uint8."""
+    if codes.dtype != torch.uint8:
+        bits = 4
+    parts = PARTS[bits]
+    return {"BLOCK_H": parts * power_of_two(-(-width // (2 * parts))), "PARTS": parts, "BITS": bits}
 
 
 def _rows_per_program(rows: int) -> tuple[int, int]:
@@ -254,9 +348,10 @@ def encode_cuda(
     Raises:
         ValueError: shapes that do not go together.
     """
-    if not triton_serves(x) or bits != 4 or levels is not None:
+    if not triton_serves(x):
         return encode_reference(x, scale, zero, codes, cos, sin, position, bits, levels)
-    _check_storage(x, codes, position)
+    _check_storage(x, codes, position, bits)
+    check_levels(codes.dtype, bits, levels)
     batch, groups, tokens, width = x.shape
     rows = batch * groups * tokens
     if x.numel() == 0:
@@ -265,9 +360,9 @@ def encode_cuda(
     with on_device(x):
         encode_kernel[(-(-rows // block),)](
             strided(x), _rope_operand(cos, x), _rope_operand(sin, x), _codec_part(scale, x.shape, 1, "scale"),
-            _codec_part(zero, x.shape, 1, "zero"), strided(raw_codes(codes)), position,
-            rows, groups, tokens, codes.shape[2],
-            WIDTH=width, BLOCK_R=block, BLOCK_H=power_of_two((width + 1) // 2), KIND=CODE_KINDS[codes.dtype],
+            _codec_part(zero, x.shape, 1, "zero"), strided(raw_codes(codes)),
+            None if levels is None else levels.contiguous(), position, rows, groups, tokens, codes.shape[2],
+            WIDTH=width, BLOCK_R=block, KIND=CODE_KINDS[codes.dtype], **_channel_constants(codes, width, bits),
             num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
     return None
@@ -288,9 +383,9 @@ def encode_token_cuda(
     Raises:
         ValueError: shapes that do not go together.
     """
-    if not triton_serves(x) or bits != 4:
+    if not triton_serves(x):
         return encode_token_reference(x, codes, scale, zero, cos, sin, position, bits)
-    _check_storage(x, codes, position)
+    _check_storage(x, codes, position, bits)
     batch, groups, tokens, width = x.shape
     for name, part in (("scale", scale), ("zero", zero)):
         if part is not None and (part.shape[:3] != codes.shape[:3] or width % part.shape[3]):
@@ -298,7 +393,7 @@ def encode_token_cuda(
     rows = batch * groups * tokens
     if x.numel() == 0:
         return None
-    low, high = CODE_RANGES[codes.dtype]
+    low, high = code_range(codes.dtype, bits)
     block, warps = _rows_per_program(rows)
     with on_device(x):
         encode_token_kernel[(-(-rows // block),)](
@@ -306,7 +401,7 @@ def encode_token_cuda(
             None if zero is None else strided(zero), position,
             rows, groups, tokens, codes.shape[2],
             WIDTH=width, COLUMNS=scale.shape[3], LOW=low, HIGH=high, SMALLEST=SMALLEST_SCALE,
-            BLOCK_R=block, BLOCK_H=power_of_two((width + 1) // 2), KIND=CODE_KINDS[codes.dtype],
+            BLOCK_R=block, KIND=CODE_KINDS[codes.dtype], **_channel_constants(codes, width, bits),
             num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
     return None
@@ -325,9 +420,10 @@ def decode_cuda(
     Raises:
         ValueError: shapes that do not go together.
     """
-    if not triton_serves(codes) or bits != 4 or levels is not None:
+    if not triton_serves(codes):
         return decode_reference(codes, scale, zero, token_group, bits, levels)
-    shape = batch, groups, tokens, width = (*codes.shape[:3], code_width(codes))
+    shape = batch, groups, tokens, width = (*codes.shape[:3], code_width(codes, bits))
+    check_levels(codes.dtype, bits, levels)
     output = torch.empty(shape, dtype=torch.float32, device=codes.device)
     rows = batch * groups * tokens
     if output.numel() == 0:
@@ -336,8 +432,9 @@ def decode_cuda(
     with on_device(codes):
         decode_kernel[(-(-rows // block),)](
             strided(raw_codes(codes)), _codec_part(scale, shape, token_group, "scale"),
-            _codec_part(zero, shape, token_group, "zero"), output, rows, groups, tokens,
-            WIDTH=width, TOKEN_GROUP=token_group, BLOCK_R=block, BLOCK_H=power_of_two((width + 1) // 2),
+            _codec_part(zero, shape, token_group, "zero"), None if levels is None else levels.contiguous(), output,
+            rows, groups, tokens,
+            WIDTH=width, TOKEN_GROUP=token_group, BLOCK_R=block, **_channel_constants(codes, width, bits),
             KIND=CODE_KINDS.get(codes.dtype, "float"), NATIVE=gpu_of(codes.device).capability >= FP8_CAPABILITY,
             num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip

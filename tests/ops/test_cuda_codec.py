@@ -8,17 +8,20 @@ from hypothesis import strategies as st
 from octavo.ops import decode, encode, encode_token
 from octavo.ops.codec.cuda import decode_cuda, encode_cuda, encode_token_cuda
 from octavo.ops.codec.reference import decode_reference, encode_reference, encode_token_reference
+from octavo.ops.codes import stored_width
 
 from ..tolerances import TOLERANCES
 from .cuda_double import compiled, interpreted, needs_gpu, needs_triton
 
 DTYPES = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)
+FORMATS = (*((dtype, 4) for dtype in DTYPES), (torch.uint8, 3), (torch.uint8, 2))
+"""dtype of the tensor of codes, and bits."""
 CAPACITY = 12
 
 
-def storage_of(dtype: torch.dtype, width: int, capacity: int = CAPACITY) -> torch.Tensor:
+def storage_of(dtype: torch.dtype, width: int, capacity: int = CAPACITY, bits: int = 4) -> torch.Tensor:
     """Codes `[2, 3, capacity, D]` that are a strided view, all bits set."""
-    columns = width // 2 if dtype == torch.uint8 else width
+    columns = stored_width(width, dtype, bits)
     return torch.full((2, capacity, 3, columns), 255, dtype=torch.uint8).view(dtype).transpose(1, 2)
 
 
@@ -31,22 +34,30 @@ def rope(width: int, tokens: int, is_rotated: bool) -> tuple[torch.Tensor | None
     return (angles.cos(), angles.sin()) if is_rotated else (None, None)
 
 
-def bits(codes: torch.Tensor) -> torch.Tensor:
+def raw(codes: torch.Tensor) -> torch.Tensor:
     return codes.contiguous().view(torch.uint8)
 
 
+def codebook(bits: int, dtype: torch.dtype) -> torch.Tensor | None:
+    """Ascending levels, of which two are equal, where codes can have them."""
+    levels = (torch.randn(2**bits) * 2).sort().values
+    levels[1] = levels[0]
+    return levels if dtype == torch.uint8 else None
+
+
 def assert_same_codes(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    assert torch.equal(bits(actual), bits(expected))
+    assert torch.equal(raw(actual), raw(expected))
 
 
 @needs_triton
 @settings(max_examples=25, deadline=None)
 @given(
     width=st.sampled_from([16, 64, 80, 77, 128]),
-    dtype=st.sampled_from(DTYPES),
+    code=st.sampled_from(FORMATS),
     values=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     columns=st.sampled_from(["per channel", "per head", "groups", "per token"]),
     has_zero=st.booleans(),
+    has_levels=st.booleans(),
     is_rotated=st.booleans(),
     appends=st.booleans(),
     capability=st.sampled_from([80, 90]),
@@ -54,32 +65,36 @@ def assert_same_codes(actual: torch.Tensor, expected: torch.Tensor) -> None:
 )
 def test_static_codes_are_those_of_the_reference(
     width: int,
-    dtype: torch.dtype,
+    code: tuple[torch.dtype, int],
     values: torch.dtype,
     columns: str,
     has_zero: bool,
+    has_levels: bool,
     is_rotated: bool,
     appends: bool,
     capability: int,
     seed: int,
 ) -> None:
     torch.manual_seed(seed)
+    dtype, bits = code
     width = 64 if width % 2 and (is_rotated or dtype == torch.uint8) else width
     groups = width // 8 if width % 8 == 0 else width
     shape = {
         "per channel": (3, 1, width), "per head": (3, 1, 1), "groups": (3, 1, groups), "per token": (2, 3, 5, 1)
     }[columns]  # fmt: skip
-    scale, zero = torch.rand(shape) * 0.05 + 0.01, torch.randn(shape) * 3 if has_zero else None
+    levels = codebook(bits, dtype) if has_levels else None
+    scale = torch.rand(shape) + 0.2 if dtype == torch.uint8 else torch.rand(shape) * 0.05 + 0.01
+    zero = torch.randn(shape) * 3 if has_zero else None
     x = values_of(width, 5, values)
-    storage = storage_of(dtype, width)
+    storage = storage_of(dtype, width, bits=bits)
     expected = storage.clone()
     cos, sin = rope(width, 5, is_rotated)
     with interpreted(capability):
         if appends:
-            encode_cuda(x, scale, zero, storage, cos, sin, torch.tensor([4]))
+            encode_cuda(x, scale, zero, storage, cos, sin, torch.tensor([4]), bits, levels)
         else:
-            encode_cuda(x, scale, zero, storage[:, :, 4:9], cos, sin)
-    encode_reference(x, scale, zero, expected, cos, sin, torch.tensor([4]))
+            encode_cuda(x, scale, zero, storage[:, :, 4:9], cos, sin, None, bits, levels)
+    encode_reference(x, scale, zero, expected, cos, sin, torch.tensor([4]), bits, levels)
     assert_same_codes(storage, expected)  # also where nothing was to be written
 
 
@@ -87,7 +102,7 @@ def test_static_codes_are_those_of_the_reference(
 @settings(max_examples=25, deadline=None)
 @given(
     width=st.sampled_from([16, 64, 80, 77, 96, 128]),
-    dtype=st.sampled_from(DTYPES),
+    code=st.sampled_from(FORMATS),
     values=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     scale_dtype=st.sampled_from([torch.float32, torch.float16]),
     columns=st.sampled_from([1, 2, 3, 4, 5]),
@@ -98,7 +113,7 @@ def test_static_codes_are_those_of_the_reference(
 )
 def test_codes_and_scales_per_token_are_those_of_the_reference(
     width: int,
-    dtype: torch.dtype,
+    code: tuple[torch.dtype, int],
     values: torch.dtype,
     scale_dtype: torch.dtype,
     columns: int,
@@ -108,6 +123,7 @@ def test_codes_and_scales_per_token_are_those_of_the_reference(
     seed: int,
 ) -> None:
     torch.manual_seed(seed)
+    dtype, bits = code
     width = 64 if width % 2 and (is_rotated or dtype == torch.uint8) else width
     columns = columns if width % columns == 0 else 1
     x, cos_sin = values_of(width, 5, values), rope(width, 5, is_rotated)
@@ -115,16 +131,16 @@ def test_codes_and_scales_per_token_are_those_of_the_reference(
         [torch.zeros(2, 3, CAPACITY, columns, dtype=scale_dtype) for _ in range(2 if is_affine else 1)]
         for _ in range(2)
     )
-    storage = storage_of(dtype, width)
+    storage = storage_of(dtype, width, bits=bits)
     expected = storage.clone()
     position = torch.tensor([4])
     with interpreted():
         if appends:
-            encode_token_cuda(x, storage, *(*given_parts, None)[:2], *cos_sin, position)
+            encode_token_cuda(x, storage, *(*given_parts, None)[:2], *cos_sin, position, bits)
         else:
             views = [part[:, :, 4:9] for part in (storage, *given_parts)]
-            encode_token_cuda(x, *(*views, None)[:3], *cos_sin)
-    encode_token_reference(x, expected, *(*expected_parts, None)[:2], *cos_sin, position)
+            encode_token_cuda(x, *(*views, None)[:3], *cos_sin, None, bits)
+    encode_token_reference(x, expected, *(*expected_parts, None)[:2], *cos_sin, position, bits)
     for part, expected_part in zip(given_parts, expected_parts, strict=True):
         assert torch.equal(part, expected_part)
     assert_same_codes(storage, expected)
@@ -134,25 +150,34 @@ def test_codes_and_scales_per_token_are_those_of_the_reference(
 @settings(max_examples=15, deadline=None)
 @given(
     width=st.sampled_from([16, 80, 77, 128]),
-    dtype=st.sampled_from(DTYPES),
+    code=st.sampled_from(FORMATS),
+    has_levels=st.booleans(),
     form=st.sampled_from([(1, 1), (1, -1), (7, 1), (7, 4), (3, -1)]),
     has_zero=st.booleans(),
     capability=st.sampled_from([80, 90]),
     seed=st.integers(0, 1000),
 )
 def test_decoded_values_are_those_of_the_reference(
-    width: int, dtype: torch.dtype, form: tuple[int, int], has_zero: bool, capability: int, seed: int
+    width: int,
+    code: tuple[torch.dtype, int],
+    has_levels: bool,
+    form: tuple[int, int],
+    has_zero: bool,
+    capability: int,
+    seed: int,
 ) -> None:
     torch.manual_seed(seed)
+    dtype, bits = code
+    levels = codebook(bits, dtype) if has_levels else None
     width = 64 if width % 2 else width
-    codes = torch.randint(0, 256, storage_of(dtype, width, 7).shape, dtype=torch.uint8).view(dtype)
+    codes = torch.randint(0, 256, storage_of(dtype, width, 7, bits).shape, dtype=torch.uint8).view(dtype)
     rows, columns = form[0], width if form[1] == -1 else form[1]
     scale, zero = torch.rand(2, 3, rows, columns), torch.randn(2, 3, rows, columns) if has_zero else None
     token_group = 3 if rows == 3 else 1
     with interpreted(capability):
-        actual = decode_cuda(codes, scale, zero, token_group)
+        actual = decode_cuda(codes, scale, zero, token_group, bits, levels)
     torch.testing.assert_close(
-        actual, decode_reference(codes, scale, zero, token_group), rtol=0, atol=0, equal_nan=True
+        actual, decode_reference(codes, scale, zero, token_group, bits, levels), rtol=0, atol=0, equal_nan=True
     )
 
 
@@ -166,7 +191,7 @@ def test_fp8_codes_are_rounded_as_torch_does(dtype: torch.dtype) -> None:
         encode_cuda(x, torch.ones(()), None, codes)
     encode_reference(x, torch.ones(()), None, expected)
     is_number = ~x.isnan()
-    assert torch.equal(bits(codes)[is_number], bits(expected)[is_number])
+    assert torch.equal(raw(codes)[is_number], raw(expected)[is_number])
     assert codes.float()[~is_number].isnan().all()
 
 
@@ -228,36 +253,42 @@ def test_kernels_compile(capability: int) -> None:
             codes = torch.empty((1, 8, 64, 64 if dtype == torch.uint8 else 128), dtype=dtype)
             encode_cuda(x, scale, scale, codes, cos, sin, position)
             decode_cuda(codes, scale, scale)
+        for bits in (2, 3, 4):
+            packed, levels = torch.empty((1, 8, 64, 16 * bits), dtype=torch.uint8), torch.empty(2**bits)
+            encode_cuda(x, scale, None, packed, cos, sin, position, bits, levels)
+            decode_cuda(packed, scale, None, 1, bits, levels)
+            encode_token_cuda(x, packed, torch.empty(1, 8, 64, 2), None, cos, sin, position, bits)
         columns = torch.empty((1, 8, 64, 2), dtype=torch.float16)
         encode_token_cuda(x, codes, columns, None, cos, sin, position)
         codes = torch.empty((1, 8, 64, 64), dtype=torch.uint8)
         encode_token_cuda(x, codes, columns, columns, cos, sin, position)
-    assert len(kernels) == 10
+    assert len(kernels) == 19
 
 
 @needs_gpu
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "bits"), FORMATS)
 @pytest.mark.parametrize("tokens", [1, 700])
-def test_on_a_gpu(dtype: torch.dtype, tokens: int) -> None:
+def test_on_a_gpu(dtype: torch.dtype, bits: int, tokens: int) -> None:
     """Real shapes; cos and sin of the GPU and division are IEEE, so codes are those of the CPU but for contraction."""
     torch.manual_seed(0)
     x, (cos, sin) = torch.randn(2, 8, tokens, 128).bfloat16(), rope(128, tokens, True)
-    columns = 64 if dtype == torch.uint8 else 128
-    storage = torch.zeros((2, 8, 1024, columns), dtype=torch.uint8).view(dtype)
+    levels = codebook(bits, dtype)
+    on_gpu_levels = None if levels is None else levels.cuda()
+    storage = torch.zeros((2, 8, 1024, stored_width(128, dtype, bits)), dtype=torch.uint8).view(dtype)
     scale, column_scale = torch.rand(8, 1, 128) * 0.05 + 0.01, torch.zeros(2, 8, 1024, 2)
     position = torch.tensor([300])
     on_gpu = storage.cuda()
-    encode(x.cuda(), scale.cuda(), None, on_gpu, cos.cuda(), sin.cuda(), position.cuda())
-    encode_reference(x, scale, None, storage, cos, sin, position)
-    differing = (bits(on_gpu.cpu()) != bits(storage)).float().mean()
+    encode(x.cuda(), scale.cuda(), None, on_gpu, cos.cuda(), sin.cuda(), position.cuda(), bits, on_gpu_levels)
+    encode_reference(x, scale, None, storage, cos, sin, position, bits, levels)
+    differing = (raw(on_gpu.cpu()) != raw(storage)).float().mean()
     assert differing <= TOLERANCES["codes"]
     on_gpu_scale = column_scale.cuda()
-    encode_token(x.cuda(), on_gpu, on_gpu_scale, None, cos.cuda(), sin.cuda(), position.cuda())
-    encode_token_reference(x, storage, column_scale, None, cos, sin, position)
+    encode_token(x.cuda(), on_gpu, on_gpu_scale, None, cos.cuda(), sin.cuda(), position.cuda(), bits)
+    encode_token_reference(x, storage, column_scale, None, cos, sin, position, bits)
     torch.testing.assert_close(on_gpu_scale.cpu(), column_scale)
-    assert (bits(on_gpu.cpu()) != bits(storage)).float().mean() <= TOLERANCES["codes"]
-    decoded = decode(on_gpu, scale.cuda(), None)
-    torch.testing.assert_close(decoded.cpu(), decode_reference(on_gpu.cpu(), scale, None))
+    assert (raw(on_gpu.cpu()) != raw(storage)).float().mean() <= TOLERANCES["codes"]
+    decoded = decode(on_gpu, scale.cuda(), None, 1, bits, on_gpu_levels)
+    torch.testing.assert_close(decoded.cpu(), decode_reference(on_gpu.cpu(), scale, None, 1, bits, levels))
 
 
 @needs_gpu
@@ -266,3 +297,7 @@ def test_opcheck_on_a_gpu() -> None:
     torch.library.opcheck(torch.ops.octavo.encode.default, (values, torch.ones(2, 1, 16).cuda(), None, codes))
     torch.library.opcheck(torch.ops.octavo.encode_token.default, (values, codes, torch.zeros(1, 2, 3, 1).cuda()))
     torch.library.opcheck(torch.ops.octavo.decode.default, (codes, None, None))
+    packed, levels = codes.view(torch.uint8)[..., :6].contiguous(), torch.rand(8).sort().values.cuda()
+    arguments = (values, torch.ones(2, 1, 16).cuda(), None, packed, None, None, None, 3, levels)
+    torch.library.opcheck(torch.ops.octavo.encode.default, arguments)
+    torch.library.opcheck(torch.ops.octavo.decode.default, (packed, None, None, 1, 3, levels))

@@ -5,7 +5,7 @@ import torch
 
 from octavo.ops import decode, encode, encode_token
 from octavo.ops.codec.reference import decode_reference, encode_reference, encode_token_reference
-from octavo.ops.codes import SMALLEST_SCALE, from_codes
+from octavo.ops.codes import SMALLEST_SCALE, WIDTH_STEPS, from_codes, stored_width
 
 from ..tolerances import TOLERANCES
 from .npu_double import TorchNpu, installed_double, on_npu
@@ -26,9 +26,9 @@ def npu(monkeypatch: pytest.MonkeyPatch) -> TorchNpu:
     return installed_double(monkeypatch)
 
 
-def assert_same_codes(codes: torch.Tensor, expected: torch.Tensor) -> None:
-    block = codes.shape[-1] * 2
-    difference = (from_codes(codes, block, torch.float32) - from_codes(expected, block, torch.float32)).abs()
+def assert_same_codes(codes: torch.Tensor, expected: torch.Tensor, bits: int = 4) -> None:
+    values, expected_values = (from_codes(part, WIDTH, torch.float32, bits) for part in (codes, expected))
+    difference = (values - expected_values).abs()
     assert difference.max() <= 1
     assert (difference > 0).float().mean() <= TOLERANCES["codes"]
 
@@ -39,9 +39,9 @@ def states(dtype: torch.dtype) -> torch.Tensor:
     return x.to(dtype).transpose(1, 2)
 
 
-def storages(codes: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def storages(codes: torch.dtype, bits: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
     """Two equal storages with garbage in them."""
-    shape = (BATCH, GROUPS, CAPACITY, WIDTH // (2 if codes == torch.uint8 else 1))
+    shape = (BATCH, GROUPS, CAPACITY, stored_width(WIDTH, codes, bits))
     return torch.full(shape, 99, dtype=codes), torch.full(shape, 99, dtype=codes)
 
 
@@ -53,19 +53,25 @@ def angles(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, *FLOATS])
 @pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize("granularity", STATIC)
-@pytest.mark.parametrize("code", [torch.int8, torch.uint8], ids=["int8", "int4"])
-def test_encode(npu: TorchNpu, dtype: torch.dtype, affine: bool, granularity: str, code: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("code", "bits"),
+    [(torch.int8, 8), (torch.uint8, 4), (torch.uint8, 3), (torch.uint8, 2)],
+    ids=["int8", "int4", "int3", "int2"],
+)
+def test_encode(
+    npu: TorchNpu, dtype: torch.dtype, affine: bool, granularity: str, code: torch.dtype, bits: int
+) -> None:
     generator = torch.Generator().manual_seed(0)
     scale = torch.rand(STATIC[granularity], generator=generator) * 0.03 + 0.005  # some values clip
     if code == torch.uint8:
-        scale = scale * 12
-    reach = 90 if code == torch.int8 else 6
+        scale = scale * 12 * 2 ** (4 - bits)
+    reach = 90 if code == torch.int8 else 6 / 2 ** (4 - bits)
     zero = (torch.rand(scale.shape, generator=generator) * 2 - 1) * reach if affine else None
-    codes, expected = storages(code)
-    on_npu(encode, states(dtype), scale, zero, codes[:, :, 2:7])
-    encode_reference(states(dtype), scale, zero, expected[:, :, 2:7])
+    codes, expected = storages(code, bits)
+    on_npu(encode, states(dtype), scale, zero, codes[:, :, 2:7], None, None, None, bits)
+    encode_reference(states(dtype), scale, zero, expected[:, :, 2:7], None, None, None, bits)
     assert npu.ops() == ["npu_quantize"]
-    assert_same_codes(codes, expected)
+    assert_same_codes(codes, expected, bits)
 
 
 @pytest.mark.parametrize("code", [torch.int8, torch.uint8], ids=["int8", "int4"])
@@ -96,6 +102,18 @@ def test_encode_with_a_scale_per_token_takes_the_reference(npu: TorchNpu) -> Non
     assert npu.calls == [] and torch.equal(codes, expected)
 
 
+@pytest.mark.parametrize("bits", WIDTH_STEPS)
+def test_codebooks_take_the_reference(npu: TorchNpu, bits: int) -> None:
+    levels, scale, position = torch.randn(2**bits).sort().values, torch.rand(GROUPS, 1, WIDTH) + 0.5, torch.tensor([3])
+    codes, expected = storages(torch.uint8, bits)
+    on_npu(encode, states(torch.float16), scale, None, codes, *angles(1), position, bits, levels)
+    encode_reference(states(torch.float16), scale, None, expected, *angles(1), position, bits, levels)
+    assert npu.ops() == ["npu_rotary_mul"]
+    assert_same_codes(codes, expected, bits)
+    decoded = on_npu(decode, codes, scale, None, 1, bits, levels)
+    assert torch.equal(decoded, decode_reference(codes, scale, None, 1, bits, levels))
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("affine", [False, True])
@@ -122,22 +140,26 @@ def test_encode_token(npu: TorchNpu, dtype: torch.dtype, groups: int, affine: bo
 
 
 @pytest.mark.parametrize(
-    ("code", "scales", "with_rope"),
+    ("code", "bits", "scales", "with_rope"),
     [
-        (torch.uint8, torch.float32, False),
-        (torch.int8, torch.float16, False),
-        (torch.int8, torch.float32, True),
+        (torch.uint8, 4, torch.float32, False),
+        (torch.uint8, 3, torch.float32, False),
+        (torch.uint8, 2, torch.float32, False),
+        (torch.int8, 8, torch.float16, False),
+        (torch.int8, 8, torch.float32, True),
     ],
 )
-def test_encode_token_by_the_reference(npu: TorchNpu, code: torch.dtype, scales: torch.dtype, with_rope: bool) -> None:
+def test_encode_token_by_the_reference(
+    npu: TorchNpu, code: torch.dtype, bits: int, scales: torch.dtype, with_rope: bool
+) -> None:
     cos, sin = angles(1) if with_rope else (None, None)
-    codes, expected = storages(code)
+    codes, expected = storages(code, bits)
     scale, expected_scale = torch.zeros((2, BATCH, GROUPS, CAPACITY, 2), dtype=scales)
     position = torch.tensor([1])
-    on_npu(encode_token, states(torch.float16), codes, scale, None, cos, sin, position)
-    encode_token_reference(states(torch.float16), expected, expected_scale, None, cos, sin, position)
+    on_npu(encode_token, states(torch.float16), codes, scale, None, cos, sin, position, bits)
+    encode_token_reference(states(torch.float16), expected, expected_scale, None, cos, sin, position, bits)
     assert npu.ops() == ["npu_rotary_mul"] * with_rope
-    assert_same_codes(codes, expected)
+    assert_same_codes(codes, expected, bits)
     torch.testing.assert_close(scale, expected_scale)
 
 

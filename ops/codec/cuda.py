@@ -1,8 +1,8 @@
 """The codec on CUDA GPUs: Triton kernels behind the Python signatures of the references.
 
 A program takes some rows of head_dim in two halves, which is how RoPE pairs channels and how int4 codes are packed.
-With 2 and 3 bits each half consists of the parts that lie behind each other in the bits of a byte. It divides and rounds
-as the references do, without fused multiply-adds, so the codes are theirs, bit for bit.
+With 2 and 3 bits each half consists of the parts that lie behind each other in the bits of a byte. It divides and
+rounds as the references do, without fused multiply-adds, so the codes are theirs, bit for bit.
 """
 
 import torch

@@ -7,8 +7,8 @@ import torch
 
 from octavo.common.cache import QuantizedCache
 from octavo.common.statistics import LayerScales
-from octavo.ops import attention
-from octavo.ops.attention.reference import attention_reference
+from octavo.ops import attention, attention_lse
+from octavo.ops.attention.reference import attention_lse_reference, attention_reference
 from octavo.ops.codec.reference import encode_reference
 from octavo.ops.codes import pack_int4
 
@@ -218,7 +218,16 @@ def served_by_the_reference() -> dict[str, dict[str, Any]]:
     per_both = torch.rand((BATCH, GROUPS, 70, 4)) * 0.02
     per_tokens = torch.rand((BATCH, GROUPS, 9, WIDTH)) * 0.02
     per_sequence = torch.rand((BATCH, HEADS, 1, 1)) * 0.02 + 0.01
+    by_position = {
+        "position_query": torch.randn(BATCH, HEADS, 1, 16),
+        "position_table": torch.randn(80, 16),
+        "position_start": torch.tensor([0, 4]),
+    }
+    longer = torch.tensor([90, 75])
     return {
+        "scores by position": {**token, **by_position},
+        "causal queries at a segment": {**with_queries(floats, 5), "length": longer},
+        "a window over a segment": {**token, "length": longer, "window": 33},
         "masked": {**token, "mask": padding_mask(1, 70)},
         "masked int8 query": {**int8, "mask": padding_mask(1, 70)},
         "queries over tokens": with_queries(token, 5),
@@ -242,6 +251,26 @@ def served_by_the_reference() -> dict[str, dict[str, Any]]:
 def test_what_the_ops_have_no_mode_for_takes_the_reference(npu: TorchNpu, name: str) -> None:
     result, expected = both(served_by_the_reference()[name])
     assert npu.calls == [] and torch.equal(result, expected) and not expected.isnan().any()
+
+
+@pytest.mark.parametrize("name", ["token", None])
+def test_log_sum_exp_takes_the_reference(npu: TorchNpu, name: str | None) -> None:
+    arguments = {**problem(name, False, torch.float16, 70, 96), "length": torch.tensor([90, 0])}
+    results, expected = on_npu(attention_lse, **arguments), attention_lse_reference(**arguments)
+    assert npu.calls == [] and all(torch.equal(*both_of) for both_of in zip(results, expected, strict=True))
+    with pytest.raises(NotImplementedError, match="float8_e4m3fn"):
+        on_npu(attention_lse, **{**arguments, "key": arguments["key"].to(torch.float8_e4m3fn)})
+
+
+@pytest.mark.parametrize("granularity", [None, "channel", "head", "token"])
+@pytest.mark.parametrize("case", [{}, {"causal": False}])
+def test_a_segment_at_decode_is_read_whole(npu: TorchNpu, granularity: str | None, case: dict[str, Any]) -> None:
+    """More tokens than are stored: the query stands further on."""
+    arguments = {**problem(granularity, False, torch.float16, 96, 96), "length": torch.tensor([300, -4]), **case}
+    result, expected = both(arguments)
+    (_, call), = npu.calls  # fmt: skip
+    assert call["actual_seq_lengths_kv"] == [96, 1] and not result[1].any()
+    assert relative_rmse(result, expected) <= tolerance(torch.float16)
 
 
 @pytest.mark.parametrize("granularity", [None, "channel", "head", "token"])

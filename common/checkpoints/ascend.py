@@ -29,10 +29,14 @@ NOT_TENSORS = (
     "kv_cache_type",
     "kv_quant_type",
     "fa_quant_type",
+    "octavo_scheme",
     "reduce_quant_type",
     "metadata",
     "optional",
 )
+OWN_LABEL = "OCTAVO"
+"""Label of static scales and codebooks of schemes that Ascend's format has no names for."""
+CACHE_PARTS = ("key_scale", "key_zero", "key_levels", "value_scale", "value_zero", "value_levels", "query_scale")
 SCALAR_DTYPES = {"I64": torch.int64, "F32": torch.float32}
 FLOATS = ("F32", "F16", "BF16")
 WEIGHT_LABELS = tuple(QUANTIZED_LINEARS)
@@ -49,10 +53,12 @@ STORED_AS = {
     "kv_cache_offset": (("C8", "W8A8"), FLOATS),
     "scale": (("FAQuant",), FLOATS),
     "offset": (("FAQuant",), ("I8", *FLOATS)),
+    **dict.fromkeys(CACHE_PARTS, ((OWN_LABEL,), ("F32",))),
 }
 """Labels and dtypes of each part of a quantized module; the labels of the KV cache were W8A8 before they were C8."""
-PARTS = ("q", "k", "v")
+FA_PARTS = ("q", "k", "v")
 FILE_ORDER = (
+    *CACHE_PARTS,
     "scale",
     "offset",
     "kv_cache_scale",
@@ -91,14 +97,51 @@ def attention_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return sorted(found, key=lambda item: item[1].layer_idx)
 
 
+class CacheConstants(nn.Module):
+    """`octavo_cache` of an attention module: static scales, zeros and codebooks of a layer, float32."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        super().__init__()
+        for part, shape in shapes.items():
+            self.register_buffer(part, torch.empty(shape, dtype=torch.float32))
+
+
+def _is_ascend(scheme: Scheme, preset: str) -> bool:
+    """Whether a layer is stored as Ascend's format stores the preset: nothing is left out, rotated or kept in float."""
+    other = load_scheme(preset)
+    same = (scheme.key, scheme.value, scheme.query) == (other.key, other.value, other.query)
+    changes = scheme.fold_bias or scheme.is_segmented or scheme.rotate_key or scheme.rotate_value or scheme.smooth_key
+    return same and not changes
+
+
 def is_c8(scheme: Scheme) -> bool:
     """Whether a layer's scheme is stored as `kv_cache_scale` and `kv_cache_offset`: static per channel."""
-    return all(codec is not None and codec.granularity == "channel" for codec in (scheme.key, scheme.value))
+    return _is_ascend(scheme, "ascend-c8")
 
 
 def is_fa(scheme: Scheme) -> bool:
     """Whether a layer's scheme is stored as `fa_q`, `fa_k` and `fa_v`: static per head."""
-    return all(codec is not None and codec.granularity == "head" for codec in (scheme.query, scheme.key, scheme.value))
+    return _is_ascend(scheme, "ascend-fa")
+
+
+def constant_shapes(scheme: Scheme, heads: int, groups: int, width: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of a layer's `CacheConstants`: H query heads, G KV heads, D head_dim; empty where there are none."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for part, codec, count in (
+        ("key", scheme.key, groups),
+        ("value", scheme.value, groups),
+        ("query", scheme.query, heads),
+    ):
+        if codec is None or not codec.is_calibrated:
+            continue
+        if not codec.dynamic:
+            shape = {"tensor": (1, 1, 1), "head": (count, 1, 1), "channel": (count, 1, width)}[codec.granularity]
+            shapes[f"{part}_scale"] = shape
+            if codec.has_zero:
+                shapes[f"{part}_zero"] = shape
+        if codec.levels == "calibrated":
+            shapes[f"{part}_levels"] = (2**codec.bits,)
+    return shapes
 
 
 def attach_buffers(model: nn.Module, scheme: Scheme, quantized: dict[str, str], deq_scale_dtype: torch.dtype) -> None:
@@ -133,6 +176,10 @@ def attach_buffers(model: nn.Module, scheme: Scheme, quantized: dict[str, str], 
         elif is_fa(layer_scheme):
             attention.fa_q = StaticScale(attention.q_proj.out_features // attention.head_dim)
             attention.fa_k, attention.fa_v = StaticScale(groups), StaticScale(groups)
+        else:
+            heads = attention.q_proj.out_features // attention.head_dim
+            if shapes := constant_shapes(layer_scheme, heads, groups, attention.head_dim):
+                attention.octavo_cache = CacheConstants(shapes)
 
 
 def _scale_and_zero(
@@ -157,7 +204,7 @@ def read_scales(model: nn.Module, scheme: Scheme) -> Scales:
             value = _scale_and_zero(f"{name}.v_proj", v.kv_cache_scale, v.kv_cache_offset, groups)
             result.append(LayerScales(key, value))
         elif is_fa(layer_scheme):
-            stored = {part: getattr(attention, f"fa_{part}") for part in PARTS}
+            stored = {part: getattr(attention, f"fa_{part}") for part in FA_PARTS}
             q, k, v = (
                 _scale_and_zero(f"{name}.fa_{part}", m.scale, m.offset, m.scale.shape[0]) for part, m in stored.items()
             )
@@ -165,8 +212,39 @@ def read_scales(model: nn.Module, scheme: Scheme) -> Scales:
                 raise OctavoError(f"checkpoint: {name}.fa_q has an offset, which int8 attention does not serve")
             result.append(LayerScales(k, v, q[0]))
         else:
-            result.append(LayerScales())
+            result.append(_read_constants(name, attention, layer_scheme))
     return result
+
+
+def _read_constants(name: str, attention: nn.Module, scheme: Scheme) -> LayerScales:
+    """The scales of a layer out of its `CacheConstants`, if it has any."""
+    if not hasattr(attention, "octavo_cache"):
+        return LayerScales()
+    found = dict(attention.octavo_cache.named_buffers())
+    for part, tensor in found.items():
+        if not torch.isfinite(tensor).all() or (part.endswith("scale") and not (tensor > 0).all()):
+            raise OctavoError(f"checkpoint: {name}.octavo_cache.{part} is no positive number; convert the model again")
+    has_bias = any(linear.bias is not None for linear in (attention.k_proj, attention.v_proj))
+    key, value = (
+        (found[f"{part}_scale"], found.get(f"{part}_zero")) if f"{part}_scale" in found else None
+        for part in ("key", "value")
+    )
+    return LayerScales(
+        key, value, found.get("query_scale"), found.get("key_levels"), found.get("value_levels"),
+        scheme.fold_bias and has_bias,
+    )  # fmt: skip
+
+
+def _constant_tensors(name: str, layer: LayerScales) -> dict[str, torch.Tensor]:
+    """The inverse of `_read_constants`."""
+    pairs = {"key": layer.key or (None, None), "value": layer.value or (None, None), "query": (layer.query, None)}
+    parts = {
+        f"{part}_{kind}": tensor
+        for part, pair in pairs.items()
+        for kind, tensor in zip(("scale", "zero"), pair, strict=True)
+    }
+    parts |= {"key_levels": layer.key_levels, "value_levels": layer.value_levels}
+    return {f"{name}.octavo_cache.{part}": tensor for part, tensor in parts.items() if tensor is not None}
 
 
 def scale_tensors(model: nn.Module, scheme: Scheme, scales: Scales) -> dict[str, torch.Tensor]:
@@ -179,9 +257,11 @@ def scale_tensors(model: nn.Module, scheme: Scheme, scales: Scales) -> dict[str,
                 tensors[f"{name}.{part}.kv_cache_scale"] = scale.flatten()
                 tensors[f"{name}.{part}.kv_cache_offset"] = torch.zeros_like(scale.flatten())
         elif is_fa(layer_scheme):
-            for part, scale in zip(PARTS, (layer.query, layer.key[0], layer.value[0]), strict=True):
+            for part, scale in zip(FA_PARTS, (layer.query, layer.key[0], layer.value[0]), strict=True):
                 tensors[f"{name}.fa_{part}.scale"] = scale.flatten(1)
                 tensors[f"{name}.fa_{part}.offset"] = torch.zeros(scale.shape[:2], dtype=torch.int8)
+        else:
+            tensors |= _constant_tensors(name, layer)
     return tensors
 
 
@@ -224,6 +304,8 @@ def described_scheme(description: dict[str, Any], layers: int) -> Scheme | None:
     for key, known in (("fa_quant_type", "FAQuant"), ("kv_cache_type", "C8"), ("kv_quant_type", "C8")):
         if description.get(key) not in (None, "", known):
             raise OctavoError(f"{DESCRIPTION_FILE}: {key} is {description[key]!r}; Octavo reads {known!r}")
+    if description.get("octavo_scheme"):
+        return Scheme.from_dict(description["octavo_scheme"])
     if description.get("fa_quant_type"):
         preset, present = "ascend-fa", "model.layers.{}.self_attn.fa_k.scale"
     elif description.get("kv_cache_type") or description.get("kv_quant_type"):
@@ -267,7 +349,8 @@ def read_headers(files: Iterable[Path]) -> dict[str, TensorHeader]:
     headers = {}
     for file in files:
         try:
-            with safe_open(file, framework="pt") as opened:
+            # torch maps files copy-on-write, which fails for one larger than memory
+            with safe_open(file, framework="numpy") as opened:
                 for name in opened.keys():  # noqa: SIM118, it is no dict
                     part = opened.get_slice(name)
                     headers[name] = TensorHeader(part.get_dtype(), tuple(part.get_shape()))
@@ -325,10 +408,14 @@ def build_description(
         description |= {"kv_cache_type": "C8", "kv_quant_type": "C8"}
     elif is_fa(scheme):
         description["fa_quant_type"] = "FAQuant"
+    elif scheme.is_quantized:
+        description["octavo_scheme"] = scheme.to_dict()
     for name in tensors:
         module, _, part = name.rpartition(".")
         if part.startswith("kv_cache_"):
             description[name] = "C8"
+        elif module.endswith(".octavo_cache"):
+            description[name] = OWN_LABEL
         elif module.rpartition(".")[2].startswith("fa_"):
             description[name] = "FAQuant"
         else:

@@ -125,7 +125,7 @@ def _shared(codec: Codec, bound: torch.Tensor, largest: bool = True) -> torch.Te
     return (bound.amax(dim=dims) if largest else bound.amin(dim=dims)).view(-1, 1, 1)
 
 
-def _static_scale(
+def static_scale(
     codec: Codec | None, low: torch.Tensor, high: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     """Scale and zero of a codec from the smallest and largest value of each channel, `[heads, D]`.
@@ -180,12 +180,12 @@ def scales_of(scheme: Scheme, statistics: Statistics) -> Scales:
             else (-radius, radius)
         )
         query_radius = tensors[f"{name}.q.radius"].repeat(1, 2)
-        query = _static_scale(part.query, -query_radius, query_radius)
-        value = _static_scale(part.value, tensors[f"{of_value}.low"], tensors[f"{of_value}.high"])
+        query = static_scale(part.query, -query_radius, query_radius)
+        value = static_scale(part.value, tensors[f"{of_value}.low"], tensors[f"{of_value}.high"])
         is_folded = folded and part.is_static
         result.append(
             LayerScales(
-                _static_scale(part.key, *key_range),
+                static_scale(part.key, *key_range),
                 value,
                 query[0] if query else None,
                 key_levels,

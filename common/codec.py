@@ -87,6 +87,7 @@ class Codec:
             (has_levels and self.bits > 4, "'levels' are of 4 bits and fewer"),
             (has_levels and self.rule != "range", "'levels' and 'rule' exclude each other"),
             (self.levels == "gaussian" and not self.dynamic, "'levels' gaussian is of dynamic scales"),
+            (self.levels == "calibrated" and self.symmetric, "'levels' calibrated has zeros; set 'symmetric' to false"),
             (self.outliers < 0 or bool(self.outliers and self.token_group > 1),
              "'outliers' is a number per token, which groups of tokens exclude"),
             (self.fixed_scale < 0 or bool(self.fixed_scale and (self.dynamic or not self.symmetric or has_levels)),

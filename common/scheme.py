@@ -107,6 +107,10 @@ class Scheme:
                 raise OctavoError(f"scheme {self.name}: q is quantized to the fp8 type of K, or else to int8")
         if self.value is not None and self.value.before_rope:
             raise OctavoError(f"scheme {self.name}: V is not rotated by RoPE; 'before_rope' is for K")
+        if self.key is not None and self.key.levels == "calibrated" and not self._has_key_range:
+            raise OctavoError(
+                f"scheme {self.name}: 'levels' calibrated of K is of static scales per channel before RoPE"
+            )
         if self.key is not None and self.key.before_rope and self.rotate_key:
             raise OctavoError(f"scheme {self.name}: 'rotate_key' and a K stored before RoPE exclude each other")
         if self.prefill == "float" and self.is_segmented:
@@ -117,6 +121,11 @@ class Scheme:
                 load_scheme(other)
             else:
                 self._changed(other)
+
+    @property
+    def _has_key_range(self) -> bool:
+        """Whether the ranges that go with codebooks of K are of what this scheme stores."""
+        return self.key.before_rope and not self.key.dynamic and self.key.granularity == "channel"
 
     @property
     def is_static(self) -> bool:

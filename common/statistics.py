@@ -173,6 +173,8 @@ def scales_of(scheme: Scheme, statistics: Statistics) -> Scales:
             _levels(part.key, statistics, f"{name}.k"),
             _levels(part.value, statistics, f"{name}.v"),
         )
+        if key_levels is not None and f"{name}.k.folded.radius" in tensors and not folded:
+            raise OctavoError(f"scheme {part.name}: codebooks are for K without its bias; leave 'fold_bias' at true")
         radius = tensors[f"{of_key}.radius"].repeat(1, 2)
         key_range = (
             (tensors[f"{name}.k.before.low"], tensors[f"{name}.k.before.high"])

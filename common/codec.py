@@ -39,8 +39,9 @@ class Codec:
         group_size: of granularity "token", the channels that share a scale, 0 for all of a head; of dynamic "channel",
             the tokens that do.
         scale_dtype: what dynamic scales and zeros are stored in, "float32" or "float16".
-        rule: how a dynamic scale follows from the values: "range" takes in all of them; "mse" shrinks that range to the
-            least squared error; "llamacpp" is ggml's for blocks of 32 (Q8_0, Q4_0, Q4_1).
+        rule: how a dynamic scale follows from the values: "range" takes in all of them, or with gaussian levels their
+            standard deviation; "mse" looks near that for the least squared error; "llamacpp" is ggml's for blocks of 32
+            (Q8_0, Q4_0, Q4_1).
         levels: "uniform"; "gaussian", the best levels of a normal distribution (Lloyd-Max), with scale and zero from
             the standard deviation and mean of a group; "calibrated", a codebook per layer from calibration.
         outliers: values per token and head that are kept in float16 beside the codes, those farthest out.
@@ -85,7 +86,8 @@ class Codec:
             (self.rule == "llamacpp" and not (is_token and self.group_size and self.dtype in ("int8", "int4")),
              "'rule' llamacpp is of int8 and int4 per token in groups of channels"),
             (has_levels and self.bits > 4, "'levels' are of 4 bits and fewer"),
-            (has_levels and self.rule != "range", "'levels' and 'rule' exclude each other"),
+            (self.levels == "calibrated" and self.rule != "range", "'rule' mse is of levels uniform and gaussian"),
+            (has_levels and self.rule == "llamacpp", "'rule' llamacpp is of uniform levels"),
             (self.levels == "gaussian" and not self.dynamic, "'levels' gaussian is of dynamic scales"),
             (self.levels == "calibrated" and self.symmetric, "'levels' calibrated has zeros; set 'symmetric' to false"),
             (self.outliers < 0 or bool(self.outliers and self.token_group > 1),

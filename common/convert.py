@@ -16,17 +16,19 @@ from tqdm import tqdm
 
 from .architecture import Architecture
 from .bundle import bundle
-from .cache import kv_bytes_per_token
+from .cache import kv_bits_per_element, kv_bytes_per_token
 from .calibration import default_texts, hold_back, read_calibration_file, tokenize
 from .checkpoints.ascend import (
     DESCRIPTION_FILE,
     TensorHeader,
     build_description,
     in_file_order,
+    read_json,
     scale_tensors,
     weight_file_names,
 )
 from .checkpoints.writer import check_output, whole_directory, write_json, write_weights
+from .codebooks import fit_codebooks
 from .errors import OctavoError
 from .evaluate import Fidelity, compare
 from .flags import parse_flags, run_script
@@ -47,6 +49,8 @@ from .source import (
 from .statistics import Statistics, scales_of
 
 LONGEST_SAMPLE = 2048
+RANDOM_TOKENS = 512
+"""Tokens of `--kv_scales random`."""
 TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -84,6 +88,29 @@ class Quantized:
 def source_dtype(headers: dict[str, TensorHeader]) -> torch.dtype:
     """The dtype of a checkpoint: that of most of its tensors."""
     return FLOAT_DTYPES[Counter(header.dtype for header in headers.values()).most_common(1)[0][0]]
+
+
+def chosen_scheme(flags: argparse.Namespace) -> Scheme:
+    """The scheme of cache and attention that the flags ask for.
+
+    Raises:
+        OctavoError: an unknown preset, a file that holds no scheme, or scales of 1 for codes that are no fp8.
+    """
+    name = flags.scheme or flags.kv_cache_dtype or "float"
+    if flags.use_kvcache_quant or flags.use_fa_quant:
+        name = "ascend-c8" if flags.use_kvcache_quant else "ascend-fa"
+    scheme = load_scheme(read_json(Path(name)) if name.endswith(".json") else name)
+    if flags.kv_scales != "data" and not scheme.is_static:
+        raise OctavoError(f"--kv_scales {flags.kv_scales}: scheme {scheme.name} has no static scales; leave it out")
+    return scheme.with_scales_of_one() if flags.kv_scales == "none" else scheme
+
+
+def random_statistics(model: nn.Module, statistics: Statistics) -> Statistics:
+    """`statistics` whose attention entries come from random tokens, as vLLM's warm-up with calculate_kv_scales."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.config.vocab_size, (1, RANDOM_TOKENS), generator=generator)
+    found = calibrate(model, [], [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}])
+    return Statistics({**statistics.tensors, **found.tensors}, statistics.metadata)
 
 
 def choose_linears(model: nn.Module, flags: argparse.Namespace, recipe: list[str]) -> list[str]:
@@ -261,6 +288,7 @@ def convert(architecture: Architecture, flags: argparse.Namespace) -> None:
         OctavoError: anything that the user can mend.
     """
     check_output(flags.save_directory, "--save_directory")
+    scheme = chosen_scheme(flags)
     _check_statistics_file(flags.save_statistics, flags.save_directory)
     check_device(flags.device_type)
     source = find_source(flags.model_path)
@@ -276,13 +304,14 @@ def convert(architecture: Architecture, flags: argparse.Namespace) -> None:
     linears = choose_linears(model, flags, architecture.float_linears(model.config, source_dtype(headers)))
     statistics = calibrate(model, linears, tqdm(samples, desc="calibrating", unit="text"))
     statistics.check_finite()
+    if flags.kv_scales == "random":
+        statistics = random_statistics(model, statistics)
     linears = drop_worst(linears, statistics, flags.disable_level)
-    if not (linears or flags.use_kvcache_quant or flags.use_fa_quant):
+    if not (linears or scheme != load_scheme("float")):
         raise OctavoError("--disable_names and --disable_level leave every linear in float; nothing would be quantized")
-    preset = "ascend-c8" if flags.use_kvcache_quant else "ascend-fa" if flags.use_fa_quant else "float"
-    quantized = quantize_model(
-        model, statistics, linears, load_scheme(preset), flags.act_method, flags.is_dynamic, headers
-    )
+    if scheme.has_codebooks:
+        statistics = fit_codebooks(model, samples, statistics)
+    quantized = quantize_model(model, statistics, linears, scheme, flags.act_method, flags.is_dynamic, headers)
     fidelity = _fidelity(model, build_quantized(architecture, model, quantized), held_back)
     if flags.save_statistics is not None:
         statistics.save(flags.save_statistics)
@@ -295,6 +324,8 @@ def convert(architecture: Architecture, flags: argparse.Namespace) -> None:
         ("checkpoint, MB", f"{before / 1e6:.1f}", f"{size / 1e6:.1f}"),
         ("KV cache, bytes per token", str(kv_bytes_per_token(model.config, load_scheme("float"), float_bytes)),
          str(kv_bytes_per_token(model.config, quantized.scheme, float_bytes))),
+        ("KV cache, bits per element, all counted", str(8 * float_bytes),
+         f"{kv_bits_per_element(model.config, quantized.scheme):.2f}"),
     ]  # fmt: skip
     if fidelity is not None:
         rows.append(("perplexity", f"{fidelity.float_perplexity:.3f}", f"{fidelity.perplexity:.3f}"))

@@ -15,8 +15,11 @@ from transformers.utils import logging
 
 from .errors import OctavoError, first_line
 from .quantize import AUTOMATIC, HISTOGRAM, MIN_MAX
+from .scheme import KV_CACHE_DTYPES
 
 DEVICES = ("cpu", "cuda", "npu")
+KV_CACHE_CHOICES = (*KV_CACHE_DTYPES, "fp8_e5m2")
+KV_SCALES = ("data", "random", "none")
 
 
 def _boolean(text: str) -> bool:
@@ -45,6 +48,9 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is no positive integer")
     return int(text)
+
+
+SCHEME_FLAGS = ("use_kvcache_quant", "use_fa_quant", "scheme", "kv_cache_dtype")
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -92,6 +98,10 @@ def build_parser(name: str) -> argparse.ArgumentParser:
     add("--a_bit", type=int, choices=(8, 16), default=8, help="bits of the linear layers' inputs; as --w_bit")
     add("--use_kvcache_quant", type=_boolean, default=False, help="C8: static int8 KV cache, per channel")
     add("--use_fa_quant", type=_boolean, default=False, help="FAQuant: static int8 q, k and v, per head")
+    add("--scheme", help="any scheme of KV cache and attention: name of a preset, or a JSON file of your own")
+    add("--kv_cache_dtype", choices=KV_CACHE_CHOICES, help="the same, as vLLM spells it")
+    add("--kv_scales", choices=KV_SCALES, default="data",
+        help="static scales: from the texts, from random tokens (vLLM's calculate_kv_scales), or all 1")  # fmt: skip
     add("--calib_file", type=Path, help="texts, one per line: plain, or JSON with 'inputs_pretokenized'")
     add("--calib_texts", nargs="+", help="texts, used if there is no --calib_file")
     add("--act_method", type=int, choices=(MIN_MAX, HISTOGRAM, AUTOMATIC), default=1,
@@ -125,10 +135,11 @@ def parse_flags(name: str, argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{flag} {getattr(flags, flag)}: {reason}")
     if flags.w_bit != flags.a_bit:
         parser.error(f"--w_bit {flags.w_bit} --a_bit {flags.a_bit}: W8A8 (8 and 8) or float (16 and 16)")
-    if flags.use_kvcache_quant and flags.use_fa_quant:
-        parser.error("--use_kvcache_quant and --use_fa_quant exclude each other: both quantize K and V; choose one")
-    if flags.w_bit == 16 and not (flags.use_kvcache_quant or flags.use_fa_quant):
-        parser.error("--w_bit 16 --a_bit 16 quantizes nothing; add --use_kvcache_quant True or --use_fa_quant True")
+    chosen = [flag for flag in SCHEME_FLAGS if getattr(flags, flag)]
+    if len(chosen) > 1:
+        parser.error(f"--{chosen[0]} and --{chosen[1]} exclude each other: both say how K and V are stored; choose one")
+    if flags.w_bit == 16 and not chosen:
+        parser.error("--w_bit 16 --a_bit 16 quantizes nothing; add --scheme, or --use_kvcache_quant True")
     if flags.is_dynamic and flags.act_method != MIN_MAX:
         parser.error(f"--act_method {flags.act_method}: --is_dynamic takes each token's own range; leave it out")
     if flags.w_bit == 16:

@@ -2,13 +2,15 @@
 
 Qwen2's k_proj.bias reaches 200 on single channels, next to which a scale per token or head loses everything else. With
 R_n the rotation of position n, `q . R_n (W x + b) = q . R_n W x + q . R_n b`: the cache holds `R_n W x`, and the second
-term, a sum over rotary pairs of `cos_n (q1 b1 + q2 b2) + sin_n (q2 b1 - q1 b2)`, enters the scores by position.
+term, a sum over rotary pairs of `cos_n (q1 b1 + q2 b2) + sin_n (q2 b1 - q1 b2)`, enters the scores by position. Pairs
+whose bias is no larger than the key without it stay as they are: they would cost time and gain nothing.
 Weights of attention sum to 1, so that the bias of v is added once to the output.
 
 B batch, Q query tokens, H query heads, G KV heads, D head_dim, P positions.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,8 +70,8 @@ class PositionTerms:
     """The part of the scores that depends on a query and the position of a key, as the attention op takes it.
 
     Attributes:
-        query: `[B, H, Q, D]` float32.
-        table: `[P, D]` float32, by position.
+        query: `[B, H, Q, E]` float32.
+        table: `[P, E]` float32, by position.
         start: int64 `[B or 1]`: position of the first stored token of each sequence.
     """
 
@@ -86,6 +88,29 @@ class PositionTerms:
         return {"position_query": self.query, "position_table": self.table, "position_start": self.start}
 
 
+def large_key_bias(linear: nn.Module, norm: nn.Module | None, width: int) -> torch.Tensor:
+    """The bias of a k_proj `[N]` in those rotary pairs where it exceeds the usual size of the key, and 0 elsewhere.
+
+    That size is what the weights make of an input of unit variance, times the weights of the norm before it: the root
+    mean square over the channels of `sqrt(sum_j (W_dj g_j)^2)`. What a pair of one KV head needs, all heads leave out.
+
+    Args:
+        linear: k_proj, float or quantized.
+        norm: RMSNorm before it; None, or one that is elsewhere just now, counts as ones.
+        width: D.
+    """
+    bias = linear.bias.detach().float().view(-1, 2, width // 2)
+    weight = linear.weight.detach().float()
+    if hasattr(linear, "weight_scale"):
+        weight = weight * linear.weight_scale.float().view(-1, 1)
+    gains = getattr(norm, "weight", None)
+    if gains is not None and not gains.is_meta:
+        weight = weight * gains.detach().float()
+    usual = weight.square().sum(dim=1).mean().sqrt()
+    is_large = (bias.square().sum(dim=1) > usual.square()).any(dim=0)
+    return (bias * is_large).reshape(-1).to(linear.bias.dtype)
+
+
 class BiasFold:
     """The folded biases of one attention module."""
 
@@ -94,11 +119,22 @@ class BiasFold:
         self._value = attention.v_proj if has_value else None
         self._width = attention.head_dim
         self._table = table
+        self._bias: torch.Tensor | None = None  # what self._columns and self._rows are for
+        self._columns: torch.Tensor | None = None
+        self._rows: tuple[torch.Tensor | None, torch.Tensor | None] = None, None
+
+    def _chosen_columns(self) -> torch.Tensor:
+        """Columns of a table of cos and sin that belong to pairs whose bias is left out."""
+        if self._bias is not self._key.left_out:
+            self._bias = self._key.left_out
+            pairs = self._bias.view(-1, 2, self._width // 2).ne(0).any(dim=1).any(dim=0).nonzero()[:, 0]
+            self._columns, self._rows = torch.cat((pairs, pairs + self._width // 2)), (None, None)
+        return self._columns
 
     def terms(
         self, query: torch.Tensor, position_ids: torch.Tensor | None, tokens: int, length: torch.Tensor | None
     ) -> PositionTerms | None:
-        """What the bias of k adds to the scores.
+        """What the bias of k adds to the scores; None where it adds nothing.
 
         Args:
             query: `[B, H, Q, D]` after RoPE.
@@ -109,17 +145,22 @@ class BiasFold:
         Raises:
             OctavoError: positions are missing, or do not follow one another.
         """
-        if self._key is None:
+        if self._key is None or not len(columns := self._chosen_columns()):
             return None
         if position_ids is None:
             raise OctavoError("attention is given no position_ids, which folded biases need; use fold_bias=False")
         table = self._table.rows(self._table.length_for(position_ids, tokens), query.device)
-        bias = self._key.left_out.float().view(-1, self._width)
-        bias = bias.repeat_interleave(query.shape[1] // bias.shape[0], dim=0)[:, None]
-        (q1, q2), (b1, b2) = query.float().chunk(2, dim=-1), bias.chunk(2, dim=-1)
+        if self._rows[0] is not table:
+            self._rows = table, table[:, columns].contiguous()
+        bias = (
+            self._bias.float()
+            .view(-1, self._width)
+            .repeat_interleave(query.shape[1] * self._width // len(self._bias), 0)
+        )
+        (q1, q2), (b1, b2) = query.float().chunk(2, dim=-1), bias[:, None].chunk(2, dim=-1)
+        both = torch.cat((q1 * b1 + q2 * b2, q2 * b1 - q1 * b2), dim=-1)
         newest = tokens if length is None else length
-        return PositionTerms(torch.cat((q1 * b1 + q2 * b2, q2 * b1 - q1 * b2), dim=-1), table,
-                             position_ids[:, -1] - (newest - 1))  # fmt: skip
+        return PositionTerms(both[..., columns], self._rows[1], position_ids[:, -1] - (newest - 1))
 
     def with_value_bias(self, output: torch.Tensor) -> torch.Tensor:
         """Attention's `[B, Q, H, D]` with the bias of v added."""
@@ -127,11 +168,6 @@ class BiasFold:
             return output
         bias = self._value.left_out.to(output.dtype).view(-1, self._width)
         return output + bias.repeat_interleave(output.shape[2] // bias.shape[0], dim=0)
-
-
-def _leave_out(linear: nn.Module) -> None:
-    """Make a linear layer compute without its bias, which stays its parameter."""
-    linear.__class__ = BIAS_FREE_LINEARS[type(linear)]
 
 
 def _is_foldable(linear: nn.Module) -> bool:
@@ -146,6 +182,11 @@ def _refuse_other_attention(decoder: nn.Module, *_: Any) -> None:
         )
 
 
+def norm_before(model: nn.Module, attention: str) -> nn.Module | None:
+    """The norm whose output goes into an attention module, by the module's name."""
+    return getattr(model.get_submodule(attention.rpartition(".")[0]), "input_layernorm", None)
+
+
 def fold_biases(model: nn.Module) -> int:
     """Fold the biases of k and v of a decoder that has any, in place; return how many there were.
 
@@ -156,15 +197,18 @@ def fold_biases(model: nn.Module) -> int:
     is_steady = parameters.get("rope_type", "default") in STEADY_ROPE_TYPES and hasattr(decoder, "rotary_emb")
     table = RotaryTable(decoder.rotary_emb) if is_steady else None
     count = 0
-    for _, attention in attention_modules(model):
+    for name, attention in attention_modules(model):
         has_key, has_value = table is not None and _is_foldable(attention.k_proj), _is_foldable(attention.v_proj)
         if hasattr(attention, FOLD) or not (has_key or has_value):
             continue
         setattr(attention, FOLD, BiasFold(attention, table if has_key else None, has_value))
         for linear, is_folded in ((attention.k_proj, has_key), (attention.v_proj, has_value)):
             if is_folded:
-                _leave_out(linear)
+                linear.__class__ = BIAS_FREE_LINEARS[type(linear)]
                 count += 1
+        if has_key:
+            norm = norm_before(model, name)
+            attention.k_proj.choose = partial(large_key_bias, norm=norm, width=attention.head_dim)
     if count:
         decoder.register_forward_pre_hook(_refuse_other_attention)
     return count

@@ -98,31 +98,48 @@ class W8A8DynamicLinear(QuantizedLinear):
         return linear_w8a8_dynamic(x, self.weight, self.weight_scale.view(-1), self.bias)
 
 
-class BiasFreeLinear(nn.Linear):
-    """A float linear layer that leaves its bias out, for somebody else to add: see `folds.py`."""
+class BiasFree:
+    """Mixin of a linear layer that leaves its bias, or the large part of it, for somebody else to add: see `folds.py`.
+
+    Attributes:
+        left_out: what was left out when the layer last ran, `[N]`; the rest is added as ever.
+        choose: from the layer, the part to leave out; None leaves out all.
+    """
+
+    left_out: torch.Tensor | None = None
+    choose: Callable[[nn.Module], torch.Tensor] | None = None
+
+    def _split(self) -> torch.Tensor | None:
+        """Work out what is left out, once; return the rest of the bias, or None if there is none."""
+        bias = self.bias.detach()
+        if self.left_out is None or self.left_out.device != bias.device:
+            self.left_out = bias if self.choose is None else self.choose(self)
+        return None if self.choose is None else bias - self.left_out
+
+
+class BiasFreeLinear(BiasFree, nn.Linear):
+    """A float linear layer without (part of) its bias."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., K] -> [..., N]`."""
-        self.left_out = self.bias.detach()
-        return nn.functional.linear(x, self.weight)
+        return nn.functional.linear(x, self.weight, self._split())
 
 
-class BiasFreeW8A8Linear(W8A8Linear):
+class BiasFreeW8A8Linear(BiasFree, W8A8Linear):
     """Likewise; `quant_bias` holds the bias too, in steps of `deq_scale`, so that it is taken off again."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., K] -> [..., N]`."""
-        self.left_out = self.bias
-        return super().forward(x) - self.bias.to(x.dtype)
+        self._split()
+        return super().forward(x) - self.left_out.to(x.dtype)
 
 
-class BiasFreeW8A8DynamicLinear(W8A8DynamicLinear):
+class BiasFreeW8A8DynamicLinear(BiasFree, W8A8DynamicLinear):
     """Likewise."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., K] -> [..., N]`."""
-        self.left_out = self.bias
-        return linear_w8a8_dynamic(x, self.weight, self.weight_scale.view(-1), None)
+        return linear_w8a8_dynamic(x, self.weight, self.weight_scale.view(-1), self._split())
 
 
 BIAS_FREE_LINEARS: dict[type[nn.Module], type[nn.Module]] = {

@@ -1,5 +1,6 @@
 """What turns a causal language model of transformers into one that loads and runs a quantized checkpoint."""
 
+import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from .checkpoints.ascend import (
     weight_file_names,
 )
 from .errors import OctavoError
+from .folds import fold_biases
 from .linear import QuantizedLinear, W8A8Linear
 from .scheme import Scheme, load_scheme
 
@@ -57,9 +59,9 @@ def _agreed_scheme(source: str, config: Any, description: dict[str, Any]) -> Sch
     described = described_scheme(description, config.num_hidden_layers)
     scheme = load_scheme(own["scheme"]) if own else described or load_scheme("float")
     stored = described or (load_scheme("float") if scheme.is_static else scheme)
-    for part in ("key", "value", "query", "float_layers"):
-        if getattr(scheme, part) != getattr(stored, part):
-            raise OctavoError(f"{source}: config.json and {DESCRIPTION_FILE} disagree on {part}; convert again")
+    for part in dataclasses.fields(Scheme):
+        if part.name not in ("name", "origin") and getattr(scheme, part.name) != getattr(stored, part.name):
+            raise OctavoError(f"{source}: config.json and {DESCRIPTION_FILE} disagree on {part.name}; convert again")
     return scheme
 
 
@@ -159,6 +161,8 @@ class QuantizedCausalLM:
         self.scheme: Scheme = load_scheme(recipe.get("scheme", "float"))
         dtype = SCALAR_DTYPES[recipe.get("deq_scale", "F32")]
         attach_buffers(self, self.scheme, recipe.get("quantized_linears", {}), dtype)
+        if self.scheme.fold_bias and self.scheme.is_quantized:
+            fold_biases(self)
         self.base_model.octavo_scheme = self.scheme
         self.base_model.register_forward_pre_hook(_provide_cache, with_kwargs=True)
         self.base_model.register_forward_hook(_withdraw_cache, with_kwargs=True)

@@ -12,6 +12,7 @@ from transformers.masking_utils import sdpa_mask
 
 from ..ops.library import NAMESPACE
 from .checkpoints.ascend import attention_modules
+from .folds import large_key_bias, norm_before
 from .rotation import rope_constants, rotated_by_slot
 from .statistics import Statistics, rotary_radius
 
@@ -24,16 +25,19 @@ class AttentionObserver:
 
     Args:
         attention: the module, for the biases of its projections.
+        norm: the norm before it.
         frequencies, factor: angles per token of the rotary pairs, `[D / 2]`, and the factor of cos and sin.
     """
 
-    def __init__(self, attention: nn.Module, frequencies: torch.Tensor, factor: float) -> None:
+    def __init__(self, attention: nn.Module, norm: nn.Module | None, frequencies: torch.Tensor, factor: float) -> None:
         self.found: dict[str, torch.Tensor] = {}
         self._frequencies, self._factor = frequencies, factor
-        self._key_bias, self._value_bias = (
-            None if linear.bias is None else linear.bias.detach().float().view(-1, 1, attention.head_dim)
-            for linear in (attention.k_proj, attention.v_proj)
-        )
+        self._key_bias = self._value_bias = None
+        if attention.k_proj.bias is not None:
+            bias = large_key_bias(attention.k_proj, norm, attention.head_dim)
+            self._key_bias = bias.float().view(-1, 1, attention.head_dim)
+        if attention.v_proj.bias is not None:
+            self._value_bias = attention.v_proj.bias.detach().float().view(-1, 1, attention.head_dim)
 
     def _keep(self, name: str, values: torch.Tensor) -> None:
         """Fold `[1, heads, S, width]` into the running maximum `[heads, width]`."""
@@ -148,9 +152,11 @@ def calibrate(model: nn.Module, linears: Iterable[str], samples: Iterable[dict[s
     AttentionMaskInterface.register(OBSERVING, sdpa_mask)
     inputs = InputObservers(model, linears)
     attentions = attention_modules(model)
-    for _, attention in attentions:
+    for name, attention in attentions:
         frequencies, factor = rope_constants(model.config, attention.head_dim)
-        attention.attention_observer = AttentionObserver(attention, frequencies.to(model.device), factor)
+        attention.attention_observer = AttentionObserver(
+            attention, norm_before(model, name), frequencies.to(model.device), factor
+        )
     before = model.config._attn_implementation
     model.set_attn_implementation(OBSERVING)
     tokens = 0

@@ -10,6 +10,8 @@ from .codec import Codec
 
 SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 """Parts of the range of a group among which rule "mse" chooses."""
+STRETCHES = (1.0, 0.85, 0.9, 0.95, 1.05, 1.1, 1.15, 1.2)
+"""Multiples of the standard deviation of a group among which it does with gaussian levels."""
 GAUSSIAN_LEVELS = {
     2: (0.4528, 1.5104),
     3: (0.2451, 0.7560, 1.3439, 2.1520),
@@ -43,27 +45,36 @@ def _ranged(codec: Codec, groups: torch.Tensor) -> ScaleAndZero:
     return dynamic_scale(groups.abs().amax(dim=-1), last).to(codec.stored_scale_dtype), None
 
 
-def _rounded(codec: Codec, groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
-    """The values that the codes of `groups` stand for, with uniform levels."""
-    first, last = code_range(codec.stored_dtype, codec.bits)
+def _coded(codec: Codec, groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
+    """The values that the codes of `groups` stand for."""
     step = scale.float()[..., None]
     offset = 0.0 if zero is None else zero.float()[..., None]
-    return ((groups / step + offset).round().clamp(first, last) - offset) * step
+    scaled = groups / step + offset
+    if codec.levels == "uniform":
+        return (scaled.round().clamp(*code_range(codec.stored_dtype, codec.bits)) - offset) * step
+    levels = gaussian_levels(codec.bits, groups.device)
+    return (levels[torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2)] - offset) * step
+
+
+def _tried(codec: Codec, groups: torch.Tensor) -> list[ScaleAndZero]:
+    """What rule "mse" chooses among."""
+    if codec.levels == "gaussian":
+        return [_normal(codec, groups, part) for part in STRETCHES]
+    if codec.has_zero:
+        low, high = groups.amin(dim=-1), groups.amax(dim=-1)
+        middle, half = (high + low) / 2, (high - low) / 2
+        return [_affine(codec, middle - part * half, middle + part * half) for part in SHRINKS]
+    scale, _ = _ranged(codec, groups)
+    return [((scale.float() * part).clamp_min(SMALLEST_SCALE).to(scale.dtype), None) for part in SHRINKS]
 
 
 def _least_error(codec: Codec, groups: torch.Tensor) -> ScaleAndZero:
-    """Rule "mse": the part of the range about its middle, of `SHRINKS`, that loses least."""
-    low, high = groups.amin(dim=-1), groups.amax(dim=-1)
-    if codec.has_zero:
-        middle, half = (high + low) / 2, (high - low) / 2
-        tried = [_affine(codec, middle - part * half, middle + part * half) for part in SHRINKS]
-    else:
-        scale, _ = _ranged(codec, groups)
-        tried = [((scale.float() * part).clamp_min(SMALLEST_SCALE).to(scale.dtype), None) for part in SHRINKS]
+    """Rule "mse": what loses least of `_tried`."""
+    tried = _tried(codec, groups)
     best_scale, best_zero = tried[0]
-    best = torch.full(low.shape, float("inf"), device=groups.device)
+    best = torch.full(best_scale.shape, float("inf"), device=groups.device)
     for scale, zero in tried:
-        error = (_rounded(codec, groups, scale, zero) - groups).square().sum(dim=-1)
+        error = (_coded(codec, groups, scale, zero) - groups).square().sum(dim=-1)
         better = error < best
         best = torch.where(better, error, best)
         best_scale = torch.where(better, scale, best_scale)
@@ -71,19 +82,19 @@ def _least_error(codec: Codec, groups: torch.Tensor) -> ScaleAndZero:
     return best_scale, best_zero
 
 
-def _normal(codec: Codec, groups: torch.Tensor) -> ScaleAndZero:
-    """Levels "gaussian": mean and standard deviation become 0 and 1."""
+def _normal(codec: Codec, groups: torch.Tensor, stretch: float = 1.0) -> ScaleAndZero:
+    """Levels "gaussian": mean and standard deviation, or a multiple of that, become 0 and 1."""
     mean = groups.mean(dim=-1) if codec.has_zero else torch.zeros_like(groups[..., 0])
-    spread = (groups - mean[..., None]).square().mean(dim=-1).sqrt()
+    spread = (groups - mean[..., None]).square().mean(dim=-1).sqrt() * stretch
     scale = spread.clamp_min(SMALLEST_SCALE).to(codec.stored_scale_dtype)
     return scale, (-mean / scale.float()).to(codec.stored_scale_dtype) if codec.has_zero else None
 
 
 def group_scale(codec: Codec, groups: torch.Tensor) -> ScaleAndZero:
     """Scale and zero of each group of float32 values `[..., n]`, `[...]` each, in the dtype they are stored in."""
-    if codec.levels == "gaussian":
-        return _normal(codec, groups)
-    return _least_error(codec, groups) if codec.rule == "mse" else _ranged(codec, groups)
+    if codec.rule == "mse":
+        return _least_error(codec, groups)
+    return _normal(codec, groups) if codec.levels == "gaussian" else _ranged(codec, groups)
 
 
 def llamacpp_codes(groups: torch.Tensor, bits: int, has_zero: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

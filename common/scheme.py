@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,13 +37,17 @@ PRESETS = (
     "lmdeploy-int4",
     "lmdeploy-int8",
     "lmdeploy-int8-ptq",
+    "octavo-2",
+    "octavo-3",
+    "octavo-4",
+    "octavo-8",
     "vllm-fp8",
     "vllm-fp8-head",
 )
 KV_CACHE_DTYPES = {"auto": "float", "fp8": "vllm-fp8", "fp8_e4m3": "vllm-fp8"}
 """Values of vLLM's `kv_cache_dtype` that are not the name of a preset themselves, as fp8_e5m2 is."""
-SMALLEST_STEP = 32
-"""Tokens leave a float window so many at a time, so that a prompt is not cut into single queries."""
+SMALLEST_STEP = 16
+"""Tokens leave a float window so many at a time at least, so that a prompt is not cut into single queries."""
 _PARTS = ("key", "value", "query")
 
 
@@ -115,6 +120,11 @@ class Scheme:
             raise OctavoError(f"scheme {self.name}: 'rotate_key' and a K stored before RoPE exclude each other")
         if self.prefill == "float" and self.is_segmented:
             raise OctavoError(f"scheme {self.name}: prefill 'float' excludes sinks, a window and groups of tokens")
+        steps = sorted((self.step(self.key), self.step(self.value)))
+        if steps[1] % steps[0]:
+            raise OctavoError(
+                f"scheme {self.name}: groups of {steps[0]} and {steps[1]} tokens do not fit into one another"
+            )
         for text, other in self.layers:
             _layers_of(text)
             if isinstance(other, str):
@@ -127,11 +137,26 @@ class Scheme:
         """Whether the ranges that go with codebooks of K are of what this scheme stores."""
         return self.key.before_rope and not self.key.dynamic and self.key.granularity == "channel"
 
+    def _some_codec(self, holds: Callable[[Codec], bool]) -> bool:
+        """Whether something holds of a codec of any layer."""
+        if any(codec is not None and holds(codec) for codec in (self.key, self.value, self.query)):
+            return True
+        return any(self.of_layer(_layers_of(text)[0])._some_codec(holds) for text, _ in self.layers)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the scheme quantizes anything."""
+        return self._some_codec(lambda codec: True)
+
     @property
     def is_static(self) -> bool:
         """Whether the scheme needs a calibration."""
-        own = any(codec is not None and codec.is_calibrated for codec in (self.key, self.value, self.query))
-        return own or any(self.of_layer(_layers_of(text)[0]).is_static for text, _ in self.layers)
+        return self._some_codec(lambda codec: codec.is_calibrated)
+
+    @property
+    def has_codebooks(self) -> bool:
+        """Whether the calibration has to fit codebooks."""
+        return self._some_codec(lambda codec: codec.levels == "calibrated")
 
     @property
     def is_segmented(self) -> bool:
@@ -142,11 +167,7 @@ class Scheme:
         """How many tokens become codes at a time; 1 where they do at once."""
         if codec is None:
             return 1
-        group = codec.token_group
-        if not self.window:
-            return group
-        others = [part.token_group for part in (self.key, self.value) if part is not None]
-        return math.lcm(SMALLEST_STEP, *others)
+        return math.lcm(SMALLEST_STEP, codec.token_group) if self.window else codec.token_group
 
     def coded(self, codec: Codec | None, tokens: int) -> int:
         """How many of the first `tokens` tokens, the sinks not counted, are codes and no longer in a float window."""
@@ -164,6 +185,23 @@ class Scheme:
             if layer in _layers_of(text):
                 return load_scheme(other) if isinstance(other, str) else self._changed(other)
         return self if not (self.layers or self.float_layers) else self._changed({})
+
+    def with_scales_of_one(self) -> "Scheme":
+        """This scheme with 1 for every static scale, which needs no calibration.
+
+        Raises:
+            OctavoError: a codec whose codes are no fp8, or one with a codebook.
+        """
+        changed = {}
+        for part in _PARTS:
+            codec = getattr(self, part)
+            if codec is not None and codec.is_calibrated:
+                if not codec.dtype.startswith("fp8"):
+                    raise OctavoError(
+                        f"scheme {self.name}: scales of 1 make sense for fp8, and {part} is {codec.dtype}"
+                    )
+                changed[part] = dataclasses.replace(codec, granularity="tensor", fixed_scale=1.0)
+        return dataclasses.replace(self, **changed)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as it stands in a preset file or under `octavo.scheme` in a config.json; defaults left out."""

@@ -35,9 +35,10 @@ def some_statistics(layers: int = 2) -> Statistics:
             ("q.radius", (4, 8)),
             ("k.max", (2, 16)),
             ("k.radius", (2, 8)),
-            ("v.max", (2, 16)),
+            ("v.high", (2, 16)),
         ):
             tensors[f"layers.{layer}.{name}"] = torch.rand(shape, generator=generator) + 0.1
+        tensors[f"layers.{layer}.v.low"] = -tensors[f"layers.{layer}.v.high"] / 2
     return Statistics(tensors, {"model_type": "llama", "num_hidden_layers": str(layers), "tokens": "7"})
 
 
@@ -80,7 +81,7 @@ def test_scales_per_channel_bound_the_pair(statistics: Statistics | None = None)
     statistics = some_statistics()
     scales = scales_of(load_scheme("ascend-c8"), statistics)
     for layer, scale in enumerate(scales):
-        radius, largest = (statistics.tensors[f"layers.{layer}.{name}"] for name in ("k.radius", "v.max"))
+        radius, largest = (statistics.tensors[f"layers.{layer}.{name}"] for name in ("k.radius", "v.high"))
         assert scale.key[0].shape == scale.value[0].shape == (2, 1, 16) and scale.query is None
         assert scale.key[1] is None and scale.value[1] is None
         for channel in range(16):
@@ -92,7 +93,7 @@ def test_scales_per_head_take_the_largest() -> None:
     statistics = some_statistics()
     for layer, scale in enumerate(scales_of(load_scheme("ascend-fa"), statistics)):
         assert scale.query.shape == (4, 1, 1) and scale.key[0].shape == scale.value[0].shape == (2, 1, 1)
-        for found, name in ((scale.query, "q.radius"), (scale.key[0], "k.radius"), (scale.value[0], "v.max")):
+        for found, name in ((scale.query, "q.radius"), (scale.key[0], "k.radius"), (scale.value[0], "v.high")):
             torch.testing.assert_close(found[:, 0, 0] * 127, statistics.tensors[f"layers.{layer}.{name}"].amax(1))
 
 

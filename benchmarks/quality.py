@@ -1,13 +1,16 @@
 """Measure how far each scheme is from the float model, and append the rows to `results/quality.csv`.
 
-Every query reads the stored codes. Static scales come from one calibration of the float model on `--calib_file`;
-quantized checkpoints are scored as they load.
+Every query reads the stored codes, and floats where the scheme keeps some. Biases of k and v are folded, as `prepare`
+does, where the scheme allows and a row does not say otherwise. Static scales and codebooks come from one calibration of
+the float model on `--calib_file`; quantized checkpoints are scored as they load.
 """
 
 import argparse
+import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from rows import append_rows
@@ -15,55 +18,112 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from octavo.common.bundle import commit
-from octavo.common.cache import QuantizedCache
+from octavo.common.cache import QuantizedCache, kv_bits_per_element
 from octavo.common.calibration import read_calibration_file, tokenize
-from octavo.common.evaluate import Fidelity, compare, windows
+from octavo.common.codebooks import fit_codebooks
+from octavo.common.evaluate import compare, windows
+from octavo.common.folds import prepare
 from octavo.common.observe import calibrate
-from octavo.common.scheme import load_scheme
-from octavo.common.statistics import scales_of
+from octavo.common.scheme import PRESETS, Scheme, load_scheme
+from octavo.common.statistics import Statistics, scales_of
 from octavo.ops.library import NAMESPACE
 
-SCHEMES = ("int8-token", "fp8-token", "int4-token", "ascend-c8", "ascend-fa")
-COLUMNS = ("commit", "model", "what", "windows", "length", "kl", "perplexity", "float_perplexity", "top1")
+COLUMNS = ("commit", "model", "what", "bits", "windows", "length", "kl", "perplexity", "float_perplexity", "top1")
+FLOAT_WEIGHTS = "float weights + "
+UNFOLDED = ", biases in the cache"
+UNFOLDED_SCHEMES = ("int8-token", "fp8-token", "int4-token", "octavo-4")
 
 
-def _row(version: str, model: str, what: str, samples: list[torch.Tensor], result: Fidelity) -> dict[str, str]:
-    numbers = (f"{result.kl:.6f}", f"{result.perplexity:.4f}", f"{result.float_perplexity:.4f}", f"{result.top1:.4f}")
-    values = (version, model, what, str(len(samples)), str(samples[0].shape[1]), *numbers)
-    return dict(zip(COLUMNS, values, strict=True))
+def changed_codec(part: str, **fields: Any) -> Callable[[Scheme], Scheme]:
+    """A change of some fields of one codec of a scheme."""
+    return lambda scheme: dataclasses.replace(scheme, **{part: dataclasses.replace(getattr(scheme, part), **fields)})
+
+
+VARIANTS: dict[str, Callable[[Scheme], Scheme]] = {
+    "no window": lambda scheme: dataclasses.replace(scheme, window=0),
+    "no sinks": lambda scheme: dataclasses.replace(scheme, sinks=0),
+    "V not rotated": lambda scheme: dataclasses.replace(scheme, rotate_value=False),
+    "K rotated too": lambda scheme: dataclasses.replace(scheme, rotate_key=True),
+    "V in uniform levels": changed_codec("value", levels="uniform"),
+    "V in uniform levels, affine": changed_codec("value", levels="uniform", symmetric=False),
+    "K by range": changed_codec("key", rule="range"),
+    "K by least error": changed_codec("key", rule="mse"),
+    "K before RoPE": changed_codec("key", before_rope=True),
+    "K in groups of 32": changed_codec("key", group_size=32),
+    "K in groups of 128": changed_codec("key", group_size=128),
+    "K per token, rotated": lambda scheme: dataclasses.replace(
+        scheme, rotate_key=True, key=dataclasses.replace(scheme.key, granularity="token", group_size=0, rule="range")
+    ),
+    "K less its mean": lambda scheme: dataclasses.replace(scheme, smooth_key=True),
+}
+"""What `--variants` changes in a scheme, one at a time, to tell what each option contributes."""
+
+
+class Measured:
+    """A float model, the text it is scored on, and its calibration."""
+
+    def __init__(self, flags: argparse.Namespace) -> None:
+        self.version = commit()  # before the results make the tree dirty
+        self.name = Path(flags.model_path).name
+        self.model = AutoModelForCausalLM.from_pretrained(flags.model_path, dtype=torch.float32).eval()
+        tokenizer = AutoTokenizer.from_pretrained(flags.model_path)
+        ids = tokenizer(flags.eval_file.read_text(encoding="utf-8"), return_tensors="pt")["input_ids"][0]
+        self.samples = windows(ids, flags.length, flags.windows)
+        self.texts = tokenize(tokenizer, read_calibration_file(flags.calib_file), 2048, "input_ids", "attention_mask")
+        with torch.inference_mode():
+            self.expected = [self.model(sample).logits for sample in tqdm(self.samples, desc="float", unit="window")]
+        self.statistics = self._calibrated([load_scheme(name) for name in flags.scheme])
+
+    def _calibrated(self, schemes: list[Scheme]) -> Statistics | None:
+        """What the static ones among some schemes need, of the model as it is."""
+        if not any(scheme.is_static for scheme in schemes):
+            return None
+        statistics = calibrate(self.model, [], tqdm(self.texts, desc="calibrating", unit="text"))
+        has_codebooks = any(scheme.has_codebooks for scheme in schemes)
+        return fit_codebooks(self.model, self.texts, statistics) if has_codebooks else statistics
+
+    def row(self, what: str, logits_of: Callable[[torch.Tensor], torch.Tensor], bits: float) -> dict[str, str]:
+        """Score a model against the float one."""
+        expected = iter(self.expected)
+        found = compare(lambda _: next(expected), logits_of, tqdm(self.samples, desc=what, unit="window"))
+        figures = (f"{found.kl:.6f}", f"{found.perplexity:.4f}", f"{found.float_perplexity:.4f}", f"{found.top1:.4f}")
+        count, length = str(len(self.samples)), str(self.samples[0].shape[1])
+        values = (self.version, self.name, what, f"{bits:.3f}", count, length, *figures)
+        return dict(zip(COLUMNS, values, strict=True))
+
+    def scheme_row(self, what: str, scheme: Scheme) -> dict[str, str]:
+        """Score the stock model with a cache of a scheme."""
+        scales = scales_of(scheme, self.statistics) if scheme.is_static else None
+
+        def logits_of(ids: torch.Tensor) -> torch.Tensor:
+            return self.model(ids, past_key_values=QuantizedCache(self.model.config, scheme, scales=scales)).logits
+
+        return self.row(FLOAT_WEIGHTS + what, logits_of, kv_bits_per_element(self.model.config, scheme))
 
 
 def measure(flags: argparse.Namespace) -> Iterator[dict[str, str]]:
-    """A row for each scheme on the stock model, and for each quantized checkpoint."""
-    version = commit()  # before the results make the tree dirty
-    model = AutoModelForCausalLM.from_pretrained(flags.model_path, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(flags.model_path)
-    ids = tokenizer(flags.eval_file.read_text(encoding="utf-8"), return_tensors="pt")["input_ids"][0]
-    samples = windows(ids, flags.length, flags.windows)
-    texts = tokenize(tokenizer, read_calibration_file(flags.calib_file), 2048, "input_ids", "attention_mask")
-    statistics = calibrate(model, [], tqdm(texts, desc="calibrating", unit="text"))
-    with torch.inference_mode():
-        expected = [model(sample).logits for sample in tqdm(samples, desc="float", unit="window")]
-    model.set_attn_implementation(NAMESPACE)
-    name = Path(flags.model_path).name
-    for preset in SCHEMES:
-        scheme = load_scheme(preset)
-        scales = scales_of(scheme, statistics) if scheme.is_static else None
-        floats = iter(expected)
-        result = compare(
-            lambda _, floats=floats: next(floats),
-            lambda i, scheme=scheme, scales=scales: (
-                model(i, past_key_values=QuantizedCache(model.config, scheme, scales=scales)).logits
-            ),
-            tqdm(samples, desc=preset, unit="window"),
-        )
-        yield _row(version, name, f"float weights + {preset}", samples, result)
+    """A row for each scheme and variant on the stock model, and for each quantized checkpoint."""
+    measured = Measured(flags)
+    schemes = {name: load_scheme(name) for name in flags.scheme}
+    measured.model.set_attn_implementation(NAMESPACE)
+    for name, scheme in schemes.items():
+        if not scheme.fold_bias:
+            yield measured.scheme_row(name, scheme)
+        elif name in UNFOLDED_SCHEMES and measured.model.model.layers[0].self_attn.k_proj.bias is not None:
+            yield measured.scheme_row(name + UNFOLDED, scheme)
+    prepare(measured.model)
+    for name, scheme in schemes.items():
+        if scheme.fold_bias:
+            yield measured.scheme_row(name, scheme)
+    for name in flags.variants:
+        for change, variant in VARIANTS.items():
+            scheme = variant(load_scheme(name))
+            if scheme != load_scheme(name):
+                yield measured.scheme_row(f"{name}, {change}", scheme)
     for directory in flags.checkpoint:
         quantized = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
-        floats = iter(expected)
-        progress = tqdm(samples, desc=directory.name, unit="window")
-        result = compare(lambda _, floats=floats: next(floats), lambda i, m=quantized: m(i).logits, progress)
-        yield _row(version, name, directory.name, samples, result)
+        bits = kv_bits_per_element(quantized.config, quantized.scheme)
+        yield measured.row(directory.name, lambda ids, model=quantized: model(ids).logits, bits)
 
 
 def main() -> int:
@@ -72,6 +132,8 @@ def main() -> int:
     parser.add_argument("--model_path", required=True, help="float checkpoint")
     parser.add_argument("--eval_file", required=True, type=Path, help="text to score on")
     parser.add_argument("--calib_file", required=True, type=Path, help="calibration texts")
+    parser.add_argument("--scheme", nargs="*", default=PRESETS, help="presets to score; all if not given")
+    parser.add_argument("--variants", nargs="*", default=[], help="presets whose options are taken away one by one")
     parser.add_argument(
         "--checkpoint", nargs="*", type=Path, default=[], help="quantized directories, named for the table"
     )

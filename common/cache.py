@@ -71,7 +71,7 @@ class QuantizedLayer(CacheLayerMixin):
         self.max_length = max_length
         self.is_folded = scales.folded
         self.key_store = self._store(
-            scheme.key, CodeStore(scheme.key, scales.key, max_length, scales.key_levels, frequencies)
+            scheme.key, CodeStore(scheme.key, scales.key, max_length, scales.key_levels, frequencies, scheme.sinks)
         )
         self.value_store = self._store(
             scheme.value, CodeStore(scheme.value, scales.value, max_length, scales.value_levels)

@@ -60,6 +60,7 @@ class CodeStore:
         max_length: allocate this many tokens at once and never grow; None grows as needed.
         levels: codebook of a codec with calibrated levels, float32 `[2**bits]`.
         frequencies: angles per slot of the rotary pairs `[D / 2]`, for a codec that stores K as before RoPE.
+        first_slot: tokens of a sequence that come before those of this storage, its sinks.
     """
 
     def __init__(
@@ -69,8 +70,10 @@ class CodeStore:
         max_length: int | None = None,
         levels: torch.Tensor | None = None,
         frequencies: torch.Tensor | None = None,
+        first_slot: int = 0,
     ) -> None:
         self.codec = codec
+        self.first_slot = first_slot
         self.max_length = max_length
         self.length = 0
         if codec is not None and codec.fixed_scale:
@@ -164,7 +167,7 @@ class CodeStore:
         """Encode `[B, G, S, D]` float32 in PyTorch's terms: what no fused op does in one."""
         codec = self.codec
         if codec.before_rope:
-            values = rotated_by_slot(values, self._frequencies, start, backwards=True)
+            values = rotated_by_slot(values, self._frequencies, self.first_slot + start, backwards=True)
         if codec.outliers:
             if codec.dynamic:
                 distance = (values - values.mean(dim=-1, keepdim=True)).abs()
@@ -235,7 +238,7 @@ class CodeStore:
             channels = self._of(self._channels, start, stop).long()
             values.scatter_(-1, channels, self._of(self._outliers, start, stop).float())
         if codec.before_rope:
-            values = rotated_by_slot(values, self._frequencies, start)
+            values = rotated_by_slot(values, self._frequencies, self.first_slot + start)
         return values
 
     def codes(self, length: torch.Tensor | None = None) -> Codes:

@@ -10,13 +10,16 @@ from octavo.common.flags import REFUSED, build_parser, parse_flags, run_script
 
 REQUIRED = ["--model_path", "in", "--save_directory", "out"]
 
-# Names, types and defaults of MindIE-LLM's quantifier.py and of the scripts built on it.
+# Names, types and defaults of MindIE-LLM's quantifier.py and of the scripts built on it, and what Octavo adds.
 DEFAULTS: dict[str, Any] = {
     "part_file_size": None,
     "w_bit": 8,
     "a_bit": 8,
     "use_kvcache_quant": False,
     "use_fa_quant": False,
+    "scheme": None,
+    "kv_cache_dtype": None,
+    "kv_scales": "data",
     "calib_file": None,
     "calib_texts": None,
     "act_method": 1,

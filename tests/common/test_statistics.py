@@ -108,6 +108,11 @@ def test_a_channel_of_zeros_has_a_usable_scale() -> None:
     assert (symmetric_scale(torch.zeros(3)) > 0).all()
 
 
+def observer() -> AttentionObserver:
+    """Of an attention without biases."""
+    return AttentionObserver(tiny_llama().model.layers[0].self_attn, None, torch.ones(8), 1.0)
+
+
 def rotated(x: torch.Tensor, position: int) -> torch.Tensor:
     """RoPE of transformers on `[1, heads, 1, D]`."""
     cos, sin = LlamaRotaryEmbedding(tiny_config(head_dim=x.shape[-1]))(x, torch.tensor([[position]]))
@@ -120,20 +125,20 @@ def test_a_radius_holds_at_every_position(seed: int, position: int, other: int) 
     """What was observed at one position bounds each channel at any other; the largest |k| of a channel does not."""
     x = torch.randn((1, 2, 1, 16), generator=torch.Generator().manual_seed(seed)) * 10
     torch.testing.assert_close(rotary_radius(rotated(x, position)), rotary_radius(x), atol=1e-4, rtol=1e-4)
-    observer = AttentionObserver()
-    observer(rotated(x, position), rotated(x, position), x)
-    bound = observer.largest["k.radius"].repeat(1, 2)
+    seen = observer()
+    seen(rotated(x, position), rotated(x, position), x)
+    bound = seen.tensors()["k.radius"].repeat(1, 2)
     assert (rotated(x, other)[0, :, 0].abs() <= bound * 1.0001).all()
 
 
 def test_a_maximum_after_rope_does_not_hold_at_another_position() -> None:
     x = torch.zeros((1, 1, 1, 16))
     x[..., 0] = 5.0
-    observer = AttentionObserver()
-    observer(rotated(x, 0), rotated(x, 0), x)
+    seen = observer()
+    seen(rotated(x, 0), rotated(x, 0), x)
     later = rotated(x, 2)[0, :, 0].abs()
-    assert (later > observer.largest["k.max"]).any()
-    assert (later <= observer.largest["k.radius"].repeat(1, 2) * 1.0001).all()
+    assert (later > seen.tensors()["k.max"]).any()
+    assert (later <= seen.tensors()["k.radius"].repeat(1, 2) * 1.0001).all()
 
 
 def test_short_calibration_does_not_clip_long_prompts() -> None:

@@ -10,15 +10,20 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from quality import FLOAT_WEIGHTS, UNFOLDED
 from rows import RESULTS
 from transformers import LlamaConfig
 
 from models import SHAPES
 from octavo.common.cache import kv_bytes_per_token
-from octavo.common.scheme import load_scheme
+from octavo.common.codec import Codec
+from octavo.common.scheme import PRESETS, load_scheme
 
 ROOT = Path(__file__).parents[1]
 QUALITY_MODEL = "smollm2-135m"
+MODELS_SCORED = ("smollm2-135m", "qwen2.5-coder-0.5b")
+OPTION_WINDOWS = "2"
+"""Windows of the rows that tell what options contribute."""
 SPEED_MODEL = "SmolLM2-135M"
 FLOAT = "float"
 THEIRS = {"attention": ("SDPA",), "linear": ("F.linear",)}
@@ -86,30 +91,129 @@ def _kv_bytes(what: str) -> str:
     return f"{kv_bytes_per_token(LlamaConfig(**SHAPES[SPEED_MODEL]), scheme, 4):,}"
 
 
+def _quality(model: str, windows: str | None = None) -> dict[str, Row]:
+    """The newest row of each scheme, variant and checkpoint of a model, of so many windows or of the most there are."""
+    found: dict[str, Row] = {}
+    for row in _rows("quality.csv"):
+        if row["model"] != model or windows not in (None, row["windows"]):
+            continue
+        if row["what"] not in found or int(row["windows"]) >= int(found[row["what"]]["windows"]):
+            found[row["what"]] = row
+    return found
+
+
 def results_table() -> str:
     """Speed and fidelity of each variant of the whole model, with the conditions under it."""
-    quality = {row["what"]: row for row in _rows("quality.csv") if row["model"] == QUALITY_MODEL}
-    speed = _models("cpu.csv")
+    quality, speed = _quality(QUALITY_MODEL), _models("cpu.csv")
     if not (quality and speed):
         return "Speed or quality is not measured yet."
-    variants = dict.fromkeys([FLOAT, *reversed(next(iter(speed.values()), {})), *quality])
+    variants = [FLOAT, *reversed(next(iter(speed.values())))]
     rows = [(SPEED_MODEL, "KV cache, bytes per token", *speed, "perplexity", "KL from float")]
-    for what in variants:
+    for what in dict.fromkeys(variants):
         score = quality.get(what)
         perplexity, kl = (f"{float(score['perplexity']):.2f}", f"{float(score['kl']):.4f}") if score else ("", "")
         if what == FLOAT and quality:
             perplexity, kl = f"{float(next(iter(quality.values()))['float_perplexity']):.2f}", "0"
         rows.append((what, _kv_bytes(what), *(_ratio(work, what) for work in speed.values()), perplexity, kl))
-    any_score = next(iter(quality.values()))
     any_speed = next(iter(next(iter(speed.values())).values()))
     return (
         f"{_markdown(rows)}\n\n"
         f"Batch 1, median of alternating calls in one run, {_conditions(any_speed)}; `float` is transformers "
-        f"{any_speed['transformers']} in fp32 with DynamicCache and SDPA. Perplexity and KL: {any_score['windows']} "
-        f"windows of {any_score['length']} tokens of English Wikipedia, teacher-forced, every query reading the stored "
-        "codes, calibrated on 50 BoolQ prompts. `W8A8` leaves the layers in float that Ascend's recipe leaves "
-        "(down_proj, lm_head); `W8A8 dynamic` leaves none."
+        f"{any_speed['transformers']} in fp32 with DynamicCache and SDPA. `W8A8` leaves the layers in float that "
+        "Ascend's recipe leaves (down_proj, lm_head); `W8A8 dynamic` leaves none."
     )
+
+
+def _described(codec: Codec | None) -> str:
+    """A codec in a few words."""
+    if codec is None:
+        return "float"
+    group = f" x {codec.group_size}" if codec.group_size else ""
+    kind = "" if codec.symmetric else ", affine"
+    levels = "" if codec.levels == "uniform" else f", {codec.levels} levels"
+    return f"{codec.dtype} per {codec.granularity}{group}{kind}{levels}"
+
+
+def _scores(row: Row | None) -> tuple[str, str, str]:
+    """KL, change of the perplexity in percent, and share of equal first choices."""
+    if row is None:
+        return "", "", ""
+    change = 100 * (float(row["perplexity"]) / float(row["float_perplexity"]) - 1)
+    return f"{float(row['kl']):.5f}", f"{change:+.2f} %", f"{100 * float(row['top1']):.1f} %"
+
+
+def _scored(found: list[dict[str, Row]], what: str) -> tuple[str, ...]:
+    """Bits and the scores of each model of one scheme or variant."""
+    bits = next((f"{float(rows[what]['bits']):.2f}" for rows in found if what in rows), "")
+    return bits, *(score for rows in found for score in _scores(rows.get(what)))
+
+
+def _quality_conditions(found: list[dict[str, Row]]) -> str:
+    windows = {row["model"]: row["windows"] for rows in found for row in rows.values()}
+    counts = " and ".join(f"{count} windows of {model}" for model, count in windows.items())
+    return (
+        f"KL(float || quantized) in nats per token, change of the perplexity, and share of tokens whose likeliest next "
+        f"token is the same: {counts}, 2,048 tokens each, of English Wikipedia, teacher-forced, every query reading "
+        "what is stored. Bits of an element of K and V count codes, scales, zeros, codebooks, outliers, sinks and "
+        "windows, in sequences of 2,048 tokens. Static schemes are calibrated on 50 BoolQ prompts."
+    )
+
+
+def schemes_table() -> str:
+    """Every preset on every model that was scored."""
+    found = [_quality(model) for model in MODELS_SCORED]
+    if not any(found):
+        return "No quality is measured yet."
+    names = [f"{model}: {what}" for model in MODELS_SCORED for what in ("KL", "perplexity", "top-1")]
+    rows = [("scheme", "K", "V", "calibration", "bits", *names)]
+    presets = [name for name in PRESETS if any(FLOAT_WEIGHTS + name in quality for quality in found)]
+    for name in sorted(presets, key=lambda name: -float(_scored(found, FLOAT_WEIGHTS + name)[0])):
+        scheme = load_scheme(name)
+        needs = "yes" if scheme.is_static else ""
+        row = (f"`{name}`", _described(scheme.key), _described(scheme.value), needs)
+        rows.append((*row, *_scored(found, FLOAT_WEIGHTS + name)))
+        if any(FLOAT_WEIGHTS + name + UNFOLDED in quality for quality in found):
+            rows.append(("", "the same, with the bias in", "", "", *_scored(found, FLOAT_WEIGHTS + name + UNFOLDED)))
+    return f"{_markdown(rows, 4)}\n\n{_quality_conditions(found)}"
+
+
+def options_table() -> str:
+    """Schemes with one option changed, beside the schemes themselves, as far as both were scored alike."""
+    found = [
+        {what: row for what, row in _quality(model).items() if row["windows"] == OPTION_WINDOWS}
+        for model in MODELS_SCORED
+    ]
+    bases = {what.partition(", ")[0] for rows in found for what in rows if ", " in what and not what.endswith(UNFOLDED)}
+    if not bases:
+        return "No options are measured yet."
+    names = [f"{model}: {what}" for model in MODELS_SCORED for what in ("KL", "perplexity", "top-1")]
+    rows = [("scheme", "bits", *names)]
+    for base in sorted(bases):
+        whats = [base, *dict.fromkeys(what for quality in found for what in quality if what.startswith(f"{base}, "))]
+        rows += [
+            (what.removeprefix(FLOAT_WEIGHTS), *_scored(found, what)) for what in whats if not what.endswith(UNFOLDED)
+        ]
+    return f"{_markdown(rows, 1)}\n\n{_quality_conditions(found)}"
+
+
+def checkpoints_table() -> str:
+    """Quantized directories."""
+    rows = [("checkpoint", "KV bits", "KL", "perplexity", "top-1")]
+    scored = {what: row for what, row in _quality(QUALITY_MODEL).items() if not what.startswith(FLOAT_WEIGHTS)}
+    rows += [(f"{SPEED_MODEL}, {what}", *_scored([{what: row}], what)) for what, row in scored.items()]
+    return _markdown(rows) if scored else "No checkpoint is measured yet."
+
+
+def peers_table() -> str:
+    """transformers' own quantized caches beside ours."""
+    newest = {(row["model"], row["system"], row["what"]): row for row in _rows("peers.csv")}
+    if not newest:
+        return "No peer is measured yet."
+    rows = [("model", "system", "cache", "bits", "KL", "perplexity", "top-1")]
+    rows += [(*key, f"{float(row['bits']):.2f}", *_scores(row)) for key, row in newest.items()]
+    any_row = next(iter(newest.values()))
+    conditions = f"{any_row['windows']} window(s), {any_row['tokens']} scored tokens; peers.py has the conditions."
+    return f"{_markdown(rows, 3)}\n\n{conditions}"
 
 
 def ops_table(file: str) -> str:
@@ -133,8 +237,11 @@ def ops_table(file: str) -> str:
 
 
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"results": results_table},
+    "README.md": {"results": results_table, "schemes": schemes_table},
     "benchmarks/README.md": {
+        "options": options_table,
+        "checkpoints": checkpoints_table,
+        "peers": peers_table,
         "ops on cpu": partial(ops_table, "cpu.csv"),
         "ops on cuda": partial(ops_table, "cuda.csv"),
     },

@@ -8,20 +8,23 @@ import argparse
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from octavo.common.cache import QuantizedCache
+from octavo.common.folds import prepare
+from octavo.common.scheme import PRESETS
 
 
 def main() -> None:
-    """Generate with an int8 cache and say how large it is."""
+    """Generate with a quantized cache and say how large it is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_path", required=True)
     parser.add_argument("--prompt", default="The capital of France is")
+    parser.add_argument("--scheme", default="int8-token", choices=PRESETS, help="one that needs no calibration")
     flags = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(flags.model_path)
     model = AutoModelForCausalLM.from_pretrained(flags.model_path)
     inputs = tokenizer(flags.prompt, return_tensors="pt")
 
-    model.set_attn_implementation("octavo")
-    cache = QuantizedCache(model.config, scheme="int8-token")
+    prepare(model)
+    cache = QuantizedCache(model.config, scheme=flags.scheme)
 
     output = model.generate(**inputs, past_key_values=cache, max_new_tokens=40, do_sample=False)
     print(tokenizer.decode(output[0], skip_special_tokens=True))

@@ -1,15 +1,15 @@
 """Qwen2 and Qwen2.5 with a quantized KV cache, quantized attention and W8A8 linears.
 
     hidden [B, S, hidden]
-      -> q_proj, k_proj, v_proj       int8 x int8 where the checkpoint says W8A8; large biases of k, and those of v, left out
+      -> q_proj, k_proj, v_proj       int8 x int8 where the checkpoint says W8A8; biases of k and v stay out
       -> RoPE on q [B, H, S, D] and k [B, G, S, D]
       -> cache.update(k, v)           encodes the new tokens once; returns the codes of all
-      -> attention(q, codes)          reads the codes, in sliding layers the newest `sliding_window` of them, and adds the
+      -> attention(q, codes)          reads the codes, in sliding layers the newest `sliding_window` of them; adds the
                                       rotated biases of k to the scores and those of v to the output, exactly
       -> o_proj
 
 "fa3" is Ascend's word for 8-bit per-head attention quantization (FAQuant), not FlashAttention-3. K biases reach 200 on
-single channels: one scale per token or head would lose what lies beside them, so that `common/folds.py` keeps them out of
+single channels: one scale per token or head would lose what lies beside them, so `common/folds.py` keeps them out of
 the cache. Ascend's own schemes count them in: a scale per channel (C8) holds them, one per head does not.
 """
 

@@ -32,6 +32,8 @@ CONFIG_KEY = "octavo"
 NATIVE_LOAD_HINT = "needs-trust_remote_code=True.safetensors"
 """Name of the weight file in config.json. There is none of that name, so that a load by transformers' own class, which
 would take codes for weights, fails with an error that says what is missing. `from_pretrained` puts in the real one."""
+FREE_FIELDS = ("name", "origin", "prefill")
+"""Fields of a scheme that say nothing of what is stored, so that they may be edited in config.json."""
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _STATIC_CACHES = ("static", "offloaded_static")
 _GROWING_CACHES = (None, "dynamic", "offloaded")
@@ -60,7 +62,7 @@ def _agreed_scheme(source: str, config: Any, description: dict[str, Any]) -> Sch
     scheme = load_scheme(own["scheme"]) if own else described or load_scheme("float")
     stored = described or (load_scheme("float") if scheme.is_static else scheme)
     for part in dataclasses.fields(Scheme):
-        if part.name not in ("name", "origin") and getattr(scheme, part.name) != getattr(stored, part.name):
+        if part.name not in FREE_FIELDS and getattr(scheme, part.name) != getattr(stored, part.name):
             raise OctavoError(f"{source}: config.json and {DESCRIPTION_FILE} disagree on {part.name}; convert again")
     return scheme
 
@@ -161,8 +163,8 @@ class QuantizedCausalLM:
         self.scheme: Scheme = load_scheme(recipe.get("scheme", "float"))
         dtype = SCALAR_DTYPES[recipe.get("deq_scale", "F32")]
         attach_buffers(self, self.scheme, recipe.get("quantized_linears", {}), dtype)
-        if self.scheme.fold_bias and self.scheme.is_quantized:
-            fold_biases(self)
+        if self.scheme.is_quantized:
+            fold_biases(self, self.scheme)
         self.base_model.octavo_scheme = self.scheme
         self.base_model.register_forward_pre_hook(_provide_cache, with_kwargs=True)
         self.base_model.register_forward_hook(_withdraw_cache, with_kwargs=True)
@@ -214,6 +216,6 @@ class QuantizedCausalLM:
         length = max(max_length, generation_config.max_cache_len or 0) if kind in _STATIC_CACHES else None
         offloading = bool(kind) and "offloaded" in kind
         # generate compiles the steps over such a cache where that pays, which transformers says is on CUDA
-        compileable = kind == "static" and self.device.type == "cuda"
+        compileable = kind == "static" and self.device.type == "cuda" and self.scheme.is_compileable
         model_kwargs["past_key_values"] = self.new_cache(length, offloading, compileable)
         return None

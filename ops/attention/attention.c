@@ -11,6 +11,10 @@ enum { MASK_NONE = 0, MASK_BOOL = 1, MASK_FLOAT = 2 };
  * few rows or for many. */
 enum { MODE_DIRECT = 0, MODE_INTEGER = 1, MODE_DECODED = 2, MODE_TILE = 3 };
 
+/* How the scales and zeros of K or V vary: not along tokens and channels at once; so, but each `group` of tokens, a
+ * multiple of GROUP_STEP, shares a row; so, and each code needs its own. */
+enum { GROUPS_NONE = 0, GROUPS_TOKENS = 1, GROUPS_BOTH = 3, GROUP_STEP = 32 };
+
 /* A scale or a zero point: `data` 0 if there is none. `per_token` if it varies along the keys, then `group` keys share
  * a row; `span` channels share a column. */
 typedef struct {
@@ -43,7 +47,8 @@ typedef struct {
 typedef struct {
     int64_t ratio, rows, block_rows, blocks, begin, end, chunk, chunks, padded, position_padded;
     int64_t high_shift; /* columns by which the high half of V's channels starts too far right in the output */
-    int key_mode, value_mode, key_grouped, value_grouped, query_digits;
+    int64_t align; /* a block starts at a multiple of it */
+    int key_mode, value_mode, key_groups, value_groups, query_digits;
     float query_unit, weight_unit; /* factors of q and the weights that make up for the units of the codes */
     float factor;                  /* of scores, for units of log2 */
     Part key_scale, key_zero, value_scale, value_zero;
@@ -62,8 +67,10 @@ typedef struct {
 } Row;
 
 typedef struct {
-    float *q, *output, *scores, *keys, *values, *panels, *channel_scale, *channel_zero, *position_q, *positions;
+    float *q, *folded; /* `folded` has the scales of one group of tokens in it */
+    float *output, *scores, *keys, *values, *panels, *channel_scale, *channel_zero, *position_q, *positions;
     float key_scale[KEY_BLOCK], key_zero[KEY_BLOCK], value_scale[KEY_BLOCK], value_zero[KEY_BLOCK], bias[KEY_BLOCK];
+    float shifts[MAX_ROWS];
     Row rows[MAX_ROWS];
     Digits key_digits[MAX_ROWS], weight_digits[MAX_ROWS];
 } Scratch;
@@ -93,6 +100,12 @@ OUTLINE void load_channels(const Part *part, int64_t b, int64_t g, int64_t token
                           float *to) {
     int64_t span = part->data ? part->span : width, start = part_start(part, b, g, token);
     for (int64_t d = 0, column = 0; d < width; d += span, column++) {
+        if (span == 1 && part->stride[3] == 1 && d + 8 <= width) {
+            const char *from = (const char *)part->data + (start + d) * kind_size((int)part->kind);
+            store_f32(to + d, load_as_f32(from, part->kind == KIND_FLOAT32 ? KIND_FLOAT32 : KIND_FLOAT16));
+            d += 7, column += 7;
+            continue;
+        }
         float x = part->data ? part_value(part, start + column * part->stride[3]) : otherwise;
         if (span == 1)
             to[d] = x;
@@ -210,10 +223,25 @@ OUTLINE void prepare_rows(const AttentionArguments *a, const Plan *plan, int64_t
         row.constant = varies ? shift : 0.0f, row.offset = varies ? 0.0f : -shift * row.factor;
         if (plan->key_mode == MODE_INTEGER) {
             if (!(row.q_sum - row.q_sum == 0.0f)) row.factor = NAN; /* digits would hide what is no number */
-            query_to_digits(a, plan, q, &scratch->key_digits[m]);
+            if (!plan->key_groups) query_to_digits(a, plan, q, &scratch->key_digits[m]);
         }
         for (int64_t d = 0; plan->query_unit != 1.0f && d < padded; d++) q[d] *= plan->query_unit;
         scratch->rows[m] = row;
+    }
+}
+
+/* The rows `first` to `stop` of q with the scales of one group of tokens folded in, which are in `channel_scale`; returns
+ * in `shifts` what its zeros add to their scores, NaN if a scale is no number, which digits would hide. */
+OUTLINE void fold_rows(const Plan *plan, int64_t first, int64_t stop, Scratch *scratch) {
+    int64_t padded = plan->padded;
+    for (int64_t m = first; m < stop; m++) {
+        f32v sum = {0}, shift = {0};
+        for (int64_t d = 0; d < padded; d += LANES) {
+            f32v x = load_lanes(scratch->q + m * padded + d) * load_lanes(scratch->channel_scale + d);
+            sum += x, shift += x * load_lanes(scratch->channel_zero + d);
+            store_lanes(scratch->folded + m * padded + d, x);
+        }
+        scratch->shifts[m] = sum_of_lanes(shift + (sum - sum)) / plan->query_unit;
     }
 }
 
@@ -400,10 +428,57 @@ OUTLINE void position_scores(const AttentionArguments *a, const Plan *plan, int6
                  keys, scratch);
 }
 
+/* The scales and zeros of K of the group of `token`, and where it ends. */
+static int64_t load_group(const AttentionArguments *a, int64_t b, int64_t g, int64_t token, Scratch *scratch) {
+    const Part *scale = &a->key.scale, *zero = &a->key.zero;
+    int64_t group = scale->per_token ? scale->group : zero->group;
+    load_channels(scale, b, g, token, a->width, 1.0f, scratch->channel_scale);
+    load_channels(zero, b, g, token, a->width, 0.0f, scratch->channel_zero);
+    return token / group * group + group;
+}
+
+/* block_scores of few rows straight on the codes, where groups of tokens have scales per channel. */
+static void folded_scores(const AttentionArguments *a, const Plan *plan, Rows key, Rows next, int64_t b, int64_t g,
+                          int64_t count, int64_t start, int64_t keys, Scratch *scratch) {
+    for (int64_t j = 0, stop; j < keys; j = stop) {
+        stop = clamped(load_group(a, b, g, start + j, scratch) - start, keys);
+        fold_rows(plan, 0, count, scratch);
+        Rows from = {key.data + j * key.stride, key.stride, key.width};
+        Rows ahead = {next.data + j * next.stride, next.stride, next.width};
+        direct_scores_any(scratch->folded, plan->padded, count, from, stop - j, scratch->scores + j, ahead,
+                          a->key.kind);
+        for (int64_t m = 0; m < count; m++)
+            for (int64_t t = j; t < stop; t++) scratch->scores[m * KEY_BLOCK + t] -= scratch->shifts[m];
+    }
+}
+
+#if HAS_INTEGER
+/* The digits of q for the group of tokens at key j of a block, of the rows that see any of it; returns where it ends. */
+static int64_t fold_digits(const AttentionArguments *a, const Plan *plan, int64_t b, int64_t g, int64_t count,
+                           int64_t start, int64_t j, int64_t keys, Scratch *scratch) {
+    int64_t stop = load_group(a, b, g, start + j, scratch) - start;
+    for (int64_t m = 0; m < count; m += INTEGER_ROWS) {
+        Range seen = seen_by(scratch, m, INTEGER_ROWS, count, start, keys);
+        int64_t last = m + INTEGER_ROWS < count ? m + INTEGER_ROWS : count;
+        if (seen.from >= stop || seen.to <= j) continue;
+        fold_rows(plan, m, last, scratch);
+        for (int64_t row = m; row < last; row++) {
+            query_to_digits(a, plan, scratch->folded + row * plan->padded, &scratch->key_digits[row]);
+            scratch->key_digits[row].shift = scratch->shifts[row];
+        }
+    }
+    return stop;
+}
+#endif
+
 /* scores[m][j] = q[m] . key[j] for one block of keys; `next`, the rows of V, is fetched meanwhile. */
 OUTLINE void block_scores(const AttentionArguments *a, const Plan *plan, Rows key, Rows next, int64_t b, int64_t g,
                          int64_t count, int64_t start, int64_t keys, Scratch *scratch) {
     int64_t padded = plan->padded;
+    if (plan->key_mode == MODE_DIRECT && plan->key_groups) {
+        folded_scores(a, plan, key, next, b, g, count, start, keys, scratch);
+        return;
+    }
     if (plan->key_mode == MODE_DIRECT) {
         direct_scores_any(scratch->q, padded, count, key, keys, scratch->scores, next, a->key.kind);
         return;
@@ -412,14 +487,17 @@ OUTLINE void block_scores(const AttentionArguments *a, const Plan *plan, Rows ke
     if (plan->key_mode == MODE_INTEGER) {
         int64_t step = row_step(MODE_INTEGER), quads = byte_quads(a->width, a->key.kind);
         int64_t tiles = (keys + TILE_COLUMNS - 1) / TILE_COLUMNS;
+        int64_t folded_to = plan->key_groups ? 0 : keys;
+        const float *q = plan->key_groups ? scratch->folded : scratch->q;
         Ahead ahead = ahead_of(next, keys, tiles * quads), nothing = {(const char *)scratch->keys, 0};
         for (int64_t j = 0; j < keys; j += TILE_COLUMNS, ahead.data += ahead.step * quads) {
             Rows from = {key.data + j * key.stride, key.stride, key.width};
+            if (j >= folded_to) folded_to = fold_digits(a, plan, b, g, count, start, j, keys, scratch);
             interleave_keys(from, keys - j, (uint8_t *)scratch->keys, a->key.kind);
             for (int64_t m = 0; m < count; m += step) {
                 Range seen = seen_by(scratch, m, step, count, start, keys);
                 if (j >= seen.from && j < seen.to)
-                    integer_scores((const int32_t *)scratch->q + m * padded, padded, (const uint8_t *)scratch->keys,
+                    integer_scores((const int32_t *)q + m * padded, padded, (const uint8_t *)scratch->keys,
                                    quads, scratch->scores + m * KEY_BLOCK + j, KEY_BLOCK, scratch->key_digits + m,
                                    m ? nothing : ahead, a->key.kind, count - m < step ? count - m : step,
                                    plan->query_digits);
@@ -428,7 +506,7 @@ OUTLINE void block_scores(const AttentionArguments *a, const Plan *plan, Rows ke
         return;
     }
 #endif
-    decode_block(a, &a->key, plan->key_grouped, key, b, g, start, keys, padded, scratch,
+    decode_block(a, &a->key, plan->key_groups, key, b, g, start, keys, padded, scratch,
                  scratch->keys);
     if (plan->key_mode == MODE_DECODED) {
         Rows tile = {(const char *)scratch->keys, padded * 4, padded};
@@ -468,7 +546,7 @@ OUTLINE void block_output(const AttentionArguments *a, const Plan *plan, Rows va
     }
 #endif
     (void)next;
-    decode_block(a, &a->value, plan->value_grouped, value, b, g, start, keys, padded,
+    decode_block(a, &a->value, plan->value_groups, value, b, g, start, keys, padded,
                  scratch, scratch->values);
     if (plan->value_mode == MODE_DECODED) {
         Rows tile = {(const char *)scratch->values, padded * 4, padded};
@@ -530,8 +608,10 @@ static int64_t row_bytes(const Side *side, int64_t width) {
 OUTLINE void attend(const AttentionArguments *a, const Plan *plan, int64_t b, int64_t g, int64_t first, int64_t count,
                    int64_t start, int64_t stop, Scratch *scratch) {
     int64_t key_bytes = row_bytes(&a->key, a->width), value_bytes = row_bytes(&a->value, a->width);
+    int64_t begin = start;
     prepare_rows(a, plan, b, g, first, count, scratch);
-    if (start < scratch->rows[0].front) start = scratch->rows[0].front;
+    if (start < scratch->rows[0].front) start = scratch->rows[0].front / plan->align * plan->align;
+    if (start < begin) start = begin;
     if (stop > scratch->rows[count - 1].limit) stop = scratch->rows[count - 1].limit;
     for (int64_t j = 0; j < KEY_BLOCK; j++) {
         scratch->key_scale[j] = scratch->value_scale[j] = 1.0f;
@@ -597,12 +677,21 @@ static int is_grouped(const Side *side, int64_t width) {
     return (side->scale.per_token && side->scale.span < width) || (side->zero.per_token && side->zero.span < width);
 }
 
+/* Whether each row of a part is that of whole steps of tokens. */
+static int is_stepped(const Part *part) { return !part->per_token || part->group % GROUP_STEP == 0; }
+
+/* How the scales and zeros of one side vary, as far as a kernel makes use of it. */
+static int groups_of(const Side *side, int is_key, int64_t width) {
+    if (!is_grouped(side, width)) return GROUPS_NONE;
+    return is_key && is_stepped(&side->scale) && is_stepped(&side->zero) ? GROUPS_TOKENS : GROUPS_BOTH;
+}
+
 /* How one side is multiplied. */
-static int mode_of(const Side *side, int grouped, int64_t width, int64_t rows) {
+static int mode_of(const Side *side, int groups, int64_t width, int64_t rows) {
     int is_int = side->kind == KIND_INT8 || side->kind == KIND_INT4;
-    if (HAS_INTEGER && is_int && !grouped) return MODE_INTEGER;
+    if (HAS_INTEGER && is_int && groups != GROUPS_BOTH) return MODE_INTEGER;
     if (rows > DIRECT_ROWS) return MODE_TILE;
-    return grouped || width % (side->kind == KIND_INT4 ? 2 * LANES : LANES) ? MODE_DECODED : MODE_DIRECT;
+    return groups == GROUPS_BOTH || width % (side->kind == KIND_INT4 ? 2 * LANES : LANES) ? MODE_DECODED : MODE_DIRECT;
 }
 
 static Plan plan_of(const AttentionArguments *a) {
@@ -610,13 +699,14 @@ static Plan plan_of(const AttentionArguments *a) {
     plan.rows = plan.ratio * a->queries;
     plan.padded = round_up(a->width, PANEL), plan.position_padded = round_up(a->position.width, LANES);
     plan.factor = (float)(a->scaling * 1.4426950408889634);
-    plan.key_grouped = is_grouped(&a->key, a->width), plan.value_grouped = is_grouped(&a->value, a->width);
-    plan.key_mode = mode_of(&a->key, plan.key_grouped, a->width, plan.rows);
-    plan.value_mode = mode_of(&a->value, plan.value_grouped, a->width, plan.rows);
-    if (!plan.key_grouped) plan.key_scale = a->key.scale, plan.key_zero = a->key.zero;
-    if (!plan.value_grouped) plan.value_scale = a->value.scale, plan.value_zero = a->value.zero;
+    plan.key_groups = groups_of(&a->key, 1, a->width), plan.value_groups = groups_of(&a->value, 0, a->width);
+    plan.key_mode = mode_of(&a->key, plan.key_groups, a->width, plan.rows);
+    plan.value_mode = mode_of(&a->value, plan.value_groups, a->width, plan.rows);
+    plan.align = plan.key_groups == GROUPS_TOKENS ? GROUP_STEP : 1;
+    if (!plan.key_groups) plan.key_scale = a->key.scale, plan.key_zero = a->key.zero;
+    if (!plan.value_groups) plan.value_scale = a->value.scale, plan.value_zero = a->value.zero;
     int per_channel = plan.key_scale.data && !plan.key_scale.per_token && plan.key_scale.span < a->width;
-    plan.query_digits = a->query_scale && !per_channel ? 1 : DIGITS;
+    plan.query_digits = a->query_scale && !per_channel && !plan.key_groups ? 1 : DIGITS;
     if (a->key.kind == KIND_FLOAT8_E4M3 && plan.key_mode == MODE_DIRECT) plan.query_unit = E4M3_UNIT;
     if (a->value.kind == KIND_FLOAT8_E4M3 && plan.value_mode == MODE_DIRECT) plan.weight_unit = E4M3_UNIT;
     if (a->value.kind == KIND_INT4 && plan.value_mode == MODE_INTEGER)
@@ -626,6 +716,7 @@ static Plan plan_of(const AttentionArguments *a) {
         plan.begin = first.from < plan.begin ? first.from : plan.begin;
         plan.end = last.to > plan.end ? last.to : plan.end;
     }
+    plan.begin = plan.begin / plan.align * plan.align;
     int64_t keys = plan.end > plan.begin ? plan.end - plan.begin : 0;
     plan.blocks = (plan.rows + MAX_ROWS - 1) / MAX_ROWS;
     plan.block_rows = round_up((plan.rows + plan.blocks - 1) / plan.blocks, ROW_STEP);
@@ -651,13 +742,15 @@ static Scratch *new_scratch(const Plan *plan) {
     if (key_tile < position_tile) key_tile = position_tile;
     if (plan->rows > DIRECT_ROWS && panels < position_tile) panels = position_tile;
     size_t position_rows = position_padded ? rows * (position_padded + KEY_BLOCK) : 0;
-    size_t floats = 2 * rows * padded + rows * KEY_BLOCK + key_tile + value_tile + panels + 2 * (padded + LANES) +
+    size_t folded = plan->key_groups == GROUPS_TOKENS ? rows * padded : 0;
+    size_t floats = 2 * rows * padded + folded + rows * KEY_BLOCK + key_tile + value_tile + panels + 2 * (padded + LANES) +
                     position_rows;
     char *memory = malloc(sizeof(Scratch) + sizeof(float) * floats + 64);
     if (!memory) return NULL;
     Scratch *scratch = (Scratch *)memory;
     scratch->q = (float *)(((uintptr_t)memory + sizeof(Scratch) + 63) & ~(uintptr_t)63);
-    scratch->output = scratch->q + rows * padded;
+    scratch->folded = scratch->q + rows * padded;
+    scratch->output = scratch->folded + folded;
     scratch->scores = scratch->output + rows * padded;
     scratch->keys = scratch->scores + rows * KEY_BLOCK;
     scratch->values = scratch->keys + key_tile;

@@ -16,7 +16,8 @@ enum { INTEGER_ROWS = 4, TILE_COLUMNS = 32, DIGITS = 3, INT8_OFFSET = 128, INT4_
 typedef struct {
     int32_t offset[4]; /* where the sums of each digit start */
     float step;        /* value of a 1 */
-    int32_t unused[3];
+    float shift;       /* taken off the scores */
+    int32_t unused[2];
 } Digits;
 
 #if HAS_INTEGER
@@ -45,7 +46,7 @@ OUTLINE void to_digits(float *row, int64_t count, float step, int offset, Digits
     __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(sums), _mm512_extracti64x4_epi64(sums, 1));
     __m128i total = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
     _mm_storeu_si128((__m128i *)digits->offset, _mm_mullo_epi32(total, _mm_set1_epi32(-offset)));
-    digits->step = step;
+    digits->step = step, digits->shift = 0.0f;
 }
 
 INLINE int offset_of(int64_t kind) { return kind == KIND_INT8 ? INT8_OFFSET : INT4_OFFSET; }
@@ -167,7 +168,8 @@ INLINE void integer_scores_of(const int32_t *q, int64_t q_stride, const uint8_t 
     }
     UNROLL for (int h = 0; h < heads; h++)
         UNROLL for (int v = 0; v < 2; v++)
-            store_lanes(scores + h * stride + 16 * v, value_of_sums(sums[h], v, digits[h].step, count));
+            store_lanes(scores + h * stride + 16 * v,
+                        value_of_sums(sums[h], v, digits[h].step, count) - all_lanes(digits[h].shift));
 }
 
 /* output[heads][2][16] += digits of weights [heads][keys] times V: of int8 32 channels, of int4 16 channels of the low

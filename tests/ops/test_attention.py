@@ -264,7 +264,7 @@ def add_positions(call: Call, width: int, rows: int = 500, size: float = 1.0) ->
     queries=st.sampled_from([1, 1, 1, 2, 5, 17, 64]),
     scales=st.tuples(st.sampled_from(FORMS), st.sampled_from(FORMS)),
     zeros=st.tuples(st.sampled_from(("none", *FORMS)), st.sampled_from(("none", *FORMS))),
-    token_groups=st.tuples(st.sampled_from([1, 3, 32]), st.sampled_from([1, 3, 32])),
+    token_groups=st.tuples(st.sampled_from([1, 3, 32, 96]), st.sampled_from([1, 3, 32])),
     query_scale=st.sampled_from(["none", "none", "per head", "per token"]),
     mask=st.sampled_from(MASKS),
     causal=st.booleans(),
@@ -495,6 +495,41 @@ def test_codes_equal_softmax_in_float64(dtype: torch.dtype, form: str, queries: 
         setattr(call, f"{side}_scale", part_of(form, call, codes, group))
         setattr(call, f"{side}_zero", part_of(form, call, codes, group, is_zero=True))
     assert_close(call.run(), call.oracle())
+
+
+@pytest.mark.parametrize("queries", [1, 3, 40])
+@pytest.mark.parametrize(("keys", "window"), [(45, 0), (130, 0), (700, 0), (1100, 77), (1100, 401), (5000, 0)])
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("dtype", CODES)
+def test_groups_of_tokens_with_scales_per_channel(
+    dtype: torch.dtype, group: int, keys: int, window: int, queries: int
+) -> None:
+    """Blocks and windows begin anywhere in a group; zeros move with the group, so that they do not cancel."""
+    call = call_of(dtype, dtype, queries, keys, width=64, batch=1, ratio=2 if queries == 40 else 5)
+    call.window, call.key_group = window, group
+    for part in ("scale", "zero"):
+        form = "per channel and group of tokens"
+        setattr(call, f"key_{part}", part_of(form, call, call.key, group, is_zero=part == "zero", half=True))
+    output, lse = call.run_lse()
+    expected, expected_lse = call.oracle_lse()
+    assert_close(output, expected)
+    assert_lse_close(lse, expected_lse)
+
+
+@pytest.mark.parametrize("what", [float("nan"), float("inf")])
+@pytest.mark.parametrize("broken", ["query", "key_scale", "key_zero"])
+@pytest.mark.parametrize("queries", [1, 40])
+@pytest.mark.parametrize("form", ["per channel and group of tokens", "per token and group of channels"])
+def test_grouped_codes_keep_what_is_no_number(form: str, queries: int, broken: str, what: float) -> None:
+    call = call_of(torch.int8, torch.int8, queries, keys=300, width=128)
+    call.key_group = 64 if form.startswith("per channel") else 1
+    for part in ("scale", "zero"):
+        setattr(call, f"key_{part}", part_of(form, call, call.key, call.key_group, is_zero=part == "zero"))
+    getattr(call, broken)[..., 0, 3] = what
+    output, lse = call.run_lse()
+    expected, expected_lse = attention_lse_reference(*vars(call).values())
+    assert torch.equal(output.isfinite(), expected.isfinite()) and torch.equal(lse.isfinite(), expected_lse.isfinite())
+    assert not output.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])

@@ -11,9 +11,9 @@ enum { MASK_NONE = 0, MASK_BOOL = 1, MASK_FLOAT = 2 };
  * few rows or for many. */
 enum { MODE_DIRECT = 0, MODE_INTEGER = 1, MODE_DECODED = 2, MODE_TILE = 3 };
 
-/* How the scales and zeros of K or V vary: not along tokens and channels at once; so, but each `group` of tokens, a
- * multiple of GROUP_STEP, shares a row; so, and each code needs its own. */
-enum { GROUPS_NONE = 0, GROUPS_TOKENS = 1, GROUPS_BOTH = 3, GROUP_STEP = 32 };
+/* How the scales and zeros of K or V vary: not along tokens and channels at once; so, but constant over groups of a
+ * multiple of GROUP_STEP tokens; or over groups of a multiple of GROUP_STEP channels; in any other way. */
+enum { GROUPS_NONE = 0, GROUPS_TOKENS = 1, GROUPS_CHANNELS = 2, GROUPS_BOTH = 3, GROUP_STEP = 32 };
 
 /* A scale or a zero point: `data` 0 if there is none. `per_token` if it varies along the keys, then `group` keys share
  * a row; `span` channels share a column. */
@@ -48,6 +48,7 @@ typedef struct {
     int64_t ratio, rows, block_rows, blocks, begin, end, chunk, chunks, padded, position_padded;
     int64_t high_shift; /* columns by which the high half of V's channels starts too far right in the output */
     int64_t align; /* a block starts at a multiple of it */
+    int64_t key_span, value_span; /* channels of a group */
     int key_mode, value_mode, key_groups, value_groups, query_digits;
     float query_unit, weight_unit; /* factors of q and the weights that make up for the units of the codes */
     float factor;                  /* of scores, for units of log2 */
@@ -67,10 +68,12 @@ typedef struct {
 } Row;
 
 typedef struct {
-    float *q, *folded; /* `folded` has the scales of one group of tokens in it */
+    float *q, *folded;                           /* `folded` has the scales of one group of tokens in it */
+    float *split_scale, *split_zero, *split_raw; /* of one block of keys: [groups of channels][KEY_BLOCK] */
+    Digits *split_digits;                        /* [groups of channels][rows] */
     float *output, *scores, *keys, *values, *panels, *channel_scale, *channel_zero, *position_q, *positions;
     float key_scale[KEY_BLOCK], key_zero[KEY_BLOCK], value_scale[KEY_BLOCK], value_zero[KEY_BLOCK], bias[KEY_BLOCK];
-    float shifts[MAX_ROWS];
+    float shifts[MAX_ROWS], weights[2][INTEGER_ROWS * KEY_BLOCK];
     Row rows[MAX_ROWS];
     Digits key_digits[MAX_ROWS], weight_digits[MAX_ROWS];
 } Scratch;
@@ -189,6 +192,20 @@ static void query_to_digits(const AttentionArguments *a, const Plan *plan, float
 #endif
 }
 
+/* A row of q as digits in its place, with a step for each group of channels. */
+static void query_to_split_digits(const AttentionArguments *a, const Plan *plan, float *q, Digits *digits) {
+#if HAS_INTEGER
+    for (int64_t d = 0; d < a->width; d += plan->key_span, digits += plan->block_rows) {
+        f32v sum = {0};
+        for (int64_t i = d; i < d + plan->key_span; i += LANES) sum += load_lanes(q + i);
+        to_digits(q + d, plan->key_span, 0.0f, offset_of(a->key.kind), digits);
+        digits->shift = sum_of_lanes(sum);
+    }
+#else
+    (void)a, (void)plan, (void)q, (void)digits;
+#endif
+}
+
 /* Rows `first` to `first + count` with every scale of K folded in that can be; zero-padded to `padded` columns. */
 OUTLINE void prepare_rows(const AttentionArguments *a, const Plan *plan, int64_t b, int64_t g, int64_t first,
                          int64_t count, Scratch *scratch) {
@@ -223,15 +240,18 @@ OUTLINE void prepare_rows(const AttentionArguments *a, const Plan *plan, int64_t
         row.constant = varies ? shift : 0.0f, row.offset = varies ? 0.0f : -shift * row.factor;
         if (plan->key_mode == MODE_INTEGER) {
             if (!(row.q_sum - row.q_sum == 0.0f)) row.factor = NAN; /* digits would hide what is no number */
-            if (!plan->key_groups) query_to_digits(a, plan, q, &scratch->key_digits[m]);
+            if (plan->key_groups == GROUPS_CHANNELS)
+                query_to_split_digits(a, plan, q, scratch->split_digits + m);
+            else if (!plan->key_groups)
+                query_to_digits(a, plan, q, &scratch->key_digits[m]);
         }
         for (int64_t d = 0; plan->query_unit != 1.0f && d < padded; d++) q[d] *= plan->query_unit;
         scratch->rows[m] = row;
     }
 }
 
-/* The rows `first` to `stop` of q with the scales of one group of tokens folded in, which are in `channel_scale`; returns
- * in `shifts` what its zeros add to their scores, NaN if a scale is no number, which digits would hide. */
+/* The rows `first` to `stop` of q with the scales of one group of tokens folded in, which are in `channel_scale`; in
+ * `shifts` what its zeros add to their scores, NaN if a scale is no number, which digits would hide. */
 OUTLINE void fold_rows(const Plan *plan, int64_t first, int64_t stop, Scratch *scratch) {
     int64_t padded = plan->padded;
     for (int64_t m = first; m < stop; m++) {
@@ -453,7 +473,7 @@ static void folded_scores(const AttentionArguments *a, const Plan *plan, Rows ke
 }
 
 #if HAS_INTEGER
-/* The digits of q for the group of tokens at key j of a block, of the rows that see any of it; returns where it ends. */
+/* The digits of q for the group of tokens at key j of a block, of rows that see any of it; returns where it ends. */
 static int64_t fold_digits(const AttentionArguments *a, const Plan *plan, int64_t b, int64_t g, int64_t count,
                            int64_t start, int64_t j, int64_t keys, Scratch *scratch) {
     int64_t stop = load_group(a, b, g, start + j, scratch) - start;
@@ -468,6 +488,116 @@ static int64_t fold_digits(const AttentionArguments *a, const Plan *plan, int64_
         }
     }
     return stop;
+}
+
+/* A scale or zero of one block of keys as [groups of `span` channels][KEY_BLOCK]; 0 behind the last key. */
+OUTLINE void load_split(const Part *part, int64_t b, int64_t g, int64_t start, int64_t keys, int64_t span,
+                       int64_t groups, float otherwise, float *raw, float *to) {
+    int64_t at = part_start(part, b, g, start), count = keys * groups, i = 0;
+    int dense = part->data && part->per_token && part->group == 1 && part->span == span && part->stride[3] == 1 &&
+                part->stride[2] == groups;
+    for (; dense && i + 8 <= count; i += 8) {
+        const char *from = (const char *)part->data + (at + i) * kind_size((int)part->kind);
+        store_f32(raw + i, load_as_f32(from, part->kind == KIND_FLOAT32 ? KIND_FLOAT32 : KIND_FLOAT16));
+    }
+    for (; dense && i < count; i++) raw[i] = part_value(part, at + i);
+    for (int64_t w = 0; w < groups; w++, to += KEY_BLOCK) {
+        for (int64_t j = 0; dense && j < keys; j++) to[j] = raw[j * groups + w];
+        for (int64_t j = 0; !dense && j < keys; j++)
+            to[j] = part->data ? part_value(part, part_start(part, b, g, start + j) +
+                                                      w * span / part->span * part->stride[3])
+                               : otherwise;
+        memset(to + keys, 0, sizeof(float) * (size_t)(KEY_BLOCK - keys));
+    }
+}
+
+/* Scales and zeros of one block of K or V by groups of channels; returns how many groups there are. */
+static int64_t load_splits(const AttentionArguments *a, const Side *side, int64_t b, int64_t g, int64_t start,
+                           int64_t keys, int64_t span, Scratch *scratch) {
+    int64_t groups = a->width / span;
+    load_split(&side->scale, b, g, start, keys, span, groups, 1.0f, scratch->split_raw, scratch->split_scale);
+    load_split(&side->zero, b, g, start, keys, span, groups, 0.0f, scratch->split_raw, scratch->split_zero);
+    return groups;
+}
+
+/* block_scores in whole numbers where groups of channels have scales per token: a sum for each. */
+OUTLINE void split_scores(const AttentionArguments *a, const Plan *plan, Rows key, Rows next, int64_t b, int64_t g,
+                         int64_t count, int64_t start, int64_t keys, Scratch *scratch) {
+    int64_t groups = load_splits(a, &a->key, b, g, start, keys, plan->key_span, scratch), quads = plan->key_span / 4;
+    int64_t whole = a->key.kind == KIND_INT4 ? groups / 2 : groups; /* the bytes of the next ones are the same */
+    int64_t turns = groups * quads, tiles = (keys + TILE_COLUMNS - 1) / TILE_COLUMNS;
+    Ahead ahead = ahead_of(next, keys, tiles * turns);
+    for (int64_t j = 0; j < keys; j += TILE_COLUMNS) {
+        Rows from = {key.data + j * key.stride, key.stride, key.width};
+        interleave_keys(from, keys - j, (uint8_t *)scratch->keys, a->key.kind);
+        for (int64_t m = 0; m < count; m += INTEGER_ROWS) {
+            Range seen = seen_by(scratch, m, INTEGER_ROWS, count, start, keys);
+            if (j < seen.from || j >= seen.to) continue;
+            for (int64_t w = 0; w < groups; w++) {
+                const uint8_t *tile = (const uint8_t *)scratch->keys + w % whole * quads * 4 * TILE_COLUMNS;
+                int codes = a->key.kind == KIND_INT8 ? CODES_BYTES : w < whole ? CODES_LOW : CODES_HIGH;
+                Ahead fetched = {ahead.data + w * quads * ahead.step, ahead.step};
+                split_scores_any((const int32_t *)scratch->q + m * plan->padded + w * plan->key_span, plan->padded,
+                                 tile, quads, scratch->scores + m * KEY_BLOCK + j, KEY_BLOCK,
+                                 scratch->split_digits + w * plan->block_rows + m,
+                                 scratch->split_scale + w * KEY_BLOCK + j, scratch->split_zero + w * KEY_BLOCK + j,
+                                 m ? (Ahead){key.data, 0} : fetched, !w, codes,
+                                 count - m < INTEGER_ROWS ? count - m : INTEGER_ROWS);
+            }
+        }
+        ahead.data += ahead.step * turns;
+    }
+}
+
+/* Weights of one row with the scales of one group of channels in them, as digits; what its zeros add to the output is
+ * taken off. Digits would hide a scale that is no number. */
+OUTLINE void split_weights(const float *weights, const float *scale, const float *zero, int64_t count, int64_t span,
+                          int offset, float *to, float *output, Row *row, Digits *digits) {
+    f32v sum = {0}, zeros = {0};
+    for (int64_t j = 0; j < count; j += LANES) {
+        f32v x = load_lanes(weights + j) * load_lanes(scale + j);
+        sum += x, zeros += x * load_lanes(zero + j);
+        store_lanes(to + j, x);
+    }
+    float shift = sum_of_lanes(zeros + (sum - sum));
+    if (!(shift - shift == 0.0f)) row->total = NAN;
+    for (int64_t d = 0; d < span; d += LANES) store_lanes(output + d, load_lanes(output + d) - all_lanes(shift));
+    to_digits(to, count, 0.0f, offset, digits);
+}
+
+/* block_output in whole numbers where groups of channels have scales per token: digits of the weights for each. */
+OUTLINE void split_output(const AttentionArguments *a, const Plan *plan, Rows value, Rows next, int64_t b, int64_t g,
+                         int64_t count, int64_t start, int64_t keys, Scratch *scratch) {
+    int64_t span = plan->value_span, groups = load_splits(a, &a->value, b, g, start, keys, span, scratch);
+    int is_int4 = a->value.kind == KIND_INT4, offset = offset_of(a->value.kind);
+    int64_t halves = is_int4 ? 2 : 1, whole = groups / halves, bytes = whole * span;
+    int64_t columns = is_int4 ? 16 : TILE_COLUMNS, turns = (keys + 3) / 4;
+    Ahead ahead = ahead_of(next, keys, bytes / columns * turns);
+    for (int64_t w = 0; w < whole; w++)
+        for (int64_t m = 0; m < count; m += INTEGER_ROWS) {
+            Range seen = seen_by(scratch, m, INTEGER_ROWS, count, start, keys);
+            int64_t rows = count - m < INTEGER_ROWS ? count - m : INTEGER_ROWS;
+            int64_t used = round_up(seen.to - seen.from, LANES);
+            Digits digits[2][INTEGER_ROWS];
+            if (seen.from >= seen.to) continue;
+            for (int64_t half = 0; half < halves; half++)
+                for (int64_t h = 0; h < rows; h++) {
+                    int64_t at = (w + half * whole) * KEY_BLOCK + seen.from;
+                    split_weights(scratch->scores + (m + h) * KEY_BLOCK + seen.from, scratch->split_scale + at,
+                                  scratch->split_zero + at, used, span, offset,
+                                  scratch->weights[half] + h * KEY_BLOCK,
+                                  scratch->output + (m + h) * plan->padded + (w + half * whole) * span,
+                                  &scratch->rows[m + h], &digits[half][h]);
+                }
+            Rows from = {value.data + seen.from * value.stride, value.stride, value.width};
+            High high = {(const int32_t *)scratch->weights[1], digits[1]}, none = {0};
+            for (int64_t d = w * span; d < (w + 1) * span; d += columns) {
+                Ahead fetched = {ahead.data + d / columns * turns * ahead.step, ahead.step};
+                integer_output((const int32_t *)scratch->weights[0], KEY_BLOCK, from, d, seen.to - seen.from,
+                               scratch->output + m * plan->padded + d, is_int4 ? bytes : 16, plan->padded, digits[0],
+                               is_int4 ? high : none, m ? (Ahead){value.data, 0} : fetched, a->value.kind, rows);
+            }
+        }
 }
 #endif
 
@@ -484,6 +614,10 @@ OUTLINE void block_scores(const AttentionArguments *a, const Plan *plan, Rows ke
         return;
     }
 #if HAS_INTEGER
+    if (plan->key_groups == GROUPS_CHANNELS) {
+        split_scores(a, plan, key, next, b, g, count, start, keys, scratch);
+        return;
+    }
     if (plan->key_mode == MODE_INTEGER) {
         int64_t step = row_step(MODE_INTEGER), quads = byte_quads(a->width, a->key.kind);
         int64_t tiles = (keys + TILE_COLUMNS - 1) / TILE_COLUMNS;
@@ -526,6 +660,10 @@ OUTLINE void block_output(const AttentionArguments *a, const Plan *plan, Rows va
         return;
     }
 #if HAS_INTEGER
+    if (plan->value_groups == GROUPS_CHANNELS) {
+        split_output(a, plan, value, next, b, g, count, start, keys, scratch);
+        return;
+    }
     if (plan->value_mode == MODE_INTEGER) {
         int is_int4 = a->value.kind == KIND_INT4;
         int64_t bytes = is_int4 ? a->width / 2 : a->width, columns = is_int4 ? 16 : TILE_COLUMNS;
@@ -539,7 +677,7 @@ OUTLINE void block_output(const AttentionArguments *a, const Plan *plan, Rows va
                 if (seen.from < seen.to)
                     integer_output((const int32_t *)scratch->scores + m * KEY_BLOCK + seen.from, KEY_BLOCK, from, d,
                                    seen.to - seen.from, scratch->output + m * padded + d, high, padded,
-                                   scratch->weight_digits + m, m ? nothing : ahead, a->value.kind,
+                                   scratch->weight_digits + m, (High){0}, m ? nothing : ahead, a->value.kind,
                                    count - m < step ? count - m : step);
             }
         return;
@@ -586,7 +724,7 @@ OUTLINE void soften_rows(const AttentionArguments *a, const Plan *plan, int64_t 
         soften_row(plan, row, scores, computed, seen, scratch, a->mask ? scratch->bias : NULL,
                    a->position.query ? scratch->positions + m * KEY_BLOCK : NULL, scratch->output + m * plan->padded);
 #if HAS_INTEGER
-        if (plan->value_mode == MODE_INTEGER)
+        if (plan->value_mode == MODE_INTEGER && !plan->value_groups)
             to_digits(scores + computed.from, computed.to - computed.from, 0.0f, offset_of(a->value.kind),
                       &scratch->weight_digits[m]);
 #endif
@@ -680,10 +818,20 @@ static int is_grouped(const Side *side, int64_t width) {
 /* Whether each row of a part is that of whole steps of tokens. */
 static int is_stepped(const Part *part) { return !part->per_token || part->group % GROUP_STEP == 0; }
 
+/* Channels of int8 or int4 that share scale and zero, if they are a multiple of GROUP_STEP and the halves of rows of
+ * int4 are whole groups; else 0. */
+static int64_t span_of(const Side *side, int64_t width) {
+    int64_t scale = side->scale.data ? side->scale.span : width, zero = side->zero.data ? side->zero.span : width;
+    int64_t span = scale < zero ? scale : zero, row = side->kind == KIND_INT4 ? width / 2 : width;
+    int is_int = side->kind == KIND_INT8 || side->kind == KIND_INT4;
+    return is_int && span % GROUP_STEP == 0 && row % span == 0 && scale % span == 0 && zero % span == 0 ? span : 0;
+}
+
 /* How the scales and zeros of one side vary, as far as a kernel makes use of it. */
 static int groups_of(const Side *side, int is_key, int64_t width) {
     if (!is_grouped(side, width)) return GROUPS_NONE;
-    return is_key && is_stepped(&side->scale) && is_stepped(&side->zero) ? GROUPS_TOKENS : GROUPS_BOTH;
+    if (is_key && is_stepped(&side->scale) && is_stepped(&side->zero)) return GROUPS_TOKENS;
+    return HAS_INTEGER && span_of(side, width) ? GROUPS_CHANNELS : GROUPS_BOTH;
 }
 
 /* How one side is multiplied. */
@@ -702,6 +850,8 @@ static Plan plan_of(const AttentionArguments *a) {
     plan.key_groups = groups_of(&a->key, 1, a->width), plan.value_groups = groups_of(&a->value, 0, a->width);
     plan.key_mode = mode_of(&a->key, plan.key_groups, a->width, plan.rows);
     plan.value_mode = mode_of(&a->value, plan.value_groups, a->width, plan.rows);
+    if (plan.key_groups == GROUPS_CHANNELS) plan.key_span = span_of(&a->key, a->width);
+    if (plan.value_groups == GROUPS_CHANNELS) plan.value_span = span_of(&a->value, a->width);
     plan.align = plan.key_groups == GROUPS_TOKENS ? GROUP_STEP : 1;
     if (!plan.key_groups) plan.key_scale = a->key.scale, plan.key_zero = a->key.zero;
     if (!plan.value_groups) plan.value_scale = a->value.scale, plan.value_zero = a->value.zero;
@@ -743,8 +893,10 @@ static Scratch *new_scratch(const Plan *plan) {
     if (plan->rows > DIRECT_ROWS && panels < position_tile) panels = position_tile;
     size_t position_rows = position_padded ? rows * (position_padded + KEY_BLOCK) : 0;
     size_t folded = plan->key_groups == GROUPS_TOKENS ? rows * padded : 0;
-    size_t floats = 2 * rows * padded + folded + rows * KEY_BLOCK + key_tile + value_tile + panels + 2 * (padded + LANES) +
-                    position_rows;
+    size_t splits = plan->key_span || plan->value_span ? padded / GROUP_STEP : 0;
+    size_t floats = 2 * rows * padded + folded + rows * KEY_BLOCK + key_tile + value_tile + panels +
+                    2 * (padded + LANES) + position_rows +
+                    splits * (3 * KEY_BLOCK + rows * sizeof(Digits) / sizeof(float));
     char *memory = malloc(sizeof(Scratch) + sizeof(float) * floats + 64);
     if (!memory) return NULL;
     Scratch *scratch = (Scratch *)memory;
@@ -759,6 +911,10 @@ static Scratch *new_scratch(const Plan *plan) {
     scratch->channel_zero = scratch->channel_scale + padded + LANES;
     scratch->position_q = scratch->channel_zero + padded + LANES;
     scratch->positions = scratch->position_q + rows * position_padded;
+    scratch->split_scale = scratch->position_q + position_rows;
+    scratch->split_zero = scratch->split_scale + splits * KEY_BLOCK;
+    scratch->split_raw = scratch->split_zero + splits * KEY_BLOCK;
+    scratch->split_digits = (Digits *)(scratch->split_raw + splits * KEY_BLOCK);
     memset(scratch->channel_scale, 0, sizeof(float) * 2 * (padded + LANES)); /* padding that is multiplied too */
     return scratch;
 }

@@ -16,7 +16,7 @@ enum { INTEGER_ROWS = 4, TILE_COLUMNS = 32, DIGITS = 3, INT8_OFFSET = 128, INT4_
 typedef struct {
     int32_t offset[4]; /* where the sums of each digit start */
     float step;        /* value of a 1 */
-    float shift;       /* taken off the scores */
+    float shift;       /* taken off the scores; of a group of channels the sum of q, which zeros multiply */
     int32_t unused[2];
 } Digits;
 
@@ -135,6 +135,17 @@ INLINE void add_quads(i32v sums[INTEGER_ROWS][DIGITS][2], const int32_t *a, int6
         }
 }
 
+/* add_quads of three digits, with others for the second vector. */
+INLINE void add_split_quads(i32v sums[INTEGER_ROWS][DIGITS][2], const int32_t *a0, const int32_t *a1, int64_t stride,
+                            __m512i b0, __m512i b1, const int heads) {
+    UNROLL for (int h = 0; h < heads; h++)
+        UNROLL for (int i = 0; i < DIGITS; i++) {
+            __m512i low = _mm512_set1_epi32(a0[h * stride + i]), high = _mm512_set1_epi32(a1[h * stride + i]);
+            sums[h][i][0] = (i32v)_mm512_dpbusd_epi32((__m512i)sums[h][i][0], b0, low);
+            sums[h][i][1] = (i32v)_mm512_dpbusd_epi32((__m512i)sums[h][i][1], b1, high);
+        }
+}
+
 /* Memory to fetch while sums are added up: `step` bytes, 64 or 128, per turn. */
 typedef struct {
     const char *data;
@@ -172,11 +183,46 @@ INLINE void integer_scores_of(const int32_t *q, int64_t q_stride, const uint8_t 
                         value_of_sums(sums[h], v, digits[h].step, count) - all_lanes(digits[h].shift));
 }
 
+/* Which codes of a tile of K are multiplied. */
+enum { CODES_BYTES = 0, CODES_LOW = 1, CODES_HIGH = 2 };
+
+/* scores[heads][32] = (or, if not `first`, +=) scale * (q . codes - zero * sum of q) of one group of channels. */
+INLINE void split_scores_of(const int32_t *q, int64_t q_stride, const uint8_t *tile, int64_t quads, float *scores,
+                            int64_t stride, const Digits *digits, const float *scale, const float *zero, Ahead ahead,
+                            int first, const int codes, const int heads) {
+    i32v sums[INTEGER_ROWS][DIGITS][2];
+    UNROLL for (int h = 0; h < heads; h++)
+        UNROLL for (int i = 0; i < DIGITS; i++)
+            UNROLL for (int v = 0; v < 2; v++) sums[h][i][v] = (i32v)_mm512_set1_epi32(digits[h].offset[i]);
+    for (int64_t k = 0; k < quads; k++) {
+        __m512i b0 = _mm512_loadu_si512(tile + 128 * k), b1 = _mm512_loadu_si512(tile + 128 * k + 64);
+        fetch_ahead(&ahead);
+        if (codes == CODES_LOW) b0 = low_codes(b0), b1 = low_codes(b1);
+        if (codes == CODES_HIGH) b0 = high_codes(b0), b1 = high_codes(b1);
+        add_quads(sums, q + 4 * k, q_stride, b0, b1, heads, DIGITS);
+    }
+    UNROLL for (int v = 0; v < 2; v++) {
+        f32v s = load_lanes(scale + 16 * v), z = load_lanes(zero + 16 * v);
+        s += (s - s) + (z - z); /* what is infinite must not look like a masked key */
+        UNROLL for (int h = 0; h < heads; h++) {
+            float *to = scores + h * stride + 16 * v;
+            f32v x = value_of_sums(sums[h], v, digits[h].step, DIGITS) - z * all_lanes(digits[h].shift);
+            store_lanes(to, first ? x * s : load_lanes(to) + x * s);
+        }
+    }
+}
+
+/* Digits of weights for the high halves of bytes, where these have scales of their own; `weights` 0 if not. */
+typedef struct {
+    const int32_t *weights;
+    const Digits *digits;
+} High;
+
 /* output[heads][2][16] += digits of weights [heads][keys] times V: of int8 32 channels, of int4 16 channels of the low
  * half and at `high` those of the high half; both from byte d of each row on. Behind the last key weights are 0. */
 INLINE void integer_output_of(const int32_t *weights, int64_t weights_stride, Rows value, int64_t d, int64_t keys,
-                              float *output, int64_t high, int64_t stride, const Digits *digits, Ahead ahead,
-                              const int kind, const int heads) {
+                              float *output, int64_t high, int64_t stride, const Digits *digits, High other,
+                              Ahead ahead, const int kind, const int heads, const int split) {
     const __m512i sign = _mm512_set1_epi8(-128);
     int64_t left = (kind == KIND_INT4 ? value.width / 2 : value.width) - d;
     __m512i by_key[2];
@@ -188,7 +234,8 @@ INLINE void integer_output_of(const int32_t *weights, int64_t weights_stride, Ro
     i32v sums[INTEGER_ROWS][DIGITS][2];
     UNROLL for (int h = 0; h < heads; h++)
         UNROLL for (int i = 0; i < DIGITS; i++)
-            UNROLL for (int v = 0; v < 2; v++) sums[h][i][v] = (i32v)_mm512_set1_epi32(digits[h].offset[i]);
+            UNROLL for (int v = 0; v < 2; v++) sums[h][i][v] =
+            (i32v)_mm512_set1_epi32((split && v ? other.digits : digits)[h].offset[i]);
     for (int64_t j = 0; j < keys; j += 4) {
         const char *rows[4];
         __m512i b0, b1;
@@ -206,12 +253,16 @@ INLINE void integer_output_of(const int32_t *weights, int64_t weights_stride, Ro
             __m512i both = _mm512_permutexvar_epi8(by_key[0], four_rows(rows, 0, left));
             b0 = low_codes(both), b1 = high_codes(both);
         }
-        add_quads(sums, weights + j, weights_stride, b0, b1, heads, DIGITS);
+        if (split)
+            add_split_quads(sums, weights + j, other.weights + j, weights_stride, b0, b1, heads);
+        else
+            add_quads(sums, weights + j, weights_stride, b0, b1, heads, DIGITS);
     }
     UNROLL for (int h = 0; h < heads; h++)
         UNROLL for (int v = 0; v < 2; v++) {
             float *to = output + h * stride + v * high;
-            store_lanes(to, load_lanes(to) + value_of_sums(sums[h], v, digits[h].step, DIGITS));
+            float step = (split && v ? other.digits : digits)[h].step;
+            store_lanes(to, load_lanes(to) + value_of_sums(sums[h], v, step, DIGITS));
         }
 }
 
@@ -236,23 +287,62 @@ OUTLINE void integer_scores(const int32_t *q, int64_t q_stride, const uint8_t *t
         integer_scores_any(q, q_stride, tile, quads, scores, stride, digits, ahead, KIND_INT4, heads, count);
 }
 
-INLINE void integer_output_any(const int32_t *weights, int64_t step, Rows value, int64_t d, int64_t keys, float *to,
-                               int64_t high, int64_t stride, const Digits *digits, Ahead ahead, const int kind,
-                               int64_t heads) {
+INLINE void split_scores_rows(const int32_t *q, int64_t q_stride, const uint8_t *tile, int64_t quads, float *scores,
+                              int64_t stride, const Digits *digits, const float *scale, const float *zero, Ahead ahead,
+                              int first, const int codes, int64_t heads) {
     switch (heads) {
-    case 1: integer_output_of(weights, step, value, d, keys, to, high, stride, digits, ahead, kind, 1); break;
-    case 2: integer_output_of(weights, step, value, d, keys, to, high, stride, digits, ahead, kind, 2); break;
-    case 3: integer_output_of(weights, step, value, d, keys, to, high, stride, digits, ahead, kind, 3); break;
-    default: integer_output_of(weights, step, value, d, keys, to, high, stride, digits, ahead, kind, 4);
+    case 1:
+        split_scores_of(q, q_stride, tile, quads, scores, stride, digits, scale, zero, ahead, first, codes, 1);
+        break;
+    case 2:
+        split_scores_of(q, q_stride, tile, quads, scores, stride, digits, scale, zero, ahead, first, codes, 2);
+        break;
+    case 3:
+        split_scores_of(q, q_stride, tile, quads, scores, stride, digits, scale, zero, ahead, first, codes, 3);
+        break;
+    default: split_scores_of(q, q_stride, tile, quads, scores, stride, digits, scale, zero, ahead, first, codes, 4);
+    }
+}
+
+OUTLINE void split_scores_any(const int32_t *q, int64_t q_stride, const uint8_t *tile, int64_t quads, float *scores,
+                             int64_t stride, const Digits *digits, const float *scale, const float *zero, Ahead ahead,
+                             int first, int codes, int64_t heads) {
+    if (codes == CODES_BYTES)
+        split_scores_rows(q, q_stride, tile, quads, scores, stride, digits, scale, zero, ahead, first,
+                          CODES_BYTES, heads);
+    else if (codes == CODES_LOW)
+        split_scores_rows(q, q_stride, tile, quads, scores, stride, digits, scale, zero, ahead, first,
+                          CODES_LOW, heads);
+    else
+        split_scores_rows(q, q_stride, tile, quads, scores, stride, digits, scale, zero, ahead, first,
+                          CODES_HIGH, heads);
+}
+
+INLINE void integer_output_any(const int32_t *weights, int64_t step, Rows value, int64_t d, int64_t keys, float *to,
+                               int64_t high, int64_t stride, const Digits *digits, High other, Ahead ahead,
+                               const int kind, int64_t heads, const int split) {
+    switch (heads) {
+    case 1:
+        integer_output_of(weights, step, value, d, keys, to, high, stride, digits, other, ahead, kind, 1, split);
+        break;
+    case 2:
+        integer_output_of(weights, step, value, d, keys, to, high, stride, digits, other, ahead, kind, 2, split);
+        break;
+    case 3:
+        integer_output_of(weights, step, value, d, keys, to, high, stride, digits, other, ahead, kind, 3, split);
+        break;
+    default: integer_output_of(weights, step, value, d, keys, to, high, stride, digits, other, ahead, kind, 4, split);
     }
 }
 
 OUTLINE void integer_output(const int32_t *weights, int64_t step, Rows value, int64_t d, int64_t keys, float *to,
-                            int64_t high, int64_t stride, const Digits *digits, Ahead ahead, int64_t kind,
+                            int64_t high, int64_t stride, const Digits *digits, High other, Ahead ahead, int64_t kind,
                             int64_t heads) {
     if (kind == KIND_INT8)
-        integer_output_any(weights, step, value, d, keys, to, high, stride, digits, ahead, KIND_INT8, heads);
+        integer_output_any(weights, step, value, d, keys, to, high, stride, digits, other, ahead, KIND_INT8, heads, 0);
+    else if (other.weights)
+        integer_output_any(weights, step, value, d, keys, to, high, stride, digits, other, ahead, KIND_INT4, heads, 1);
     else
-        integer_output_any(weights, step, value, d, keys, to, high, stride, digits, ahead, KIND_INT4, heads);
+        integer_output_any(weights, step, value, d, keys, to, high, stride, digits, other, ahead, KIND_INT4, heads, 0);
 }
 #endif

@@ -19,11 +19,11 @@ from ..ops import attention, attention_lse
 from ..ops.library import NAMESPACE
 from .errors import OctavoError
 from .folds import FOLD, PositionTerms
-from .handles import Codes, Piece, Segments, as_segments, pieces
+from .handles import Codes, Piece, Segments, as_segments, block_size, pieces
 from .rotation import hadamard
 
 DECODED_BLOCK = 4096
-"""Tokens decoded at a time where the attention op does not read the codes of a scheme."""
+"""Tokens decoded at a time, at most, where the attention op does not read the codes of a scheme."""
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 
 
@@ -45,15 +45,15 @@ class SlidingWindow:
 class _Decoded:
     """Blocks of decoded tokens of K or V: the newest one is kept, since pieces of it come one after another."""
 
-    def __init__(self, side: Segments) -> None:
-        self.side = side
+    def __init__(self, side: Segments, block: int) -> None:
+        self.side, self.block = side, block
         self._start, self._values = -1, torch.empty(0)
 
     def __call__(self, start: int, stop: int) -> torch.Tensor:
         """Tokens `start:stop` of the codes, float32 `[B, G, S, D]`."""
-        block = start // DECODED_BLOCK * DECODED_BLOCK
+        block = start // self.block * self.block
         if block != self._start:
-            last = min(block + DECODED_BLOCK, self.side.body.codes.shape[2])
+            last = min(block + self.block, self.side.body.codes.shape[2])
             self._start, self._values = block, self.side.decoder(block, last)
         return self._values[:, :, start - block : stop - block]
 
@@ -92,8 +92,9 @@ class _Call:
         batch, heads, queries, width = self.query.shape
         output = self.query.new_zeros((batch, queries, heads, width), dtype=torch.float32)
         total = self.query.new_full((batch, heads, queries), float("-inf"), dtype=torch.float32)
-        decoded = _Decoded(keys), _Decoded(values)
-        for piece in pieces(keys, values, queries, DECODED_BLOCK):
+        size = block_size(keys, values, DECODED_BLOCK)
+        decoded = _Decoded(keys, size), _Decoded(values, size)
+        for piece in pieces(keys, values, queries, size):
             key, value = (self._part(side, piece, block) for side, block in zip((keys, values), decoded, strict=True))
             first, last = piece.queries
             part, lse = self._of(piece)._with_lse(key, value, piece)
@@ -178,6 +179,11 @@ def quantized_attention(
         raise OctavoError(
             "the static scales of this cache are for keys and values without their biases; call "
             "octavo.common.folds.prepare(model) first"
+        )
+    if keys.folded is False and fold is not None:
+        raise OctavoError(
+            "the scheme of this cache counts the biases of k and v in (fold_bias=False), and this model folds them; "
+            "call set_attn_implementation on a model loaded anew instead of folds.prepare"
         )
     call = _Call(
         hadamard(query) if keys.rotated else query,

@@ -127,7 +127,7 @@ class QuantizedLayer(CacheLayerMixin):
         body = keys if isinstance(keys, Codes) else keys.body
         body.query_scale = self.query_scale
         keys.rotated, values.rotated = self.scheme.rotate_key, self.scheme.rotate_value
-        keys.folded = self.is_folded
+        keys.folded = True if self.is_folded else None if self.scheme.fold_bias else False
         return keys, values
 
     def get_seq_length(self) -> int:
@@ -195,12 +195,11 @@ class StaticQuantizedLayer(QuantizedLayer):
     is_compileable = True
 
     def __init__(self, scheme: Scheme, scales: LayerScales | None, max_length: int, *args: Any) -> None:
-        if (
-            scheme.is_segmented
-            or scheme.smooth_key
-            or not all(c is None or c.is_native for c in (scheme.key, scheme.value))
-        ):
-            raise OctavoError(f"compileable=True: {scheme.name} keeps tokens in float or decodes codes; leave it out")
+        if not scheme.is_compileable:
+            raise OctavoError(
+                f"compileable=True: scheme {scheme.name} keeps tokens in float, decodes codes or has a rule of scales "
+                "that no op encodes by; leave it out"
+            )
         super().__init__(scheme, scales, max_length, *args)
         self.cumulative_length = torch.zeros(1, dtype=torch.int64)
         self.is_first = True  # the next update, as far as the host knows: it cannot ask how many tokens there are

@@ -20,12 +20,15 @@ from ..ops.library import NAMESPACE
 from .checkpoints.ascend import attention_modules
 from .errors import OctavoError
 from .linear import BIAS_FREE_LINEARS
+from .scheme import Scheme
 
 FOLD = "octavo_fold"
 """Attribute of an attention module whose biases are folded."""
 STEADY_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Those whose angles do not change as a sequence grows."""
 SMALLEST_TABLE = 2048
+PADDING_POSITION = 1
+"""Largest position that padding on the left is given."""
 
 
 class RotaryTable:
@@ -41,10 +44,11 @@ class RotaryTable:
         """`[P, D]` float32 with P at least `length`: cos of the D / 2 rotary pairs and then their sin."""
         if self._rows is None or self._rows.shape[0] < length or self._rows.device != device:
             size = max(SMALLEST_TABLE, 1 << (length - 1).bit_length())
-            positions = torch.arange(size, device=device)[None]
-            cos, sin = self._rotary(torch.zeros(1, dtype=torch.float32, device=device), positions)
-            half = cos.shape[-1] // 2
-            self._rows = torch.cat((cos[0, :, :half], sin[0, :, :half]), dim=-1).contiguous()
+            with torch.inference_mode(False), torch.no_grad():  # it outlives this pass, and may be read by another mode
+                positions = torch.arange(size, device=device)[None]
+                cos, sin = self._rotary(torch.zeros(1, dtype=torch.float32, device=device), positions)
+                half = cos.shape[-1] // 2
+                self._rows = torch.cat((cos[0, :, :half], sin[0, :, :half]), dim=-1).contiguous()
         return self._rows
 
     def length_for(self, position_ids: torch.Tensor, tokens: int) -> int:
@@ -56,7 +60,8 @@ class RotaryTable:
         if position_ids is not self._checked and not torch.compiler.is_compiling():
             last = position_ids[:, -1:]
             expected = last - torch.arange(position_ids.shape[1] - 1, -1, -1, device=position_ids.device)
-            if bool(((position_ids != expected) & (expected >= 0)).any()):
+            is_padding = (expected < 0) & (position_ids <= PADDING_POSITION)
+            if bool(((position_ids != expected) & ~is_padding).any()):
                 raise OctavoError(
                     "position_ids do not follow one another, as with packed sequences, which folded biases do not "
                     "serve; give sequences one by one, or a scheme with fold_bias=False"
@@ -127,8 +132,9 @@ class BiasFold:
         """Columns of a table of cos and sin that belong to pairs whose bias is left out."""
         if self._bias is not self._key.left_out:
             self._bias = self._key.left_out
-            pairs = self._bias.view(-1, 2, self._width // 2).ne(0).any(dim=1).any(dim=0).nonzero()[:, 0]
-            self._columns, self._rows = torch.cat((pairs, pairs + self._width // 2)), (None, None)
+            with torch.inference_mode(False):
+                pairs = self._bias.view(-1, 2, self._width // 2).ne(0).any(dim=1).any(dim=0).nonzero()[:, 0]
+                self._columns, self._rows = torch.cat((pairs, pairs + self._width // 2)), (None, None)
         return self._columns
 
     def terms(
@@ -151,7 +157,8 @@ class BiasFold:
             raise OctavoError("attention is given no position_ids, which folded biases need; use fold_bias=False")
         table = self._table.rows(self._table.length_for(position_ids, tokens), query.device)
         if self._rows[0] is not table:
-            self._rows = table, table[:, columns].contiguous()
+            with torch.inference_mode(False):
+                self._rows = table, table[:, columns].contiguous()
         bias = (
             self._bias.float()
             .view(-1, self._width)
@@ -187,19 +194,25 @@ def norm_before(model: nn.Module, attention: str) -> nn.Module | None:
     return getattr(model.get_submodule(attention.rpartition(".")[0]), "input_layernorm", None)
 
 
-def fold_biases(model: nn.Module) -> int:
-    """Fold the biases of k and v of a decoder that has any, in place; return how many there were.
-
-    Those of k stay where the model's rotary angles change with the length of a sequence (dynamic scaling, LongRoPE).
-    """
+def folds_key_bias(model: nn.Module) -> bool:
+    """Whether biases of k can be folded: not where rotary angles change with the length (dynamic scaling, LongRoPE)."""
     decoder = model.base_model
     parameters = getattr(decoder.config, "rope_parameters", None) or {}
-    is_steady = parameters.get("rope_type", "default") in STEADY_ROPE_TYPES and hasattr(decoder, "rotary_emb")
-    table = RotaryTable(decoder.rotary_emb) if is_steady else None
+    return parameters.get("rope_type", "default") in STEADY_ROPE_TYPES and hasattr(decoder, "rotary_emb")
+
+
+def fold_biases(model: nn.Module, scheme: Scheme | None = None) -> int:
+    """Fold the biases of k and v of a decoder that has any, in place; return how many there were.
+
+    Those of k stay where `folds_key_bias` says so. With `scheme`, only layers are folded in which it says `fold_bias`.
+    """
+    decoder = model.base_model
+    table = RotaryTable(decoder.rotary_emb) if folds_key_bias(model) else None
     count = 0
     for name, attention in attention_modules(model):
         has_key, has_value = table is not None and _is_foldable(attention.k_proj), _is_foldable(attention.v_proj)
-        if hasattr(attention, FOLD) or not (has_key or has_value):
+        is_wanted = scheme is None or scheme.of_layer(attention.layer_idx).fold_bias
+        if hasattr(attention, FOLD) or not (is_wanted and (has_key or has_value)):
             continue
         setattr(attention, FOLD, BiasFold(attention, table if has_key else None, has_value))
         for linear, is_folded in ((attention.k_proj, has_key), (attention.v_proj, has_value)):

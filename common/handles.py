@@ -26,7 +26,7 @@ class Codes:
         group: consecutive tokens that share a row of scale and zero.
         decoder: where the attention op does not read such codes, the float32 values `[B, G, *, D]` of tokens from, to.
         rotated: whether the values are rotated by `hadamard`.
-        folded: whether static scales are for values without the bias of their projection.
+        folded: whether the values have to be without the bias of their projection; None where either serves.
     """
 
     codes: torch.Tensor
@@ -37,7 +37,7 @@ class Codes:
     group: int = 1
     decoder: Callable[[int, int], torch.Tensor] | None = None
     rotated: bool = False
-    folded: bool = False
+    folded: bool | None = None
 
     def __getattr__(self, name: str) -> Any:
         """What another attention function runs into when it takes codes for a tensor."""
@@ -77,7 +77,7 @@ class Segments:
     total: int
     coded: Callable[[int], int]
     rotated: bool = False
-    folded: bool = False
+    folded: bool | None = None
 
     @property
     def query_scale(self) -> torch.Tensor | None:
@@ -144,14 +144,21 @@ def _runs(keys: Segments, values: Segments, queries: int) -> Iterator[tuple[int,
         start = low
 
 
-def pieces(keys: Segments, values: Segments, queries: int, most: int) -> list[Piece]:
-    """The calls that serve the newest `queries` tokens, by slot; codes in blocks of `most` tokens at most."""
+def block_size(keys: Segments, values: Segments, most: int) -> int:
+    """Tokens that are decoded at a time, at most `most`: whole groups of K and of V, of which one divides the other."""
+    group = max(keys.body.group, values.body.group)
+    return max(group, most // group * group)
+
+
+def pieces(keys: Segments, values: Segments, queries: int, block: int) -> list[Piece]:
+    """The calls that serve the newest `queries` tokens, by slot; codes that have to be decoded in blocks of `block`."""
     result = []
     before = keys.total - queries
     for start, seen in _runs(keys, values, queries):
         cuts = {0, seen}
-        for first, last in (keys.edges(seen), values.edges(seen)):
-            cuts |= {first, last, *range(first + most, last, most)}
+        for side in (keys, values):
+            first, last = side.edges(seen)
+            cuts |= {first, last, *(range(first + block, last, block) if side.decoder is not None else ())}
         slots = sorted(cut for cut in cuts if cut <= seen)
         chosen = (start - before, seen - before)
         result += [Piece(chosen, seen, pair) for pair in pairwise(slots)]

@@ -112,8 +112,10 @@ class BiasFree:
     def _split(self) -> torch.Tensor | None:
         """Work out what is left out, once; return the rest of the bias, or None if there is none."""
         bias = self.bias.detach()
-        if self.left_out is None or self.left_out.device != bias.device:
-            self.left_out = bias if self.choose is None else self.choose(self)
+        left = self.left_out
+        if left is None or (left.device, left.dtype) != (bias.device, bias.dtype):
+            with torch.inference_mode(False):  # it outlives this pass, which may be one without gradients
+                self.left_out = bias if self.choose is None else self.choose(self)
         return None if self.choose is None else bias - self.left_out
 
 

@@ -12,7 +12,7 @@ from transformers.masking_utils import sdpa_mask
 
 from ..ops.library import NAMESPACE
 from .checkpoints.ascend import attention_modules
-from .folds import large_key_bias, norm_before
+from .folds import folds_key_bias, large_key_bias, norm_before
 from .rotation import rope_constants, rotated_by_slot
 from .statistics import Statistics, rotary_radius
 
@@ -27,13 +27,21 @@ class AttentionObserver:
         attention: the module, for the biases of its projections.
         norm: the norm before it.
         frequencies, factor: angles per token of the rotary pairs, `[D / 2]`, and the factor of cos and sin.
+        has_key_fold: whether the bias of k can be folded.
     """
 
-    def __init__(self, attention: nn.Module, norm: nn.Module | None, frequencies: torch.Tensor, factor: float) -> None:
+    def __init__(
+        self,
+        attention: nn.Module,
+        norm: nn.Module | None,
+        frequencies: torch.Tensor,
+        factor: float,
+        has_key_fold: bool = True,
+    ) -> None:
         self.found: dict[str, torch.Tensor] = {}
         self._frequencies, self._factor = frequencies, factor
         self._key_bias = self._value_bias = None
-        if attention.k_proj.bias is not None:
+        if has_key_fold and attention.k_proj.bias is not None:
             bias = large_key_bias(attention.k_proj, norm, attention.head_dim)
             self._key_bias = bias.float().view(-1, 1, attention.head_dim)
         if attention.v_proj.bias is not None:
@@ -155,7 +163,7 @@ def calibrate(model: nn.Module, linears: Iterable[str], samples: Iterable[dict[s
     for name, attention in attentions:
         frequencies, factor = rope_constants(model.config, attention.head_dim)
         attention.attention_observer = AttentionObserver(
-            attention, norm_before(model, name), frequencies.to(model.device), factor
+            attention, norm_before(model, name), frequencies.to(model.device), factor, folds_key_bias(model)
         )
     before = model.config._attn_implementation
     model.set_attn_implementation(OBSERVING)

@@ -10,10 +10,11 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 @lru_cache(maxsize=16)
 def _hadamard(width: int, device: torch.device) -> torch.Tensor:
     block = width & -width
-    matrix = torch.ones((1, 1), device=device)
-    while matrix.shape[0] < block:
-        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)), 0)
-    return torch.block_diag(*[matrix / block**0.5] * (width // block))
+    with torch.inference_mode(False):  # it outlives this pass, which may be one without gradients
+        matrix = torch.ones((1, 1), device=device)
+        while matrix.shape[0] < block:
+            matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)), 0)
+        return torch.block_diag(*[matrix / block**0.5] * (width // block))
 
 
 def hadamard(x: torch.Tensor) -> torch.Tensor:

@@ -163,6 +163,14 @@ class Scheme:
         """Whether some tokens are stored in float beside the codes: sinks, a window, groups of tokens not yet full."""
         return bool(self.sinks or self.window) or self.step(self.key) > 1 or self.step(self.value) > 1
 
+    @property
+    def is_compileable(self) -> bool:
+        """Whether single ops write and read what a layer stores, so that one graph serves every step."""
+        layers = [self, *(self.of_layer(_layers_of(text)[0]) for text, _ in self.layers)]
+        codecs = [codec for layer in layers for codec in (layer.key, layer.value) if codec is not None]
+        is_whole = not any(layer.is_segmented or layer.smooth_key for layer in layers)
+        return is_whole and all(codec.is_native and codec.rule == "range" for codec in codecs)
+
     def step(self, codec: Codec | None) -> int:
         """How many tokens become codes at a time; 1 where they do at once."""
         if codec is None:
@@ -190,7 +198,7 @@ class Scheme:
         """This scheme with 1 for every static scale, which needs no calibration.
 
         Raises:
-            OctavoError: a codec whose codes are no fp8, or one with a codebook.
+            OctavoError: a codec whose codes are no fp8, or one with a codebook; static scales of single layers.
         """
         changed = {}
         for part in _PARTS:
@@ -201,7 +209,10 @@ class Scheme:
                         f"scheme {self.name}: scales of 1 make sense for fp8, and {part} is {codec.dtype}"
                     )
                 changed[part] = dataclasses.replace(codec, granularity="tensor", fixed_scale=1.0)
-        return dataclasses.replace(self, **changed)
+        result = dataclasses.replace(self, **changed)
+        if result.is_static:
+            raise OctavoError(f"scheme {self.name}: 'layers' names static scales of its own; say 'fixed_scale' there")
+        return result
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as it stands in a preset file or under `octavo.scheme` in a config.json; defaults left out."""

@@ -88,7 +88,7 @@ class SegmentStore:
     def map_storage(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """As `CodeStore.map_storage`."""
         self.body.map_storage(change)
-        self._tail = change(self._tail)
+        self._tail = None if self._tail is None else change(self._tail)
         self._front = None if self._front is None else change(self._front)
 
     def parts(self) -> list[torch.Tensor]:

@@ -111,7 +111,7 @@ def _is_ascend(scheme: Scheme, preset: str) -> bool:
     other = load_scheme(preset)
     same = (scheme.key, scheme.value, scheme.query) == (other.key, other.value, other.query)
     changes = scheme.fold_bias or scheme.is_segmented or scheme.rotate_key or scheme.rotate_value or scheme.smooth_key
-    return same and not changes
+    return same and not changes and not scheme.layers
 
 
 def is_c8(scheme: Scheme) -> bool:

@@ -2,11 +2,13 @@
 
 KVQuant (Hooper et al., arXiv 2401.18079, section 3): the levels of a layer minimize `sum_i F_i (x_i - Q(x_i))^2`, where
 F_i is the square of the gradient of the language-model loss by x_i, the diagonal of the Fisher information. Values are
-normalized to [-1, 1], K per channel before RoPE, V per token, and outliers are kept apart.
+normalized, the ends of their range to -1 and 1, K per channel before RoPE, V per token; outliers are kept apart. Here
+the gradients are by the normalized values too, so that the sum is that of the values themselves.
 
 B batch (1), G KV heads, S tokens, D head_dim, R rows: a token of a head each.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -22,6 +24,8 @@ from ..ops.library import NAMESPACE
 from .checkpoints.ascend import attention_modules
 from .codec import Codec
 from .errors import OctavoError
+from .folds import folds_key_bias, norm_before
+from .observe import left_out_biases
 from .ranges import group_scale
 from .rotation import rope_constants, rotated_by_slot
 from .statistics import Statistics, static_scale
@@ -125,21 +129,25 @@ class _StateSampler:
     """Values of K and V of one attention with the gradients of the loss by them, a row at a time.
 
     Args:
-        attention: the module, for the biases of its projections.
+        biases: of k and v, which the cache leaves out, `[G, 1, D]` each, or None.
         frequencies, factor: as in `AttentionObserver`.
         tokens: how many will be seen in all.
     """
 
-    def __init__(self, attention: nn.Module, frequencies: torch.Tensor, factor: float, tokens: int) -> None:
+    def __init__(
+        self,
+        biases: tuple[torch.Tensor | None, torch.Tensor | None],
+        frequencies: torch.Tensor,
+        factor: float,
+        tokens: int,
+    ) -> None:
         self.extremes = _Extremes(tokens)
         self._frequencies = frequencies
         self._key_bias, self._value_bias = (
-            0.0 if linear.bias is None else linear.bias.detach().float().view(-1, 1, attention.head_dim)
-            for linear in (attention.k_proj, attention.v_proj)
+            0.0 if bias is None else bias * part for bias, part in zip(biases, (factor, 1.0), strict=True)
         )
-        self._key_bias = factor * self._key_bias
         self._tokens = tokens
-        self._generator = torch.Generator().manual_seed(attention.layer_idx)
+        self._generator = torch.Generator().manual_seed(0)
         self._rows: dict[str, list[tuple[torch.Tensor, ...]]] = {"k": [], "v": []}
 
     def __call__(self, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -149,8 +157,8 @@ class _StateSampler:
         self.extremes(before)
         heads, tokens, width = before.shape
         share = min(1.0, MOST_VALUES / (self._tokens * heads * width))
-        rows = torch.randperm(heads * tokens, generator=self._generator)[: round(share * heads * tokens)]
-        rows = rows.to(key.device)
+        rows = torch.randperm(heads * tokens, generator=self._generator)
+        rows = rows[: math.ceil(share * heads * tokens)].to(key.device)
 
         def keep(name: str, states: torch.Tensor, gradient: torch.Tensor) -> None:
             chosen = (part.flatten(0, 1)[rows].cpu() for part in (states, gradient[0, :, SKIPPED_TOKENS:]))
@@ -168,12 +176,12 @@ class _StateSampler:
         return values[None, None], gradients[None, None], heads
 
     def normalized_keys(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Values of K as codes see them, within [-1, 1], and their weights; flat, outliers left out."""
+        """Values of K as codes see them and their weights; flat, outliers left out."""
         values, gradients, heads = self._sampled("k")
         scale, zero = (part[heads, 0] for part in static_scale(KEY_CODEC, *self.extremes.ends()))
         normal = values / scale + zero
         kept = ~_outlying(normal.abs(), KEY_CODEC.outliers)
-        return normal.clamp(-1, 1)[kept], (gradients * scale).square()[kept]
+        return normal[kept], (gradients * scale).square()[kept]
 
     def normalized_values(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Likewise of V."""
@@ -182,7 +190,7 @@ class _StateSampler:
         rest, _, _ = split_outliers(values, distance, VALUE_CODEC.outliers)
         scale, zero = (part.float()[..., None] for part in group_scale(VALUE_CODEC, rest))
         kept = ~_outlying(distance, VALUE_CODEC.outliers)
-        return (values / scale + zero).clamp(-1, 1)[kept], (gradients * scale).square()[kept]
+        return (values / scale + zero)[kept], (gradients * scale).square()[kept]
 
     def tensors(self, bits: Iterable[int]) -> dict[str, torch.Tensor]:
         """Ranges and codebooks, by the names of `statistics.py` within a layer."""
@@ -234,9 +242,10 @@ def fit_codebooks(
     AttentionInterface.register(FITTING, _sampled_attention)
     AttentionMaskInterface.register(FITTING, sdpa_mask)
     attentions = attention_modules(model)
-    for _, attention in attentions:
+    for name, attention in attentions:
         frequencies, factor = rope_constants(model.config, attention.head_dim)
-        attention.state_sampler = _StateSampler(attention, frequencies.to(model.device), factor, tokens)
+        biases = left_out_biases(attention, norm_before(model, name), folds_key_bias(model))
+        attention.state_sampler = _StateSampler(biases, frequencies.to(model.device), factor, tokens)
     before, was_training = model.config._attn_implementation, model.training
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.set_attn_implementation(FITTING)

@@ -20,6 +20,24 @@ OBSERVING = f"{NAMESPACE}_observe"
 BINS = 2048
 
 
+def left_out_biases(
+    attention: nn.Module, norm: nn.Module | None, has_key_fold: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """What folding leaves out of the k and v of an attention, float32 `[G, 1, D]` each, or None.
+
+    Args:
+        norm: the norm before it.
+        has_key_fold: whether the bias of k can be folded.
+    """
+    key = value = None
+    if has_key_fold and attention.k_proj.bias is not None:
+        bias = large_key_bias(attention.k_proj, norm, attention.head_dim)
+        key = bias.float().view(-1, 1, attention.head_dim)
+    if attention.v_proj.bias is not None:
+        value = attention.v_proj.bias.detach().float().view(-1, 1, attention.head_dim)
+    return key, value
+
+
 class AttentionObserver:
     """Extremes of q, k and v of one attention: per channel, and for q and k the length of each rotary pair.
 
@@ -40,12 +58,7 @@ class AttentionObserver:
     ) -> None:
         self.found: dict[str, torch.Tensor] = {}
         self._frequencies, self._factor = frequencies, factor
-        self._key_bias = self._value_bias = None
-        if has_key_fold and attention.k_proj.bias is not None:
-            bias = large_key_bias(attention.k_proj, norm, attention.head_dim)
-            self._key_bias = bias.float().view(-1, 1, attention.head_dim)
-        if attention.v_proj.bias is not None:
-            self._value_bias = attention.v_proj.bias.detach().float().view(-1, 1, attention.head_dim)
+        self._key_bias, self._value_bias = left_out_biases(attention, norm, has_key_fold)
 
     def _keep(self, name: str, values: torch.Tensor) -> None:
         """Fold `[1, heads, S, width]` into the running maximum `[heads, width]`."""

@@ -16,6 +16,7 @@ from octavo.common.evaluate import compare
 from octavo.common.folds import prepare
 from octavo.common.observe import calibrate
 from octavo.common.ranges import gaussian_levels
+from octavo.common.rotation import rope_constants, rotated_by_slot
 from octavo.common.scheme import load_scheme
 from octavo.common.statistics import Statistics, load_statistics, scales_of
 
@@ -110,17 +111,20 @@ def test_everything_is_found_and_can_be_saved(fitted: tuple[str, Statistics], tm
             for bits in (2, 3, 4):
                 levels = back.tensors[f"layers.{layer}.{name}.levels.{bits}"]
                 assert levels.dtype == torch.float32 and levels.shape == (2**bits,)
-                assert (levels.diff() > 0).all() and levels.abs().amax() <= 1
+                assert (levels.diff() > 0).all() and levels.abs().amax() < 1.2
     assert back.tensors["layers.0.q.max"].shape == (4, 16)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_one_percent_of_k_lies_outside_its_range(name: str) -> None:
-    model, seen = MODELS[name](), []
+    statistics = fit_codebooks(MODELS[name](), SAMPLES, Statistics({}, {}), bits=())
+    model, seen = prepare(MODELS[name]()), []  # its k_proj leaves out what is folded
     linear = model.model.layers[1].self_attn.k_proj
     linear.register_forward_hook(lambda _, args, output: seen.append(output[0, SKIPPED_TOKENS:]))
-    statistics = fit_codebooks(model, SAMPLES, calibrate(model, [], []))
-    keys = torch.cat(seen).detach() - (0 if linear.bias is None else linear.bias.detach())
+    with torch.inference_mode():
+        for sample in SAMPLES:
+            model(**sample)
+    keys = torch.cat(seen)
     low, high = (statistics.tensors[f"layers.1.k.before.{end}"].flatten() for end in ("low", "high"))
     expected = int(len(keys) * OUTSIDE / 2)
     assert expected >= 2
@@ -247,6 +251,29 @@ def test_the_first_token_and_outliers_are_kept(fitted: tuple[str, Statistics], p
     assert torch.equal(decoded[expected == 50], expected[expected == 50])
     rest = expected != 50
     assert (decoded - expected)[rest].abs().amax() < 2 * expected[rest].abs().amax()
+
+
+@pytest.mark.parametrize("sinks", [0, 1, 40])
+def test_k_before_rope_is_that_of_its_position(sinks: int) -> None:
+    """Tokens behind the sinks are rotated back from where they stand, into the range that was calibrated."""
+    config = tiny_config()
+    before = torch.randn((1, 2, 90, 16), generator=torch.Generator().manual_seed(3)).clamp(-2, 2)
+    before[..., 3] += 30
+    low, high = before.amin(dim=2)[0], before.amax(dim=2)[0]
+    tensors = {"k.before.low": low, "k.before.high": high, "k.radius": high[:, :8], "q.radius": high[:, :8],
+               "v.low": low, "v.high": high, "k.levels.4": torch.linspace(-1, 1, 16),
+               "v.levels.4": torch.linspace(-1, 1, 16)}  # fmt: skip
+    named = {f"layers.{layer}.{name}": tensor for layer in range(3) for name, tensor in tensors.items()}
+    scheme = load_scheme({**load_scheme("kvquant-4").to_dict(), "sinks": sinks})
+    scales = scales_of(scheme, Statistics(named, {"num_hidden_layers": "3"}))
+    cache = QuantizedCache(config, scheme, scales=scales)
+    frequencies, _ = rope_constants(config, 16)
+    keys = rotated_by_slot(before, frequencies, 0)
+    for part in (slice(0, 50), slice(50, 90)):
+        cache.update(keys[:, :, part], keys[:, :, part], 0)
+    store = cache.layers[0].key_store
+    found = (store.body if sinks else store).decoded(0, 90 - sinks)
+    assert (found - keys[:, :, sinks:]).abs().amax() < 2 * (4 / 15 / 2)
 
 
 def test_codebooks_are_of_affine_codes_of_k_before_rope() -> None:

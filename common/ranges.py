@@ -5,7 +5,7 @@
 
 import torch
 
-from ..ops.codes import SMALLEST_SCALE, code_range, dynamic_scale
+from ..ops.codes import SMALLEST_SCALE, code_range, dynamic_scale, scale_for_zero
 from .codec import Codec
 
 SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
@@ -33,8 +33,9 @@ def gaussian_levels(bits: int, device: torch.device) -> torch.Tensor:
 def _affine(codec: Codec, low: torch.Tensor, high: torch.Tensor) -> ScaleAndZero:
     """Scale and zero that map `low` and `high` to the ends of the codes, the zero by the scale as it is stored."""
     first, last = (-1.0, 1.0) if codec.levels == "calibrated" else code_range(codec.stored_dtype, codec.bits)
-    scale = dynamic_scale(high - low, last - first).to(codec.stored_scale_dtype)
-    return scale, (first - low / scale.float()).to(codec.stored_scale_dtype)
+    dtype, farthest = codec.stored_scale_dtype, torch.maximum(low.abs(), high.abs())
+    scale = scale_for_zero(dynamic_scale(high - low, last - first), farthest, dtype).to(dtype)
+    return scale, (first - low / scale.float()).to(dtype)
 
 
 def _ranged(codec: Codec, groups: torch.Tensor) -> ScaleAndZero:
@@ -86,8 +87,9 @@ def _normal(codec: Codec, groups: torch.Tensor, stretch: float = 1.0) -> ScaleAn
     """Levels "gaussian": mean and standard deviation, or a multiple of that, become 0 and 1."""
     mean = groups.mean(dim=-1) if codec.has_zero else torch.zeros_like(groups[..., 0])
     spread = (groups - mean[..., None]).square().mean(dim=-1).sqrt() * stretch
-    scale = spread.clamp_min(SMALLEST_SCALE).to(codec.stored_scale_dtype)
-    return scale, (-mean / scale.float()).to(codec.stored_scale_dtype) if codec.has_zero else None
+    dtype = codec.stored_scale_dtype
+    scale = scale_for_zero(spread.clamp_min(SMALLEST_SCALE), mean.abs(), dtype).to(dtype)
+    return scale, (-mean / scale.float()).to(dtype) if codec.has_zero else None
 
 
 def group_scale(codec: Codec, groups: torch.Tensor) -> ScaleAndZero:
@@ -114,15 +116,17 @@ def llamacpp_codes(groups: torch.Tensor, bits: int, has_zero: bool) -> tuple[tor
     """
     if has_zero:
         minimum = groups.amin(dim=-1)
-        scale = (groups.amax(dim=-1) - minimum) / 15
+        extent, span = groups.amax(dim=-1) - minimum, 15
     else:
         farthest = groups.gather(-1, groups.abs().argmax(dim=-1, keepdim=True))[..., 0]
         minimum = torch.zeros_like(farthest)
-        scale = farthest.abs() / 127 if bits == 8 else farthest / -8
+        extent, span = (farthest.abs(), 127) if bits == 8 else (farthest, -8)
+    scale = extent / extent.new_full((), span)  # of a number that is no tensor, GPUs take the reciprocal
     inverse = torch.where(scale == 0, torch.zeros_like(scale), 1 / scale)[..., None]
     scaled = (groups - minimum[..., None]) * inverse
     if bits == 8:
-        codes = torch.sign(scaled) * (scaled.abs() + 0.5).floor()
+        magnitude = scaled.abs()
+        codes = torch.sign(scaled) * (magnitude.floor() + (magnitude - magnitude.floor() >= 0.5))
     else:
         codes = (scaled + (0.5 if has_zero else 8.5)).trunc().clamp(0, 15) - 8
     return codes, scale.half(), minimum.half()

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 
 from ..ops import decode, encode, encode_token
+from ..ops.codes import LARGEST_ZERO
 from .codec import Codec
 from .errors import OctavoError
 from .handles import Codes
@@ -205,10 +206,12 @@ class CodeStore:
         codec = self.codec
         groups = values.unflatten(-1, (codec.channel_groups(values.shape[-1]), -1))
         codes, scale, minimum = llamacpp_codes(groups, codec.bits, codec.has_zero)
-        if codec.has_zero:  # x = d * (code + 8) + m; where all values are the same, d is 0, and any scale serves
-            flat = scale == 0
-            scale = torch.where(flat, torch.ones_like(scale), scale)
-            self._of(self._zero, start, stop).copy_(-8 - minimum.float() / scale.float())
+        if codec.has_zero:  # x = d * (code + 8) + m; of a d of nearly 0 nothing is left beside m, so x = m * (-8 + 9)
+            is_flat = minimum.float().abs() >= scale.float() * LARGEST_ZERO
+            zero = torch.where(is_flat, -9.0, -8 - minimum.float() / scale.float())
+            self._of(self._zero, start, stop).copy_(zero)
+            codes = torch.where(is_flat[..., None], -8.0, codes)
+            scale = torch.where(is_flat, minimum, scale)
         self._of(self._scale, start, stop).copy_(scale)
         one = torch.ones(1, device=values.device)
         encode(codes.flatten(-2), one, None, self._codes[:, :, start:stop])

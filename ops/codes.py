@@ -28,6 +28,10 @@ WIDTH_STEPS = {4: 2, 3: 8, 2: 4}
 SMALLEST_SCALE = torch.finfo(torch.float32).eps
 """Floor of every scale, as in msmodelslim: a channel that is always zero keeps a usable scale."""
 
+LARGEST_ZERO = 32768.0
+"""Zeros in float16 stay near or below it, so that none is infinite: where the values of a group are nearly the same,
+its scale is larger than their range needs, by less than float16 loses of such values."""
+
 
 def _checked_bits(bits: int) -> int:
     if bits not in WIDTH_STEPS:
@@ -197,6 +201,11 @@ def dynamic_scale(extent: torch.Tensor, span: float) -> torch.Tensor:
     By a number that is no tensor, PyTorch divides on GPUs through its reciprocal, which is off by a bit now and then.
     """
     return (extent / extent.new_full((), span)).clamp_min(SMALLEST_SCALE)
+
+
+def scale_for_zero(scale: torch.Tensor, farthest: torch.Tensor, zero_dtype: torch.dtype) -> torch.Tensor:
+    """A float32 scale, raised where the zero of values up to `farthest` would be too large for float16."""
+    return torch.maximum(scale, farthest / LARGEST_ZERO) if zero_dtype == torch.float16 else scale
 
 
 def expand_scale(scale: torch.Tensor, tokens: int, width: int, token_group: int = 1) -> torch.Tensor:

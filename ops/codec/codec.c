@@ -166,7 +166,9 @@ static void choose_scales(const CodecArguments *a, Row row, Buffers *at) {
         find_extremes(at->values + group * size, size, &smallest, &largest);
         float magnitude = largest > -smallest ? largest : -smallest;
         float step = a->zero ? (largest - smallest) / (high - low) : magnitude / high;
-        step = step < 0x1p-23f ? 0x1p-23f : step; /* NaN stays */
+        float least = a->zero && a->zero_kind == KIND_FLOAT16 ? magnitude * 0x1p-15f : 0; /* LARGEST_ZERO of codes.py */
+        least = least < 0x1p-23f ? 0x1p-23f : least;
+        step = step < least ? least : step; /* NaN stays */
         step = store_number(a->scale, scale_index + group * a->scale_stride[3], a->scale_kind, step);
         fill(at->scale + group * size, size, step);
         if (a->zero) {

@@ -7,7 +7,7 @@ rounds as the references do, without fused multiply-adds, so the codes are their
 
 import torch
 
-from ..codes import SMALLEST_SCALE, check_levels, code_range, code_width
+from ..codes import LARGEST_ZERO, SMALLEST_SCALE, check_levels, code_range, code_width
 from ..cuda import (
     CODE_KINDS,
     FP8_CAPABILITY,
@@ -200,7 +200,8 @@ def encode_kernel(
 def encode_token_kernel(
     x, cos, sin, codes, scale, zero, position, rows, groups, tokens, capacity,
     WIDTH: tl.constexpr, COLUMNS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, SMALLEST: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, PARTS: tl.constexpr,
+    LARGEST_ZERO: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """`BLOCK_R` rows of x as codes and their scales, one for each of `COLUMNS` groups of channels."""
     number = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -231,6 +232,8 @@ def encode_token_kernel(
                 tl.min(tl.where(of_low, low, float("inf")), 1), tl.min(tl.where(of_high, high, float("inf")), 1)
             )
             step = tl.div_rn(largest - smallest, tl.full([BLOCK_R], HIGH - LOW, tl.float32))
+            if zero[0].dtype.element_ty == tl.float16:
+                step = tl.maximum(step, tl.maximum(tl.abs(smallest), tl.abs(largest)) * (1.0 / LARGEST_ZERO))
         step = tl.maximum(step, SMALLEST)
         nans = tl.max(tl.where(of_low, is_nan_low, 0), 1) + tl.max(tl.where(of_high, is_nan_high, 0), 1)
         step = tl.where(nans > 0, float("nan"), step).to(scale_type)
@@ -401,8 +404,8 @@ def encode_token_cuda(
             None if zero is None else strided(zero), position,
             rows, groups, tokens, codes.shape[2],
             WIDTH=width, COLUMNS=scale.shape[3], LOW=low, HIGH=high, SMALLEST=SMALLEST_SCALE,
-            BLOCK_R=block, KIND=CODE_KINDS[codes.dtype], **_channel_constants(codes, width, bits),
-            num_warps=warps, enable_fp_fusion=False,
+            LARGEST_ZERO=LARGEST_ZERO, BLOCK_R=block, KIND=CODE_KINDS[codes.dtype],
+            **_channel_constants(codes, width, bits), num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
     return None
 

@@ -5,7 +5,16 @@ B batch, G KV heads, S new tokens, C capacity of a storage, D head_dim.
 
 import torch
 
-from ..codes import FP8_DTYPES, code_range, code_width, dynamic_scale, expand_scale, from_codes, to_codes
+from ..codes import (
+    FP8_DTYPES,
+    code_range,
+    code_width,
+    dynamic_scale,
+    expand_scale,
+    from_codes,
+    scale_for_zero,
+    to_codes,
+)
 
 
 def rotated(x: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None) -> torch.Tensor:
@@ -83,7 +92,7 @@ def encode_token_reference(
     """Write the codes of `x` and their scales, dynamic: per token and head, or per group of channels of them.
 
     Symmetric: `scale = max|x| / largest code`. With `zero`, affine: `scale = (max - min) / (high - low)` and
-    `zero = low - min / scale`, which is not rounded.
+    `zero = low - min / scale`, which is not rounded; for zeros in float16, the scale is `max|x| / 32768` at least.
 
     Args:
         x: values of shape `[B, G, S, D]`, any float dtype.
@@ -105,8 +114,9 @@ def encode_token_reference(
         step = dynamic_scale(grouped.abs().amax(dim=-1), high).to(scale.dtype)
         offset = None
     else:
-        smallest = grouped.amin(dim=-1)
-        step = dynamic_scale(grouped.amax(dim=-1) - smallest, high - low).to(scale.dtype)
+        smallest, largest = grouped.amin(dim=-1), grouped.amax(dim=-1)
+        farthest = torch.maximum(smallest.abs(), largest.abs())
+        step = scale_for_zero(dynamic_scale(largest - smallest, high - low), farthest, zero.dtype).to(scale.dtype)
         offset = (low - smallest / step.float()).to(zero.dtype)
     scaled = values / expand_scale(step.float(), tokens, width)
     if offset is not None:

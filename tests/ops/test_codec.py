@@ -249,6 +249,20 @@ def test_decoded_values_are_those_of_the_reference(
     assert equal(decode(codes, scale, zero, token_group, bits, levels), expected)
 
 
+@pytest.mark.parametrize("codes", [torch.int8, torch.uint8])
+@pytest.mark.parametrize("value", [5.0, -5.0, 6e4, 1e-3, 0.0])
+@pytest.mark.parametrize("spread", [0.0, 1e-5, 1e-4, 1e-2])
+def test_zeros_in_float16_of_nearly_equal_values_are_finite(codes: torch.dtype, value: float, spread: float) -> None:
+    values = value * (1 + spread * torch.rand(1, 2, 3, 32))
+    storage = torch.empty((1, 2, 3, 32 if codes == torch.int8 else 16), dtype=codes)
+    scale, zero = torch.empty((2, 1, 2, 3, 4), dtype=torch.float16)
+    encode_token(values, storage, scale, zero)
+    expected = [torch.empty_like(part) for part in (storage, scale, zero)]
+    encode_token_reference(values, *expected)
+    assert all(torch.equal(*pair) for pair in zip((storage, scale, zero), expected, strict=True))
+    assert ((decode(storage, scale, zero) - values).abs() <= abs(value) * (2**-10 + spread)).all()
+
+
 @pytest.mark.parametrize("bits", WIDTH_STEPS)
 def test_columns_of_a_strided_scale_are_groups_too(bits: int) -> None:
     codes = storage_of(torch.uint8, 128, bits)

@@ -227,6 +227,21 @@ def test_what_is_no_number_shows_in_the_scale() -> None:
 
 
 @needs_triton
+@pytest.mark.parametrize("zero_dtype", [torch.float32, torch.float16])
+def test_zeros_in_float16_of_nearly_equal_values_are_finite(zero_dtype: torch.dtype) -> None:
+    x = torch.tensor([5.0, -5.0, 1e-3, 0.0])[:, None] * (1 + 1e-4 * torch.rand(4, 16)).repeat_interleave(2, 1)
+    x = x.view(1, 1, 4, 32)
+    parts = [torch.zeros((1, 1, 4, 16), dtype=torch.uint8), torch.zeros(1, 1, 4, 4).half(), torch.zeros(1, 1, 4, 4)]
+    parts[2] = parts[2].to(zero_dtype)
+    expected = [part.clone() for part in parts]
+    with interpreted():
+        encode_token_cuda(x, *parts)
+    encode_token_reference(x, *expected)
+    assert all(torch.equal(*pair) for pair in zip(parts, expected, strict=True))
+    assert parts[2].isfinite().all()
+
+
+@needs_triton
 def test_no_tokens_are_no_work_and_other_shapes_are_refused() -> None:
     with interpreted():
         encode_cuda(torch.empty(1, 2, 0, 16), torch.ones(2, 1, 16), None, torch.empty((1, 2, 0, 16), dtype=torch.int8))

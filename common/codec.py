@@ -24,6 +24,16 @@ RULES = ("range", "mse", "llamacpp")
 LEVELS = ("uniform", "gaussian", "calibrated")
 OUTLIER_BITS = 16 + 8
 """An outlier is a float16 and the number of its channel."""
+MOST_CHANNELS = 256
+"""Channels of a head that such a number of 8 bits tells apart."""
+
+
+def check_types(what: str, instance: Any) -> None:
+    """Raise an `OctavoError` if a number, flag or text of a dataclass, as its default is, is of another type."""
+    for part in dataclasses.fields(instance):
+        value, kind = getattr(instance, part.name), type(part.default)
+        if kind in (bool, int, float, str) and type(value) not in ((int, float) if kind is float else (kind,)):
+            raise OctavoError(f"{what}: {part.name} {value!r} is no {kind.__name__}")
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,7 @@ class Codec:
     fixed_scale: float = 0.0
 
     def __post_init__(self) -> None:
+        check_types("codec", self)
         choices = {"dtype": CODE_DTYPES, "granularity": GRANULARITIES, "scale_dtype": SCALE_DTYPES, "rule": RULES,
                    "levels": LEVELS}  # fmt: skip
         for name, known in choices.items():
@@ -135,8 +146,10 @@ class Codec:
         """Columns of the tensor that holds codes of `width` channels.
 
         Raises:
-            OctavoError: so many channels do not fill whole bytes.
+            OctavoError: so many channels do not fill whole bytes, or are too few or too many for the outliers.
         """
+        if self.outliers and not self.outliers < width <= MOST_CHANNELS:
+            raise OctavoError(f"codec: {self.outliers} outliers are of heads of more channels, up to 256, not {width}")
         fraction = {4: 2, 3: 8, 2: 4}.get(self.bits, 1)
         if width % fraction:
             raise OctavoError(f"codec: {self.dtype} needs heads of a multiple of {fraction} channels, not {width}")

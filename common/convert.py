@@ -94,7 +94,8 @@ def chosen_scheme(flags: argparse.Namespace) -> Scheme:
     """The scheme of cache and attention that the flags ask for.
 
     Raises:
-        OctavoError: an unknown preset, a file that holds no scheme, or scales of 1 for codes that are no fp8.
+        OctavoError: an unknown preset, a file that holds no scheme, one that leaves everything in float, or scales of 1
+            for codes that are no fp8.
     """
     name = flags.scheme or flags.kv_cache_dtype or "float"
     if flags.use_kvcache_quant or flags.use_fa_quant:
@@ -102,6 +103,8 @@ def chosen_scheme(flags: argparse.Namespace) -> Scheme:
     scheme = load_scheme(read_json(Path(name)) if name.endswith(".json") else name)
     if flags.kv_scales != "data" and not scheme.is_static:
         raise OctavoError(f"--kv_scales {flags.kv_scales}: scheme {scheme.name} has no static scales; leave it out")
+    if flags.w_bit == 16 and not scheme.is_quantized:
+        raise OctavoError(f"--w_bit 16 --a_bit 16: scheme {scheme.name} quantizes nothing either; choose another")
     return scheme.with_scales_of_one() if flags.kv_scales == "none" else scheme
 
 

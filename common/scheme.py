@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..ops.resources import resource
-from .codec import Codec
+from .codec import Codec, check_types
 from .errors import OctavoError
 
 PREFILLS = ("codes", "float")
@@ -98,6 +98,7 @@ class Scheme:
     origin: str = ""
 
     def __post_init__(self) -> None:
+        check_types(f"scheme {self.name}", self)
         if self.prefill not in PREFILLS:
             raise OctavoError(f"scheme {self.name}: prefill {self.prefill!r} is none of {', '.join(PREFILLS)}")
         if self.sinks < 0 or self.window < 0:

@@ -6,7 +6,7 @@ It is also the form in which Octavo's own models hold their tensors. Zero points
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,15 @@ class CacheConstants(nn.Module):
         super().__init__()
         for part, shape in shapes.items():
             self.register_buffer(part, torch.empty(shape, dtype=torch.float32))
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "CacheConstants":
+        """They follow the model to another device, and stay what they are when it changes its dtype."""
+        before = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for part, tensor in before.items():
+            if getattr(self, part).dtype != tensor.dtype:
+                setattr(self, part, tensor.to(getattr(self, part).device))
+        return self
 
 
 def _is_ascend(scheme: Scheme, preset: str) -> bool:
@@ -224,6 +233,8 @@ def _read_constants(name: str, attention: nn.Module, scheme: Scheme) -> LayerSca
     for part, tensor in found.items():
         if not torch.isfinite(tensor).all() or (part.endswith("scale") and not (tensor > 0).all()):
             raise OctavoError(f"checkpoint: {name}.octavo_cache.{part} is no positive number; convert the model again")
+        if part.endswith("levels") and not (tensor.diff() >= 0).all():
+            raise OctavoError(f"checkpoint: {name}.octavo_cache.{part} do not ascend; convert the model again")
     has_bias = any(linear.bias is not None for linear in (attention.k_proj, attention.v_proj))
     key, value = (
         (found[f"{part}_scale"], found.get(f"{part}_zero")) if f"{part}_scale" in found else None

@@ -1,4 +1,4 @@
-"""Biases of k and v that stay out of the cache: exact in float, whatever the batch, the rotary angles and the chunks."""
+"""Biases of k and v that stay out of the cache: exact in float, whatever the batch, the angles and the chunks."""
 
 import json
 from collections.abc import Callable

@@ -4,7 +4,7 @@
  * that read the same codes stand together. A task is a block of rows over a chunk of keys; it runs a softmax block by
  * block of keys, and a second pass merges the chunks. */
 
-enum { KEY_BLOCK = 192, MAX_ROWS = 192, DIRECT_ROWS = 8, MIN_CHUNK = 512 };
+enum { KEY_BLOCK = 192, MAX_ROWS = 192, DIRECT_ROWS = 8, GROUPED_ROWS = 64, MIN_CHUNK = 512 };
 enum { MASK_NONE = 0, MASK_BOOL = 1, MASK_FLOAT = 2 };
 
 /* How the codes of K or V are multiplied: straight from memory, as whole numbers, or decoded into a tile of floats for
@@ -12,7 +12,8 @@ enum { MASK_NONE = 0, MASK_BOOL = 1, MASK_FLOAT = 2 };
 enum { MODE_DIRECT = 0, MODE_INTEGER = 1, MODE_DECODED = 2, MODE_TILE = 3 };
 
 /* How the scales and zeros of K or V vary: not along tokens and channels at once; so, but constant over groups of a
- * multiple of GROUP_STEP tokens; or over groups of a multiple of GROUP_STEP channels; in any other way. */
+ * multiple of GROUP_STEP tokens; or over groups of a multiple of GROUP_STEP channels; in any other way,
+ * or for so many rows that decoding a block once is quicker than digits for each group and row. */
 enum { GROUPS_NONE = 0, GROUPS_TOKENS = 1, GROUPS_CHANNELS = 2, GROUPS_BOTH = 3, GROUP_STEP = 32 };
 
 /* A scale or a zero point: `data` 0 if there is none. `per_token` if it varies along the keys, then `group` keys share
@@ -818,26 +819,27 @@ static int is_grouped(const Side *side, int64_t width) {
 /* Whether each row of a part is that of whole steps of tokens. */
 static int is_stepped(const Part *part) { return !part->per_token || part->group % GROUP_STEP == 0; }
 
-/* Channels of int8 or int4 that share scale and zero, if they are a multiple of GROUP_STEP and the halves of rows of
- * int4 are whole groups; else 0. */
+/* Channels that share scale and zero, if they are a multiple of GROUP_STEP and the halves of rows of int4 are whole
+ * groups; else 0. */
 static int64_t span_of(const Side *side, int64_t width) {
     int64_t scale = side->scale.data ? side->scale.span : width, zero = side->zero.data ? side->zero.span : width;
     int64_t span = scale < zero ? scale : zero, row = side->kind == KIND_INT4 ? width / 2 : width;
-    int is_int = side->kind == KIND_INT8 || side->kind == KIND_INT4;
-    return is_int && span % GROUP_STEP == 0 && row % span == 0 && scale % span == 0 && zero % span == 0 ? span : 0;
+    return span % GROUP_STEP == 0 && row % span == 0 && scale % span == 0 && zero % span == 0 ? span : 0;
 }
 
+static int is_whole(const Side *side) { return HAS_INTEGER && (side->kind == KIND_INT8 || side->kind == KIND_INT4); }
+
 /* How the scales and zeros of one side vary, as far as a kernel makes use of it. */
-static int groups_of(const Side *side, int is_key, int64_t width) {
+static int groups_of(const Side *side, int is_key, int64_t width, int64_t rows) {
     if (!is_grouped(side, width)) return GROUPS_NONE;
+    if (rows > (is_whole(side) ? GROUPED_ROWS : DIRECT_ROWS)) return GROUPS_BOTH;
     if (is_key && is_stepped(&side->scale) && is_stepped(&side->zero)) return GROUPS_TOKENS;
-    return HAS_INTEGER && span_of(side, width) ? GROUPS_CHANNELS : GROUPS_BOTH;
+    return is_whole(side) && span_of(side, width) ? GROUPS_CHANNELS : GROUPS_BOTH;
 }
 
 /* How one side is multiplied. */
 static int mode_of(const Side *side, int groups, int64_t width, int64_t rows) {
-    int is_int = side->kind == KIND_INT8 || side->kind == KIND_INT4;
-    if (HAS_INTEGER && is_int && groups != GROUPS_BOTH) return MODE_INTEGER;
+    if (is_whole(side) && groups != GROUPS_BOTH) return MODE_INTEGER;
     if (rows > DIRECT_ROWS) return MODE_TILE;
     return groups == GROUPS_BOTH || width % (side->kind == KIND_INT4 ? 2 * LANES : LANES) ? MODE_DECODED : MODE_DIRECT;
 }
@@ -847,7 +849,8 @@ static Plan plan_of(const AttentionArguments *a) {
     plan.rows = plan.ratio * a->queries;
     plan.padded = round_up(a->width, PANEL), plan.position_padded = round_up(a->position.width, LANES);
     plan.factor = (float)(a->scaling * 1.4426950408889634);
-    plan.key_groups = groups_of(&a->key, 1, a->width), plan.value_groups = groups_of(&a->value, 0, a->width);
+    plan.key_groups = groups_of(&a->key, 1, a->width, plan.rows);
+    plan.value_groups = groups_of(&a->value, 0, a->width, plan.rows);
     plan.key_mode = mode_of(&a->key, plan.key_groups, a->width, plan.rows);
     plan.value_mode = mode_of(&a->value, plan.value_groups, a->width, plan.rows);
     if (plan.key_groups == GROUPS_CHANNELS) plan.key_span = span_of(&a->key, a->width);

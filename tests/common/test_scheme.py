@@ -62,6 +62,14 @@ BAD: list[tuple[Any, str]] = [
     ({"name": "x", "key": {"bits": 8}}, "bits"),
     ({"name": "x", "query": {"granularity": "channel"}}, "per head"),
     ({"name": "x", "prefill": "both"}, "both"),
+    ({"name": "x", "sinks": "4"}, "sinks '4' is no int"),
+    ({"name": "x", "window": -1}, "window"),
+    ({"name": "x", "rotate_key": "no"}, "rotate_key"),
+    ({"name": "x", "key": {"outliers": 1.5}}, "outliers"),
+    ({"name": "x", "prefill": "float", "sinks": 1, "key": {}}, "excludes"),
+    ({"name": "x", "value": {"before_rope": True}}, "RoPE"),
+    ({"name": "x", "key": {"before_rope": True}, "rotate_key": True}, "exclude"),
+    ({"name": "x", "layers": {"2-": "float"}}, "2-"),
 ]
 
 
@@ -98,3 +106,31 @@ def test_groups_divide_a_head() -> None:
 def test_a_codec_of_ones_own() -> None:
     mixed = Scheme("mine", key=Codec(granularity="channel"), value=Codec(granularity="token", dynamic=True))
     assert mixed.is_static and Scheme.from_dict(mixed.to_dict()) == mixed
+
+
+def test_layers_of_other_schemes() -> None:
+    data = {**load_scheme("octavo-4").to_dict(), "layers": {"0": "ascend-c8", "1-2": {"window": 32, "sinks": 0}}}
+    scheme = Scheme.from_dict({**data, "float_layers": [5]})
+    assert Scheme.from_dict(scheme.to_dict()) == scheme and scheme.is_static and not scheme.has_codebooks
+    assert scheme.of_layer(0) == load_scheme("ascend-c8") and scheme.of_layer(5).key is None
+    for layer in (1, 2):
+        assert (scheme.of_layer(layer).window, scheme.of_layer(layer).sinks) == (32, 0)
+        assert scheme.of_layer(layer).key == load_scheme("octavo-4").key
+    assert scheme.of_layer(3) == load_scheme("octavo-4")
+
+
+def test_scales_of_one() -> None:
+    ones = load_scheme("vllm-fp8-head").with_scales_of_one()
+    assert not ones.is_static and {c.granularity for c in (ones.key, ones.value, ones.query)} == {"tensor"}
+    with pytest.raises(OctavoError, match="int8"):
+        load_scheme("ascend-c8").with_scales_of_one()
+    mixed = Scheme.from_dict({**load_scheme("vllm-fp8").to_dict(), "layers": {"0": "ascend-c8"}})
+    with pytest.raises(OctavoError, match="layers"):
+        mixed.with_scales_of_one()
+
+
+@pytest.mark.parametrize("width", [16, 257])
+def test_outliers_have_room(width: int) -> None:
+    with pytest.raises(OctavoError, match="16 outliers"):
+        Codec(granularity="token", dynamic=True, outliers=16).stored_width(width)
+    assert Codec(granularity="token", dynamic=True, outliers=16).stored_width(17) == 17

@@ -9,7 +9,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from octavo.common.cache import QuantizedCache
 from octavo.common.errors import OctavoError
-from octavo.common.scheme import Scheme, load_scheme
+from octavo.common.scheme import PRESETS, Scheme, load_scheme
+from octavo.common.statistics import LayerScales
 from octavo.models.llama3.modeling_llama_fa3 import LlamaForCausalLM
 
 from ..support import random_ids, tiny_config, tiny_llama
@@ -137,3 +138,16 @@ def test_a_prompt_is_one_graph(build: Callable[[], torch.nn.Module], has_mask: b
 def test_a_length_has_to_be_given() -> None:
     with pytest.raises(OctavoError, match="needs max_length"):
         QuantizedCache(tiny_config(), "int8-token", compileable=True)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_schemes_that_no_single_op_writes_and_reads_are_refused(name: str) -> None:
+    """llama.cpp's rule among them, which the op would replace by its own in silence."""
+    scheme, config = load_scheme(name), tiny_config(head_dim=32)
+    if scheme.is_compileable:
+        scales = [LayerScales()] * 3 if scheme.is_static else None
+        assert QuantizedCache(config, scheme, scales=scales, max_length=40, compileable=True).is_compileable
+        return
+    assert name.startswith(("kivi", "kvquant", "octavo", "llamacpp", "k4v2"))
+    with pytest.raises(OctavoError, match="compileable"):
+        QuantizedCache(config, scheme, scales=[LayerScales()] * 3, max_length=40, compileable=True)

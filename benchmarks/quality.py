@@ -43,6 +43,7 @@ VARIANTS: dict[str, Callable[[Scheme], Scheme]] = {
     "no window": lambda scheme: dataclasses.replace(scheme, window=0),
     "no sinks": lambda scheme: dataclasses.replace(scheme, sinks=0),
     "V not rotated": lambda scheme: dataclasses.replace(scheme, rotate_value=False),
+    "K not rotated": lambda scheme: dataclasses.replace(scheme, rotate_key=False),
     "K rotated too": lambda scheme: dataclasses.replace(scheme, rotate_key=True),
     "V in uniform levels": changed_codec("value", levels="uniform"),
     "V in uniform levels, affine": changed_codec("value", levels="uniform", symmetric=False),

@@ -152,6 +152,16 @@ def _levels(codec: Codec | None, statistics: Statistics, name: str) -> torch.Ten
     return found
 
 
+def _bound(parts: torch.Tensor, channels: int, is_rotated: bool) -> torch.Tensor:
+    """What no channel exceeds, `[heads, D]`, from the largest of each part of a head, `[heads, D / channels]`.
+
+    After a rotation that is no more than the length of all parts together. For fp8, whose codes are floats, a bound
+    that is hardly reached costs nothing; int8 loses bits to it.
+    """
+    bound = parts.norm(dim=-1, keepdim=True).expand_as(parts) if is_rotated else parts
+    return bound.repeat(1, channels)
+
+
 def scales_of(scheme: Scheme, statistics: Statistics) -> Scales:
     """Derive the static scales of a scheme.
 
@@ -175,15 +185,18 @@ def scales_of(scheme: Scheme, statistics: Statistics) -> Scales:
         )
         if key_levels is not None and f"{name}.k.folded.radius" in tensors and not folded:
             raise OctavoError(f"scheme {part.name}: codebooks are for K without its bias; leave 'fold_bias' at true")
-        radius = tensors[f"{of_key}.radius"].repeat(1, 2)
-        key_range = (
-            (tensors[f"{name}.k.before.low"], tensors[f"{name}.k.before.high"])
-            if key_levels is not None
-            else (-radius, radius)
+        low, high = tensors[f"{of_value}.low"], tensors[f"{of_value}.high"]
+        bound, query_bound, value_bound = (
+            _bound(tensors[f"{of_key}.radius"], 2, part.rotate_key),
+            _bound(tensors[f"{name}.q.radius"], 2, part.rotate_key),
+            _bound(torch.maximum(-low, high), 1, part.rotate_value),
         )
-        query_radius = tensors[f"{name}.q.radius"].repeat(1, 2)
-        query = static_scale(part.query, -query_radius, query_radius)
-        value = static_scale(part.value, tensors[f"{of_value}.low"], tensors[f"{of_value}.high"])
+        key_range = (-bound, bound)
+        if key_levels is not None:
+            key_range = tensors[f"{name}.k.before.low"], tensors[f"{name}.k.before.high"]
+        value_range = (-value_bound, value_bound) if part.rotate_value else (low, high)
+        query = static_scale(part.query, -query_bound, query_bound)
+        value = static_scale(part.value, *value_range)
         is_folded = folded and part.is_static
         result.append(
             LayerScales(

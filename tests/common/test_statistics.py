@@ -1,5 +1,6 @@
 """Calibration statistics: saved once, and the source of every static scale."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 from octavo.common.errors import OctavoError
 from octavo.common.observe import AttentionObserver, calibrate
+from octavo.common.rotation import hadamard
 from octavo.common.scheme import Scheme, load_scheme
 from octavo.common.statistics import (
     Statistics,
@@ -156,3 +158,13 @@ def test_short_calibration_does_not_clip_long_prompts() -> None:
         later = torch.cat([rotated(key[:, :, i : i + 1], offset + i) for i in range(40)], dim=2)
         assert ((later / scale).abs().round() <= 127).all()
     assert ((later / at_max).abs().round() > 127).any(), "maxima after RoPE would clip"
+
+
+def test_scales_of_rotated_heads_bound_their_length() -> None:
+    statistics = some_statistics()
+    states = statistics.tensors["layers.1.k.radius"][:, None]  # one token, its pairs at their largest
+    rotated = hadamard(torch.cat((states, torch.zeros_like(states)), dim=-1))
+    scale = scales_of(load_scheme("vllm-fp8-head"), statistics)[1].key[0]
+    assert (rotated.abs() <= 448 * scale * (1 + 1e-6)).all()
+    plain = scales_of(dataclasses.replace(load_scheme("vllm-fp8-head"), rotate_key=False), statistics)[1].key[0]
+    assert (scale > plain).all()

@@ -1,6 +1,5 @@
 """The attention function that transformers' models call, and the mask that goes with it."""
 
-import dataclasses
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +23,10 @@ from .rotation import hadamard
 
 DECODED_BLOCK = 4096
 """Tokens decoded at a time, at most, where the attention op does not read the codes of a scheme."""
+MOST_PARTS = 8
+"""Outputs over parts of the keys that are kept before they become one."""
+Weighed = tuple[torch.Tensor, torch.Tensor]
+"""What `attention_lse` returns: `[B, Q, H, D]`, and `[B, H, Q]` the logarithms of the sums of exponentials."""
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 
 
@@ -89,21 +92,17 @@ class _Call:
 
     def segments(self, keys: Segments, values: Segments) -> torch.Tensor:
         """Piece by piece, each weighed by its sum of exponentials."""
-        batch, heads, queries, width = self.query.shape
-        output = self.query.new_zeros((batch, queries, heads, width), dtype=torch.float32)
-        total = self.query.new_full((batch, heads, queries), float("-inf"), dtype=torch.float32)
         size = block_size(keys, values, DECODED_BLOCK)
         decoded = _Decoded(keys, size), _Decoded(values, size)
-        for piece in pieces(keys, values, queries, size):
+        found: dict[tuple[int, int], list[Weighed]] = {}
+        for piece in pieces(keys, values, self.query.shape[2], size):
             key, value = (self._part(side, piece, block) for side, block in zip((keys, values), decoded, strict=True))
-            first, last = piece.queries
-            part, lse = self._of(piece)._with_lse(key, value, piece)
-            old = total[:, :, first:last]
-            new = torch.logaddexp(old, lse)
-            share = torch.exp(lse - new).nan_to_num(0.0).transpose(1, 2)[..., None]  # -inf - -inf where none is seen
-            output[:, first:last].lerp_(part.float(), share)
-            total[:, :, first:last] = new
-        return output.to(self.query.dtype)
+            parts = found.setdefault(piece.queries, [])
+            parts.append(self._weighed(key, value, piece))
+            if len(parts) == MOST_PARTS:
+                parts[:] = [_merged(parts)]
+        outputs = [_merged(found[queries])[0] for queries in sorted(found)]
+        return (torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]).to(self.query.dtype)
 
     @staticmethod
     def _part(side: Segments, piece: Piece, decoded: _Decoded) -> Codes:
@@ -116,22 +115,37 @@ class _Call:
             return Codes(decoded(start - first, stop - first))
         return side.body.part(start - first, stop - first)
 
-    def _of(self, piece: Piece) -> "_Call":
-        """The queries of a piece."""
-        first, last = piece.queries
-        position = None if self.position is None else self.position.part(first, last, piece.slots[0])
-        mask = self.mask
-        if mask is not None:
-            mask = mask if mask.shape[-2] == 1 else mask[..., first:last, :]
-            mask = mask if mask.shape[-1] == 1 else mask[..., slice(*piece.slots)]
-        return dataclasses.replace(self, query=self.query[:, :, first:last], mask=mask, position=position)
-
-    def _with_lse(self, keys: Codes, values: Codes, piece: Piece) -> tuple[torch.Tensor, torch.Tensor]:
-        length = torch.tensor([piece.seen - piece.slots[0]], device=self.query.device)
+    def _weighed(self, keys: Codes, values: Codes, piece: Piece) -> Weighed:
+        """The queries of a piece over its keys."""
+        (first, last), (start, stop) = piece.queries, piece.slots
+        query, mask, position = self.query, self.mask, self.position
+        if (first, last) != (0, query.shape[2]):
+            query = query[:, :, first:last]
+            mask = mask if mask is None or mask.shape[-2] == 1 else mask[..., first:last, :]
+        if mask is not None and mask.shape[-1] > 1:
+            mask = mask[..., start:stop]
+        if position is not None:
+            position = position.part(first, last, start)
+        length = torch.tensor([piece.seen - start], device=query.device) if last - first > 1 or self.window else None
         query_scale = self.query_scale if keys.scale is not None else None
-        call = dataclasses.replace(self, query_scale=query_scale)
-        operands = call._operands(keys, values, self.mask)
-        return attention_lse(self.query, *operands, length=length, **self._rest(keys, values))
+        call = _Call(query, query_scale, mask, self.scaling, self.causal, self.window, position)
+        return attention_lse(query, *call._operands(keys, values, mask), length=length, **call._rest(keys, values))
+
+
+def _merged(parts: list[Weighed]) -> Weighed:
+    """Attention over all keys from that over some each."""
+    if len(parts) == 1:
+        return parts[0]
+    sums = torch.stack([lse for _, lse in parts])
+    total = sums.logsumexp(dim=0)
+    shares = torch.exp(sums - total).nan_to_num(0.0).transpose(2, 3)[..., None]  # -inf - -inf where none is seen
+    return (torch.stack([output for output, _ in parts]).float() * shares).sum(dim=0), total
+
+
+def _hides_the_first(mask: torch.Tensor) -> bool:
+    """Whether the newest query of some sequence does not see slot 0."""
+    newest = mask[..., -1, 0]
+    return not bool((newest if newest.dtype == torch.bool else newest == 0).all())
 
 
 def _tokens_of(handle: Codes | Segments) -> int:
@@ -184,6 +198,10 @@ def quantized_attention(
         raise OctavoError(
             "the scheme of this cache counts the biases of k and v in (fold_bias=False), and this model folds them; "
             "call set_attn_implementation on a model loaded anew instead of folds.prepare"
+        )
+    if keys.before_rope and isinstance(attention_mask, torch.Tensor) and _hides_the_first(attention_mask):
+        raise OctavoError(
+            "this scheme stores K as before RoPE and serves no padding at the left; give such sequences one by one"
         )
     call = _Call(
         hadamard(query) if keys.rotated else query,

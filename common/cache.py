@@ -126,6 +126,7 @@ class QuantizedLayer(CacheLayerMixin):
     def _handles(self, keys: Codes | Segments, values: Codes | Segments) -> tuple[Codes | Segments, Codes | Segments]:
         body = keys if isinstance(keys, Codes) else keys.body
         body.query_scale = self.query_scale
+        body.before_rope = self.scheme.key is not None and self.scheme.key.before_rope
         keys.rotated, values.rotated = self.scheme.rotate_key, self.scheme.rotate_value
         keys.folded = True if self.is_folded else None if self.scheme.fold_bias else False
         return keys, values

@@ -27,6 +27,7 @@ class Codes:
         decoder: where the attention op does not read such codes, the float32 values `[B, G, *, D]` of tokens from, to.
         rotated: whether the values are rotated by `hadamard`.
         folded: whether the values have to be without the bias of their projection; None where either serves.
+        before_rope: whether K is stored as it was before RoPE, by slots, which padding at the left would shift.
     """
 
     codes: torch.Tensor
@@ -38,6 +39,7 @@ class Codes:
     decoder: Callable[[int, int], torch.Tensor] | None = None
     rotated: bool = False
     folded: bool | None = None
+    before_rope: bool = False
 
     def __getattr__(self, name: str) -> Any:
         """What another attention function runs into when it takes codes for a tensor."""
@@ -83,6 +85,11 @@ class Segments:
     def query_scale(self) -> torch.Tensor | None:
         """As in `Codes`."""
         return self.body.query_scale
+
+    @property
+    def before_rope(self) -> bool:
+        """As in `Codes`."""
+        return self.body.before_rope
 
     @property
     def decoder(self) -> Callable[[int, int], torch.Tensor] | None:

@@ -21,11 +21,12 @@ from octavo.common.bundle import commit
 from octavo.common.cache import QuantizedCache, kv_bits_per_element
 from octavo.common.calibration import read_calibration_file, tokenize
 from octavo.common.codebooks import fit_codebooks
+from octavo.common.errors import OctavoError
 from octavo.common.evaluate import compare, windows
 from octavo.common.folds import prepare
 from octavo.common.observe import calibrate
 from octavo.common.scheme import PRESETS, Scheme, load_scheme
-from octavo.common.statistics import Statistics, scales_of
+from octavo.common.statistics import Statistics, load_statistics, scales_of
 from octavo.ops.library import NAMESPACE
 
 COLUMNS = ("commit", "model", "what", "bits", "windows", "length", "kl", "perplexity", "float_perplexity", "top1")
@@ -73,7 +74,11 @@ class Measured:
         self.texts = tokenize(tokenizer, read_calibration_file(flags.calib_file), 2048, "input_ids", "attention_mask")
         with torch.inference_mode():
             self.expected = [self.model(sample).logits for sample in tqdm(self.samples, desc="float", unit="window")]
-        self.statistics = self._calibrated([load_scheme(name) for name in flags.scheme])
+        self.statistics = (
+            load_statistics(flags.statistics)
+            if flags.statistics
+            else self._calibrated([load_scheme(name) for name in (*flags.scheme, *flags.variants)])
+        )
 
     def _calibrated(self, schemes: list[Scheme]) -> Statistics | None:
         """What the static ones among some schemes need, of the model as it is."""
@@ -118,7 +123,11 @@ def measure(flags: argparse.Namespace) -> Iterator[dict[str, str]]:
             yield measured.scheme_row(name, scheme)
     for name in flags.variants:
         for change, variant in VARIANTS.items():
-            scheme = variant(load_scheme(name))
+            try:
+                scheme = variant(load_scheme(name))
+            except OctavoError as error:
+                print(f"skipped: {name}, {change}: {error}", file=sys.stderr)
+                continue
             if scheme != load_scheme(name):
                 yield measured.scheme_row(f"{name}, {change}", scheme)
     for directory in flags.checkpoint:
@@ -133,6 +142,7 @@ def main() -> int:
     parser.add_argument("--model_path", required=True, help="float checkpoint")
     parser.add_argument("--eval_file", required=True, type=Path, help="text to score on")
     parser.add_argument("--calib_file", required=True, type=Path, help="calibration texts")
+    parser.add_argument("--statistics", type=Path, help="a calibration that was saved, instead of another one")
     parser.add_argument("--scheme", nargs="*", default=PRESETS, help="presets to score; all if not given")
     parser.add_argument("--variants", nargs="*", default=[], help="presets whose options are taken away one by one")
     parser.add_argument(

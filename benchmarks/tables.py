@@ -179,10 +179,7 @@ def schemes_table() -> str:
 
 def options_table() -> str:
     """Schemes with one option changed, beside the schemes themselves, as far as both were scored alike."""
-    found = [
-        {what: row for what, row in _quality(model).items() if row["windows"] == OPTION_WINDOWS}
-        for model in MODELS_SCORED
-    ]
+    found = [_quality(model, OPTION_WINDOWS) for model in MODELS_SCORED]
     bases = {what.partition(", ")[0] for rows in found for what in rows if ", " in what and not what.endswith(UNFOLDED)}
     if not bases:
         return "No options are measured yet."

@@ -21,8 +21,6 @@ from .checkpoints.ascend import DESCRIPTION_FILE, read_json
 from .codec import Codec
 from .diagnosis import (
     ATTENTIONS,
-    BLOCK,
-    STRAINED,
     LayerDiagnosis,
     LazyWeights,
     check_decoder,
@@ -106,7 +104,8 @@ def facts_of(weights: LazyWeights, config: Any, layers: list[LayerDiagnosis]) ->
         "key_is_normalized": f"model.layers.{first}.self_attn.k_norm.weight" in weights,
         "key_bias": max(layer.key_bias for layer in layers),
         "value_bias": max(layer.value_bias for layer in layers),
-        "bias_can_be_folded": rope in STEADY_ROPE_TYPES,
+        "bias_can_be_folded": rope in STEADY_ROPE_TYPES
+        and f"model.layers.{first}.self_attn.k_norm.weight" not in weights,
         "tied_embeddings": bool(getattr(config, "tie_word_embeddings", False)),
         "weight_bytes": total,
         "cache_bytes_per_token": {name: round(size * (full + sliding)) for name, size in each.items()},
@@ -145,24 +144,19 @@ def recommend(facts: dict[str, Any], verdicts: dict[str, dict[str, Any]]) -> dic
     if others:
         refused = {"preset": None, "reason": f"the cache refuses layers of {', '.join(others)}"}
         return {"8 bits": refused, "4 bits": refused}
-    token, four = verdicts["int8-token"], verdicts["int4-token"]
+    token = verdicts["int8-token"]
     lost = f"no layer loses more than {token['bits_lost_in_octavo']:.1f} bits"
+    per_channel = (
+        "its scales of K are per channel, which neither biases nor outlier channels spoil, and it needs no calibration"
+    )
     if token["broken_in_octavo_by"]:
-        eight = ("ascend-c8", "its scales per channel suffer from neither biases nor outlier channels; it takes a "
-                 "calibration")  # fmt: skip
+        eight = ("octavo-8", per_channel)
     elif token["broken_by"]:
         eight = ("int8-token", f"Octavo keeps the bias of K out of the cache (fold_bias), and {lost} then; where K is "
-                 "stored with its bias, take ascend-c8, whose scales are per channel")  # fmt: skip
+                 "stored with its bias, take octavo-8 (for Ascend ascend-c8): its scales are per channel")  # fmt: skip
     else:
         eight = ("int8-token", f"{lost}, and it needs no calibration")
-    if facts["head_dim"] % BLOCK == 0:
-        small = ("kivi-4", "its scales of K are per channel, which neither biases nor outlier channels spoil, and it "
-                 "needs no calibration")  # fmt: skip
-    elif four["bits_lost_in_octavo"] < STRAINED:
-        small = ("int4-token", f"kivi-4 takes heads of a multiple of {BLOCK} channels, and {lost}")
-    else:
-        small = (None, f"heads are no multiple of {BLOCK} channels, and one scale per token and head loses "
-                 f"{four['bits_lost_in_octavo']:.1f} of 4 bits; stay at 8")  # fmt: skip
+    small = ("octavo-4", per_channel)
     return {
         bits: dict(zip(("preset", "reason"), choice, strict=True))
         for bits, choice in (("8 bits", eight), ("4 bits", small))

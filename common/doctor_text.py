@@ -84,7 +84,7 @@ def _scheme_lines(report: dict[str, Any]) -> list[str]:
 def _heads(facts: dict[str, Any]) -> str:
     width = facts["head_dim"]
     limits = {
-        "no power of two, which the Hadamard rotation needs": width & (width - 1) != 0,
+        "no power of two: the Hadamard rotation is of blocks": width & (width - 1) != 0,
         "no multiple of 8, which 3-bit codes need": width % 8 != 0,
         f"no multiple of {BLOCK}, which llama.cpp's blocks need": width % BLOCK != 0,
     }

@@ -9,6 +9,8 @@ Weights of attention sum to 1, so that the bias of v is added once to the output
 B batch, Q query tokens, H query heads, G KV heads, D head_dim, P positions.
 """
 
+import sys
+import warnings
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -195,19 +197,47 @@ def norm_before(model: nn.Module, attention: str) -> nn.Module | None:
 
 
 def folds_key_bias(model: nn.Module) -> bool:
-    """Whether biases of k can be folded: not where rotary angles change with the length (dynamic scaling, LongRoPE)."""
-    decoder = model.base_model
-    parameters = getattr(decoder.config, "rope_parameters", None) or {}
-    return parameters.get("rope_type", "default") in STEADY_ROPE_TYPES and hasattr(decoder, "rotary_emb")
+    """Whether K is the rotation of `W x + b`, by angles that stay, so that a bias of k can be folded.
 
-
-def fold_biases(model: nn.Module, scheme: Scheme | None = None) -> int:
-    """Fold the biases of k and v of a decoder that has any, in place; return how many there were.
-
-    Those of k stay where `folds_key_bias` says so. With `scheme`, only layers are folded in which it says `fold_bias`.
+    Not where angles change with the length (dynamic scaling, LongRoPE), and not where k is normed behind k_proj.
     """
     decoder = model.base_model
-    table = RotaryTable(decoder.rotary_emb) if folds_key_bias(model) else None
+    parameters = getattr(decoder.config, "rope_parameters", None) or {}
+    if parameters.get("rope_type", "default") not in STEADY_ROPE_TYPES or not hasattr(decoder, "rotary_emb"):
+        return False
+    return not any(
+        "norm" in name for _, attention in attention_modules(model) for name, _ in attention.named_children()
+    )
+
+
+def _turns_halves(model: nn.Module) -> bool:
+    """Whether a model's own RoPE turns channel d with d + D / 2, all of them, as `folds.py` takes it to."""
+    attention = attention_modules(model)[0][1]
+    rotate = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+    x = torch.arange(1.0, attention.head_dim + 1, device=model.device).view(1, 1, 1, -1)
+    try:
+        cos, sin = model.base_model.rotary_emb(x[0], torch.tensor([[3]], device=model.device))
+        found = rotate(x, x, cos, sin)[1]
+    except (TypeError, RuntimeError, AttributeError):
+        return False
+    (first, second), half = x.chunk(2, dim=-1), cos.shape[-1] // 2
+    c, s = cos[..., :half], sin[..., :half]
+    if 2 * c.shape[-1] != x.shape[-1]:
+        return False
+    return torch.allclose(found, torch.cat((first * c - second * s, second * c + first * s), dim=-1), atol=1e-4)
+
+
+def fold_biases(model: nn.Module, scheme: Scheme | None = None, has_keys: bool = True) -> int:
+    """Fold the biases of k and v of a decoder that has any, in place; return how many there were.
+
+    Those of k stay where `folds_key_bias` says so, or without `has_keys`. With `scheme`, only layers are folded in
+    which it says `fold_bias`.
+
+    Raises:
+        OctavoError: another library has put its own forward in the place of a projection's.
+    """
+    decoder = model.base_model
+    table = RotaryTable(decoder.rotary_emb) if has_keys and folds_key_bias(model) else None
     count = 0
     for name, attention in attention_modules(model):
         has_key, has_value = table is not None and _is_foldable(attention.k_proj), _is_foldable(attention.v_proj)
@@ -216,6 +246,11 @@ def fold_biases(model: nn.Module, scheme: Scheme | None = None) -> int:
             continue
         setattr(attention, FOLD, BiasFold(attention, table if has_key else None, has_value))
         for linear, is_folded in ((attention.k_proj, has_key), (attention.v_proj, has_value)):
+            if is_folded and "forward" in vars(linear):
+                raise OctavoError(
+                    f"{name}: another library wraps the forward of a projection whose bias is to be folded; call "
+                    "prepare before (of a model with device_map, that is not possible: use set_attn_implementation)"
+                )
             if is_folded:
                 linear.__class__ = BIAS_FREE_LINEARS[type(linear)]
                 count += 1
@@ -228,7 +263,23 @@ def fold_biases(model: nn.Module, scheme: Scheme | None = None) -> int:
 
 
 def prepare(model: nn.Module) -> nn.Module:
-    """Make a stock model of transformers ready for a `QuantizedCache`: its attention reads codes, biases are folded."""
+    """Make a stock model of transformers ready for a `QuantizedCache`: its attention reads codes, biases are folded.
+
+    A bias of k or v that cannot be folded stays in the cache, and a warning says so.
+
+    Raises:
+        OctavoError: see `fold_biases`.
+    """
     model.set_attn_implementation(NAMESPACE)
-    fold_biases(model)
+    fold_biases(model, has_keys=_turns_halves(model))
+    for name, attention in attention_modules(model):
+        for part in ("k_proj", "v_proj"):
+            linear = getattr(attention, part)
+            if getattr(linear, "bias", None) is not None and not hasattr(linear, "left_out"):
+                warnings.warn(
+                    f"{name}.{part}: the bias of a {type(linear).__name__} stays in the cache, where it may cost much; "
+                    "schemes whose K is per channel, as octavo-8 and octavo-4, bear it best",
+                    stacklevel=2,
+                )
+                return model
     return model

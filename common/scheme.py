@@ -56,8 +56,10 @@ def _layers_of(text: str) -> range:
     found = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
     if found is None:
         raise OctavoError(f"scheme: layers {text!r} is no layer number and no range such as 0-1")
-    first = int(found[1])
-    return range(first, int(found[2] or first) + 1)
+    first, last = int(found[1]), int(found[2] or found[1])
+    if last < first:
+        raise OctavoError(f"scheme: layers {text!r} end before they begin")
+    return range(first, last + 1)
 
 
 @dataclass(frozen=True)
@@ -72,11 +74,12 @@ class Scheme:
             on how a prompt is cut. "float": the first pass attends to the float k and v, as Ascend's runtime does.
         float_layers: decoder layers whose attention and cache stay in float.
         layers: other schemes for some layers, by "3" or "0-1": name of a preset, or the fields that differ.
-        sinks: tokens at the start of a sequence that stay in 16-bit floats.
+        sinks: tokens at the start of a sequence that stay in 16-bit floats; padding at the left counts as such.
         window: at least this many of the newest tokens stay in 16-bit floats (residual window).
         rotate_key: q and k are multiplied by a Hadamard matrix, which leaves q . k and spreads outlier channels.
         rotate_value: likewise v; the output is rotated back.
-        smooth_key: k is stored less the mean of the first pass of each sequence, which no softmax notices.
+        smooth_key: k is stored less the mean of the first pass of each sequence, which no softmax notices; so codes
+            depend on how long that pass is.
         fold_bias: where the model allows, biases of k and v are left out of the cache and come back exactly in
             attention (`folds.py`). Ascend's formats count them in.
         origin: which system the scheme comes from, and what it rests on.
@@ -121,6 +124,12 @@ class Scheme:
             raise OctavoError(f"scheme {self.name}: 'rotate_key' and a K stored before RoPE exclude each other")
         if self.prefill == "float" and self.is_segmented:
             raise OctavoError(f"scheme {self.name}: prefill 'float' excludes sinks, a window and groups of tokens")
+        if self.smooth_key and self.key is not None and self.key.is_calibrated:
+            raise OctavoError(
+                f"scheme {self.name}: 'smooth_key' is of dynamic scales; those from calibration count it in"
+            )
+        if self.rotate_value and self.value is not None and self.value.levels == "calibrated":
+            raise OctavoError(f"scheme {self.name}: 'rotate_value' and a calibrated codebook of V exclude each other")
         steps = sorted((self.step(self.key), self.step(self.value)))
         if steps[1] % steps[0]:
             raise OctavoError(
@@ -128,6 +137,8 @@ class Scheme:
             )
         for text, other in self.layers:
             _layers_of(text)
+            if not isinstance(other, (str, dict)):
+                raise OctavoError(f"scheme {self.name}: layers {text}: a preset's name or an object, not {other!r}")
             if isinstance(other, str):
                 load_scheme(other)
             else:
@@ -263,7 +274,7 @@ def load_scheme(scheme: "str | dict[str, Any] | Scheme") -> Scheme:
         return Scheme.from_dict(scheme)
     name = KV_CACHE_DTYPES.get(scheme, scheme)
     if name not in PRESETS:
-        raise OctavoError(f"scheme {scheme!r} is no preset; choose one of {', '.join(PRESETS)}")
+        raise OctavoError(f"scheme {scheme!r} is no preset; choose one of {', '.join(PRESETS)}, or FILE.json")
     return Scheme.from_dict(json.loads(resource(f"common/presets/{name}.json")))
 
 

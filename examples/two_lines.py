@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from octavo.common.cache import QuantizedCache
 from octavo.common.folds import prepare
-from octavo.common.scheme import PRESETS
+from octavo.common.scheme import PRESETS, load_scheme
 
 
 def main() -> None:
@@ -17,7 +17,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_path", required=True)
     parser.add_argument("--prompt", default="The capital of France is")
-    parser.add_argument("--scheme", default="int8-token", choices=PRESETS, help="one that needs no calibration")
+    dynamic = [name for name in PRESETS if not load_scheme(name).is_static]
+    parser.add_argument("--scheme", default="int8-token", choices=dynamic, help="one that needs no calibration")
     flags = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(flags.model_path)
     model = AutoModelForCausalLM.from_pretrained(flags.model_path)

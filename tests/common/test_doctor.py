@@ -153,7 +153,7 @@ def test_a_decoder_without_biases_has_nothing_in_the_way(model_type: str, tmp_pa
     assert all(not verdict["broken_by"] for verdict in report["schemes"].values())
     assert "layers 0-2: nothing in the way" in render(report)
     assert report["recommendation"]["8 bits"]["preset"] == "int8-token"
-    assert report["recommendation"]["4 bits"]["preset"] == "kivi-4"
+    assert report["recommendation"]["4 bits"]["preset"] == "octavo-4"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -180,7 +180,7 @@ def test_a_bias_stays_where_frequencies_change(rope_type: str, tmp_path: Path) -
     report = examine(str(write(tmp_path, tensors, "qwen2", rope_parameters=rope)))
     assert not report["facts"]["bias_can_be_folded"]
     assert broken(report, "int8-token") == ([1], [1])
-    assert report["recommendation"]["8 bits"]["preset"] == "ascend-c8"
+    assert report["recommendation"]["8 bits"]["preset"] == "octavo-8"
     assert "cannot be folded" in render(report)
 
 
@@ -190,7 +190,7 @@ def test_an_outlier_channel_breaks_what_no_folding_mends(tmp_path: Path) -> None
     report = examine(str(write(tmp_path, tensors)))
     assert broken(report, "int8-token") == ([2], [2])
     assert report["layers"][2]["outlier"] > 500 > report["layers"][1]["outlier"]
-    assert report["recommendation"]["8 bits"]["preset"] == "ascend-c8"
+    assert report["recommendation"]["8 bits"]["preset"] == "octavo-8"
     assert "outlier channel: breaks token" in render(report)
 
 
@@ -249,7 +249,7 @@ def test_a_head_that_fits_nothing_is_said(tmp_path: Path) -> None:
                for name, tensor in make_tensors().items()}  # fmt: skip
     text = render(examine(str(write(tmp_path, tensors, head_dim=20))))
     assert "20: no power of two" in text and "no multiple of 8" in text and "no multiple of 32" in text
-    assert "for 4 bits: int4-token" in text
+    assert "for 4 bits: octavo-4" in text
 
 
 def test_spans() -> None:

@@ -149,7 +149,7 @@ def _scored(found: list[dict[str, Row]], what: str) -> tuple[str, ...]:
 
 
 def _quality_conditions(found: list[dict[str, Row]]) -> str:
-    windows = {row["model"]: row["windows"] for rows in found for row in rows.values()}
+    windows = {row["model"]: row["windows"] for rows in found for row in reversed(rows.values())}
     counts = " and ".join(f"{count} windows of {model}" for model, count in windows.items())
     return (
         f"KL(float || quantized) in nats per token, change of the perplexity, and share of tokens whose likeliest next "
@@ -206,11 +206,9 @@ def peers_table() -> str:
     newest = {(row["model"], row["system"], row["what"]): row for row in _rows("peers.csv")}
     if not newest:
         return "No peer is measured yet."
-    rows = [("model", "system", "cache", "bits", "KL", "perplexity", "top-1")]
-    rows += [(*key, f"{float(row['bits']):.2f}", *_scores(row)) for key, row in newest.items()]
-    any_row = next(iter(newest.values()))
-    conditions = f"{any_row['windows']} window(s), {any_row['tokens']} scored tokens; peers.py has the conditions."
-    return f"{_markdown(rows, 3)}\n\n{conditions}"
+    rows = [("model", "system", "cache", "windows", "bits", "KL", "perplexity", "top-1")]
+    rows += [(*key, row["windows"], f"{float(row['bits']):.2f}", *_scores(row)) for key, row in newest.items()]
+    return f"{_markdown(rows, 3)}\n\nScored: the second half of windows of 2,048 tokens; peers.py has the conditions."
 
 
 def ops_table(file: str) -> str:

@@ -289,6 +289,10 @@ class QuantizedCache(Cache):
                 f"QuantizedCache serves attention over k and v; this model has {', '.join(sorted(others))}"
             )
         count = config.num_hidden_layers
+        if self.scheme.layers_named > count:
+            raise OctavoError(
+                f"scheme {self.scheme.name}: names layer {self.scheme.layers_named - 1} of a model of {count} layers"
+            )
         if scales is None and self.scheme.is_static:
             if statistics is None:
                 raise OctavoError(

@@ -23,7 +23,6 @@ from .checkpoints.ascend import (
     TensorHeader,
     build_description,
     in_file_order,
-    read_json,
     scale_tensors,
     weight_file_names,
 )
@@ -100,7 +99,7 @@ def chosen_scheme(flags: argparse.Namespace) -> Scheme:
     name = flags.scheme or flags.kv_cache_dtype or "float"
     if flags.use_kvcache_quant or flags.use_fa_quant:
         name = "ascend-c8" if flags.use_kvcache_quant else "ascend-fa"
-    scheme = load_scheme(read_json(Path(name)) if name.endswith(".json") else name)
+    scheme = load_scheme(name)
     if flags.kv_scales != "data" and not scheme.is_static:
         raise OctavoError(f"--kv_scales {flags.kv_scales}: scheme {scheme.name} has no static scales; leave it out")
     if flags.w_bit == 16 and not scheme.is_quantized:
@@ -305,7 +304,9 @@ def convert(architecture: Architecture, flags: argparse.Namespace) -> None:
     model = load_source(source, flags.device_type)
 
     linears = choose_linears(model, flags, architecture.float_linears(model.config, source_dtype(headers)))
-    statistics = calibrate(model, linears, tqdm(samples, desc="calibrating", unit="text"))
+    needs_texts = (linears and not flags.is_dynamic) or scheme.is_static or flags.save_statistics is not None
+    seen = samples if needs_texts or flags.disable_level else samples[:1]
+    statistics = calibrate(model, linears, tqdm(seen, desc="calibrating", unit="text"))
     statistics.check_finite()
     if flags.kv_scales == "random":
         statistics = random_statistics(model, statistics)

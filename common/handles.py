@@ -13,6 +13,11 @@ import torch
 
 from ..ops.library import NAMESPACE
 
+NO_TENSOR = (
+    "a quantized cache hands out codes, which have no {!r}; call octavo.common.folds.prepare(model) first, or "
+    f"model.set_attn_implementation({NAMESPACE!r}), which leaves biases of k in the cache"
+)
+
 
 @dataclass
 class Codes:
@@ -43,10 +48,7 @@ class Codes:
 
     def __getattr__(self, name: str) -> Any:
         """What another attention function runs into when it takes codes for a tensor."""
-        raise AttributeError(
-            f"a quantized cache hands out codes, which have no {name!r}; "
-            f"call model.set_attn_implementation({NAMESPACE!r}) first"
-        )
+        raise AttributeError(NO_TENSOR.format(name))
 
     def part(self, start: int, stop: int) -> "Codes":
         """Tokens `start:stop`, of which `start` is a multiple of the group."""
@@ -80,6 +82,10 @@ class Segments:
     coded: Callable[[int], int]
     rotated: bool = False
     folded: bool | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        """As in `Codes`."""
+        raise AttributeError(NO_TENSOR.format(name))
 
     @property
     def query_scale(self) -> torch.Tensor | None:

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..ops.resources import resource
@@ -176,6 +177,11 @@ class Scheme:
         return bool(self.sinks or self.window) or self.step(self.key) > 1 or self.step(self.value) > 1
 
     @property
+    def layers_named(self) -> int:
+        """How many layers a model must have for `layers` and `float_layers` to mean something."""
+        return 1 + max([-1, *self.float_layers, *(_layers_of(text)[-1] for text, _ in self.layers)])
+
+    @property
     def is_compileable(self) -> bool:
         """Whether single ops write and read what a layer stores, so that one graph serves every step."""
         layers = [self, *(self.of_layer(_layers_of(text)[0]) for text, _ in self.layers)]
@@ -262,16 +268,27 @@ class Scheme:
         return cls(**{**data, **codecs, "layers": tuple(layers.items()), "float_layers": floats})
 
 
-def load_scheme(scheme: "str | dict[str, Any] | Scheme") -> Scheme:
-    """A scheme from the name of a preset or a `kv_cache_dtype` of vLLM, from plain data, or as it is.
+def _read_scheme(file: Path) -> Scheme:
+    """A scheme from a JSON file."""
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OctavoError(f"scheme {file}: is no JSON file that can be read ({error})") from None
+    return Scheme.from_dict(data)
+
+
+def load_scheme(scheme: "str | Path | dict[str, Any] | Scheme") -> Scheme:
+    """A scheme from the name of a preset, a `kv_cache_dtype` of vLLM or a JSON file, from plain data, or as it is.
 
     Raises:
-        OctavoError: the name is no preset; the message lists them.
+        OctavoError: the name is no preset; the message lists them. The file holds no scheme.
     """
     if isinstance(scheme, Scheme):
         return scheme
     if isinstance(scheme, dict):
         return Scheme.from_dict(scheme)
+    if str(scheme).endswith(".json"):
+        return _read_scheme(Path(scheme))
     name = KV_CACHE_DTYPES.get(scheme, scheme)
     if name not in PRESETS:
         raise OctavoError(f"scheme {scheme!r} is no preset; choose one of {', '.join(PRESETS)}, or FILE.json")

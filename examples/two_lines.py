@@ -7,7 +7,7 @@ import argparse
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from octavo.common.cache import QuantizedCache
+from octavo.common.cache import QuantizedCache, kv_bytes_per_token
 from octavo.common.folds import prepare
 from octavo.common.scheme import PRESETS, load_scheme
 
@@ -29,7 +29,8 @@ def main() -> None:
 
     output = model.generate(**inputs, past_key_values=cache, max_new_tokens=40, do_sample=False)
     print(tokenizer.decode(output[0], skip_special_tokens=True))
-    print(f"KV cache of {cache.get_seq_length()} tokens: {cache.nbytes():,} bytes allocated")
+    used = cache.get_seq_length() * kv_bytes_per_token(model.config, cache.scheme, model.dtype.itemsize)
+    print(f"KV cache of {cache.get_seq_length()} tokens: {used:,} bytes as codes, {cache.nbytes():,} allocated")
 
 
 if __name__ == "__main__":

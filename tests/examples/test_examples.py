@@ -56,7 +56,7 @@ def test_the_minimal_project_loads_a_converted_checkpoint_too(project: Path, con
 def test_two_lines_quantize_the_cache_of_a_stock_model(source: Path) -> None:
     printed = run(str(EXAMPLES / "two_lines.py"), "--model_path", str(source))
     # The tokens fit the smallest storage: 64 of them, in 3 layers, 2 heads, K and V, of 16 codes and 4 bytes of scale.
-    assert f"{64 * 3 * 2 * 2 * (16 + 4):,} bytes allocated" in printed
+    assert f"{64 * 3 * 2 * 2 * (16 + 4):,} allocated" in printed
 
 
 def test_chat_answers_until_an_empty_line(converted: Callable[..., Path], tmp_path: Path) -> None:

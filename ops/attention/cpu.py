@@ -20,7 +20,10 @@ _pack_attention = struct.Struct("84q1d").pack
 
 def attention_cpu_description() -> str:
     """What serves on the CPU, for `ops.report()`."""
-    return f"{ATTENTION_KERNEL.description()}; queries in float64 by the reference (PyTorch)"
+    return (
+        f"{ATTENTION_KERNEL.description()}; queries in float64 by the reference (PyTorch); codes of 2 and 3 bits, "
+        "codebooks and outliers are decoded in blocks first"
+    )
 
 
 _NO_PART = (0,) * 9

@@ -149,8 +149,10 @@ def _scored(found: list[dict[str, Row]], what: str) -> tuple[str, ...]:
 
 
 def _quality_conditions(found: list[dict[str, Row]]) -> str:
-    windows = {row["model"]: row["windows"] for rows in found for row in reversed(rows.values())}
-    counts = " and ".join(f"{count} windows of {model}" for model, count in windows.items())
+    windows: dict[str, set[str]] = {}
+    for row in (row for rows in found for row in rows.values()):
+        windows.setdefault(row["model"], set()).add(row["windows"])
+    counts = " and ".join(f"{' or '.join(sorted(count))} windows of {model}" for model, count in windows.items())
     return (
         f"KL(float || quantized) in nats per token, change of the perplexity, and share of tokens whose likeliest next "
         f"token is the same: {counts}, 2,048 tokens each, of English Wikipedia, teacher-forced, every query reading "

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..ops.codes import code_range
 from .errors import OctavoError
 
 CODE_DTYPES = {
@@ -111,6 +112,11 @@ class Codec:
     def bits(self) -> int:
         """Bits of a code."""
         return CODE_BITS[self.dtype]
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """What the smallest and largest code stand for before scale and zero: -1 and 1 with a calibrated codebook."""
+        return (-1.0, 1.0) if self.levels == "calibrated" else code_range(self.stored_dtype, self.bits)
 
     @property
     def stored_dtype(self) -> torch.dtype:

@@ -5,7 +5,7 @@
 
 import torch
 
-from ..ops.codes import SMALLEST_SCALE, code_range, dynamic_scale, scale_for_zero
+from ..ops.codes import SMALLEST_SCALE, dynamic_scale, scale_for_zero
 from .codec import Codec
 
 SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
@@ -32,7 +32,7 @@ def gaussian_levels(bits: int, device: torch.device) -> torch.Tensor:
 
 def _affine(codec: Codec, low: torch.Tensor, high: torch.Tensor) -> ScaleAndZero:
     """Scale and zero that map `low` and `high` to the ends of the codes, the zero by the scale as it is stored."""
-    first, last = (-1.0, 1.0) if codec.levels == "calibrated" else code_range(codec.stored_dtype, codec.bits)
+    first, last = codec.ends
     dtype, farthest = codec.stored_scale_dtype, torch.maximum(low.abs(), high.abs())
     scale = scale_for_zero(dynamic_scale(high - low, last - first), farthest, dtype).to(dtype)
     return scale, (first - low / scale.float()).to(dtype)
@@ -42,8 +42,7 @@ def _ranged(codec: Codec, groups: torch.Tensor) -> ScaleAndZero:
     """Rule "range": the ends of the codes are the ends of the values, or symmetric about 0."""
     if codec.has_zero:
         return _affine(codec, groups.amin(dim=-1), groups.amax(dim=-1))
-    last = 1.0 if codec.levels == "calibrated" else code_range(codec.stored_dtype, codec.bits)[1]
-    return dynamic_scale(groups.abs().amax(dim=-1), last).to(codec.stored_scale_dtype), None
+    return dynamic_scale(groups.abs().amax(dim=-1), codec.ends[1]).to(codec.stored_scale_dtype), None
 
 
 def _coded(codec: Codec, groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
@@ -52,7 +51,7 @@ def _coded(codec: Codec, groups: torch.Tensor, scale: torch.Tensor, zero: torch.
     offset = 0.0 if zero is None else zero.float()[..., None]
     scaled = groups / step + offset
     if codec.levels == "uniform":
-        return (scaled.round().clamp(*code_range(codec.stored_dtype, codec.bits)) - offset) * step
+        return (scaled.round().clamp(*codec.ends) - offset) * step
     levels = gaussian_levels(codec.bits, groups.device)
     return (levels[torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2)] - offset) * step
 

@@ -138,7 +138,7 @@ def static_scale(
     if codec.symmetric:
         return symmetric_scale(_shared(codec, torch.maximum(-low, high)), codec.stored_dtype), None
     least, most = _shared(codec, low, largest=False), _shared(codec, high)
-    first, last = (-1.0, 1.0) if codec.levels == "calibrated" else code_range(codec.stored_dtype, codec.bits)
+    first, last = codec.ends
     scale = ((most - least) / (last - first)).clamp_min(SMALLEST_SCALE)
     return scale, -(most + least) / 2 / scale
 

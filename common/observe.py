@@ -1,7 +1,7 @@
 """Calibration: run the float model over texts and keep what scales are derived from (see `statistics`)."""
 
-import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,11 +13,14 @@ from transformers.masking_utils import sdpa_mask
 from ..ops.library import NAMESPACE
 from .checkpoints.ascend import attention_modules
 from .folds import folds_key_bias, large_key_bias, norm_before
+from .linear_scheme import LinearInputs
 from .rotation import rope_constants, rotated_by_slot
-from .statistics import Statistics, rotary_radius
+from .statistics import Statistics, rotary_radius, statistics_facts
 
 OBSERVING = f"{NAMESPACE}_observe"
-BINS = 2048
+MOST_BYTES = 2**26
+"""Of rows that are kept of the inputs of a linear layer."""
+INPUT_PARTS = ("low", "high", "mean_abs", "mean_square")
 
 
 def left_out_biases(
@@ -90,64 +93,69 @@ class AttentionObserver:
 
 
 class InputObserver:
-    """Range, spread and histogram of the inputs of one linear layer.
+    """What the inputs of one linear layer are like: extremes and means of each channel, and some rows.
 
-    The histogram has `BINS` equal bins over `[-limit, limit]`; when a value falls outside, the limit doubles and
-    neighbouring bins merge, so that no earlier value is needed again.
+    Rows are kept evenly: once they take more than `MOST_BYTES`, every second one goes, and from then on every second
+    one that comes is kept.
     """
 
     def __init__(self) -> None:
-        self.low = self.high = self.squares = 0.0
         self.count = 0
-        self.limit = 0.0
-        self.histogram = torch.zeros(BINS)
-
-    def _widen(self, largest: float) -> None:
-        if self.limit == 0.0:
-            self.limit = largest
-        while largest > self.limit:
-            merged = self.histogram.view(-1, 2).sum(dim=1)
-            self.histogram = nn.functional.pad(merged, (BINS // 4, BINS // 4))
-            self.limit *= 2
+        self._stride = 1
+        self._rows: list[torch.Tensor] = []
+        self._bytes = 0
 
     def __call__(self, x: torch.Tensor) -> None:
-        """See inputs of any shape."""
-        values = x.detach().float()
-        low, high = (float(bound) for bound in torch.aminmax(values))
-        self.low, self.high = min(self.low, low), max(self.high, high)
-        self.squares += float(torch.linalg.vector_norm(values)) ** 2
-        self.count += values.numel()
-        if not math.isfinite(self.squares):
-            return
-        self._widen(max(-low, high))
-        if self.limit > 0.0:
-            bins = ((values.flatten() + self.limit) * (BINS / 2 / self.limit)).int().clamp_(0, BINS - 1)
-            self.histogram += torch.bincount(bins, minlength=BINS).cpu()
+        """See inputs `[..., K]`."""
+        values = x.detach().float().reshape(-1, x.shape[-1])
+        low, high = values.amin(dim=0), values.amax(dim=0)
+        sums = values.abs().sum(dim=0, dtype=torch.float64), values.square().sum(dim=0, dtype=torch.float64)
+        if not self.count:
+            self.low, self.high, (self._abs, self._squares) = low, high, sums
+        else:
+            self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
+            self._abs, self._squares = self._abs + sums[0], self._squares + sums[1]
+        self._rows.append(values[-self.count % self._stride :: self._stride].clone())
+        self._bytes += self._rows[-1].nbytes
+        self.count += len(values)
+        while self._bytes > MOST_BYTES:
+            self._stride *= 2
+            self._rows = [torch.cat(self._rows)[::2].clone()]
+            self._bytes = self._rows[0].nbytes
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """`range` [low, high, root mean square, limit of the histogram] and `histogram` [BINS]."""
-        spread = math.sqrt(self.squares / max(1, self.count))
-        return {"range": torch.tensor([self.low, self.high, spread, self.limit]), "histogram": self.histogram.clone()}
+    def inputs(self) -> LinearInputs:
+        """What was found."""
+        means = (self._abs / self.count).float(), (self._squares / self.count).float()
+        return LinearInputs(self.low, self.high, *means, torch.cat(self._rows))
 
 
 class InputObservers:
-    """The observers of all linear layers; layers that are given the same tensor (q, k and v; gate and up) share one."""
+    """The observers of some linear layers; layers that are given the same tensor (q, k and v; gate and up) share one.
 
-    def __init__(self, model: nn.Module, linears: Iterable[str]) -> None:
-        self.of: dict[str, InputObserver] = {}
+    Args:
+        linears: by name.
+    """
+
+    def __init__(self, linears: dict[str, nn.Module]) -> None:
+        self._of: dict[str, InputObserver] = {}
         self._last: tuple[torch.Tensor | None, InputObserver | None] = (None, None)
         self._hooks = [
-            model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: self._see(name, args[0]))
-            for name in linears
+            linear.register_forward_pre_hook(lambda _, args, name=name: self._see(name, args[0]))
+            for name, linear in linears.items()
         ]
 
     def _see(self, name: str, x: torch.Tensor) -> None:
         if x is self._last[0]:
-            self.of.setdefault(name, self._last[1])
+            self._of.setdefault(name, self._last[1])
             return
-        observer = self.of.setdefault(name, InputObserver())
+        observer = self._of.setdefault(name, InputObserver())
         observer(x)
         self._last = (x, observer)
+
+    def inputs(self) -> dict[str, LinearInputs]:
+        """What was found, by name; layers that share an observer hold the same object."""
+        found = {id(observer): observer.inputs() for observer in self._of.values()}
+        return {name: found[id(observer)] for name, observer in self._of.items()}
 
     def remove(self) -> None:
         """Stop observing."""
@@ -161,6 +169,44 @@ def _observing_attention(module: nn.Module, query: Any, key: Any, value: Any, *a
     return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
 
 
+@contextmanager
+def observing_attention(model: nn.Module, attentions: list[tuple[str, nn.Module]]) -> Iterator[None]:
+    """Within it, passes of the model show q, k and v to an `attention_observer` of each of some attention modules.
+
+    Args:
+        attentions: names and modules, as `attention_modules` gives them.
+    """
+    AttentionInterface.register(OBSERVING, _observing_attention)
+    AttentionMaskInterface.register(OBSERVING, sdpa_mask)
+    for name, attention in attentions:
+        frequencies, factor = rope_constants(model.config, attention.head_dim)
+        device = attention.k_proj.weight.device
+        attention.attention_observer = AttentionObserver(
+            attention, norm_before(model, name), frequencies.to(device), factor, folds_key_bias(model)
+        )
+    before = model.config._attn_implementation
+    model.set_attn_implementation(OBSERVING)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+        for _, attention in attentions:
+            del attention.attention_observer
+
+
+def attention_tensors(attention: nn.Module) -> dict[str, torch.Tensor]:
+    """What the observer of an attention module found, by the names of `statistics.py`."""
+    found = attention.attention_observer.tensors()
+    return {f"layers.{attention.layer_idx}.{name}": tensor for name, tensor in found.items()}
+
+
+def input_tensors(inputs: dict[str, LinearInputs]) -> dict[str, torch.Tensor]:
+    """What is kept of the inputs of linear layers, by the names of `statistics.py`."""
+    return {
+        f"linears.{name}.{part}": getattr(found, part).cpu() for name, found in inputs.items() for part in INPUT_PARTS
+    }
+
+
 def calibrate(model: nn.Module, linears: Iterable[str], samples: Iterable[dict[str, torch.Tensor]]) -> Statistics:
     """Run a float model of transformers over samples and collect statistics; the model is left as it was.
 
@@ -169,34 +215,15 @@ def calibrate(model: nn.Module, linears: Iterable[str], samples: Iterable[dict[s
         linears: names of the linear layers whose inputs are observed.
         samples: keyword arguments of the model, `[1, S]` ids and mask each.
     """
-    AttentionInterface.register(OBSERVING, _observing_attention)
-    AttentionMaskInterface.register(OBSERVING, sdpa_mask)
-    inputs = InputObservers(model, linears)
     attentions = attention_modules(model)
-    for name, attention in attentions:
-        frequencies, factor = rope_constants(model.config, attention.head_dim)
-        attention.attention_observer = AttentionObserver(
-            attention, norm_before(model, name), frequencies.to(model.device), factor, folds_key_bias(model)
-        )
-    before = model.config._attn_implementation
-    model.set_attn_implementation(OBSERVING)
     tokens = 0
+    inputs = InputObservers({name: model.get_submodule(name) for name in linears})
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), observing_attention(model, attentions):
             for sample in samples:
                 tokens += sample["input_ids"].shape[1]
                 model(**{name: part.to(model.device) for name, part in sample.items()}, use_cache=False)
-        tensors = {
-            f"layers.{attention.layer_idx}.{name}": found
-            for _, attention in attentions
-            for name, found in attention.attention_observer.tensors().items()
-        }
+            tensors = {k: v for _, attention in attentions for k, v in attention_tensors(attention).items()}
     finally:
-        model.set_attn_implementation(before)
         inputs.remove()
-        for _, attention in attentions:
-            del attention.attention_observer
-    for name, observer in inputs.of.items():
-        tensors.update({f"linears.{name}.{part}": tensor for part, tensor in observer.tensors().items()})
-    facts = {"model_type": model.config.model_type, "num_hidden_layers": len(attentions), "tokens": tokens}
-    return Statistics(tensors, {name: str(value) for name, value in facts.items()})
+    return Statistics(tensors | input_tensors(inputs.inputs()), statistics_facts(model.config, tokens))

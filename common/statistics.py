@@ -8,10 +8,12 @@ Tensors, for decoder layer `i` (H query heads, G KV heads, D head_dim), all floa
     layers.{i}.k.folded.radius, layers.{i}.v.folded.{low,high}: the same without the bias of the projection, if any
     layers.{i}.k.before.{low,high}  [G, D]       ends of the codebook of each channel before RoPE (`codebooks.py`)
     layers.{i}.{k,v}.levels.{bits}  [2**bits]    codebooks (`codebooks.py`)
+    linears.{name}.{low,high,mean_abs,mean_square}  [K]  of each input channel of a linear layer
 """
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -83,6 +85,12 @@ class Statistics:
             save_file(self.tensors, file, metadata={**self.metadata, "format": STATISTICS_FORMAT})
         except (OSError, SafetensorError) as error:
             raise OctavoError(f"statistics file {file}: cannot be written ({first_line(error)})") from None
+
+
+def statistics_facts(config: Any, tokens: int) -> dict[str, str]:
+    """The metadata of the statistics of a model calibrated on so many tokens."""
+    facts = {"model_type": config.model_type, "num_hidden_layers": config.num_hidden_layers, "tokens": tokens}
+    return {name: str(value) for name, value in facts.items()}
 
 
 def load_statistics(file: str | Path) -> Statistics:
@@ -162,8 +170,8 @@ def _bound(parts: torch.Tensor, channels: int, is_rotated: bool) -> torch.Tensor
     return bound.repeat(1, channels)
 
 
-def scales_of(scheme: Scheme, statistics: Statistics) -> Scales:
-    """Derive the static scales of a scheme.
+def scales_of_layer(scheme: Scheme, statistics: Statistics, index: int) -> LayerScales:
+    """Derive the static scales of a scheme for one layer.
 
     K and q take the radius of each rotary pair as the bound of both its channels: a range observed after RoPE holds
     only for the positions that were observed, since RoPE turns one channel of a pair into the other as they grow.
@@ -171,41 +179,37 @@ def scales_of(scheme: Scheme, statistics: Statistics) -> Scales:
     Raises:
         OctavoError: the statistics lack what the scheme needs.
     """
-    tensors, result = statistics.tensors, []
-    for index in range(statistics.layers):
-        part, name = scheme.of_layer(index), f"layers.{index}"
-        folded = part.fold_bias and any(f"{name}.{side}" in tensors for side in ("k.folded.radius", "v.folded.low"))
-        of_key, of_value = (
-            f"{name}.{side}.folded" if folded and f"{name}.{side}.folded.{kind}" in tensors else f"{name}.{side}"
-            for side, kind in (("k", "radius"), ("v", "low"))
-        )
-        key_levels, value_levels = (
-            _levels(part.key, statistics, f"{name}.k"),
-            _levels(part.value, statistics, f"{name}.v"),
-        )
-        if key_levels is not None and f"{name}.k.folded.radius" in tensors and not folded:
-            raise OctavoError(f"scheme {part.name}: codebooks are for K without its bias; leave 'fold_bias' at true")
-        low, high = tensors[f"{of_value}.low"], tensors[f"{of_value}.high"]
-        bound, query_bound, value_bound = (
-            _bound(tensors[f"{of_key}.radius"], 2, part.rotate_key),
-            _bound(tensors[f"{name}.q.radius"], 2, part.rotate_key),
-            _bound(torch.maximum(-low, high), 1, part.rotate_value),
-        )
-        key_range = (-bound, bound)
-        if key_levels is not None:
-            key_range = tensors[f"{name}.k.before.low"], tensors[f"{name}.k.before.high"]
-        value_range = (-value_bound, value_bound) if part.rotate_value else (low, high)
-        query = static_scale(part.query, -query_bound, query_bound)
-        value = static_scale(part.value, *value_range)
-        is_folded = folded and part.is_static
-        result.append(
-            LayerScales(
-                static_scale(part.key, *key_range),
-                value,
-                query[0] if query else None,
-                key_levels,
-                value_levels,
-                is_folded,
-            )
-        )
-    return result
+    tensors = statistics.tensors
+    part, name = scheme.of_layer(index), f"layers.{index}"
+    folded = part.fold_bias and any(f"{name}.{side}" in tensors for side in ("k.folded.radius", "v.folded.low"))
+    of_key, of_value = (
+        f"{name}.{side}.folded" if folded and f"{name}.{side}.folded.{kind}" in tensors else f"{name}.{side}"
+        for side, kind in (("k", "radius"), ("v", "low"))
+    )
+    key_levels, value_levels = (
+        _levels(part.key, statistics, f"{name}.k"),
+        _levels(part.value, statistics, f"{name}.v"),
+    )
+    if key_levels is not None and f"{name}.k.folded.radius" in tensors and not folded:
+        raise OctavoError(f"scheme {part.name}: codebooks are for K without its bias; leave 'fold_bias' at true")
+    low, high = tensors[f"{of_value}.low"], tensors[f"{of_value}.high"]
+    bound, query_bound, value_bound = (
+        _bound(tensors[f"{of_key}.radius"], 2, part.rotate_key),
+        _bound(tensors[f"{name}.q.radius"], 2, part.rotate_key),
+        _bound(torch.maximum(-low, high), 1, part.rotate_value),
+    )
+    key_range = (-bound, bound)
+    if key_levels is not None:
+        key_range = tensors[f"{name}.k.before.low"], tensors[f"{name}.k.before.high"]
+    value_range = (-value_bound, value_bound) if part.rotate_value else (low, high)
+    query = static_scale(part.query, -query_bound, query_bound)
+    value = static_scale(part.value, *value_range)
+    is_folded = folded and part.is_static
+    return LayerScales(
+        static_scale(part.key, *key_range), value, query[0] if query else None, key_levels, value_levels, is_folded
+    )
+
+
+def scales_of(scheme: Scheme, statistics: Statistics) -> Scales:
+    """Derive the static scales of a scheme for all layers; raises as `scales_of_layer`."""
+    return [scales_of_layer(scheme, statistics, index) for index in range(statistics.layers)]

@@ -31,30 +31,49 @@ class Fidelity:
     top1: float
 
 
+class Comparison:
+    """Running sums of a comparison of two models."""
+
+    def __init__(self) -> None:
+        self._sums = torch.zeros(4, dtype=torch.float64)
+        self.tokens = 0
+
+    def add(self, float_logits: torch.Tensor, quantized_logits: torch.Tensor, targets: torch.Tensor) -> None:
+        """See both models' logits `[T, V]` for the next tokens `[T]`."""
+        expected, actual = (logits.double().log_softmax(-1).cpu() for logits in (float_logits, quantized_logits))
+        target = targets[:, None].cpu()
+        self._sums[0] += (expected.exp() * (expected - actual)).sum()
+        self._sums[1] -= actual.gather(1, target).sum()
+        self._sums[2] -= expected.gather(1, target).sum()
+        self._sums[3] += (expected.argmax(-1) == actual.argmax(-1)).sum()
+        self.tokens += len(targets)
+
+    def fidelity(self) -> Fidelity:
+        """The means.
+
+        Raises:
+            ValueError: nothing was seen.
+        """
+        if self.tokens == 0:
+            raise ValueError("nothing to compare: every sample is shorter than two tokens")
+        kl, loss, float_loss, top1 = (self._sums / self.tokens).tolist()
+        return Fidelity(self.tokens, kl, math.exp(loss), math.exp(float_loss), top1)
+
+
 def compare(float_logits: LogitsOf, quantized_logits: LogitsOf, samples: Iterable[torch.Tensor]) -> Fidelity:
     """Compare two models on `[1, S]` samples of token ids, teacher-forced.
 
     Raises:
         ValueError: no sample has two tokens, so that nothing is predicted.
     """
-    sums = torch.zeros(4, dtype=torch.float64)
-    tokens = 0
+    comparison = Comparison()
     for ids in samples:
         with torch.inference_mode():
             pair = [logits_of(ids)[0, :-1] for logits_of in (float_logits, quantized_logits)]
-        targets = ids[0, 1:]
-        for start in range(0, len(targets), ROWS):
-            expected, actual = (logits[start : start + ROWS].double().log_softmax(-1).cpu() for logits in pair)
-            target = targets[start : start + ROWS, None].cpu()
-            sums[0] += (expected.exp() * (expected - actual)).sum()
-            sums[1] -= actual.gather(1, target).sum()
-            sums[2] -= expected.gather(1, target).sum()
-            sums[3] += (expected.argmax(-1) == actual.argmax(-1)).sum()
-            tokens += len(target)
-    if tokens == 0:
-        raise ValueError("nothing to compare: every sample is shorter than two tokens")
-    kl, loss, float_loss, top1 = (sums / tokens).tolist()
-    return Fidelity(tokens, kl, math.exp(loss), math.exp(float_loss), top1)
+        for start in range(0, ids.shape[1] - 1, ROWS):
+            stop = start + ROWS
+            comparison.add(pair[0][start:stop], pair[1][start:stop], ids[0, 1:][start:stop])
+    return comparison.fidelity()
 
 
 def windows(ids: torch.Tensor, length: int, count: int) -> list[torch.Tensor]:

@@ -161,8 +161,10 @@ class PlannedFiles:
         """
         for file, text in self._texts.items():
             with file.open("wb") as opened:
-                os.posix_fallocate(opened.fileno(), 0, self._sizes[file])
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(opened.fileno(), 0, self._sizes[file])
                 opened.write(text)
+                opened.truncate(self._sizes[file])
         if self.index_file is not None:
             weight_map = {name: placed.file.name for name, placed in self.placed.items()}
             write_json(self.index_file, {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map})

@@ -1,20 +1,26 @@
-"""Writing an output directory: whole, or not at all."""
+"""Writing an output directory: whole, or not at all; and going on with one whose process was stopped."""
 
+import fcntl
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 from ..errors import OctavoError
+
+PROGRESS = ".progress"
+"""Directory within a stage; it is gone before the stage becomes the output."""
+
+
+class _Kept(OctavoError):
+    """An error that leaves a stage as it is."""
 
 
 def check_output(directory: Path, flag: str) -> None:
@@ -28,63 +34,151 @@ def check_output(directory: Path, flag: str) -> None:
         raise OctavoError(f"{flag} {directory}: {parent} cannot be written; choose another directory")
 
 
+class Stage:
+    """The directory in which an output grows, and how far it has come.
+
+    Attributes:
+        path: the directory.
+        step: steps that are finished; 0 at first.
+        state: tensors that were kept with the last of them.
+        notes: plain data that was kept with it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.step = 0
+        self.state: dict[str, torch.Tensor] = {}
+        self.notes: dict[str, Any] = {}
+        self._progress = path / PROGRESS
+
+    @property
+    def _file(self) -> Path:
+        return self._progress / "progress.json"
+
+    def _state_file(self, step: int) -> Path:
+        return self._progress / f"state-{step}.safetensors"
+
+    def begin(self, job: dict[str, Any]) -> None:
+        """Start anew; `job` says what is being made."""
+        self._progress.mkdir()
+        self._job = job
+        self.finish_step(0, {}, {})
+
+    def resume(self, job: dict[str, Any], flag: str) -> bool:
+        """Go on where the last process stopped; False if it had not finished a step.
+
+        Raises:
+            OctavoError: that was another job.
+        """
+        try:
+            known = json.loads(self._file.read_text(encoding="utf-8"))
+            step = int(known["step"])
+            if step == 0:
+                return False
+            with safe_open(self._state_file(step), framework="pt") as opened:
+                self.state = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
+        except (OSError, ValueError, KeyError, SafetensorError):
+            return False
+        differing = sorted(name for name in {*job, *known["job"]} if job.get(name) != known["job"].get(name))
+        if differing:
+            raise _Kept(
+                f"{flag}: the interrupted conversion in {self.path} differs in {', '.join(differing)}; "
+                "give the flags it was begun with, or remove it"
+            )
+        self._job, self.step, self.notes = job, step, known["notes"]
+        return True
+
+    def finish_step(self, step: int, state: dict[str, torch.Tensor], notes: dict[str, Any]) -> None:
+        """Record that everything up to a step is written, with what the next one needs."""
+        before = self._state_file(self.step)
+        file = self._state_file(step)
+        save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, file)
+        _sync(file)
+        text = json.dumps({"step": step, "job": self._job, "notes": notes})
+        fresh = self._file.with_suffix(".new")
+        fresh.write_text(text, encoding="utf-8")
+        _sync(fresh)
+        os.replace(fresh, self._file)
+        if before != file:
+            before.unlink(missing_ok=True)
+        self.step = step
+
+    def _end(self) -> None:
+        shutil.rmtree(self._progress)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as opened:
+        os.fsync(opened.fileno())
+
+
+def stage_path(directory: Path) -> Path:
+    """Where the output for `directory` grows: beside it, hidden."""
+    directory = directory.absolute()
+    return directory.parent / f".{directory.name}.partial"
+
+
 @contextmanager
-def whole_directory(directory: Path, flag: str) -> Iterator[Path]:
-    """A new directory to write into, which becomes `directory` at the end, or vanishes if anything fails.
+def _locked(stage: Path, flag: str) -> Iterator[None]:
+    """Keep other processes out of a stage, which is a directory that exists."""
+    handle = os.open(stage, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _Kept(f"{flag}: another process is writing it ({stage}); wait for that one") from None
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def whole_directory(directory: Path, flag: str, job: dict[str, Any], resumes: bool = False) -> Iterator[Stage]:
+    """A stage to write into, which becomes `directory` at the end, or vanishes if anything fails.
+
+    It stays if the process is killed or interrupted, for another one to go on with.
+
+    Args:
+        flag: what the user named the directory with, for messages.
+        job: plain data that tells one job from another.
+        resumes: whether to go on with what an interrupted process left, if it left anything.
 
     Raises:
-        OctavoError: the directory cannot be written, or the disk is full.
+        OctavoError: the directory cannot be written, or the disk is full; something is left of an interrupted process
+            and `resumes` does not say what to do with it.
     """
     check_output(directory, flag)
-    directory = directory.absolute()
-    stage = None
+    directory, path = directory.absolute(), stage_path(directory)
+    where, stage = f"{flag} {directory}", Stage(path)
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(prefix=f".{directory.name}.partial-", dir=directory.parent))
-        stage.chmod(0o777 & ~_umask())
-        yield stage
-        os.replace(stage, directory)
+        path.mkdir(exist_ok=True)
+        with _locked(path, where):
+            if stage.resume(job, "--resume" if resumes else where) and not resumes:
+                raise _Kept(f"{where}: an interrupted conversion is in {path}; give --resume, or remove it")
+            if not stage.step:
+                _empty(path)
+                stage.begin(job)
+            yield stage
+            stage._end()
+            os.replace(path, directory)
     except (OSError, SafetensorError) as error:
-        raise OctavoError(f"{flag} {directory}: cannot be written ({error}); nothing was kept") from None
-    finally:
-        if stage is not None:
-            shutil.rmtree(stage, ignore_errors=True)
+        _discard(path)
+        raise OctavoError(f"{where}: cannot be written ({error}); nothing was kept") from None
+    except BaseException as error:
+        is_interrupted = isinstance(error, KeyboardInterrupt) and stage.step
+        if not (is_interrupted or isinstance(error, _Kept)):
+            _discard(path)
+        raise
 
 
-def _umask() -> int:
-    """The process's umask, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _empty(directory: Path) -> None:
+    for entry in directory.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
-def _split(tensors: dict[str, torch.Tensor], most_bytes: int | None) -> list[dict[str, torch.Tensor]]:
-    """Tensors in order, in parts of at most `most_bytes` (a larger tensor has a part of its own)."""
-    parts: list[dict[str, torch.Tensor]] = [{}]
-    size = 0
-    for name, tensor in tensors.items():
-        if parts[-1] and most_bytes is not None and size + tensor.nbytes > most_bytes:
-            parts.append({})
-            size = 0
-        parts[-1][name] = tensor
-        size += tensor.nbytes
-    return parts
-
-
-def write_weights(directory: Path, name: str, tensors: dict[str, torch.Tensor], most_bytes: int | None) -> None:
-    """Write `name`; or, given `most_bytes`, files of that size, `...-00001-of-0000N.safetensors`, and an index."""
-    parts = _split(tensors, most_bytes)
-    stem = name.removesuffix(".safetensors")
-    names = [name]
-    if most_bytes is not None:
-        names = [f"{stem}-{i:05d}-of-{len(parts):05d}.safetensors" for i in range(1, len(parts) + 1)]
-    for file, part in zip(names, tqdm(parts, desc="writing", unit="file"), strict=True):
-        save_file(part, directory / file, metadata={"format": "pt"})
-        (directory / file).chmod(0o666 & ~_umask())
-    if most_bytes is not None:
-        weight_map = {tensor: file for file, part in zip(names, parts, strict=True) for tensor in part}
-        total = sum(tensor.nbytes for tensor in tensors.values())
-        write_json(directory / f"{name}.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+def _discard(directory: Path) -> None:
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 def write_json(file: Path, data: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ B batch, Q query tokens, H query heads, G KV heads, D head_dim, P positions.
 
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,7 +22,7 @@ from torch import nn
 from ..ops.library import NAMESPACE
 from .checkpoints.ascend import attention_modules
 from .errors import OctavoError
-from .linear import BIAS_FREE_LINEARS
+from .linear import FoldableLinear, QuantizedLinear
 from .scheme import Scheme
 
 FOLD = "octavo_fold"
@@ -107,9 +108,7 @@ def large_key_bias(linear: nn.Module, norm: nn.Module | None, width: int) -> tor
         width: D.
     """
     bias = linear.bias.detach().float().view(-1, 2, width // 2)
-    weight = linear.weight.detach().float()
-    if hasattr(linear, "weight_scale"):
-        weight = weight * linear.weight_scale.float().view(-1, 1)
+    weight = linear.float_weight() if isinstance(linear, QuantizedLinear) else linear.weight.detach().float()
     gains = getattr(norm, "weight", None)
     if gains is not None and not gains.is_meta:
         weight = weight * gains.detach().float()
@@ -180,7 +179,14 @@ class BiasFold:
 
 
 def _is_foldable(linear: nn.Module) -> bool:
-    return getattr(linear, "bias", None) is not None and type(linear) in BIAS_FREE_LINEARS
+    is_known = type(linear) is nn.Linear or isinstance(linear, QuantizedLinear)
+    return is_known and linear.bias is not None
+
+
+def _leave_bias(linear: nn.Module, choose: Callable[[nn.Module], torch.Tensor] | None) -> None:
+    if type(linear) is nn.Linear:
+        linear.__class__ = FoldableLinear
+    linear.fold_bias(choose)
 
 
 def _refuse_other_attention(decoder: nn.Module, *_: Any) -> None:
@@ -245,6 +251,7 @@ def fold_biases(model: nn.Module, scheme: Scheme | None = None, has_keys: bool =
         if hasattr(attention, FOLD) or not (is_wanted and (has_key or has_value)):
             continue
         setattr(attention, FOLD, BiasFold(attention, table if has_key else None, has_value))
+        key_part = partial(large_key_bias, norm=norm_before(model, name), width=attention.head_dim)
         for linear, is_folded in ((attention.k_proj, has_key), (attention.v_proj, has_value)):
             if is_folded and "forward" in vars(linear):
                 raise OctavoError(
@@ -252,11 +259,8 @@ def fold_biases(model: nn.Module, scheme: Scheme | None = None, has_keys: bool =
                     "prepare before (of a model with device_map, that is not possible: use set_attn_implementation)"
                 )
             if is_folded:
-                linear.__class__ = BIAS_FREE_LINEARS[type(linear)]
+                _leave_bias(linear, key_part if linear is attention.k_proj else None)
                 count += 1
-        if has_key:
-            norm = norm_before(model, name)
-            attention.k_proj.choose = partial(large_key_bias, norm=norm, width=attention.head_dim)
     if count:
         decoder.register_forward_pre_hook(_refuse_other_attention)
     return count
@@ -275,7 +279,7 @@ def prepare(model: nn.Module) -> nn.Module:
     for name, attention in attention_modules(model):
         for part in ("k_proj", "v_proj"):
             linear = getattr(attention, part)
-            if getattr(linear, "bias", None) is not None and not hasattr(linear, "left_out"):
+            if getattr(linear, "bias", None) is not None and not getattr(linear, "folds_bias", False):
                 warnings.warn(
                     f"{name}.{part}: the bias of a {type(linear).__name__} stays in the cache, where it may cost much; "
                     "schemes whose K is per channel, as octavo-8 and octavo-4, bear it best",

@@ -1,40 +1,100 @@
-"""The W8A8 linear layers: int8 weights per output channel times int8 activations, static or dynamic, on the codes."""
+"""The quantized linear layers: weights in int8, int4 or fp8, and inputs in int8, fp8 or float, computed on codes."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..ops import linear_w8a8, linear_w8a8_dynamic
+from ..ops import linear_fp8, linear_w8a8, linear_w8a8_dynamic, linear_weight_only
+from ..ops.codes import expand_scale, from_codes
+from ..ops.linear.reference import WEIGHT_BLOCK
 from .errors import OctavoError
+from .linear_scheme import FP8, FP8_DYNAMIC, W4A16, W8A8, W8A8_DYNAMIC, W8A8_MIXED, W8A16, WEIGHT_ONLY
+
+CHANNELS_PER_OUTLIER = 64
+OUTLIER_STEP = 16
 
 
-class QuantizedLinear(nn.Module):
-    """What the quantized linear layers share: int8 weights `[N, K]`, symmetric per output channel.
+class FoldableBias:
+    """Mixin of a linear layer that may leave its bias, or the large part of it, for somebody else: see `folds.py`.
+
+    Attributes:
+        folds_bias: whether it does.
+        left_out: what was left out when the layer last ran, `[N]`; the rest is added as ever.
+    """
+
+    folds_bias = False
+    left_out: torch.Tensor | None = None
+    _choose: Callable[[nn.Module], torch.Tensor] | None = None
+
+    def fold_bias(self, choose: Callable[[nn.Module], torch.Tensor] | None = None) -> None:
+        """Leave out of the bias from now on what `choose` makes of the layer; None leaves out all of it."""
+        self.folds_bias, self.left_out, self._choose = True, None, choose
+
+    def _added_bias(self) -> torch.Tensor | None:
+        """The bias that the layer adds, or None. What is left out is worked out once."""
+        if not self.folds_bias:
+            return self.bias
+        bias = self.bias.detach()
+        left = self.left_out
+        if left is None or (left.device, left.dtype) != (bias.device, bias.dtype):
+            with torch.inference_mode(False):  # it outlives this pass, which may be one without gradients
+                self.left_out = bias if self._choose is None else self._choose(self)
+        return None if self._choose is None else bias - self.left_out
+
+
+class FoldableLinear(FoldableBias, nn.Linear):
+    """A float linear layer that may leave out (part of) its bias."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., K] -> [..., N]`."""
+        return nn.functional.linear(x, self.weight, self._added_bias())
+
+
+class QuantizedLinear(FoldableBias, nn.Module):
+    """What the quantized linear layers share: a weight in codes, its scales and a bias.
 
     Tensors have the names of Ascend's format on disk. Subclasses say in `LABEL` how that format calls them.
     """
 
     LABEL: str
     PARTS: tuple[str, ...] = ("weight_scale", "weight_offset")
-    """Tensors beside `weight` and `bias`, which keep their dtype whatever the model's is."""
+    """Tensors beside `weight` and `bias`."""
+    OF_MODEL: tuple[str, ...] = ("bias",)
+    """Tensors that take the dtype of the model; all others keep theirs whatever it is."""
 
     def __init__(self, in_features: int, out_features: int, has_bias: bool) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.register_buffer("weight", torch.empty((out_features, in_features), dtype=torch.int8))
-        self.register_buffer("weight_scale", torch.empty((out_features, 1), dtype=torch.float32))
-        self.register_buffer("weight_offset", torch.empty((out_features, 1), dtype=torch.float32))
         self.register_buffer("bias", torch.empty(out_features) if has_bias else None)
 
+    def _hold(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> None:
+        self.register_buffer(name, torch.empty(shape, dtype=dtype))
+
+    def _hold_weight(self, dtype: torch.dtype, scale_shape: tuple[int, int] | None = None) -> None:
+        """`weight` `[N, K]`, and the parts in `PARTS` that are shaped as its scale, `[N, 1]` unless told."""
+        self._hold("weight", (self.out_features, self.in_features), dtype)
+        for name in ("weight_scale", "weight_offset"):
+            if name in self.PARTS:
+                self._hold(name, scale_shape or (self.out_features, 1))
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "QuantizedLinear":
-        """Scales follow the layer to another device and keep their dtype, which `model.half()` would round."""
+        """Codes and scales follow the layer to another device and keep their dtype, which `half()` would round."""
         before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
-        for name in self.PARTS:
-            if getattr(self, name).dtype != before[name].dtype:
+        for name in ("weight", *self.PARTS):
+            if name not in self.OF_MODEL and getattr(self, name).dtype != before[name].dtype:
                 setattr(self, name, before[name].to(getattr(self, name).device))
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._forget()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _forget(self) -> None:
+        """Drop what was derived from tensors that are about to change."""
+        self.left_out = None
 
     def _positive(self) -> tuple[torch.Tensor, ...]:
         """What has to be positive in a sound checkpoint."""
@@ -45,6 +105,10 @@ class QuantizedLinear(nn.Module):
         for part in self._positive():
             if not part.is_meta and not bool((torch.isfinite(part) & (part > 0)).all()):
                 raise OctavoError(f"{name} holds a scale that is no positive number; copy it again or convert again")
+
+    def float_weight(self) -> torch.Tensor:
+        """What the codes of the weight stand for, float32 `[N, K]`."""
+        return self.weight.float() * self.weight_scale.float()
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -59,18 +123,23 @@ class W8A8Linear(QuantizedLinear):
         deq_scale_dtype: float32, or int64 whose low 32 bits are the float32 (Ascend's form for models not in bf16).
     """
 
-    LABEL = "W8A8"
+    LABEL = W8A8
     PARTS = (*QuantizedLinear.PARTS, "input_scale", "input_offset", "quant_bias", "deq_scale")
 
     def __init__(
         self, in_features: int, out_features: int, has_bias: bool, deq_scale_dtype: torch.dtype = torch.float32
     ) -> None:
         super().__init__(in_features, out_features, has_bias)
-        self.register_buffer("input_scale", torch.empty(1, dtype=torch.float32))
-        self.register_buffer("input_offset", torch.empty(1, dtype=torch.float32))
-        self.register_buffer("quant_bias", torch.empty(out_features, dtype=torch.int32))
-        self.register_buffer("deq_scale", torch.empty(out_features, dtype=deq_scale_dtype))
+        self._hold_weight(torch.int8)
+        self._hold("input_scale", (1,))
+        self._hold("input_offset", (1,))
+        self._hold("quant_bias", (out_features,), torch.int32)
+        self._hold("deq_scale", (out_features,), deq_scale_dtype)
         self._deq_scale: torch.Tensor | None = None
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._deq_scale = None
 
     def _positive(self) -> tuple[torch.Tensor, ...]:
         return (self.input_scale, self.weight_scale, self._decoded_deq_scale())
@@ -83,75 +152,219 @@ class W8A8Linear(QuantizedLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., K] -> [..., N]`."""
-        return linear_w8a8(
+        output = linear_w8a8(
             x, self.weight, self.input_scale, self.input_offset, self.quant_bias, self._decoded_deq_scale()
         )
+        if not self.folds_bias:
+            return output
+        self._added_bias()
+        return output - self.left_out.to(x.dtype)  # quant_bias holds it, in steps of deq_scale
 
 
 class W8A8DynamicLinear(QuantizedLinear):
     """Ascend's W8A8_DYNAMIC: each token's input in int8 by a scale of its own, with no calibration."""
 
-    LABEL = "W8A8_DYNAMIC"
+    LABEL = W8A8_DYNAMIC
+
+    def __init__(self, in_features: int, out_features: int, has_bias: bool) -> None:
+        super().__init__(in_features, out_features, has_bias)
+        self._hold_weight(torch.int8)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., K] -> [..., N]`."""
-        return linear_w8a8_dynamic(x, self.weight, self.weight_scale.view(-1), self.bias)
+        return linear_w8a8_dynamic(x, self.weight, self.weight_scale.view(-1), self._added_bias())
 
 
-class BiasFree:
-    """Mixin of a linear layer that leaves its bias, or the large part of it, for somebody else to add: see `folds.py`.
+class MixedLinear(W8A8DynamicLinear):
+    """W8A8_DYNAMIC but for the input channels with the largest outliers, `outlier_columns`, which stay in float.
 
-    Attributes:
-        left_out: what was left out when the layer last ran, `[N]`; the rest is added as ever.
-        choose: from the layer, the part to leave out; None leaves out all.
+    The int8 weight is 0 in those columns; theirs are in `outlier_weight` `[N, M]`, M by `outlier_count`.
     """
 
-    left_out: torch.Tensor | None = None
-    choose: Callable[[nn.Module], torch.Tensor] | None = None
+    LABEL = W8A8_MIXED
+    PARTS = (*QuantizedLinear.PARTS, "outlier_columns", "outlier_weight")
+    OF_MODEL = ("bias", "outlier_weight")
 
-    def _split(self) -> torch.Tensor | None:
-        """Work out what is left out, once; return the rest of the bias, or None if there is none."""
-        bias = self.bias.detach()
-        left = self.left_out
-        if left is None or (left.device, left.dtype) != (bias.device, bias.dtype):
-            with torch.inference_mode(False):  # it outlives this pass, which may be one without gradients
-                self.left_out = bias if self.choose is None else self.choose(self)
-        return None if self.choose is None else bias - self.left_out
+    def __init__(self, in_features: int, out_features: int, has_bias: bool) -> None:
+        super().__init__(in_features, out_features, has_bias)
+        count = outlier_count(in_features)
+        self._hold("outlier_columns", (count,), torch.int32)
+        self.register_buffer("outlier_weight", torch.empty(out_features, count))
 
+    def check(self, name: str) -> None:
+        """Raise an `OctavoError` if a scale is no positive number, or a column is none of the weight's."""
+        super().check(name)
+        columns = self.outlier_columns
+        if not columns.is_meta and not bool(((columns >= 0) & (columns < self.in_features)).all()):
+            raise OctavoError(f"{name} names outlier columns that it does not have; copy it again or convert again")
 
-class BiasFreeLinear(BiasFree, nn.Linear):
-    """A float linear layer without (part of) its bias."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., K] -> [..., N]`."""
-        return nn.functional.linear(x, self.weight, self._split())
-
-
-class BiasFreeW8A8Linear(BiasFree, W8A8Linear):
-    """Likewise; `quant_bias` holds the bias too, in steps of `deq_scale`, so that it is taken off again."""
+    def float_weight(self) -> torch.Tensor:
+        """What the weight stands for, float32 `[N, K]`."""
+        return super().float_weight().index_copy(1, self.outlier_columns.long(), self.outlier_weight.float())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., K] -> [..., N]`."""
-        self._split()
-        return super().forward(x) - self.left_out.to(x.dtype)
+        columns = self.outlier_columns.long()
+        others = linear_w8a8_dynamic(
+            x.index_fill(-1, columns, 0), self.weight, self.weight_scale.view(-1), self._added_bias()
+        )
+        return others + nn.functional.linear(x.index_select(-1, columns), self.outlier_weight)
 
 
-class BiasFreeW8A8DynamicLinear(BiasFree, W8A8DynamicLinear):
-    """Likewise."""
+class WeightOnlyLinear(QuantizedLinear):
+    """Float inputs times a weight in codes, `(code - weight_offset) * weight_scale`, per output channel or in groups.
+
+    Args:
+        in_features, out_features: K and N.
+        has_bias: whether there is one.
+        groups: how many the K channels make; 1 is per output channel.
+    """
+
+    def __init__(self, in_features: int, out_features: int, has_bias: bool, groups: int = 1) -> None:
+        super().__init__(in_features, out_features, has_bias)
+        self._hold_weight(torch.int8, (out_features, groups))
+        self._has_zero: bool | None = None
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._has_zero = None
+
+    def _zero(self) -> torch.Tensor | None:
+        """`weight_offset`, or None if it is 0 throughout, which is found out once, and not where that would break."""
+        if self._has_zero is None and not (torch.compiler.is_compiling() or self.weight_offset.is_meta):
+            self._has_zero = bool((self.weight_offset != 0).any())
+        return None if self._has_zero is False else self.weight_offset
+
+    def check(self, name: str) -> None:
+        """Raise an `OctavoError` if a scale is no positive number, or an offset not finite, as in a damaged file."""
+        super().check(name)
+        if not self.weight_offset.is_meta and not bool(torch.isfinite(self.weight_offset).all()):
+            raise OctavoError(f"{name} holds an offset that is not finite; copy it again or convert again")
+        self._zero()
+
+    def float_weight(self) -> torch.Tensor:
+        """What the codes of the weight stand for, float32 `[N, K]`."""
+        shape = self.out_features, self.in_features
+        codes = from_codes(self.weight, WEIGHT_BLOCK, torch.float32)
+        return (codes - expand_scale(self.weight_offset, *shape)) * expand_scale(self.weight_scale, *shape)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., K] -> [..., N]`."""
-        return linear_w8a8_dynamic(x, self.weight, self.weight_scale.view(-1), self._split())
+        return linear_weight_only(x, self.weight, self.weight_scale, self._zero(), self._added_bias())
 
 
-BIAS_FREE_LINEARS: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Linear: BiasFreeLinear,
-    W8A8Linear: BiasFreeW8A8Linear,
-    W8A8DynamicLinear: BiasFreeW8A8DynamicLinear,
-}
-"""What a linear layer becomes when its bias is folded."""
-QUANTIZED_LINEARS: dict[str, type[QuantizedLinear]] = {part.LABEL: part for part in (W8A8Linear, W8A8DynamicLinear)}
+class W8A16Linear(WeightOnlyLinear):
+    """Weights in int8 `[N, K]`."""
+
+    LABEL = W8A16
+
+
+class W4A16Linear(WeightOnlyLinear):
+    """Weights in int4, packed as the ops want them in uint8 `[N, K / 2]`, or unpacked in int8 `[N, K]`.
+
+    Args:
+        in_features, out_features, has_bias, groups: as of `WeightOnlyLinear`.
+        is_packed: False for checkpoints that hold a code per byte.
+    """
+
+    LABEL = W4A16
+
+    def __init__(
+        self, in_features: int, out_features: int, has_bias: bool, groups: int = 1, is_packed: bool = True
+    ) -> None:
+        super().__init__(in_features, out_features, has_bias, groups)
+        if is_packed:
+            self._hold("weight", (out_features, in_features // 2), torch.uint8)
+
+
+class FP8DynamicLinear(QuantizedLinear):
+    """W8A8 in fp8, e4m3, with a scale for each token's input.
+
+    Args:
+        in_features, out_features: K and N.
+        has_bias: whether there is one.
+        per_tensor: whether one scale is for the whole weight.
+    """
+
+    LABEL = FP8_DYNAMIC
+    PARTS = ("weight_scale",)
+
+    def __init__(self, in_features: int, out_features: int, has_bias: bool, per_tensor: bool = False) -> None:
+        super().__init__(in_features, out_features, has_bias)
+        self._hold_weight(torch.float8_e4m3fn, (1, 1) if per_tensor else None)
+
+    def _input_scale(self) -> torch.Tensor | None:
+        return None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., K] -> [..., N]`."""
+        return linear_fp8(x, self.weight, self.weight_scale.view(-1), self._input_scale(), self._added_bias())
+
+
+class FP8Linear(FP8DynamicLinear):
+    """Likewise, with one scale for all inputs, from calibration."""
+
+    LABEL = FP8
+    PARTS = ("weight_scale", "input_scale")
+
+    def __init__(self, in_features: int, out_features: int, has_bias: bool, per_tensor: bool = False) -> None:
+        super().__init__(in_features, out_features, has_bias, per_tensor)
+        self._hold("input_scale", (1,))
+
+    def _positive(self) -> tuple[torch.Tensor, ...]:
+        return self.weight_scale, self.input_scale
+
+    def _input_scale(self) -> torch.Tensor | None:
+        return self.input_scale
+
+
+QUANTIZED_LINEARS: dict[str, type[QuantizedLinear]] = {
+    part.LABEL: part
+    for part in (
+        W8A8Linear, W8A8DynamicLinear, W8A16Linear, W4A16Linear, FP8Linear, FP8DynamicLinear, MixedLinear,
+    )
+}  # fmt: skip
 """The class of a linear layer by its label in a description."""
+
+
+def empty_linear(
+    label: str,
+    in_features: int,
+    out_features: int,
+    has_bias: bool,
+    *,
+    groups: int = 1,
+    per_tensor: bool = False,
+    is_packed: bool = True,
+    deq_scale_dtype: torch.dtype = torch.float32,
+) -> QuantizedLinear:
+    """A quantized linear layer whose tensors are still to be filled.
+
+    Args:
+        label: one of `LINEAR_LABELS`.
+        in_features, out_features: K and N.
+        has_bias: whether there is one.
+        groups: of input channels, for W8A16 and W4A16.
+        per_tensor: one scale for the whole weight, for fp8.
+        is_packed: two codes to a byte, for W4A16.
+        deq_scale_dtype: for W8A8, see `W8A8Linear`.
+    """
+    options: dict[str, Any] = {}
+    if label == W8A8:
+        options["deq_scale_dtype"] = deq_scale_dtype
+    elif label in WEIGHT_ONLY:
+        options["groups"] = groups
+    elif label in (FP8, FP8_DYNAMIC):
+        options["per_tensor"] = per_tensor
+    if label == W4A16:
+        options["is_packed"] = is_packed
+    return QUANTIZED_LINEARS[label](in_features, out_features, has_bias, **options)
+
+
+def outlier_count(in_features: int) -> int:
+    """How many of K input channels W8A8_MIXED keeps in float: one of 64, as a multiple of 16."""
+    wanted = -(-in_features // (CHANNELS_PER_OUTLIER * OUTLIER_STEP)) * OUTLIER_STEP
+    return min(in_features, wanted)
 
 
 def encode_deq_scale(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

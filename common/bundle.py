@@ -20,6 +20,7 @@ from .errors import OctavoError
 
 RUNTIME = "octavo_runtime"
 TEXTS = ("common/presets/*.json", "ops/**/*.c", "ops/**/*.h")
+CODE = ("common/**/*.py", "ops/**/*.py", "ops/**/*.[ch]", "models/**/*.py")
 _NAMESPACE_LINE = f'NAMESPACE = "{NAMESPACE}"\n'
 _EMBEDDED_LINE = "EMBEDDED: dict[str, str] = {}\n"
 
@@ -135,6 +136,12 @@ def commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def code_digest() -> str:
+    """What tells one version of this tree's code from another."""
+    files = sorted(file for part in CODE for file in REPOSITORY.glob(part))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def _runtime_source(modules: list[Module]) -> str:

@@ -1,11 +1,12 @@
 """The conversion that every `models/*/convert_quant_weights.py` runs: float checkpoint in, quantized directory out."""
 
 import argparse
-import copy
+import dataclasses
+import hashlib
 import shutil
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -13,39 +14,35 @@ from typing import Any
 import torch
 from torch import nn
 from tqdm import tqdm
+from transformers import PreTrainedConfig
 
 from .architecture import Architecture
-from .bundle import bundle
+from .bundle import bundle, code_digest
 from .cache import kv_bits_per_element, kv_bytes_per_token
 from .calibration import default_texts, hold_back, read_calibration_file, tokenize
-from .checkpoints.ascend import (
-    DESCRIPTION_FILE,
-    TensorHeader,
-    build_description,
-    in_file_order,
-    scale_tensors,
-    weight_file_names,
-)
-from .checkpoints.writer import check_output, whole_directory, write_json, write_weights
+from .checkpoints.ascend import DESCRIPTION_FILE, TensorHeader, attention_modules, build_description, weight_file_names
+from .checkpoints.shards import PlannedFiles
+from .checkpoints.writer import Stage, check_output, whole_directory, write_json
 from .codebooks import fit_codebooks
+from .conversion import HEAD, Conversion, Cost, Plan, Texts
 from .errors import OctavoError
-from .evaluate import Fidelity, compare
+from .evaluate import Fidelity
 from .flags import parse_flags, run_script
-from .linear import W8A8DynamicLinear, W8A8Linear
+from .linear_scheme import W8A8, LinearScheme
 from .model import CONFIG_KEY, NATIVE_LOAD_HINT
 from .observe import calibrate
-from .quantize import input_range, outlier_score, quantize_linear, quantize_weight
 from .scheme import Scheme, load_scheme
+from .sensitivity import cost_table, costliest, worst_outliers
 from .source import (
     FLOAT_DTYPES,
     check_device,
     find_source,
+    layerwise_source,
     load_source,
     load_tokenizer,
     read_source_config,
     read_source_headers,
 )
-from .statistics import Statistics, scales_of
 
 LONGEST_SAMPLE = 2048
 RANDOM_TOKENS = 512
@@ -61,27 +58,12 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 GIGABYTE = 10**9
+BLAMED = 5
+"""How many linears and attentions `--max_kl` names."""
+NOT_OF_THE_JOB = ("save_directory", "model_path", "resume", "max_kl", "save_statistics", "calib_file", "calib_texts")
+"""Flags that the bytes of the output do not follow from, or not from their names."""
 FEW_TOKENS = 100
 """Below this the summary says that its figures mean little."""
-
-
-@dataclass(frozen=True)
-class Quantized:
-    """A model in memory, quantized, and what is written of it.
-
-    Attributes:
-        scheme: of attention and cache.
-        linears: label by name of the quantized linears.
-        tensors: all tensors of the checkpoint, named for the file.
-        tied: names of float tensors that are the same as a stored one.
-        deq_scale_dtype: see `W8A8Linear`.
-    """
-
-    scheme: Scheme
-    linears: dict[str, str]
-    tensors: dict[str, torch.Tensor]
-    tied: list[str]
-    deq_scale_dtype: torch.dtype
 
 
 def source_dtype(headers: dict[str, TensorHeader]) -> torch.dtype:
@@ -102,30 +84,29 @@ def chosen_scheme(flags: argparse.Namespace) -> Scheme:
     scheme = load_scheme(name)
     if flags.kv_scales != "data" and not scheme.is_static:
         raise OctavoError(f"--kv_scales {flags.kv_scales}: scheme {scheme.name} has no static scales; leave it out")
-    if flags.w_bit == 16 and not scheme.is_quantized:
+    if flags.linear is None and not scheme.is_quantized:
         raise OctavoError(f"--w_bit 16 --a_bit 16: scheme {scheme.name} quantizes nothing either; choose another")
     return scheme.with_scales_of_one() if flags.kv_scales == "none" else scheme
 
 
-def random_statistics(model: nn.Module, statistics: Statistics) -> Statistics:
-    """`statistics` whose attention entries come from random tokens, as vLLM's warm-up with calculate_kv_scales."""
+def random_samples(config: PreTrainedConfig) -> list[dict[str, torch.Tensor]]:
+    """Random tokens, as of vLLM's warm-up with calculate_kv_scales."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, model.config.vocab_size, (1, RANDOM_TOKENS), generator=generator)
-    found = calibrate(model, [], [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}])
-    return Statistics({**statistics.tensors, **found.tensors}, statistics.metadata)
+    ids = torch.randint(0, config.vocab_size, (1, RANDOM_TOKENS), generator=generator)
+    return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
 
 
 def choose_linears(model: nn.Module, flags: argparse.Namespace, recipe: list[str]) -> list[str]:
-    """Names of the linear layers to quantize, before `--disable_level`.
+    """Names of the linear layers to quantize, before `--disable_level` and `--fa_amp`.
 
     Raises:
         OctavoError: a name or glob of `--disable_names` matches no linear layer.
     """
-    if flags.w_bit == 16:
+    if flags.linear is None:
         return []
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    # The recipe is for static scales: a dynamic one is not upset by the outliers of a few layers.
-    recipe = [] if flags.is_dynamic else [glob for glob in recipe if glob != "lm_head"]
+    # The recipe is for static int8: inputs with scales of their own, or in floats, bear the outliers of a few layers.
+    recipe = [glob for glob in recipe if glob != "lm_head"] if flags.linear.label == W8A8 else []
     patterns = list(flags.disable_names or recipe)
     for pattern in flags.disable_names or ():
         if not any(fnmatchcase(name, pattern) for name in names):
@@ -135,84 +116,16 @@ def choose_linears(model: nn.Module, flags: argparse.Namespace, recipe: list[str
     return [name for name in names if not any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
-def drop_worst(names: list[str], statistics: Statistics, level: int) -> list[str]:
-    """`names` without the `level` linear layers whose inputs have the worst outliers."""
-    worst = sorted(names, key=lambda name: outlier_score(statistics, name), reverse=True)[:level]
-    return [name for name in names if name not in worst]
-
-
-def quantize_model(
-    model: nn.Module,
-    statistics: Statistics,
-    linears: list[str],
-    scheme: Scheme,
-    act_method: int,
-    is_dynamic: bool,
-    headers: dict[str, TensorHeader],
-) -> Quantized:
-    """All tensors of the quantized checkpoint, in the order of the model; float ones in the dtype of the source."""
-    dtype = source_dtype(headers)
-    deq_scale_dtype = torch.float32 if dtype == torch.bfloat16 else torch.int64
-    replaced = {f"{name}.{part}" for name in linears for part in ("weight", "bias")}
-    tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
-    quantized: dict[str, torch.Tensor] = {}
-    for name in tqdm(linears, desc="quantizing", unit="linear", disable=not linears):
-        linear = model.get_submodule(name)
-        if is_dynamic:
-            parts = quantize_weight(linear)
-        else:
-            parts = quantize_linear(linear, *input_range(statistics, name, act_method), deq_scale_dtype)
-        quantized.update({f"{name}.{part}": tensor for part, tensor in parts.items()})
-    quantized.update(scale_tensors(model, scheme, scales_of(scheme, statistics)))
-    tensors = {
-        # transformers renames some tensors as it loads them; those take the dtype of the others
-        name: tensor.detach().cpu().to(FLOAT_DTYPES[headers[name].dtype] if name in headers else dtype).contiguous()
-        for name, tensor in model.state_dict().items()
-        if name not in replaced and name not in tied
-    }
-    labels = dict.fromkeys(linears, (W8A8DynamicLinear if is_dynamic else W8A8Linear).LABEL)
-    return Quantized(
-        scheme, labels, in_file_order(model, {**tensors, **quantized}), sorted(tied - replaced), deq_scale_dtype
-    )
-
-
-def build_quantized(architecture: Architecture, model: nn.Module, quantized: Quantized) -> nn.Module:
-    """The quantized model that a load of the written directory gives, sharing the float tensors of `model`."""
-    config = copy.deepcopy(model.config)
-    config._attn_implementation = None
-    config.octavo = {
-        "scheme": quantized.scheme.to_dict(),
-        "quantized_linears": quantized.linears,
-        "deq_scale": "I64" if quantized.deq_scale_dtype == torch.int64 else "F32",
-    }
-    config.tie_word_embeddings = model.config.tie_word_embeddings and "lm_head" not in quantized.linears
-    with torch.device("meta"):
-        result = architecture.model_class(config)
-    float_state = model.state_dict()
-    result.load_state_dict(
-        {name: float_state.get(name, t) if t.is_floating_point() else t
-         for name, t in quantized.tensors.items()},
-        strict=False,
-        assign=True,
-    )  # fmt: skip
-    result.tie_weights()
-    for name, buffer in list(result.named_buffers()):
-        if buffer.is_meta:
-            parent, _, child = name.rpartition(".")
-            setattr(result.get_submodule(parent), child, model.get_buffer(name))
-    return result.eval().to(model.device)
-
-
-def output_config(source: dict[str, Any], architecture: Architecture, quantized: Quantized) -> dict[str, Any]:
+def output_config(source: dict[str, Any], architecture: Architecture, plan: Plan) -> dict[str, Any]:
     """The config.json to write: the source's, with what loads the modeling file and says the scheme."""
     config = {
         **source,
         "architectures": [architecture.model_class.__name__],
         "auto_map": architecture.auto_map,
-        CONFIG_KEY: {"scheme": quantized.scheme.to_dict()},
+        CONFIG_KEY: {"scheme": plan.scheme.to_dict()},
         "transformers_weights": NATIVE_LOAD_HINT,
     }
-    if "lm_head" in quantized.linears:
+    if HEAD in plan.linears:
         config["tie_word_embeddings"] = False
     if "dtype" in config:
         config.setdefault("torch_dtype", config["dtype"])
@@ -220,35 +133,6 @@ def output_config(source: dict[str, Any], architecture: Architecture, quantized:
         # Readers built on transformers 4, MindIE among them, look for it here and else take 10000 in silence.
         config.setdefault("rope_theta", config["rope_parameters"]["rope_theta"])
     return config
-
-
-def write_checkpoint(
-    directory: Path,
-    source: Path,
-    config: dict[str, Any],
-    architecture: Architecture,
-    quantized: Quantized,
-    part_file_size: int | None,
-) -> int:
-    """Write the output directory, whole or not at all; return its size in bytes."""
-    description = build_description(quantized.tensors, quantized.tied, quantized.linears, quantized.scheme)
-    with whole_directory(directory, "--save_directory") as stage:
-        most_bytes = None if part_file_size is None else part_file_size * GIGABYTE
-        write_weights(stage, weight_file_names(description)[0], quantized.tensors, most_bytes)
-        write_json(stage / DESCRIPTION_FILE, description)
-        write_json(stage / "config.json", output_config(config, architecture, quantized))
-        for pattern in TOKENIZER_FILES:
-            for file in source.glob(pattern):
-                if file.is_file():
-                    shutil.copyfile(file, stage / file.name)
-        for name, text in bundle(architecture).items():
-            (stage / name).write_text(text, encoding="utf-8")
-        return sum(file.stat().st_size for file in stage.iterdir())
-
-
-def _summary(rows: list[tuple[str, str, str]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    return "\n".join(f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows)
 
 
 def _say(text: str) -> None:
@@ -275,12 +159,178 @@ def _texts(flags: argparse.Namespace) -> list[str]:
     return default_texts()
 
 
-def _fidelity(model: nn.Module, other: nn.Module, samples: list[dict[str, torch.Tensor]]) -> Fidelity | None:
-    ids = [sample["input_ids"] for sample in samples if sample["input_ids"].shape[1] > 1]
-    if not ids:
-        return None
-    progress = tqdm(ids, desc="comparing", unit="text")
-    return compare(lambda i: model(i.to(model.device)).logits, lambda i: other(i.to(other.device)).logits, progress)
+def _needs_texts(flags: argparse.Namespace, scheme: Scheme, linears: list[str]) -> bool:
+    """Whether anything rests on the calibration texts."""
+    linear = flags.linear
+    by_inputs = linears and (linear.needs_inputs or flags.anti_method or linear.w_method != "MinMax")
+    return bool(by_inputs or scheme.is_static or flags.save_statistics or flags.disable_level or flags.fa_amp)
+
+
+class Job:
+    """One conversion: what the flags name, found and checked, and the plan that follows from them.
+
+    Raises:
+        OctavoError: anything that the user can mend.
+    """
+
+    def __init__(self, architecture: Architecture, flags: argparse.Namespace) -> None:
+        self.architecture, self.flags = architecture, flags
+        check_output(flags.save_directory, "--save_directory")
+        self.scheme = chosen_scheme(flags)
+        _check_statistics_file(flags.save_statistics, flags.save_directory)
+        check_device(flags.device_type)
+        self.directory = find_source(flags.model_path)
+        self.config = read_source_config(self.directory, architecture)
+        self.headers = read_source_headers(self.directory)
+        self.texts = _texts(flags)
+        tokenizer = load_tokenizer(self.directory, flags.tokenizer_args, flags.trust_remote_code)
+        longest = min(LONGEST_SAMPLE, self.config.get("max_position_embeddings", LONGEST_SAMPLE))
+        samples = tokenize(tokenizer, self.texts, longest, flags.input_ids_name, flags.attention_mask_name)
+        samples, self.held_back = hold_back(samples)
+        self.source = layerwise_source(self.directory, flags.device_type)
+        recipe = architecture.float_linears(self.source.config, source_dtype(self.headers))
+        self.linears = choose_linears(self.source.model, flags, recipe)
+        self.samples = samples if _needs_texts(flags, self.scheme, self.linears) else samples[:1]
+
+    def plan(self, floats: Iterable[str]) -> Plan:
+        """What to make of the model, but for some linears and attentions, which stay in float.
+
+        Raises:
+            OctavoError: nothing is left to quantize.
+        """
+        floats = set(floats)
+        linears = tuple(name for name in self.linears if name not in floats)
+        names = [name for name, _ in attention_modules(self.source.model)]
+        layers = tuple(index for index, name in enumerate(names) if name in floats)
+        scheme = self.scheme
+        if layers:
+            scheme = dataclasses.replace(scheme, float_layers=tuple(sorted({*scheme.float_layers, *layers})))
+        if not (linears or any(scheme.of_layer(index).is_quantized for index in range(len(names)))):
+            raise OctavoError("every linear and attention stays in float; nothing would be quantized")
+        dtype = Counter(header.dtype for header in self.headers.values()).most_common(1)[0][0]
+        return Plan(scheme, self.flags.linear or LinearScheme(), linears, self.flags.anti_method, dtype)
+
+    def conversion(
+        self, plan: Plan, known: dict[str, torch.Tensor] | None = None, measures: bool = False
+    ) -> Conversion:
+        """The model at its start."""
+        random = random_samples(self.source.config) if self.flags.kv_scales == "random" else None
+        texts = Texts(self.samples, self.held_back, random)
+        return Conversion(self.architecture, self.source, plan, texts, known, measures)
+
+    def codebooks(self) -> dict[str, torch.Tensor]:
+        """Statistics that only the whole model in memory can give, if the scheme needs any."""
+        if not self.scheme.has_codebooks:
+            return {}
+        model = load_source(self.directory, self.flags.device_type)
+        found = fit_codebooks(model, self.samples, calibrate(model, [], tqdm(self.samples, desc="calibrating")))
+        return {name: tensor for name, tensor in found.tensors.items() if ".levels." in name or ".before." in name}
+
+    def identity(self) -> dict[str, Any]:
+        """What the bytes of the output follow from, so that nothing else is resumed in the place of it."""
+        flags = {name: repr(value) for name, value in vars(self.flags).items() if name not in NOT_OF_THE_JOB}
+        files = sorted(self.directory.glob("model*.safetensors"))
+        texts = hashlib.sha256("\0".join(self.texts).encode()).hexdigest()
+        stamps = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+        return {**flags, "source": stamps, "texts": texts, "code": code_digest(), "torch": torch.__version__}
+
+
+def _survey(job: Job) -> tuple[list[str], list[Cost]]:
+    """What `--disable_level` and `--fa_amp` leave in float, and what each linear and attention costs, if measured."""
+    floats = worst_outliers(job.source, job.linears, job.samples, job.flags.disable_level)
+    if not job.flags.fa_amp:
+        return floats, []
+    trial = job.conversion(job.plan(floats), job.codebooks(), measures=True)
+    for index in tqdm(range(len(job.source)), desc="measuring", unit="layer"):
+        trial.layer(index)
+    worst = costliest(trial.costs)[: job.flags.fa_amp]
+    return [*floats, *(cost.name for cost in worst)], trial.costs
+
+
+def _write_rest(stage: Path, job: Job, plan: Plan, description: dict[str, Any]) -> None:
+    """Everything but the tensors."""
+    write_json(stage / DESCRIPTION_FILE, description)
+    write_json(stage / "config.json", output_config(job.config, job.architecture, plan))
+    for pattern in TOKENIZER_FILES:
+        for file in job.directory.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, stage / file.name)
+    for name, text in bundle(job.architecture).items():
+        (stage / name).write_text(text, encoding="utf-8")
+
+
+def _run(job: Job, stage: Stage) -> tuple[Plan, Fidelity | None, int]:
+    """Fill a stage, from where it stands; return what was made, how close it is to float, and its size in bytes."""
+    flags = job.flags
+    if not stage.step:
+        floats, costs = _survey(job)
+        stage.notes = {"floats": floats, "costs": [dataclasses.astuple(cost) for cost in costs]}
+        if costs:
+            _say(cost_table(costs, floats))
+    plan = job.plan(stage.notes["floats"])
+    known = job.codebooks() if not stage.step else None
+    conversion = job.conversion(plan, known, measures=flags.max_kl is not None)
+    description = build_description(
+        conversion.planned(), conversion.tied(), conversion.labels(), plan.scheme, plan.linear.group_size
+    )
+    most_bytes = None if flags.part_file_size is None else flags.part_file_size * GIGABYTE
+    files = PlannedFiles(stage.path, weight_file_names(description)[0], conversion.planned(), most_bytes)
+    if stage.step:
+        conversion.restore(stage.state)
+        conversion.costs = [Cost(*cost) for cost in stage.notes["measured"]]
+        _say(f"going on behind layer {stage.step} of {len(job.source)}")
+    else:
+        files.create()
+    layers = range(stage.step, len(job.source))
+    for index in tqdm(layers, desc="converting", unit="layer", initial=stage.step, total=len(job.source)):
+        for name, tensor in conversion.layer(index).items():
+            files.write(name, tensor)
+        files.sync()
+        measured = [dataclasses.astuple(cost) for cost in conversion.costs]
+        stage.finish_step(index + 1, conversion.state(), stage.notes | {"measured": measured})
+    for name, rows, first in conversion.others():
+        files.write(name, rows, first)
+    tensors, fidelity = conversion.head()
+    for name, tensor in tensors.items():
+        files.write(name, tensor)
+    if flags.max_kl is not None and fidelity is not None and not fidelity.kl <= flags.max_kl:
+        _say(cost_table(conversion.costs, []))
+        blamed = ", ".join(cost.name for cost in costliest(conversion.costs)[:BLAMED])
+        raise OctavoError(
+            f"--max_kl {flags.max_kl}: KL is {fidelity.kl:.5f}, nothing was written; most is lost in {blamed}: leave "
+            "some in float (--fa_amp, --disable_names), or try another --anti_method"
+        )
+    _write_rest(stage.path, job, plan, description)
+    if flags.save_statistics is not None:
+        conversion.found().save(flags.save_statistics)
+    return plan, fidelity, sum(file.stat().st_size for file in stage.path.iterdir() if file.is_file())
+
+
+def _summary(job: Job, plan: Plan, fidelity: Fidelity | None, size: int) -> None:
+    config = job.source.config
+    float_bytes = max(FLOAT_DTYPES[header.dtype].itemsize for header in job.headers.values())
+    before = sum(file.stat().st_size for file in job.directory.glob("model*.safetensors"))
+    rows = [
+        ("", "float", "quantized"),
+        ("checkpoint, MB", f"{before / 1e6:.1f}", f"{size / 1e6:.1f}"),
+        ("KV cache, bytes per token", str(kv_bytes_per_token(config, load_scheme("float"), float_bytes)),
+         str(kv_bytes_per_token(config, plan.scheme, float_bytes))),
+        ("KV cache, bits per element, all counted", str(8 * float_bytes),
+         f"{kv_bits_per_element(config, plan.scheme):.2f}"),
+    ]  # fmt: skip
+    if fidelity is not None:
+        rows.append(("perplexity", f"{fidelity.float_perplexity:.3f}", f"{fidelity.perplexity:.3f}"))
+        rows.append(("KL(float || quantized), nats per token", "", f"{fidelity.kl:.5f}"))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    print("\n".join(f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows))
+    if fidelity is not None:
+        count = len(job.held_back)
+        where = f"{count} text(s) held back from calibration" if len(job.texts) > 1 else "the one calibration text"
+        print(f"perplexity and KL over {fidelity.tokens} tokens of {where}")
+        if fidelity.tokens < FEW_TOKENS:
+            print(f"fewer than {FEW_TOKENS} tokens: give more calibration texts for figures that mean something")
+    linears = f"{len(plan.linears)} linears in {plan.linear.label}" if plan.linears else "linears in float"
+    print(f"wrote {job.flags.save_directory}: {linears}, attention {plan.scheme.name}")
 
 
 def convert(architecture: Architecture, flags: argparse.Namespace) -> None:
@@ -289,59 +339,10 @@ def convert(architecture: Architecture, flags: argparse.Namespace) -> None:
     Raises:
         OctavoError: anything that the user can mend.
     """
-    check_output(flags.save_directory, "--save_directory")
-    scheme = chosen_scheme(flags)
-    _check_statistics_file(flags.save_statistics, flags.save_directory)
-    check_device(flags.device_type)
-    source = find_source(flags.model_path)
-    config = read_source_config(source, architecture)
-    headers = read_source_headers(source)
-    texts = _texts(flags)
-    tokenizer = load_tokenizer(source, flags.tokenizer_args, flags.trust_remote_code)
-    longest = min(LONGEST_SAMPLE, config.get("max_position_embeddings", LONGEST_SAMPLE))
-    samples = tokenize(tokenizer, texts, longest, flags.input_ids_name, flags.attention_mask_name)
-    samples, held_back = hold_back(samples)
-    model = load_source(source, flags.device_type)
-
-    linears = choose_linears(model, flags, architecture.float_linears(model.config, source_dtype(headers)))
-    needs_texts = (linears and not flags.is_dynamic) or scheme.is_static or flags.save_statistics is not None
-    seen = samples if needs_texts or flags.disable_level else samples[:1]
-    statistics = calibrate(model, linears, tqdm(seen, desc="calibrating", unit="text"))
-    statistics.check_finite()
-    if flags.kv_scales == "random":
-        statistics = random_statistics(model, statistics)
-    linears = drop_worst(linears, statistics, flags.disable_level)
-    if not (linears or scheme != load_scheme("float")):
-        raise OctavoError("--disable_names and --disable_level leave every linear in float; nothing would be quantized")
-    if scheme.has_codebooks:
-        statistics = fit_codebooks(model, samples, statistics)
-    quantized = quantize_model(model, statistics, linears, scheme, flags.act_method, flags.is_dynamic, headers)
-    fidelity = _fidelity(model, build_quantized(architecture, model, quantized), held_back)
-    if flags.save_statistics is not None:
-        statistics.save(flags.save_statistics)
-    size = write_checkpoint(flags.save_directory, source, config, architecture, quantized, flags.part_file_size)
-
-    float_bytes = max(FLOAT_DTYPES[header.dtype].itemsize for header in headers.values())
-    before = sum(file.stat().st_size for file in source.glob("model*.safetensors"))
-    rows = [
-        ("", "float", "quantized"),
-        ("checkpoint, MB", f"{before / 1e6:.1f}", f"{size / 1e6:.1f}"),
-        ("KV cache, bytes per token", str(kv_bytes_per_token(model.config, load_scheme("float"), float_bytes)),
-         str(kv_bytes_per_token(model.config, quantized.scheme, float_bytes))),
-        ("KV cache, bits per element, all counted", str(8 * float_bytes),
-         f"{kv_bits_per_element(model.config, quantized.scheme):.2f}"),
-    ]  # fmt: skip
-    if fidelity is not None:
-        rows.append(("perplexity", f"{fidelity.float_perplexity:.3f}", f"{fidelity.perplexity:.3f}"))
-        rows.append(("KL(float || quantized), nats per token", "", f"{fidelity.kl:.5f}"))
-    print(_summary(rows))
-    if fidelity is not None:
-        where = f"{len(held_back)} text(s) held back from calibration" if len(texts) > 1 else "the one calibration text"
-        print(f"perplexity and KL over {fidelity.tokens} tokens of {where}")
-        if fidelity.tokens < FEW_TOKENS:
-            print(f"fewer than {FEW_TOKENS} tokens: give more calibration texts for figures that mean something")
-    kind = next(iter(quantized.linears.values()), W8A8Linear.LABEL)
-    print(f"wrote {flags.save_directory}: {len(linears)} linears in {kind}, attention {quantized.scheme.name}")
+    job = Job(architecture, flags)
+    with whole_directory(flags.save_directory, "--save_directory", job.identity(), flags.resume) as stage:
+        plan, fidelity, size = _run(job, stage)
+    _summary(job, plan, fidelity, size)
 
 
 def main(architecture: Architecture, argv: list[str] | None = None) -> int:

@@ -5,6 +5,7 @@ Names, types and defaults: MindIE-LLM, `examples/atb_models/examples/convert/mod
 
 import argparse
 import json
+import math
 import os
 import re
 import sys
@@ -13,13 +14,33 @@ from typing import Any, NoReturn
 
 from transformers.utils import logging
 
+from ..ops.resources import resource
 from .errors import OctavoError, first_line
-from .quantize import AUTOMATIC, HISTOGRAM, MIN_MAX
+from .linear_scheme import (
+    FP8_DYNAMIC,
+    GROUP_SIZES,
+    LINEAR_LABELS,
+    W4A16,
+    W8A8,
+    W8A8_DYNAMIC,
+    W8A16,
+    WEIGHT_METHODS,
+    LinearScheme,
+)
 from .scheme import KV_CACHE_DTYPES
 
 DEVICES = ("cpu", "cuda", "npu")
 KV_CACHE_CHOICES = (*KV_CACHE_DTYPES, "fp8_e5m2")
 KV_SCALES = ("data", "random", "none")
+ACT_METHOD_NAMES = {"1": "minmax", "2": "histogram", "3": "auto", "percentile": "percentile", "mse": "mse"}
+ANTI_METHODS = ("", "m1", "m2", "m3", "m4", "m6")
+END_TO_END = ("memory-first", "speed-first", "balanced", "ascend", "ascend-fa")
+"""Values of `--preset`."""
+QUANTIZATIONS = {"float": None, **{label.lower(): label for label in LINEAR_LABELS}, "fp8": FP8_DYNAMIC}
+"""Values of `--quantization`: Ascend's labels in small letters, as MindIE spells them, and vLLM's fp8."""
+BITS = {(8, 16): W8A16, (4, 16): W4A16, (16, 16): None}
+"""Label by `--w_bit` and `--a_bit`; 8 and 8 depend on `--is_dynamic`."""
+DEFAULT_GROUP = {W4A16: 64}
 
 
 def _boolean(text: str) -> bool:
@@ -50,6 +71,22 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of layers")
+    return int(text)
+
+
+def _limit(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
+    return value
+
+
 SCHEME_FLAGS = ("use_kvcache_quant", "use_fa_quant", "scheme", "kv_cache_dtype")
 
 
@@ -63,8 +100,7 @@ class OneLineParser(argparse.ArgumentParser):
 REFUSED: dict[str, tuple[Any, Any, str]] = {
     "fraction": (float, 0.01, "belongs to sparse quantization (--co_sparse), which Octavo does not do"),
     "co_sparse": (_boolean, False, "sparse weights are not supported; dense W8A8 is what is written"),
-    "anti_method": (str, "", "outlier treatment is not supported yet; leave it out or give ''"),
-    "do_smooth": (_boolean, False, "smoothing is not supported yet; leave it out"),
+    "do_smooth": (_boolean, False, "the original's name for smoothing within the quantizer; --anti_method smooths"),
     "use_sigma": (
         _boolean,
         False,
@@ -73,20 +109,31 @@ REFUSED: dict[str, tuple[Any, Any, str]] = {
     "sigma_factor": (float, 3.0, "belongs to --use_sigma, which Octavo does not do"),
     "use_reduce_quant": (_boolean, False, "quantized communication belongs to Ascend's tensor parallelism"),
     "tp_size": (int, 1, "belongs to --use_reduce_quant; a checkpoint of Octavo is not split for tensor parallelism"),
-    "is_lowbit": (_boolean, False, "low-bit weights are not supported; --w_bit takes 8 or 16"),
+    "is_lowbit": (_boolean, False, "the original's own low-bit algorithm; --w_bit 4 with --w_method GPTQ is Octavo's"),
     "mm_tensor": (_boolean, False, "weights are per channel, as in the original, which ignores this flag"),
-    "w_sym": (_boolean, True, "the weights of W8A8 are symmetric"),
-    "open_outlier": (_boolean, True, "belongs to weight-only quantization, which is not supported yet"),
-    "group_size": (int, 64, "belongs to weights quantized per group, which are not supported yet"),
-    "fa_amp": (int, 0, "leaving attentions in float by sensitivity is not supported yet"),
+    "open_outlier": (_boolean, True, "weights keep no outliers apart; --quantization w8a8_mixed keeps those of inputs"),
 }
 """Flags that parse, and are refused at any value but the one that asks for nothing: type, that value, reason."""
+NO_M5 = (
+    "m5 is CBQ, which trains the weights of several layers together; m4 and m6 are the exact rewrites that come closest"
+)
+
+
+def _anti_method(text: str) -> str:
+    if text == "m5":
+        raise argparse.ArgumentTypeError(NO_M5)
+    return text
+
+
+def end_to_end(name: str) -> dict[str, Any]:
+    """The flags that a `--preset` stands for, and under "about" what it is for."""
+    return json.loads(resource(f"common/recipes/{name}.json"))
 
 
 def build_parser(name: str) -> argparse.ArgumentParser:
     """The parser of a conversion script."""
     parser = OneLineParser(
-        description=f"Convert a {name} checkpoint to W8A8, a quantized KV cache or quantized attention.",
+        description=f"Convert a {name} checkpoint to quantized linears, KV cache and attention.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
@@ -94,8 +141,23 @@ def build_parser(name: str) -> argparse.ArgumentParser:
     add("--model_path", required=True, help="directory of the float checkpoint (safetensors), or hub id")
     add("--save_directory", required=True, type=Path, help="directory to write; must not exist, or be empty")
     add("--part_file_size", type=_positive, help="split the weights into files of at most this many GB")
-    add("--w_bit", type=int, choices=(8, 16), default=8, help="bits of the weights; 16 leaves them in float")
-    add("--a_bit", type=int, choices=(8, 16), default=8, help="bits of the linear layers' inputs; as --w_bit")
+    add("--resume", action="store_true", help="go on with a conversion that was interrupted, if there is one")
+    add("--preset", choices=END_TO_END, help="a set of flags by name; flags that are given override its own")
+    add("--w_bit", type=int, choices=(4, 8, 16), default=8, help="bits of the weights; 16 leaves them in float")
+    add(
+        "--a_bit",
+        type=int,
+        choices=(8, 16),
+        default=8,
+        help="bits of the linear layers' inputs; 16 leaves them in float",
+    )
+    add("--quantization", choices=tuple(QUANTIZATIONS), help="of the linear layers by name, instead of bits")
+    add("--w_sym", type=_boolean, default=True, help="False: weights with a zero point, for W8A16 and W4A16")
+    add("--group_size", type=int, choices=GROUP_SIZES,
+        help="input channels that share a scale of W8A16 or W4A16; 0: per channel (W4A16: 64 if not given)")  # fmt: skip
+    add("--w_method", choices=WEIGHT_METHODS, default="MinMax", help="how codes of weights are chosen")
+    add("--anti_method", type=_anti_method, choices=ANTI_METHODS, default="",
+        help="outliers: m1 SmoothQuant, m2 with an offset, m3 AWQ, m4 iterative, m6 searched")  # fmt: skip
     add("--use_kvcache_quant", type=_boolean, default=False, help="C8: static int8 KV cache, per channel")
     add("--use_fa_quant", type=_boolean, default=False, help="FAQuant: static int8 q, k and v, per head")
     add("--scheme", help="any scheme of KV cache and attention: name of a preset, or a JSON file of your own")
@@ -104,8 +166,8 @@ def build_parser(name: str) -> argparse.ArgumentParser:
         help="static scales: from the texts, from random tokens (vLLM's calculate_kv_scales), or all 1")  # fmt: skip
     add("--calib_file", type=Path, help="texts, one per line: plain, or JSON with 'inputs_pretokenized'")
     add("--calib_texts", nargs="+", help="texts, used if there is no --calib_file")
-    add("--act_method", type=int, choices=(MIN_MAX, HISTOGRAM, AUTOMATIC), default=1,
-        help="range of activations: 1 min-max, 2 histogram, 3 automatic")  # fmt: skip
+    add("--act_method", choices=tuple(ACT_METHOD_NAMES), default="1",
+        help="range of static inputs: 1 min-max, 2 histogram, 3 automatic, percentile, mse of outputs")  # fmt: skip
     add(
         "--is_dynamic",
         type=_boolean,
@@ -113,6 +175,8 @@ def build_parser(name: str) -> argparse.ArgumentParser:
         help="quantize each token's inputs by a scale of its own (W8A8_DYNAMIC); down_proj too, unless disabled",
     )
     add("--disable_level", type=_level, default="L0", help="Ln leaves the n linears with the worst outliers in float")
+    add("--fa_amp", type=_count, default=0, help="so many linears or attentions, those that cost most, stay in float")
+    add("--max_kl", type=_limit, help="write nothing if the KL from float on the held-back texts is larger")
     add("--disable_names", nargs="+", help="linears left in float, as names or globs; replaces the recipe's list")
     add("--disable_last_linear", type=_boolean, default=True, help="leave lm_head in float")
     add("--device_type", choices=DEVICES, default="cpu", help="where calibration runs")
@@ -130,23 +194,65 @@ def parse_flags(name: str, argv: list[str] | None) -> argparse.Namespace:
     """Parse and check what can be checked without touching a file; exits with 2 and one line."""
     parser = build_parser(name)
     flags = parser.parse_args(argv)
+    if flags.preset:
+        parser.set_defaults(**{flag: value for flag, value in end_to_end(flags.preset).items() if flag != "about"})
+        flags = parser.parse_args(argv)
     for flag, (_, harmless, reason) in REFUSED.items():
         if getattr(flags, flag) != harmless:
             parser.error(f"--{flag} {getattr(flags, flag)}: {reason}")
-    if flags.w_bit != flags.a_bit:
-        parser.error(f"--w_bit {flags.w_bit} --a_bit {flags.a_bit}: W8A8 (8 and 8) or float (16 and 16)")
     chosen = [flag for flag in SCHEME_FLAGS if getattr(flags, flag)]
     if len(chosen) > 1:
         parser.error(f"--{chosen[0]} and --{chosen[1]} exclude each other: both say how K and V are stored; choose one")
-    if flags.w_bit == 16 and not chosen:
+    try:
+        flags.linear = chosen_linear_scheme(flags)
+    except OctavoError as error:
+        parser.error(str(error))
+    if flags.linear is None and not chosen:
         parser.error("--w_bit 16 --a_bit 16 quantizes nothing; add --scheme, or --use_kvcache_quant True")
-    if flags.is_dynamic and flags.act_method != MIN_MAX:
-        parser.error(f"--act_method {flags.act_method}: --is_dynamic takes each token's own range; leave it out")
-    if flags.w_bit == 16:
-        for flag in ("disable_names", "disable_level", "is_dynamic"):
-            if getattr(flags, flag):
-                parser.error(f"--{flag}: --w_bit 16 leaves every linear in float")
     return flags
+
+
+FOR_LINEARS = ("disable_names", "disable_level", "is_dynamic", "anti_method", "group_size")
+"""Flags that mean nothing where every linear stays in float."""
+
+
+def chosen_linear_scheme(flags: argparse.Namespace) -> LinearScheme | None:
+    """How linear layers are quantized, from the flags; None leaves them in float.
+
+    Raises:
+        OctavoError: flags that do not go together.
+    """
+    if flags.quantization and (flags.is_dynamic or (flags.w_bit, flags.a_bit) != (8, 8)):
+        raise OctavoError("--quantization, and --w_bit, --a_bit or --is_dynamic exclude each other: choose one way")
+    label = QUANTIZATIONS[flags.quantization] if flags.quantization else _label_of_bits(flags)
+    if label is None:
+        for flag in FOR_LINEARS:
+            if getattr(flags, flag):
+                raise OctavoError(f"--{flag}: --w_bit 16 leaves every linear in float")
+        return None
+    scheme = LinearScheme(
+        label,
+        group_size=DEFAULT_GROUP.get(label, 0) if flags.group_size is None else flags.group_size,
+        symmetric=flags.w_sym,
+        w_method=flags.w_method,
+        act_method=ACT_METHOD_NAMES[flags.act_method],
+    )
+    if not scheme.is_static and flags.act_method != "1":
+        raise OctavoError(f"--act_method {flags.act_method}: {label} has no static ranges of inputs; leave it out")
+    return scheme
+
+
+def _label_of_bits(flags: argparse.Namespace) -> str | None:
+    bits = flags.w_bit, flags.a_bit
+    if bits == (8, 8):
+        return W8A8_DYNAMIC if flags.is_dynamic else W8A8
+    if bits not in BITS:
+        raise OctavoError(
+            f"--w_bit {bits[0]} --a_bit {bits[1]}: choose W8A8 (8 and 8), W8A16, W4A16, or float (16 and 16)"
+        )
+    if flags.is_dynamic:
+        raise OctavoError(f"--is_dynamic: inputs are quantized by --w_bit 8 --a_bit 8, not {bits[0]} and {bits[1]}")
+    return BITS[bits]
 
 
 def run_script(work: Any, argv: list[str] | None) -> int:

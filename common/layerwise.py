@@ -147,9 +147,13 @@ class LayerwiseModel:
             OctavoError: it holds NaN or Inf.
         """
         found = self.files.read(self.file_name(name))
-        if not torch.isfinite(found).all():
-            raise OctavoError(f"{self._where}: {name} holds NaN or Inf; the checkpoint is damaged")
+        self.check_finite(name, found)
         return found
+
+    def check_finite(self, name: str, tensor: torch.Tensor) -> None:
+        """Raise an `OctavoError` if (a part of) the tensor of that name holds NaN or Inf."""
+        if not torch.isfinite(tensor).all():
+            raise OctavoError(f"{self._where}: {name} holds NaN or Inf; the checkpoint is damaged")
 
     def _filled(self, module: nn.Module, name: str) -> nn.Module:
         state = {part: self.tensor(f"{name}.{part}").to(self.device).float() for part in module.state_dict()}

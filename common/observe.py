@@ -203,7 +203,9 @@ def attention_tensors(attention: nn.Module) -> dict[str, torch.Tensor]:
 def input_tensors(inputs: dict[str, LinearInputs]) -> dict[str, torch.Tensor]:
     """What is kept of the inputs of linear layers, by the names of `statistics.py`."""
     return {
-        f"linears.{name}.{part}": getattr(found, part).cpu() for name, found in inputs.items() for part in INPUT_PARTS
+        f"linears.{name}.{part}": getattr(found, part).cpu().clone()
+        for name, found in inputs.items()
+        for part in INPUT_PARTS
     }
 
 

@@ -12,11 +12,13 @@ from huggingface_hub.errors import (
     StrictDataclassError,
 )
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from .architecture import Architecture
 from .checkpoints.ascend import DESCRIPTION_FILE, TensorHeader, read_headers, read_json
+from .checkpoints.shards import TensorFiles
 from .errors import OctavoError, first_line
+from .layerwise import LayerwiseModel
 
 PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -80,7 +82,7 @@ def read_source_headers(directory: Path) -> dict[str, TensorHeader]:
 
 
 def load_source(directory: Path, device: str) -> nn.Module:
-    """The float model: fp32 on the CPU, its own dtype elsewhere.
+    """The whole float model in memory: fp32 on the CPU, its own dtype elsewhere.
 
     Raises:
         OctavoError: config and weights disagree, or a weight is NaN or Inf.
@@ -107,6 +109,19 @@ def load_source(directory: Path, device: str) -> nn.Module:
         if not torch.isfinite(parameter).all():
             raise OctavoError(f"--model_path {directory}: {name} holds NaN or Inf; the checkpoint is damaged")
     return model.eval().to(device)
+
+
+def layerwise_source(directory: Path, device: str) -> LayerwiseModel:
+    """The float model, one decoder layer at a time.
+
+    Raises:
+        OctavoError: config and weights disagree.
+    """
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, StrictDataclassError) as error:
+        raise OctavoError(f"--model_path {directory}: cannot be loaded ({first_line(error)})") from None
+    return LayerwiseModel(directory, config, TensorFiles(sorted(directory.glob("model*.safetensors"))), device)
 
 
 def load_tokenizer(directory: Path, arguments: dict[str, Any], trust_remote_code: bool) -> Any:

@@ -13,19 +13,18 @@ from ..ops.library import NAMESPACE
 from .cache import QuantizedCache
 from .checkpoints.ascend import (
     DESCRIPTION_FILE,
-    SCALAR_DTYPES,
-    attach_buffers,
     check_description,
     described_scheme,
+    linear_layout,
     quantized_linears,
     read_headers,
     read_json,
-    read_scales,
     weight_file_names,
 )
+from .checkpoints.buffers import attach_buffers, read_scales
 from .errors import OctavoError
 from .folds import fold_biases
-from .linear import QuantizedLinear, W8A8Linear
+from .linear import QuantizedLinear
 from .scheme import Scheme, load_scheme
 
 CONFIG_KEY = "octavo"
@@ -71,7 +70,7 @@ def describe_checkpoint(config: Any, source: str, tied: Iterable[str], hub_argum
     """Set on `config` what the quantized checkpoint at `source` needs; leave it alone if `source` is an ordinary one.
 
     Args:
-        config: gets `octavo`: the scheme, the quantized linears and the dtype of `deq_scale`; and
+        config: gets `octavo`: the scheme and the layout of the quantized linears (see `linear_layout`); and
             `transformers_weights`, the name of the weight file, which keeps a load without this code from succeeding.
         source: local directory or hub id.
         tied: names of weights that are stored once, under another name, if the config ties embeddings.
@@ -98,12 +97,9 @@ def describe_checkpoint(config: Any, source: str, tied: Iterable[str], hub_argum
     files = [single_file] if single_file is not None else _weight_files(index_file, find)
     headers = read_headers(files)
     check_description(description, headers, tied if config.tie_word_embeddings else ())
-    linears = quantized_linears(description)
-    static = [name for name, label in linears.items() if label == W8A8Linear.LABEL]
     config.octavo = {
         "scheme": _agreed_scheme(source, config, description).to_dict(),
-        "quantized_linears": linears,
-        "deq_scale": headers[f"{static[0]}.deq_scale"].dtype if static else "F32",
+        **linear_layout(quantized_linears(description), headers),
     }
     config.transformers_weights = single if single_file is not None else index
 
@@ -149,7 +145,7 @@ class QuantizedCausalLM:
     """Mixin placed before a `...ForCausalLM` of transformers.
 
     What is quantized stands in `config.octavo`: `scheme` (name of a preset or its fields), and, set by
-    `from_pretrained`, `quantized_linears` and `deq_scale`. Without that key the model is the float one.
+    `from_pretrained`, the layout of the quantized linears. Without that key the model is the float one.
     """
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -161,8 +157,7 @@ class QuantizedCausalLM:
         super().__init__(config, *args, **kwargs)
         recipe = getattr(config, CONFIG_KEY, None) or {}
         self.scheme: Scheme = load_scheme(recipe.get("scheme", "float"))
-        dtype = SCALAR_DTYPES[recipe.get("deq_scale", "F32")]
-        attach_buffers(self, self.scheme, recipe.get("quantized_linears", {}), dtype)
+        attach_buffers(self, self.scheme, recipe)
         if self.scheme.is_quantized:
             fold_biases(self, self.scheme)
         self.base_model.octavo_scheme = self.scheme

@@ -26,7 +26,8 @@ BINS = 2048
 JUDGED_CHANNELS = 2048
 """Output channels by which the range of inputs is judged under "mse"."""
 _SHARES = torch.linspace(0.05, 1.0, 96)
-_BOUNDS = torch.logspace(0, -1.3, 24)
+_COARSE = [10 ** (-step / 10) for step in range(14)]
+_FINE = [0.8 + 0.05 * step for step in range(10)]
 _CLIPS = torch.linspace(1.0, 0.4, 21)
 _FP8_MAX = CODE_RANGES[torch.float8_e4m3fn][1]
 _IS_FP8 = (FP8, FP8_DYNAMIC)
@@ -95,8 +96,9 @@ def _searched_range(
         return float((difference if weight is None else difference @ weight.T).square().sum())
 
     limit = max(-low, high)
-    bounds = [limit * share for share in _BOUNDS.tolist()]
-    return _bounded(low, high, min(bounds, key=error))
+    best = min((limit * share for share in _COARSE), key=error)
+    best = min((min(limit, best * share) for share in _FINE), key=error)
+    return _bounded(low, high, best)
 
 
 def input_range(

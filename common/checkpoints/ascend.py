@@ -6,7 +6,8 @@ It is also the form in which Octavo's own models hold their tensors. Zero points
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..errors import OctavoError
-from ..linear import QUANTIZED_LINEARS, W8A8Linear
+from ..linear import QUANTIZED_LINEARS
+from ..linear_scheme import FP8, FP8_DYNAMIC, W4A16
 from ..scheme import Scheme, load_scheme
 from ..statistics import LayerScales, Scales
 
@@ -39,23 +41,34 @@ OWN_LABEL = "OCTAVO"
 CACHE_PARTS = ("key_scale", "key_zero", "key_levels", "value_scale", "value_zero", "value_levels", "query_scale")
 SCALAR_DTYPES = {"I64": torch.int64, "F32": torch.float32}
 FLOATS = ("F32", "F16", "BF16")
+DTYPE_NAMES = {
+    torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3",
+    torch.uint8: "U8", torch.int8: "I8", torch.int32: "I32", torch.int64: "I64",
+}  # fmt: skip
+"""Dtypes as safetensors spells them."""
 WEIGHT_LABELS = tuple(QUANTIZED_LINEARS)
+WEIGHT_DTYPES = {W4A16: ("U8", "I8"), FP8: ("F8_E4M3",), FP8_DYNAMIC: ("F8_E4M3",)}
+"""Dtypes of weights in codes where they are not int8; those in int4 may have a byte for each code."""
+LINEAR_DTYPES = {
+    "weight_scale": FLOATS,
+    "weight_offset": FLOATS,
+    "input_scale": FLOATS,
+    "input_offset": FLOATS,
+    "quant_bias": ("I32",),
+    "deq_scale": ("I64", "F32"),
+    "outlier_columns": ("I32",),
+    "outlier_weight": FLOATS,
+}
+"""Dtypes of the other parts of a quantized linear layer, which are labelled as its weight."""
 STORED_AS = {
-    "weight": (WEIGHT_LABELS, ("I8",)),
     "bias": (("FLOAT",), FLOATS),
-    "weight_scale": (WEIGHT_LABELS, FLOATS),
-    "weight_offset": (WEIGHT_LABELS, FLOATS),
-    "input_scale": (("W8A8",), FLOATS),
-    "input_offset": (("W8A8",), FLOATS),
-    "quant_bias": (("W8A8",), ("I32",)),
-    "deq_scale": (("W8A8",), ("I64", "F32")),
     "kv_cache_scale": (("C8", "W8A8"), FLOATS),
     "kv_cache_offset": (("C8", "W8A8"), FLOATS),
     "scale": (("FAQuant",), FLOATS),
     "offset": (("FAQuant",), ("I8", *FLOATS)),
     **dict.fromkeys(CACHE_PARTS, ((OWN_LABEL,), ("F32",))),
 }
-"""Labels and dtypes of each part of a quantized module; the labels of the KV cache were W8A8 before they were C8."""
+"""Labels and dtypes of parts of other modules; the labels of the KV cache were W8A8 before they were C8."""
 FA_PARTS = ("q", "k", "v")
 FILE_ORDER = (
     *CACHE_PARTS,
@@ -65,12 +78,7 @@ FILE_ORDER = (
     "kv_cache_offset",
     "weight",
     "bias",
-    "weight_scale",
-    "weight_offset",
-    "input_scale",
-    "input_offset",
-    "quant_bias",
-    "deq_scale",
+    *LINEAR_DTYPES,
 )
 
 
@@ -82,37 +90,10 @@ class TensorHeader:
     shape: tuple[int, ...]
 
 
-class StaticScale(nn.Module):
-    """`fa_q`, `fa_k` and `fa_v` of an attention module: one scale and one offset per head, `[heads, 1]`."""
-
-    def __init__(self, heads: int) -> None:
-        super().__init__()
-        self.register_buffer("scale", torch.empty((heads, 1), dtype=torch.float32))
-        self.register_buffer("offset", torch.empty((heads, 1), dtype=torch.int8))
-
-
 def attention_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Names and modules of the attentions of a decoder, in the order of its layers."""
     found = [(n, m) for n, m in model.named_modules() if hasattr(m, "k_proj") and hasattr(m, "layer_idx")]
     return sorted(found, key=lambda item: item[1].layer_idx)
-
-
-class CacheConstants(nn.Module):
-    """`octavo_cache` of an attention module: static scales, zeros and codebooks of a layer, float32."""
-
-    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        super().__init__()
-        for part, shape in shapes.items():
-            self.register_buffer(part, torch.empty(shape, dtype=torch.float32))
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "CacheConstants":
-        """They follow the model to another device, and stay what they are when it changes its dtype."""
-        before = dict(self.named_buffers())
-        super()._apply(fn, recurse)
-        for part, tensor in before.items():
-            if getattr(self, part).dtype != tensor.dtype:
-                setattr(self, part, tensor.to(getattr(self, part).device))
-        return self
 
 
 def _is_ascend(scheme: Scheme, preset: str) -> bool:
@@ -131,119 +112,6 @@ def is_c8(scheme: Scheme) -> bool:
 def is_fa(scheme: Scheme) -> bool:
     """Whether a layer's scheme is stored as `fa_q`, `fa_k` and `fa_v`: static per head."""
     return _is_ascend(scheme, "ascend-fa")
-
-
-def constant_shapes(scheme: Scheme, heads: int, groups: int, width: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of a layer's `CacheConstants`: H query heads, G KV heads, D head_dim; empty where there are none."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for part, codec, count in (
-        ("key", scheme.key, groups),
-        ("value", scheme.value, groups),
-        ("query", scheme.query, heads),
-    ):
-        if codec is None or not codec.is_calibrated:
-            continue
-        if not codec.dynamic:
-            shape = {"tensor": (1, 1, 1), "head": (count, 1, 1), "channel": (count, 1, width)}[codec.granularity]
-            shapes[f"{part}_scale"] = shape
-            if codec.has_zero:
-                shapes[f"{part}_zero"] = shape
-        if codec.levels == "calibrated":
-            shapes[f"{part}_levels"] = (2**codec.bits,)
-    return shapes
-
-
-def attach_buffers(model: nn.Module, scheme: Scheme, quantized: dict[str, str], deq_scale_dtype: torch.dtype) -> None:
-    """Give a float model the modules and buffers that hold a quantized checkpoint, empty.
-
-    Args:
-        model: a decoder as transformers builds it, changed in place.
-        scheme: what attention and cache store; its static scales get buffers.
-        quantized: label by name of the linear layers that are quantized.
-        deq_scale_dtype: dtype of `deq_scale` on disk.
-    """
-    for name, label in quantized.items():
-        parent, _, child = name.rpartition(".")
-        try:
-            linear = model.get_submodule(name)
-        except AttributeError:
-            raise OctavoError(
-                f"{DESCRIPTION_FILE} names {name}, which config.json gives the model no room for"
-            ) from None
-        if not isinstance(linear, nn.Linear):
-            raise OctavoError(f"{DESCRIPTION_FILE}: {name} is labelled {label} and is no linear layer; convert again")
-        options = (deq_scale_dtype,) if label == W8A8Linear.LABEL else ()
-        layer = QUANTIZED_LINEARS[label](linear.in_features, linear.out_features, linear.bias is not None, *options)
-        setattr(model.get_submodule(parent), child, layer)
-    for _, attention in attention_modules(model):
-        layer_scheme = scheme.of_layer(attention.layer_idx)
-        groups = attention.k_proj.out_features // attention.head_dim
-        if is_c8(layer_scheme):
-            for projection in (attention.k_proj, attention.v_proj):
-                for part in ("kv_cache_scale", "kv_cache_offset"):
-                    projection.register_buffer(part, torch.empty(projection.out_features, dtype=torch.float32))
-        elif is_fa(layer_scheme):
-            attention.fa_q = StaticScale(attention.q_proj.out_features // attention.head_dim)
-            attention.fa_k, attention.fa_v = StaticScale(groups), StaticScale(groups)
-        else:
-            heads = attention.q_proj.out_features // attention.head_dim
-            if shapes := constant_shapes(layer_scheme, heads, groups, attention.head_dim):
-                attention.octavo_cache = CacheConstants(shapes)
-
-
-def _scale_and_zero(
-    name: str, scale: torch.Tensor, offset: torch.Tensor, heads: int
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Stored scale and offset as `[heads, 1, D or 1]` float32; no zero where every offset is 0."""
-    if not (torch.isfinite(scale).all() and (scale > 0).all() and torch.isfinite(offset.float()).all()):
-        raise OctavoError(f"checkpoint: {name} holds a scale that is not a positive number; convert the model again")
-    zero = offset.float().view(heads, 1, -1) if bool((offset != 0).any()) else None
-    return scale.float().view(heads, 1, -1), zero
-
-
-def read_scales(model: nn.Module, scheme: Scheme) -> Scales:
-    """The static scales out of the buffers that `attach_buffers` made and a checkpoint filled."""
-    result = []
-    for name, attention in attention_modules(model):
-        layer_scheme = scheme.of_layer(attention.layer_idx)
-        groups = attention.k_proj.out_features // attention.head_dim
-        if is_c8(layer_scheme):
-            k, v = attention.k_proj, attention.v_proj
-            key = _scale_and_zero(f"{name}.k_proj", k.kv_cache_scale, k.kv_cache_offset, groups)
-            value = _scale_and_zero(f"{name}.v_proj", v.kv_cache_scale, v.kv_cache_offset, groups)
-            result.append(LayerScales(key, value))
-        elif is_fa(layer_scheme):
-            stored = {part: getattr(attention, f"fa_{part}") for part in FA_PARTS}
-            q, k, v = (
-                _scale_and_zero(f"{name}.fa_{part}", m.scale, m.offset, m.scale.shape[0]) for part, m in stored.items()
-            )
-            if q[1] is not None:
-                raise OctavoError(f"checkpoint: {name}.fa_q has an offset, which int8 attention does not serve")
-            result.append(LayerScales(k, v, q[0]))
-        else:
-            result.append(_read_constants(name, attention, layer_scheme))
-    return result
-
-
-def _read_constants(name: str, attention: nn.Module, scheme: Scheme) -> LayerScales:
-    """The scales of a layer out of its `CacheConstants`, if it has any."""
-    if not hasattr(attention, "octavo_cache"):
-        return LayerScales()
-    found = dict(attention.octavo_cache.named_buffers())
-    for part, tensor in found.items():
-        if not torch.isfinite(tensor).all() or (part.endswith("scale") and not (tensor > 0).all()):
-            raise OctavoError(f"checkpoint: {name}.octavo_cache.{part} is no positive number; convert the model again")
-        if part.endswith("levels") and not (tensor.diff() >= 0).all():
-            raise OctavoError(f"checkpoint: {name}.octavo_cache.{part} do not ascend; convert the model again")
-    has_bias = any(linear.bias is not None for linear in (attention.k_proj, attention.v_proj))
-    key, value = (
-        (found[f"{part}_scale"], found.get(f"{part}_zero")) if f"{part}_scale" in found else None
-        for part in ("key", "value")
-    )
-    return LayerScales(
-        key, value, found.get("query_scale"), found.get("key_levels"), found.get("value_levels"),
-        scheme.fold_bias and has_bias,
-    )  # fmt: skip
 
 
 def _constant_tensors(name: str, layer: LayerScales) -> dict[str, torch.Tensor]:
@@ -304,6 +172,38 @@ def quantized_linears(description: dict[str, Any]) -> dict[str, str]:
             raise OctavoError(f"{DESCRIPTION_FILE}: {tensor} is labelled {label!r}; Octavo loads {known} and FLOAT")
         labels[tensor.removesuffix(".weight")] = label
     return labels
+
+
+def linear_layout(linears: Mapping[str, str], headers: Mapping[str, TensorHeader]) -> dict[str, Any]:
+    """What a checkpoint says of its linear layers, as `attach_buffers` takes it and `config.octavo` holds it.
+
+    Args:
+        linears: label by name of those that are quantized.
+        headers: of all tensors.
+
+    Returns:
+        `quantized_linears`: the labels; `weight_scales`: shapes by name, of those that have not one per output channel;
+        `unpacked`: names of those in int4 that take a byte for each code; `deq_scale`: its dtype; `biases`: names of
+        all modules with a bias, which the architecture need not have.
+
+    Raises:
+        OctavoError: a scale that is no matrix.
+    """
+    scales = {}
+    for name in linears:
+        shape = headers[f"{name}.weight_scale"].shape
+        if len(shape) != 2 or 0 in shape:
+            raise OctavoError(f"{name}.weight_scale is stored as {shape}, which is no matrix; convert the model again")
+        if shape != (headers[f"{name}.weight"].shape[0], 1):
+            scales[name] = list(shape)
+    deq_scales = [header.dtype for name, header in headers.items() if name.endswith(".deq_scale")]
+    return {
+        "quantized_linears": dict(linears),
+        "weight_scales": scales,
+        "unpacked": [n for n, label in linears.items() if label == W4A16 and headers[f"{n}.weight"].dtype == "I8"],
+        "deq_scale": next(iter(deq_scales), "F32"),
+        "biases": [name.removesuffix(".bias") for name in headers if name.endswith(".bias")],
+    }
 
 
 def described_scheme(description: dict[str, Any], layers: int) -> Scheme | None:
@@ -370,6 +270,21 @@ def read_headers(files: Iterable[Path]) -> dict[str, TensorHeader]:
     return headers
 
 
+def tensor_headers(tensors: Mapping[str, torch.Tensor]) -> dict[str, TensorHeader]:
+    """What the headers of files would say of tensors in memory."""
+    return {name: TensorHeader(DTYPE_NAMES[part.dtype], tuple(part.shape)) for name, part in tensors.items()}
+
+
+def _labels_and_dtypes(part: str, of_module: str | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """How a tensor may be labelled and stored: its name in its module, and the label of the module's weight."""
+    kind = QUANTIZED_LINEARS.get(of_module)
+    if kind is not None and part == "weight":
+        return (of_module,), WEIGHT_DTYPES.get(of_module, ("I8",))
+    if part in LINEAR_DTYPES:
+        return (of_module,) if kind is not None and part in kind.PARTS else (), LINEAR_DTYPES[part]
+    return STORED_AS.get(part, (("FLOAT",), FLOATS))
+
+
 def check_description(description: dict[str, Any], headers: dict[str, TensorHeader], tied: Iterable[str]) -> None:
     """Raise an `OctavoError` that names the first tensor on which description and weight files disagree.
 
@@ -388,10 +303,8 @@ def check_description(description: dict[str, Any], headers: dict[str, TensorHead
         raise OctavoError(f"{where}: {name} is stored and not described; convert the model again")
     for name, label in described.items():
         module, _, part = name.rpartition(".")
-        of_module = described.get(f"{module}.weight")
-        kind = part if of_module in WEIGHT_LABELS or part not in ("weight", "bias") else "float"
-        labels, dtypes = STORED_AS.get(kind, (("FLOAT",), FLOATS))
-        if label not in labels or (labels == WEIGHT_LABELS and label != of_module) or headers[name].dtype not in dtypes:
+        labels, dtypes = _labels_and_dtypes(part, described.get(f"{module}.weight"))
+        if label not in labels or headers[name].dtype not in dtypes:
             raise OctavoError(f"{where}: {name} is labelled {label} and stored as {headers[name].dtype}; convert again")
     for linear, label in quantized_linears(described).items():
         for part in QUANTIZED_LINEARS[label].PARTS:
@@ -403,18 +316,21 @@ def check_description(description: dict[str, Any], headers: dict[str, TensorHead
 
 
 def build_description(
-    tensors: Iterable[str], tied: Iterable[str], linears: dict[str, str], scheme: Scheme
+    tensors: Iterable[str], tied: Iterable[str], linears: dict[str, str], scheme: Scheme, group_size: int = 0
 ) -> dict[str, Any]:
     """The description of a checkpoint: what kind it is, and a label for each tensor, as msmodelslim writes them.
 
     Args:
         tensors: names of what is stored.
         tied: names that share a stored tensor and are labelled too, since readers look for `lm_head.weight` here.
-        linears: label by name of the quantized linears, which are all of one kind.
+        linears: label by name of the quantized linears; the model is called by that of most of them.
         scheme: of attention and cache.
+        group_size: of the weights that are quantized in groups of input channels; 0 if none are.
     """
-    kind = next(iter(linears.values()), "FLOAT")
+    kind = Counter(linears.values()).most_common(1)[0][0] if linears else "FLOAT"
     description: dict[str, Any] = {"version": "1.0.0", "model_quant_type": kind}
+    if group_size:
+        description["group_size"] = group_size
     if is_c8(scheme):
         description |= {"kv_cache_type": "C8", "kv_quant_type": "C8"}
     elif is_fa(scheme):

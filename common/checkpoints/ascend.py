@@ -41,11 +41,6 @@ OWN_LABEL = "OCTAVO"
 CACHE_PARTS = ("key_scale", "key_zero", "key_levels", "value_scale", "value_zero", "value_levels", "query_scale")
 SCALAR_DTYPES = {"I64": torch.int64, "F32": torch.float32}
 FLOATS = ("F32", "F16", "BF16")
-DTYPE_NAMES = {
-    torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3",
-    torch.uint8: "U8", torch.int8: "I8", torch.int32: "I32", torch.int64: "I64",
-}  # fmt: skip
-"""Dtypes as safetensors spells them."""
 WEIGHT_LABELS = tuple(QUANTIZED_LINEARS)
 WEIGHT_DTYPES = {W4A16: ("U8", "I8"), FP8: ("F8_E4M3",), FP8_DYNAMIC: ("F8_E4M3",)}
 """Dtypes of weights in codes where they are not int8; those in int4 may have a byte for each code."""
@@ -70,6 +65,7 @@ STORED_AS = {
 }
 """Labels and dtypes of parts of other modules; the labels of the KV cache were W8A8 before they were C8."""
 FA_PARTS = ("q", "k", "v")
+SCALE_MODULES = (*(f"fa_{part}" for part in FA_PARTS), "octavo_cache")
 FILE_ORDER = (
     *CACHE_PARTS,
     "scale",
@@ -145,8 +141,15 @@ def scale_tensors(model: nn.Module, scheme: Scheme, scales: Scales) -> dict[str,
 
 
 def in_file_order(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors in the order in which msmodelslim writes them: module by module, and within one as in `FILE_ORDER`."""
-    positions = {name: position for position, (name, _) in enumerate(model.named_modules())}
+    """Tensors in the order in which msmodelslim writes them: module by module, and within one as in `FILE_ORDER`.
+
+    Static scales of attention come first in its module, whether the model has modules for them or not.
+    """
+    positions = {
+        name: position
+        for position, (name, _) in enumerate(model.named_modules())
+        if name.rpartition(".")[2] not in SCALE_MODULES
+    }
 
     def key(name: str) -> tuple[int, int]:
         module, _, part = name.rpartition(".")
@@ -268,11 +271,6 @@ def read_headers(files: Iterable[Path]) -> dict[str, TensorHeader]:
         except (OSError, SafetensorError) as error:
             raise OctavoError(f"{file}: is truncated or damaged ({error}); copy it again or convert again") from None
     return headers
-
-
-def tensor_headers(tensors: Mapping[str, torch.Tensor]) -> dict[str, TensorHeader]:
-    """What the headers of files would say of tensors in memory."""
-    return {name: TensorHeader(DTYPE_NAMES[part.dtype], tuple(part.shape)) for name, part in tensors.items()}
 
 
 def _labels_and_dtypes(part: str, of_module: str | None) -> tuple[tuple[str, ...], tuple[str, ...]]:

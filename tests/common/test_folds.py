@@ -10,8 +10,9 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from octavo.common.cache import QuantizedCache
-from octavo.common.checkpoints.ascend import attention_modules, linear_layout, tensor_headers
+from octavo.common.checkpoints.ascend import attention_modules, linear_layout
 from octavo.common.checkpoints.buffers import attach_buffers
+from octavo.common.checkpoints.shards import header_of
 from octavo.common.errors import OctavoError
 from octavo.common.folds import FOLD, fold_biases, prepare
 from octavo.common.linear import QUANTIZED_LINEARS, FoldableLinear, QuantizedLinear
@@ -217,7 +218,8 @@ def quantized(scheme: LinearScheme) -> torch.nn.Module:
         parts = quantize_linear(source.get_submodule(name), seen(inputs[name]), scheme)
         tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
     model = Qwen2ForCausalLM(Qwen2Config(**settings()))
-    layout = linear_layout(dict.fromkeys(names, scheme.label), tensor_headers(tensors))
+    headers = {name: header_of(tensor) for name, tensor in tensors.items()}
+    layout = linear_layout(dict.fromkeys(names, scheme.label), headers)
     attach_buffers(model, load_scheme("float"), layout)
     model.load_state_dict(tensors)
     model.set_attn_implementation("octavo")

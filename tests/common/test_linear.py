@@ -19,10 +19,10 @@ from octavo.common.checkpoints.ascend import (
     in_file_order,
     linear_layout,
     read_headers,
-    tensor_headers,
     weight_file_names,
 )
 from octavo.common.checkpoints.buffers import attach_buffers
+from octavo.common.checkpoints.shards import header_of
 from octavo.common.errors import OctavoError
 from octavo.common.linear import QUANTIZED_LINEARS, QuantizedLinear, empty_linear
 from octavo.common.linear_scheme import (
@@ -222,6 +222,10 @@ def quantized_tensors_of(model: nn.Module, schemes: dict[str, LinearScheme]) -> 
     return tensors
 
 
+def layout_of(tensors: dict[str, torch.Tensor], labels: dict[str, str]) -> dict[str, Any]:
+    return linear_layout(labels, {name: header_of(tensor) for name, tensor in tensors.items()})
+
+
 def save_quantized(
     directory: Path, model: nn.Module, tensors: dict[str, torch.Tensor], labels: dict[str, str], **keys: Any
 ) -> None:
@@ -253,7 +257,7 @@ def test_a_checkpoint_comes_back(kind: str, scheme: LinearScheme, tmp_path: Path
     with torch.no_grad():
         found, plain = loaded(ids).logits, model(ids).logits
     by_hand = build()
-    attach_buffers(by_hand, load_scheme("float"), linear_layout(labels, tensor_headers(tensors)))
+    attach_buffers(by_hand, load_scheme("float"), layout_of(tensors, labels))
     by_hand.load_state_dict(tensors)
     with torch.no_grad():
         expected = by_hand(ids).logits
@@ -365,7 +369,7 @@ def test_disagreements_are_named(directory: tuple, tmp_path: Path) -> None:
         QuantizedLlama.from_pretrained(tmp_path / "three")
     flat = {f"{name}.weight_scale": torch.ones(128)}
     with pytest.raises(OctavoError, match=f"{name}.weight_scale is stored as"):
-        linear_layout(labels, tensor_headers(tensors | flat))
+        layout_of(tensors | flat, labels)
     edit_json(path / "quant_model_description.json", **{"model.layers.0.mlp.up_proj.weight": "W4A4"})
     with pytest.raises(OctavoError, match="W4A4"):
         QuantizedLlama.from_pretrained(path)

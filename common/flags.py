@@ -154,7 +154,7 @@ def build_parser(name: str) -> argparse.ArgumentParser:
     add("--quantization", choices=tuple(QUANTIZATIONS), help="of the linear layers by name, instead of bits")
     add("--w_sym", type=_boolean, default=True, help="False: weights with a zero point, for W8A16 and W4A16")
     add("--group_size", type=int, choices=GROUP_SIZES,
-        help="input channels that share a scale of W8A16 or W4A16; 0: per channel (W4A16: 64 if not given)")  # fmt: skip
+        help="input channels that share a scale of W8A16 or W4A16; 0: per channel (W4A16: default 64)")  # fmt: skip
     add("--w_method", choices=WEIGHT_METHODS, default="MinMax", help="how codes of weights are chosen")
     add("--anti_method", type=_anti_method, choices=ANTI_METHODS, default="",
         help="outliers: m1 SmoothQuant, m2 with an offset, m3 AWQ, m4 iterative, m6 searched")  # fmt: skip

@@ -22,6 +22,8 @@ PERCENTILE = 99.99
 """Percent of the inputs that "percentile" covers."""
 ROWS = 4096
 """Output channels of a weight that are in float at a time."""
+SEARCHED = 2**18
+"""Weights whose range is searched together, so that they stay in the caches of a CPU."""
 BINS = 2048
 JUDGED_CHANNELS = 2048
 """Output channels by which the range of inputs is judged under "mse"."""
@@ -219,11 +221,14 @@ def _clip_errors(
 ) -> torch.Tensor:
     """Squared error of each group, times the importance of its channels `[G, K / G]`, per clip; `[clips, N, G, 1]`."""
 
-    def error(clip: float) -> torch.Tensor:
-        difference = codes.through(grouped, *codes.scale_and_zero(low * clip, high * clip)).sub_(grouped)
+    def error(part: torch.Tensor, low: torch.Tensor, high: torch.Tensor, clip: float) -> torch.Tensor:
+        difference = codes.through(part, *codes.scale_and_zero(low * clip, high * clip)).sub_(part)
         return torch.einsum("ngk,gk->ng", difference.square_(), importance)[..., None]
 
-    return torch.stack([error(clip) for clip in _CLIPS.tolist()])
+    rows = max(1, SEARCHED // importance.numel())
+    ends = (bound.expand(len(grouped), -1, -1).split(rows) for bound in (low, high))
+    parts = zip(grouped.split(rows), *ends, strict=True)
+    return torch.cat([torch.stack([error(*part, clip) for clip in _CLIPS.tolist()]) for part in parts], dim=1)
 
 
 class WeightQuantizer:
@@ -250,7 +255,8 @@ class WeightQuantizer:
         self._importance = self._importance.view(self.groups, -1)
         self._feedback: ErrorFeedback | None = None
         if feeds_back and scheme.w_method == "GPTQ":
-            self._feedback = error_feedback(inputs.rows.to(weight.device))
+            rows = inputs.rows.to(weight.device)
+            self._feedback = error_feedback(rows if self.columns is None else rows.index_fill(1, self.columns, 0))
         self._extent = self._tensor_extent() if scheme.per_tensor else None
 
     def blocks(self) -> list[slice]:
@@ -267,10 +273,10 @@ class WeightQuantizer:
         return clips[_clip_errors(self.codes, grouped, self._importance, low, high).argmin(dim=0)]
 
     def _tensor_extent(self) -> torch.Tensor:
-        """The largest |w| that one scale for all covers, as a tensor of one number."""
+        """The largest |w| that one scale for all covers, `[1, 1, 1]`."""
         bounds = [torch.aminmax(self._weight[rows]) for rows in self.blocks()]
-        low = torch.stack([bound.min for bound in bounds]).min().float().clamp_max(0)
-        high = torch.stack([bound.max for bound in bounds]).max().float().clamp_min(0)
+        low = torch.stack([bound.min for bound in bounds]).min().float().clamp_max(0).view(1, 1, 1)
+        high = torch.stack([bound.max for bound in bounds]).max().float().clamp_min(0).view(1, 1, 1)
         if not self._searches:
             return torch.maximum(-low, high)
         errors = torch.zeros(len(_CLIPS))

@@ -327,12 +327,13 @@ def test_outlier_columns_are_told_by_the_depth(depth: int, count: int) -> None:
     assert outlier_count(depth) == count
 
 
-def test_outliers_stay_in_float() -> None:
+@pytest.mark.parametrize("method", ["MinMax", "GPTQ"])
+def test_outliers_stay_in_float(method: str) -> None:
     torch.manual_seed(0)
     x, linear = torch.randn(200, 64), nn.Linear(64, 8)
     worst = torch.tensor([5, 17, 40])
     x[:, worst] *= 100
-    layer = layer_of(linear, seen(x), LinearScheme(W8A8_MIXED))
+    layer = layer_of(linear, seen(x), LinearScheme(W8A8_MIXED, w_method=method))
     columns = layer.outlier_columns.long()
     assert set(worst.tolist()) <= set(columns.tolist()) and columns.diff().gt(0).all()
     assert not layer.weight[:, columns].any()

@@ -352,7 +352,7 @@ def _static_parts(
     input_scale, input_offset = _static_scale(bounds, W8A8)
     deq_scale = input_scale * parts["weight_scale"].squeeze(1)
     bias = torch.zeros_like(deq_scale) if bias is None else bias.float().cpu()
-    sums = parts["weight"].sum(dim=1, dtype=torch.float64)
+    sums = torch.cat([codes.sum(dim=1, dtype=torch.float64) for codes in parts["weight"].split(ROWS)])
     quant_bias = (bias.double() / deq_scale - input_offset * sums).round()
     int32 = torch.iinfo(torch.int32)  # out of reach but for a bias on a row of zeros, whose scale is the smallest
     return {

@@ -42,6 +42,7 @@ from .source import (
     load_tokenizer,
     read_source_config,
     read_source_headers,
+    source_files,
 )
 
 LONGEST_SAMPLE = 2048
@@ -229,7 +230,7 @@ class Job:
     def identity(self) -> dict[str, Any]:
         """What the bytes of the output follow from, so that nothing else is resumed in the place of it."""
         flags = {name: repr(value) for name, value in vars(self.flags).items() if name not in NOT_OF_THE_JOB}
-        files = sorted(self.directory.glob("model*.safetensors"))
+        files = source_files(self.directory)
         texts = hashlib.sha256("\0".join(self.texts).encode()).hexdigest()
         stamps = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
         return {**flags, "source": stamps, "texts": texts, "code": code_digest(), "torch": torch.__version__}
@@ -309,7 +310,7 @@ def _run(job: Job, stage: Stage) -> tuple[Plan, Fidelity | None, int]:
 def _summary(job: Job, plan: Plan, fidelity: Fidelity | None, size: int) -> None:
     config = job.source.config
     float_bytes = max(FLOAT_DTYPES[header.dtype].itemsize for header in job.headers.values())
-    before = sum(file.stat().st_size for file in job.directory.glob("model*.safetensors"))
+    before = sum(file.stat().st_size for file in source_files(job.directory))
     rows = [
         ("", "float", "quantized"),
         ("checkpoint, MB", f"{before / 1e6:.1f}", f"{size / 1e6:.1f}"),

@@ -21,6 +21,7 @@ from .errors import OctavoError, first_line
 from .layerwise import LayerwiseModel
 
 PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+INDEX_FILE = "model.safetensors.index.json"
 FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -63,16 +64,35 @@ def read_source_config(directory: Path, architecture: Architecture) -> dict[str,
     return config
 
 
+def source_files(directory: Path) -> list[Path]:
+    """The safetensors files of a float checkpoint: those that its index lists, or all there are.
+
+    Raises:
+        OctavoError: there are none, or a listed one is missing.
+    """
+    index = directory / INDEX_FILE
+    if not index.is_file():
+        files = sorted(directory.glob("model*.safetensors"))
+    else:
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise OctavoError(f"{index}: maps no tensors to files; copy the checkpoint again")
+        files = [directory / name for name in sorted(set(weight_map.values()))]
+    for file in files:
+        if not file.is_file():
+            raise OctavoError(f"--model_path {directory}: {file.name} is missing; copy the checkpoint again")
+    if not files:
+        raise OctavoError(f"--model_path {directory}: holds no model*.safetensors; save the model as safetensors first")
+    return files
+
+
 def read_source_headers(directory: Path) -> dict[str, TensorHeader]:
     """Dtype and shape of every tensor of a float checkpoint.
 
     Raises:
         OctavoError: there are no safetensors files, one is damaged, or a tensor is of another dtype than float.
     """
-    files = sorted(directory.glob("model*.safetensors"))
-    if not files:
-        raise OctavoError(f"--model_path {directory}: holds no model*.safetensors; save the model as safetensors first")
-    headers = read_headers(files)
+    headers = read_headers(source_files(directory))
     for name, header in headers.items():
         if header.dtype not in FLOAT_DTYPES:
             raise OctavoError(
@@ -121,7 +141,7 @@ def layerwise_source(directory: Path, device: str) -> LayerwiseModel:
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, StrictDataclassError) as error:
         raise OctavoError(f"--model_path {directory}: cannot be loaded ({first_line(error)})") from None
-    return LayerwiseModel(directory, config, TensorFiles(sorted(directory.glob("model*.safetensors"))), device)
+    return LayerwiseModel(directory, config, TensorFiles(source_files(directory)), device)
 
 
 def load_tokenizer(directory: Path, arguments: dict[str, Any], trust_remote_code: bool) -> Any:

@@ -127,14 +127,15 @@ class PlannedFiles:
             names = [f"{stem}-{i:05d}-of-{len(parts):05d}.safetensors" for i in range(1, len(parts) + 1)]
         self._texts: dict[Path, bytes] = {}
         self._sizes: dict[Path, int] = {}
-        self.placed: dict[str, Placed] = {}
+        placed: dict[str, Placed] = {}
         for file, part in zip([directory / name for name in names], parts, strict=True):
-            self._lay_out(file, part)
+            placed |= self._lay_out(file, part)
+        self.placed = {name: placed[name] for name in planned}
         self.total_bytes = sum(_byte_count(header) for header in planned.values())
         self.index_file = None if most_bytes is None else directory / f"{name}.index.json"
 
-    def _lay_out(self, file: Path, part: dict[str, TensorHeader]) -> None:
-        """Wider dtypes first, so that every tensor is aligned; the header is padded for the same reason."""
+    def _lay_out(self, file: Path, part: dict[str, TensorHeader]) -> dict[str, Placed]:
+        """Where the tensors of a file go: wider dtypes first and a padded header, so that every tensor is aligned."""
         ordered = sorted(part, key=lambda name: -SAFETENSORS_DTYPES[part[name].dtype].itemsize)
         entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         position, starts = 0, {}
@@ -151,7 +152,7 @@ class PlannedFiles:
         first = 8 + len(text)
         self._texts[file] = len(text).to_bytes(8, "little") + text
         self._sizes[file] = first + position
-        self.placed.update({name: Placed(file, first + starts[name], part[name]) for name in ordered})
+        return {name: Placed(file, first + starts[name], part[name]) for name in ordered}
 
     def create(self) -> None:
         """Make the files, with room for everything, so that a full disk shows at once.

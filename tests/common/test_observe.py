@@ -3,57 +3,43 @@
 import pytest
 import torch
 
-from octavo.common.observe import BINS, InputObserver, calibrate
+from octavo.common import observe
+from octavo.common.observe import InputObserver, calibrate
 
 from ..support import random_ids, tiny_llama
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_a_histogram_that_doubled_equals_a_direct_one() -> None:
-    """Values at the centres of the finest bins, so that no rounding decides where one falls."""
-    generator = torch.Generator().manual_seed(0)
-    fine = 2.0 / BINS
-    batches = [
-        (torch.randint(-int(reach / fine), int(reach / fine), (500,), generator=generator) + 0.5) * fine
-        for reach in (1, 0.5, 3, 8, 2)
-    ]
-    observer, direct = InputObserver(), InputObserver()
-    observer.limit = 1.0
+def test_extremes_and_means_of_each_channel() -> None:
+    observer = InputObserver()
+    batches = [torch.randn(1, n, 40, generator=torch.Generator().manual_seed(n)) * n for n in range(1, 5)]
     for batch in batches:
         observer(batch)
-    assert observer.limit == 8.0
-    direct.limit = 8.0
-    direct(torch.cat(batches))
-    assert torch.equal(observer.histogram, direct.histogram)
-    assert observer.histogram.sum() == 2500 == observer.count
+    values, found = torch.cat([batch[0] for batch in batches]), observer.inputs()
+    assert torch.equal(found.low, values.amin(0)) and torch.equal(found.high, values.amax(0))
+    torch.testing.assert_close(found.mean_abs, values.abs().mean(0))
+    torch.testing.assert_close(found.mean_square, values.square().mean(0))
+    assert torch.equal(found.rows, values) and observer.count == 10
 
 
-def test_range_spread_and_count() -> None:
+def test_rows_are_kept_evenly_once_they_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(observe, "MOST_BYTES", 40 * 4 * 2)
     observer = InputObserver()
-    batches = [torch.randn(3, 40, generator=torch.Generator().manual_seed(seed)) * (seed + 1) for seed in range(4)]
-    for batch in batches:
+    rows = torch.arange(300.0)[:, None].expand(-1, 2)
+    for batch in rows.split([7, 100, 1, 92, 100]):
         observer(batch)
-    values = torch.cat([batch.flatten() for batch in batches]).double()
-    low, high, spread, limit = observer.tensors()["range"].tolist()
-    assert low == float(values.min()) and high == float(values.max())
-    assert spread == pytest.approx(float(values.square().mean().sqrt()), rel=1e-5)
-    assert limit >= max(-low, high)
-    assert observer.tensors()["histogram"].sum() == values.numel()
+    kept = observer.inputs().rows[:, 0]
+    stride = int(kept[1])
+    assert stride == 8 and torch.equal(kept, torch.arange(0, 300.0, stride)), "as if they had come at once"
+    assert observer.inputs().high.tolist() == [299.0, 299.0], "extremes are of all"
 
 
-def test_a_range_always_holds_zero() -> None:
+def test_nan_is_kept() -> None:
     observer = InputObserver()
-    observer(torch.tensor([3.0, 5.0]))
-    assert observer.tensors()["range"][:2].tolist() == [0.0, 5.0]
-
-
-def test_zeros_and_nan() -> None:
-    observer = InputObserver()
-    observer(torch.zeros(10))
-    assert observer.tensors()["range"].tolist() == [0, 0, 0, 0]
-    observer(torch.tensor([1.0, float("nan")]))
-    assert not torch.isfinite(observer.tensors()["range"]).all()
+    observer(torch.zeros(3, 2))
+    observer(torch.tensor([[1.0, float("nan")]]))
+    assert observer.inputs().high.isnan().tolist() == [False, True]
 
 
 def test_calibration_sees_what_the_layers_see_and_leaves_the_model_alone() -> None:
@@ -72,11 +58,9 @@ def test_calibration_sees_what_the_layers_see_and_leaves_the_model_alone() -> No
     implementation = model.config._attn_implementation
     statistics = calibrate(model, names, samples)
     for name in names:
-        values = torch.cat([part.flatten() for part in inputs[name]])
-        low, high, _, _ = statistics.tensors[f"linears.{name}.range"].tolist()
-        assert low == pytest.approx(min(0.0, float(values.min())), rel=1e-4), name
-        assert high == pytest.approx(max(0.0, float(values.max())), rel=1e-4), name
-        assert statistics.tensors[f"linears.{name}.histogram"].sum() == values.numel()
+        values = torch.cat([part[0] for part in inputs[name]])
+        torch.testing.assert_close(statistics.tensors[f"linears.{name}.low"], values.amin(0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(statistics.tensors[f"linears.{name}.high"], values.amax(0), rtol=1e-4, atol=1e-5)
     assert statistics.metadata == {"model_type": "llama", "num_hidden_layers": "3", "tokens": "53"}
     assert model.config._attn_implementation == implementation
     assert not any(hasattr(module, "attention_observer") or module._forward_pre_hooks for module in model.modules())

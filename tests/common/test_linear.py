@@ -335,6 +335,22 @@ def test_int4_with_a_byte_for_each_code_is_loaded(tmp_path: Path) -> None:
     torch.testing.assert_close(*logits, atol=10 * TOLERANCES["logits"], rtol=0)
 
 
+@pytest.mark.parametrize("label", [W8A16, W4A16, W8A8_DYNAMIC])
+def test_scales_that_are_stored_in_half_precision_are_float32_in_memory(label: str, tmp_path: Path) -> None:
+    model = tiny_llama(num_hidden_layers=1)
+    names = linear_names(model)
+    tensors = quantized_tensors_of(model, dict.fromkeys(names, LinearScheme(label)))
+    tensors = {n: t.bfloat16() if n.endswith(("scale", "offset")) else t for n, t in tensors.items()}
+    save_quantized(tmp_path / "out", model, tensors, dict.fromkeys(names, label))
+    loaded = QuantizedLlama.from_pretrained(tmp_path / "out").eval()
+    for name in names:
+        layer = loaded.get_submodule(name)
+        assert layer.weight_scale.dtype == layer.weight_offset.dtype == torch.float32
+        assert torch.equal(layer.weight_scale, tensors[f"{name}.weight_scale"].float())
+    with torch.no_grad():
+        assert loaded(random_ids(1, 5)).logits.isfinite().all()
+
+
 @pytest.fixture
 def directory(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor], dict[str, str], nn.Module]:
     """A checkpoint in W4A16 in groups, on disk and in memory."""

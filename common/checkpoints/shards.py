@@ -18,16 +18,17 @@ from .ascend import TensorHeader
 from .writer import write_json
 
 SAFETENSORS_DTYPES = {
+    "I64": torch.int64,
     "F64": torch.float64,
     "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "I64": torch.int64,
     "I32": torch.int32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F8_E4M3": torch.float8_e4m3fn,
     "I8": torch.int8,
     "U8": torch.uint8,
 }
+"""By their names in the files, in the order in which the library lays tensors out."""
 _NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 _ALIGNMENT = 8
 
@@ -135,8 +136,8 @@ class PlannedFiles:
         self.index_file = None if most_bytes is None else directory / f"{name}.index.json"
 
     def _lay_out(self, file: Path, part: dict[str, TensorHeader]) -> dict[str, Placed]:
-        """Where the tensors of a file go: wider dtypes first and a padded header, so that every tensor is aligned."""
-        ordered = sorted(part, key=lambda name: -SAFETENSORS_DTYPES[part[name].dtype].itemsize)
+        """Where the tensors of a file go, as the library has it: wide dtypes first, so that all are aligned; by name."""
+        ordered = sorted(part, key=lambda name: (list(SAFETENSORS_DTYPES).index(part[name].dtype), name))
         entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         position, starts = 0, {}
         for name in ordered:

@@ -144,7 +144,8 @@ class Stream:
         masks = [sample["attention_mask"].to(source.device) for sample in samples]
         hidden = [source.embedded(part) for part in ids]
         arguments = [
-            layer_arguments(source.model, state, attention_mask=mask) for state, mask in zip(hidden, masks, strict=True)
+            layer_arguments(source.model, state, attention_mask=mask, use_cache=False)
+            for state, mask in zip(hidden, masks, strict=True)
         ]
         return cls(ids, masks, hidden, arguments)
 

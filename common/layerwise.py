@@ -50,9 +50,9 @@ def layer_arguments(model: nn.Module, hidden: torch.Tensor, **arguments: Any) ->
 
 
 def with_real_rotary(model: nn.Module, device: torch.device) -> nn.Module:
-    """A model on the meta device with a rotary embedding in memory, whose buffers are in no file."""
+    """A model on the meta device with its rotary embedding, whose buffers are in no file, in memory."""
     rotary = model.base_model.rotary_emb
-    model.base_model.rotary_emb = type(rotary)(model.config).to(device)
+    vars(rotary).update(vars(type(rotary)(model.config).to(device)))
     return model.eval().requires_grad_(False)
 
 

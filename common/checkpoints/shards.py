@@ -136,7 +136,7 @@ class PlannedFiles:
         self.index_file = None if most_bytes is None else directory / f"{name}.index.json"
 
     def _lay_out(self, file: Path, part: dict[str, TensorHeader]) -> dict[str, Placed]:
-        """Where the tensors of a file go, as the library has it: wide dtypes first, so that all are aligned; by name."""
+        """Where the tensors of a file go: as the library has it, wide dtypes first, so that all are aligned."""
         ordered = sorted(part, key=lambda name: (list(SAFETENSORS_DTYPES).index(part[name].dtype), name))
         entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         position, starts = 0, {}

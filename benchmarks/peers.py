@@ -23,13 +23,14 @@ from typing import NamedTuple
 
 import torch
 import transformers
-from rows import append_rows
+from rows import RESULTS, Row, append_rows
+from scoring import add_scoring_flags, load_float, read_windows
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from octavo.common.bundle import commit
 from octavo.common.cache import QuantizedCache, kv_bits_per_element
-from octavo.common.evaluate import Fidelity, compare, windows
+from octavo.common.evaluate import Fidelity, compare
 from octavo.common.folds import prepare
 from octavo.common.scheme import load_scheme
 
@@ -121,21 +122,19 @@ def score(
     )
 
 
-def measure(flags: argparse.Namespace) -> Iterator[dict[str, str]]:
+def measure(flags: argparse.Namespace) -> Iterator[Row]:
     """A row for each peer that is installed, and for each scheme of ours."""
     tree = commit()  # before the results make it dirty
     name = Path(flags.model_path).name
-    model = AutoModelForCausalLM.from_pretrained(flags.model_path, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(flags.model_path)
-    ids = tokenizer(flags.eval_file.read_text(encoding="utf-8"), return_tensors="pt")["input_ids"][0]
-    samples = windows(ids, flags.length, flags.windows)
+    model, tokenizer = load_float(flags.model_path)
+    samples = read_windows(flags, tokenizer)
     with torch.inference_mode():
         expected = [
             model(sample, logits_to_keep=flags.length // 2).logits
             for sample in tqdm(samples, desc="float", unit="window")
         ]
 
-    def row(system: str, what: str, bits: float, new_cache: NewCache) -> dict[str, str]:
+    def row(system: str, what: str, bits: float, new_cache: NewCache) -> Row:
         result = score(model, expected, samples, new_cache, what)
         change = 100 * (result.perplexity / result.float_perplexity - 1)
         numbers = (f"{bits:.2f}", f"{result.kl:.6f}", f"{result.perplexity:.4f}", f"{result.float_perplexity:.4f}",
@@ -160,14 +159,11 @@ def measure(flags: argparse.Namespace) -> Iterator[dict[str, str]]:
 def main() -> int:
     """Measure, print and append."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_path", required=True, help="float checkpoint")
-    parser.add_argument("--eval_file", required=True, type=Path, help="text to score on")
+    add_scoring_flags(parser)
     parser.add_argument("--peers", nargs="*", choices=list(PEERS), default=list(PEERS))
     parser.add_argument("--schemes", nargs="*", default=list(OURS), help="presets without static scales")
-    parser.add_argument("--windows", type=int, default=4)
-    parser.add_argument("--length", type=int, default=2048, help="of a window; half of it is the prompt")
     flags = parser.parse_args()
-    append_rows("peers.csv", COLUMNS, measure(flags))
+    append_rows(RESULTS / "peers.csv", COLUMNS, measure(flags))
     return 0
 
 

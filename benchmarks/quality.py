@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rows import append_rows
+from rows import RESULTS, Row, append_rows
+from scoring import Reference, add_scoring_flags, load_float, read_windows
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from octavo.common.bundle import commit
 from octavo.common.cache import QuantizedCache, kv_bits_per_element
 from octavo.common.calibration import read_calibration_file, tokenize
 from octavo.common.codebooks import fit_codebooks
 from octavo.common.errors import OctavoError
-from octavo.common.evaluate import compare, windows
 from octavo.common.folds import prepare
 from octavo.common.observe import calibrate
 from octavo.common.scheme import PRESETS, Scheme, load_scheme
@@ -67,13 +67,9 @@ class Measured:
     def __init__(self, flags: argparse.Namespace) -> None:
         self.version = commit()  # before the results make the tree dirty
         self.name = Path(flags.model_path).name
-        self.model = AutoModelForCausalLM.from_pretrained(flags.model_path, dtype=torch.float32).eval()
-        tokenizer = AutoTokenizer.from_pretrained(flags.model_path)
-        ids = tokenizer(flags.eval_file.read_text(encoding="utf-8"), return_tensors="pt")["input_ids"][0]
-        self.samples = windows(ids, flags.length, flags.windows)
+        self.model, tokenizer = load_float(flags.model_path)
         self.texts = tokenize(tokenizer, read_calibration_file(flags.calib_file), 2048, "input_ids", "attention_mask")
-        with torch.inference_mode():
-            self.expected = [self.model(sample).logits for sample in tqdm(self.samples, desc="float", unit="window")]
+        self.reference = Reference(self.model, read_windows(flags, tokenizer))
         self.statistics = (
             load_statistics(flags.statistics)
             if flags.statistics
@@ -88,16 +84,12 @@ class Measured:
         has_codebooks = any(scheme.has_codebooks for scheme in schemes)
         return fit_codebooks(self.model, self.texts, statistics) if has_codebooks else statistics
 
-    def row(self, what: str, logits_of: Callable[[torch.Tensor], torch.Tensor], bits: float) -> dict[str, str]:
+    def row(self, what: str, logits_of: Callable[[torch.Tensor], torch.Tensor], bits: float) -> Row:
         """Score a model against the float one."""
-        expected = iter(self.expected)
-        found = compare(lambda _: next(expected), logits_of, tqdm(self.samples, desc=what, unit="window"))
-        figures = (f"{found.kl:.6f}", f"{found.perplexity:.4f}", f"{found.float_perplexity:.4f}", f"{found.top1:.4f}")
-        count, length = str(len(self.samples)), str(self.samples[0].shape[1])
-        values = (self.version, self.name, what, f"{bits:.3f}", count, length, *figures)
-        return dict(zip(COLUMNS, values, strict=True))
+        facts = {"commit": self.version, "model": self.name, "what": what, "bits": f"{bits:.3f}"}
+        return facts | self.reference.score(what, logits_of)
 
-    def scheme_row(self, what: str, scheme: Scheme) -> dict[str, str]:
+    def scheme_row(self, what: str, scheme: Scheme) -> Row:
         """Score the stock model with a cache of a scheme."""
         scales = scales_of(scheme, self.statistics) if scheme.is_static else None
 
@@ -107,7 +99,7 @@ class Measured:
         return self.row(FLOAT_WEIGHTS + what, logits_of, kv_bits_per_element(self.model.config, scheme))
 
 
-def measure(flags: argparse.Namespace) -> Iterator[dict[str, str]]:
+def measure(flags: argparse.Namespace) -> Iterator[Row]:
     """A row for each scheme and variant on the stock model, and for each quantized checkpoint."""
     measured = Measured(flags)
     schemes = {name: load_scheme(name) for name in flags.scheme}
@@ -139,8 +131,7 @@ def measure(flags: argparse.Namespace) -> Iterator[dict[str, str]]:
 def main() -> int:
     """Measure, print and append."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model_path", required=True, help="float checkpoint")
-    parser.add_argument("--eval_file", required=True, type=Path, help="text to score on")
+    add_scoring_flags(parser)
     parser.add_argument("--calib_file", required=True, type=Path, help="calibration texts")
     parser.add_argument("--statistics", type=Path, help="a calibration that was saved, instead of another one")
     parser.add_argument("--scheme", nargs="*", default=PRESETS, help="presets to score; all if not given")
@@ -148,10 +139,8 @@ def main() -> int:
     parser.add_argument(
         "--checkpoint", nargs="*", type=Path, default=[], help="quantized directories, named for the table"
     )
-    parser.add_argument("--windows", type=int, default=4)
-    parser.add_argument("--length", type=int, default=2048)
     flags = parser.parse_args()
-    append_rows("quality.csv", COLUMNS, measure(flags))
+    append_rows(RESULTS / "quality.csv", COLUMNS, measure(flags))
     return 0
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 import transformers
 from cases import Case
-from rows import append_rows
+from rows import RESULTS, Row, append_rows
 from shapes import OP_CASES
 from timing import Stopwatch, device_name, in_turns, read_bandwidth
 from tqdm import tqdm
@@ -46,7 +46,7 @@ COLUMNS = (
 PRINTED = ("op", "case", "what", "p50_ms", "p20_ms", "p80_ms", "gigabytes_per_s", "share", "times_ours")
 
 
-def measure(case: Case, device: torch.device, bandwidth: float, version: str) -> Iterator[dict[str, str]]:
+def measure(case: Case, device: torch.device, bandwidth: float, version: str) -> Iterator[Row]:
     """A row per variant of a case, ours first; `version` is the commit whose code is loaded.
 
     Raises:
@@ -80,7 +80,7 @@ def measure(case: Case, device: torch.device, bandwidth: float, version: str) ->
         yield dict(zip(COLUMNS, map(str, values), strict=True))
 
 
-def print_table(rows: list[dict[str, str]]) -> None:
+def print_table(rows: list[Row]) -> None:
     """The columns that a reader compares, aligned."""
     lines = [PRINTED, *(tuple(row[column] for column in PRINTED) for row in rows)]
     widths = [max(len(line[index]) for line in lines) for index in range(len(PRINTED))]
@@ -102,7 +102,7 @@ def main() -> int:
         parser.error("--device cuda: torch sees no CUDA device")
     device = torch.device(flags.device)
     print(ops.report())
-    rows: list[dict[str, str]] = []
+    rows: list[Row] = []
     failed: list[str] = []
     version = commit()  # before the results make the tree dirty
     with torch.inference_mode():
@@ -113,7 +113,7 @@ def main() -> int:
             except Exception as error:
                 failed.append(f"{case.op}, {case.name}: {type(error).__name__}: {error}")
                 continue
-            append_rows(f"{flags.device}.csv", COLUMNS, measured)
+            append_rows(RESULTS / f"{flags.device}.csv", COLUMNS, measured)
             rows += measured
     print(
         f"{device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}, "

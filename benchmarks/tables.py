@@ -4,19 +4,21 @@ python benchmarks/tables.py            rewrites README.md and benchmarks/README.
 python benchmarks/tables.py --check    exit code 1 if they are not what the results say
 """
 
-import csv
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from quality import FLOAT_WEIGHTS, UNFOLDED
-from rows import RESULTS
+from rows import RESULTS, Row, read_rows
 from transformers import LlamaConfig
+from weights import CONDITIONS, PRESET, grid
 
 from models import SHAPES
 from octavo.common.cache import kv_bytes_per_token
 from octavo.common.codec import Codec
+from octavo.common.flags import ACT_METHOD_NAMES
+from octavo.common.linear_scheme import W8A8
 from octavo.common.scheme import PRESETS, load_scheme
 
 ROOT = Path(__file__).parents[1]
@@ -31,15 +33,9 @@ THEIRS = {"attention": ("SDPA",), "linear": ("F.linear",)}
 MACHINE = ("machine", "threads", "torch")
 """What all rows of one table have in common."""
 
-Row = dict[str, str]
-
 
 def _rows(file: str) -> list[Row]:
-    """The rows of a results file, the oldest first; none if there is no such file."""
-    if not (RESULTS / file).exists():
-        return []
-    with (RESULTS / file).open(newline="", encoding="utf-8") as stream:
-        return list(csv.DictReader(stream))
+    return read_rows(RESULTS / file)
 
 
 def _timed(file: str) -> dict[tuple[str, str], dict[str, Row]]:
@@ -116,11 +112,12 @@ def results_table() -> str:
             perplexity, kl = f"{float(next(iter(quality.values()))['float_perplexity']):.2f}", "0"
         rows.append((what, _kv_bytes(what), *(_ratio(work, what) for work in speed.values()), perplexity, kl))
     any_speed = next(iter(next(iter(speed.values())).values()))
+    has_w4a16 = " `W4A16` leaves lm_head." if any(what.startswith("W4A16") for what in variants) else ""
     return (
         f"{_markdown(rows)}\n\n"
         f"Batch 1, median of alternating calls in one run, {_conditions(any_speed)}; `float` is transformers "
         f"{any_speed['transformers']} in fp32 with DynamicCache and SDPA. `W8A8` leaves the layers in float that "
-        "Ascend's recipe leaves (down_proj, lm_head); `W8A8 dynamic` leaves none."
+        f"Ascend's recipe leaves (down_proj, lm_head); `W8A8 dynamic` leaves none.{has_w4a16}"
     )
 
 
@@ -213,6 +210,89 @@ def peers_table() -> str:
     return f"{_markdown(rows, 3)}\n\nScored: the second half of windows of 2,048 tokens; peers.py has the conditions."
 
 
+def _weights() -> dict[str, list[Row]]:
+    """By model, in the order of the grid: the newest row of each case under the conditions of the newest row of all."""
+    rows, order = _rows("weights.csv"), [setting.name for setting in grid()]
+    newest = {row["model"]: row for row in rows}
+    found: dict[str, dict[str, Row]] = {model: {} for model in newest}
+    for row in rows:
+        if all(row[column] == newest[row["model"]][column] for column in CONDITIONS):
+            found[row["model"]][row["case"]] = row
+    return {model: [cases[name] for name in order if name in cases] for model, cases in found.items()}
+
+
+def _is_recipe(row: Row) -> bool:
+    """Whether a row is one of Ascend's recipe, static W8A8 and C8, which stand in a matrix."""
+    kind = row["kind"], row["cache"], row["linears"]
+    return kind == (W8A8, "ascend-c8", "recipe") and not row["case"].startswith(PRESET)
+
+
+def _matrix(rows: list[Row]) -> str:
+    """KL by `--anti_method` and `--act_method`, the least one bold."""
+    found = {(row["anti_method"], row["act_method"]): float(row["kl"]) for row in rows}
+    antis = list(dict.fromkeys(anti for anti, _ in found))
+    acts = [act for act in ACT_METHOD_NAMES if any(act == other for _, other in found)]
+    least = min(found.values())
+
+    def cell(anti: str, act: str) -> str:
+        if (anti, act) not in found:
+            return ""
+        kl = found[anti, act]
+        return f"**{kl:.5f}**" if kl == least else f"{kl:.5f}"
+
+    named = [act if act == ACT_METHOD_NAMES[act] else f"{act} ({ACT_METHOD_NAMES[act]})" for act in acts]
+    lines = [("anti_method", *(f"act_method {name}" for name in named))]
+    lines += [(anti or "none", *(cell(anti, act) for act in acts)) for anti in antis]
+    return _markdown(lines)
+
+
+WEIGHTS_HEAD = ("linears", "K and V", "in float", "anti_method", "act_method", "w_method", "MB", "KL", "perplexity",
+                "top-1")  # fmt: skip
+
+
+def _weights_row(row: Row) -> tuple[str, ...]:
+    preset = f"`--preset {row['case'].removeprefix(PRESET)}`: " if row["case"].startswith(PRESET) else ""
+    methods = (row["anti_method"] or "none", row["act_method"], row["w_method"])
+    return f"{preset}{row['kind']}", row["cache"], row["linears"], *methods, row["megabytes"], *_scores(row)
+
+
+def _weights_conditions(row: Row) -> str:
+    windows = "1 window" if row["windows"] == "1" else f"{row['windows']} windows"
+    return (
+        "KL(float || quantized) in nats per token, change of the perplexity, and share of tokens whose likeliest next "
+        f"token is the same, of {row['model']}: {windows} of {int(row['length']):,} tokens of "
+        f"{row['text']}, teacher-forced; calibrated on {row['calibration']}; MB of safetensors. `recipe` leaves the "
+        "linears in float that Ascend's recipe leaves."
+    )
+
+
+def weights_table() -> str:
+    """What treatments of outliers, ranges of inputs, and kinds of linears do to each model."""
+    parts = []
+    for model, rows in _weights().items():
+        parts.append(f"**{model}**")
+        matrix, others = [row for row in rows if _is_recipe(row)], [row for row in rows if not _is_recipe(row)]
+        if matrix:
+            parts += ["KL of static W8A8 with Ascend's recipe, and C8:", _matrix(matrix)]
+        if others:
+            parts.append(_markdown([WEIGHTS_HEAD, *map(_weights_row, others)], 6))
+        parts.append(_weights_conditions(rows[0]))
+    return "\n\n".join(parts) or "No weights are measured yet."
+
+
+def best_weights_table() -> str:
+    """Of each kind of linears, cache and set of linears in float, the row of the least KL."""
+    parts = []
+    for rows in _weights().values():
+        best: dict[tuple[str, str, str], Row] = {}
+        for row in rows:
+            kind = row["kind"], row["cache"], row["linears"]
+            if kind not in best or float(row["kl"]) < float(best[kind]["kl"]):
+                best[kind] = row
+        parts += [_markdown([WEIGHTS_HEAD, *map(_weights_row, best.values())], 6), _weights_conditions(rows[0])]
+    return "\n\n".join(parts) or "No weights are measured yet."
+
+
 def ops_table(file: str) -> str:
     """Each op on each shape against the fastest form that PyTorch has of the same work."""
     timed = _timed(file)
@@ -239,6 +319,8 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "options": options_table,
         "checkpoints": checkpoints_table,
         "peers": peers_table,
+        "best weights": best_weights_table,
+        "weights": weights_table,
         "ops on cpu": partial(ops_table, "cpu.csv"),
         "ops on cuda": partial(ops_table, "cuda.csv"),
     },

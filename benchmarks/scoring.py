@@ -1,0 +1,54 @@
+"""A float model, the windows of a text that others are scored on, and the scores."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rows import Row
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from octavo.common.evaluate import compare, windows
+
+
+def add_scoring_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say what is scored, and on what."""
+    parser.add_argument("--model_path", required=True, help="float checkpoint")
+    parser.add_argument("--eval_file", required=True, type=Path, help="text to score on")
+    parser.add_argument("--windows", type=int, default=4, help="windows of the text, spread evenly")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a window")
+
+
+def load_float(model_path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The float model in float32, and its tokenizer."""
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(model_path)
+
+
+def read_windows(flags: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> list[torch.Tensor]:
+    """The windows to score on, token ids `[1, length]` each."""
+    ids = tokenizer(flags.eval_file.read_text(encoding="utf-8"), return_tensors="pt")["input_ids"][0]
+    return windows(ids, flags.length, flags.windows)
+
+
+class Reference:
+    """Windows of a text, and the logits of the float model on them, computed once."""
+
+    def __init__(self, model: PreTrainedModel, samples: list[torch.Tensor]) -> None:
+        self.samples = samples
+        with torch.inference_mode():
+            self._expected = [model(sample).logits for sample in tqdm(samples, desc="float", unit="window")]
+
+    def score(self, what: str, logits_of: Callable[[torch.Tensor], torch.Tensor]) -> Row:
+        """How far a model, `[1, S]` ids to `[1, S, vocabulary]` logits, is from the float one."""
+        expected = iter(self._expected)
+        found = compare(lambda _: next(expected), logits_of, tqdm(self.samples, desc=what, unit="window", leave=False))
+        return {
+            "windows": str(len(self.samples)),
+            "length": str(self.samples[0].shape[1]),
+            "kl": f"{found.kl:.6f}",
+            "perplexity": f"{found.perplexity:.4f}",
+            "float_perplexity": f"{found.float_perplexity:.4f}",
+            "top1": f"{found.top1:.4f}",
+        }

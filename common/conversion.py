@@ -444,10 +444,17 @@ class Conversion:
             plain, other, targets = norm(plain)[0, :-1], norm(other)[0, :-1], ids[0, 1:]
             for start in range(0, len(targets), rows):
                 part = slice(start, start + rows)
-                expected = self.source.logits(plain[part], weight)
-                found = self.source.logits(other[part], weight) if coded is None else coded(other[part])
-                comparison.add(expected, found, targets[part])
+                comparison.add(*self._logits(plain[part], other[part], weight, coded), targets[part])
         return comparison.fidelity() if comparison.tokens else None
+
+    def _logits(
+        self, plain: torch.Tensor, other: torch.Tensor, weight: torch.Tensor, coded: nn.Module | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the float and of the quantized model; a weight that they share is made float32 once for both."""
+        if coded is not None:
+            return self.source.logits(plain, weight), coded(other)
+        both = self.source.logits(torch.cat((plain, other)), weight)
+        return both[: len(plain)], both[len(plain) :]
 
     # Going on after an interruption.
 

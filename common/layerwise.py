@@ -152,7 +152,8 @@ class LayerwiseModel:
 
     def check_finite(self, name: str, tensor: torch.Tensor) -> None:
         """Raise an `OctavoError` if (a part of) the tensor of that name holds NaN or Inf."""
-        if not torch.isfinite(tensor).all():
+        ends = torch.stack(torch.aminmax(tensor)) if tensor.numel() else tensor  # NaN is both; no room of its size
+        if not torch.isfinite(ends).all():
             raise OctavoError(f"{self._where}: {name} holds NaN or Inf; the checkpoint is damaged")
 
     def _filled(self, module: nn.Module, name: str) -> nn.Module:

@@ -26,7 +26,7 @@ from .model import CONFIG_KEY
 from .observe import InputObserver, InputObservers, attention_tensors, input_tensors, observing_attention
 from .quantize import outlier_score, output_error, quantize_linear
 from .scheme import Scheme, load_scheme
-from .smooth import smooth_layer
+from .smooth import smooth_head, smooth_layer
 from .statistics import LayerScales, Scales, Statistics, scales_of_layer, statistics_facts
 
 HEAD = "lm_head"
@@ -285,13 +285,7 @@ class Conversion:
         found, _ = self._observed(layer, index, every)
         smaller = {id(inputs): some_rows(inputs, SEARCH_ROWS) for inputs in found.values()}
         found = {part: smaller[id(inputs)] for part, inputs in found.items()}
-        smooth_layer(
-            layer,
-            found,
-            self.plan.anti_method,
-            quantized,
-            lambda weight, inputs: output_error(weight, inputs, self.plan.linear),
-        )
+        smooth_layer(layer, found, self.plan.anti_method, quantized, self._output_error)
 
     def _calibrated(self, layer: nn.Module, index: int, quantized: list[str]) -> dict[str, LinearInputs]:
         """Statistics of a layer's attention and of the inputs of its linears; calibration texts go through it."""
@@ -407,7 +401,12 @@ class Conversion:
     def others(self) -> Iterator[tuple[str, torch.Tensor, int]]:
         """Tensors outside of the layers that stay in float: name, rows, number of the first of them."""
         for name in self.planned():
-            if name.startswith(f"{self.source.layers_name}.") or name.rpartition(".")[0] in self.plan.linears:
+            is_made = name == self._norm_name() and HEAD in self.plan.linears
+            if (
+                is_made
+                or name.startswith(f"{self.source.layers_name}.")
+                or name.rpartition(".")[0] in self.plan.linears
+            ):
                 continue
             file_name = self.source.file_name(name)
             count = self.source.files.placed[file_name].header.shape[0]
@@ -417,31 +416,54 @@ class Conversion:
                 yield name, rows, first
 
     def head(self) -> tuple[dict[str, torch.Tensor], Fidelity | None]:
-        """Convert the last linear, if it is to be; return its tensors, and how far the model is from the float one."""
+        """Convert the last linear, if it is to be, with the norm before it.
+
+        Returns:
+            their tensors, and how far the model is from the float one.
+        """
         with torch.no_grad():
             norm = self.source.final_norm()
             weight = self.source.tensor(f"{HEAD}.weight")
-            tensors = {}
-            coded = None
-            if HEAD in self.plan.linears:
-                observer = InputObserver()
-                for state in self._calibration.hidden:
-                    observer(norm(state))
-                with torch.device("meta"):
-                    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-                assign_state(linear, {"weight": weight})
-                parts = quantize_linear(linear, observer.inputs(), self.plan.linear, self.plan.deq_scale_dtype)
-                self.statistics |= input_tensors({HEAD: observer.inputs()})
-                tensors = {f"{HEAD}.{part}": self._as_stored(f"{HEAD}.{part}", t) for part, t in parts.items()}
-                coded = self.quantized.get_submodule(HEAD)
-                assign_state(coded, {part: self._computed(f"{HEAD}.{part}", t) for part, t in parts.items()})
-            return tensors, self._fidelity(norm, weight, coded)
+            if HEAD not in self.plan.linears:
+                return {}, self._fidelity(norm, weight, norm, None)
+            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+            assign_state(linear, {"weight": weight.to(self.source.device, torch.float32, copy=True)})
+            coded_norm = copy.deepcopy(norm)
+            if self.plan.anti_method:
+                seen = some_rows(self._head_inputs(norm), SEARCH_ROWS)
+                smooth_head(coded_norm, linear, seen, self.plan.anti_method, self._output_error)
+            inputs = self._head_inputs(coded_norm)
+            parts = quantize_linear(linear, inputs, self.plan.linear, self.plan.deq_scale_dtype)
+            self.statistics |= input_tensors({HEAD: inputs})
+            name = self._norm_name()
+            tensors = {f"{HEAD}.{part}": self._as_stored(f"{HEAD}.{part}", t) for part, t in parts.items()}
+            tensors |= {name: self._as_stored(name, coded_norm.weight)}
+            assign_state(coded_norm, {"weight": tensors[name].to(self.source.device).float()})
+            coded = self.quantized.get_submodule(HEAD)
+            assign_state(coded, {part: self._computed(f"{HEAD}.{part}", t) for part, t in parts.items()})
+            return tensors, self._fidelity(norm, weight, coded_norm, coded)
 
-    def _fidelity(self, norm: nn.Module, weight: torch.Tensor, coded: nn.Module | None) -> Fidelity | None:
+    def _norm_name(self) -> str:
+        return f"{self.source.model.base_model_prefix}.norm.weight"
+
+    def _head_inputs(self, norm: nn.Module) -> LinearInputs:
+        """What the inputs of the last linear are like behind a norm."""
+        observer = InputObserver()
+        for state in self._calibration.hidden:
+            observer(norm(state))
+        return observer.inputs()
+
+    def _output_error(self, weight: torch.Tensor, inputs: LinearInputs) -> torch.Tensor:
+        return output_error(weight, inputs, self.plan.linear)
+
+    def _fidelity(
+        self, norm: nn.Module, weight: torch.Tensor, coded_norm: nn.Module, coded: nn.Module | None
+    ) -> Fidelity | None:
+        """Compare the float model with the quantized one, whose last norm and linear (None: in float) are given."""
         comparison = Comparison()
         rows = max(1, MOST_LOGITS // len(weight))
         for ids, plain, other in zip(self._float.ids, self._float.hidden, self._coded.hidden, strict=True):
-            plain, other, targets = norm(plain)[0, :-1], norm(other)[0, :-1], ids[0, 1:]
+            plain, other, targets = norm(plain)[0, :-1], coded_norm(other)[0, :-1], ids[0, 1:]
             for start in range(0, len(targets), rows):
                 part = slice(start, start + rows)
                 comparison.add(*self._logits(plain[part], other[part], weight, coded), targets[part])

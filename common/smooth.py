@@ -15,6 +15,8 @@ from .linear_scheme import LinearInputs
 from .shifted_norm import add_norm_bias
 from .smooth_search import OutputError, Search, Site, Smoothing, awq, flex_smooth, smoothquant, suppress_outliers
 
+SEARCHED_OUTPUTS = 4096
+
 
 @dataclass(frozen=True)
 class Subgraph:
@@ -169,6 +171,25 @@ def smooth_layer(
                 Rewrite(subgraph.producer, subgraph.consumers, scale, shift, best.parameters, search.remaining)
             )
     return rewrites
+
+
+@torch.no_grad()
+def smooth_head(norm: nn.Module, head: nn.Linear, inputs: LinearInputs, method: str, error: OutputError) -> None:
+    """Likewise for the last linear and the norm before it, in place, by the methods that give neither a bias.
+
+    What is best is searched on `SEARCHED_OUTPUTS` evenly chosen output channels.
+    """
+    choose = SMOOTHINGS[method][1]
+    if choose is suppress_outliers:
+        return
+    step = max(1, len(head.weight) // SEARCHED_OUTPUTS)
+    part = nn.Linear(head.in_features, len(head.weight[::step]), bias=False, device="meta")
+    part.weight = nn.Parameter(head.weight[::step].clone(), requires_grad=False)
+    site = Site(norm, [part], [part], inputs, len(norm.weight))
+    search = Search(site, error)
+    choose(site, search)
+    if search.changes:
+        fold_smoothing(Site(norm, [head], [head], inputs, len(norm.weight)), search.best)
 
 
 def smoothed_inputs(inputs: dict[str, LinearInputs], rewrites: list[Rewrite]) -> dict[str, LinearInputs]:

@@ -168,7 +168,9 @@ class Bench:
 
 def measure(bench: Bench, settings: list[Setting], failed: list[str]) -> Iterator[Row]:
     """A row for each case that can be converted; of the others a line in `failed`."""
-    for setting in tqdm(settings, unit="case"):
+    bar = tqdm(settings, unit="case")
+    for setting in bar:
+        bar.set_postfix_str(setting.name)
         try:
             row = bench.row(setting)
         except Exception as error:

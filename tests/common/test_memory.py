@@ -14,7 +14,7 @@ LAYERS = 24
 SHAPE = {"hidden_size": 384, "intermediate_size": 1152, "num_attention_heads": 6, "head_dim": 64}
 KINDS = {"W8A8": ("--scheme", "int8-token"), "W4A16": ("--w_bit", "4", "--a_bit", "16", "--anti_method", "m1")}
 MOST_LAYERS = 6
-"""Decoder layers in float32 that a conversion may hold: the one in work, its codes and what is made of it on the way."""
+"""Decoder layers in float32 that a conversion may hold: the one in work, its codes, and what is made on the way."""
 RETURNED_AT_ONCE = 2**18
 """Bytes from which on glibc gives memory back that is freed. It raises that to 32 MB by itself, beside which layers of
 this size would not be seen."""

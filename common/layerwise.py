@@ -3,6 +3,8 @@
 B = 1: texts are not batched. S tokens, E hidden size, V vocabulary.
 """
 
+import ctypes
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,6 +62,13 @@ def assign_state(module: nn.Module, state: dict[str, torch.Tensor]) -> None:
     """Put tensors in the place of all parameters and buffers of a module that a state dict has."""
     module.load_state_dict(state, assign=True)
     module.requires_grad_(False)
+
+
+def give_back_freed() -> None:
+    """Give memory that is freed back to the system, which glibc keeps in pieces as large as the codes of a layer."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 class LayerwiseModel:
@@ -157,6 +166,7 @@ class LayerwiseModel:
             raise OctavoError(f"{self._where}: {name} holds NaN or Inf; the checkpoint is damaged")
 
     def _filled(self, module: nn.Module, name: str) -> nn.Module:
+        give_back_freed()
         state = {part: self.tensor(f"{name}.{part}").to(self.device).float() for part in module.state_dict()}
         assign_state(module, state)
         return module

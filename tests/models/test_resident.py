@@ -1,0 +1,68 @@
+"""Quantized linears run from their codes: a loaded checkpoint takes the memory that its files do, and little more."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from octavo.common.convert import main
+from octavo.models.llama3 import ARCHITECTURE
+
+from ..support import convert_flags, run_python, save_source, tiny_llama
+from .loading import environment
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads resident memory from /proc"),
+]
+
+SHAPE = {"num_hidden_layers": 10, "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16}
+KINDS = {
+    "W8A8": ("--disable_names", "lm_head"),
+    "W8A8_DYNAMIC": ("--is_dynamic", "True"),
+    "W8A16": ("--w_bit", "8", "--a_bit", "16"),
+    "W4A16": ("--w_bit", "4", "--a_bit", "16", "--group_size", "128"),
+}
+MOST = 1.1
+"""Resident memory, against the weights on disk, of which embeddings are a part in their own dtype."""
+
+LOAD = """
+import json, sys
+import torch
+from transformers import AutoModelForCausalLM
+
+def resident():
+    fields = dict(line.split(":") for line in open("/proc/self/status"))
+    return 1024 * (int(fields["RssAnon"].split()[0]) + int(fields["RssFile"].split()[0]))
+
+def loaded(source):
+    model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True).eval()
+    with torch.inference_mode():
+        model(torch.arange(3, 35)[None])
+    return model
+
+tiny = loaded(sys.argv[1])
+before = resident()
+model = loaded(sys.argv[2])
+print(json.dumps(resident() - before))
+"""
+"""Pages of a file that are mapped count as anonymous ones do: weights that are read from the mapped file in place are
+no less in memory. The tiny model is loaded first, so that libraries and kernels are there already."""
+
+
+@pytest.fixture(scope="module")
+def large_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of 270 MB in bf16 whose memory is in its linears."""
+    model = tiny_llama(initializer_range=0.02, **SHAPE).bfloat16()
+    return save_source(tmp_path_factory.mktemp("large"), model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resident_memory_is_the_size_on_disk(kind: str, source: Path, large_source: Path, tmp_path: Path) -> None:
+    for name, directory in {"tiny": source, "large": large_source}.items():
+        assert main(ARCHITECTURE, convert_flags(directory, tmp_path / name, *KINDS[kind])) == 0
+    growth = run_python(
+        LOAD, str(tmp_path / "tiny"), str(tmp_path / "large"), environment=environment(tmp_path / "cache")
+    )
+    on_disk = sum(file.stat().st_size for file in (tmp_path / "large").glob("*.safetensors"))
+    assert growth <= MOST * on_disk, f"{growth / 1e6:.1f} MB for {on_disk / 1e6:.1f} MB on disk"

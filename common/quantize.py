@@ -89,13 +89,15 @@ def _searched_range(
     inputs: LinearInputs, low: float, high: float, label: str, weight: torch.Tensor | None
 ) -> tuple[float, float]:
     """The best of the ranges up to a bound: least squared error of rows, or of the output of some of the channels."""
-    rows = _with_extremes(inputs, inputs.rows[:: max(1, -(-len(inputs.rows) // JUDGED_ROWS))])
+    step = max(1, -(-len(inputs.rows) // JUDGED_ROWS))
+    rows = _with_extremes(inputs, inputs.rows[::step])
     if weight is not None:
         weight = weight[:: -(-weight.shape[0] // JUDGED_CHANNELS)].float().to(rows.device)
 
     def error(bound: float) -> float:
         difference = coded_rows(rows, label, _bounded(low, high, bound)) - rows
-        return float((difference if weight is None else difference @ weight.T).square().sum())
+        errors = (difference if weight is None else difference @ weight.T).square().sum(dim=1)
+        return float(step * errors[:-1].sum() + errors[-1])
 
     limit = max(-low, high)
     best = min((limit * share for share in _COARSE), key=error)

@@ -76,7 +76,7 @@ def test_a_range_is_inside_all_that_was_seen(act_method: str, inputs: str) -> No
     assert all_low <= low <= 0 <= high <= all_high
     if act_method in ("histogram", "mse"):
         assert squared_error(values, low, high) <= squared_error(values, all_low, all_high) * 1.01
-        if inputs in ("heavy tails", "one outlier"):
+        if inputs == "heavy tails" or (inputs, act_method) == ("one outlier", "histogram"):  # "mse" sees some rows
             assert squared_error(values, low, high) < 0.99 * squared_error(values, all_low, all_high)
     if act_method == "percentile" and inputs == "normal":
         beyond = ((values < low) | (values > high)).float().mean()

@@ -1,6 +1,5 @@
 """Quantized linears run from their codes: a loaded checkpoint takes the memory that its files do, and little more."""
 
-import json
 from pathlib import Path
 
 import pytest

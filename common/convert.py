@@ -24,7 +24,7 @@ from .checkpoints.ascend import DESCRIPTION_FILE, TensorHeader, attention_module
 from .checkpoints.shards import PlannedFiles
 from .checkpoints.writer import Stage, check_output, whole_directory, write_json
 from .codebooks import fit_codebooks
-from .conversion import HEAD, Conversion, Cost, Plan, Texts
+from .conversion import HEAD, OFFSETS, Conversion, Cost, Plan, Texts
 from .errors import OctavoError
 from .evaluate import Fidelity
 from .flags import parse_flags, run_script
@@ -178,6 +178,10 @@ class Job:
         self.architecture, self.flags = architecture, flags
         check_output(flags.save_directory, "--save_directory")
         self.scheme = chosen_scheme(flags)
+        if flags.anti_method == OFFSETS and self.scheme.has_codebooks:
+            raise OctavoError(
+                f"--anti_method m2: shifts what the codebooks of {self.scheme.name} are for; take another"
+            )
         _check_statistics_file(flags.save_statistics, flags.save_directory)
         check_device(flags.device_type)
         self.directory = find_source(flags.model_path)
@@ -294,7 +298,9 @@ def _run(job: Job, stage: Stage) -> tuple[Plan, Fidelity | None, int]:
     tensors, fidelity = conversion.head()
     for name, tensor in tensors.items():
         files.write(name, tensor)
-    if flags.max_kl is not None and fidelity is not None and not fidelity.kl <= flags.max_kl:
+    if flags.max_kl is not None and fidelity is None:
+        raise OctavoError(f"--max_kl {flags.max_kl}: the held-back texts have one token each; give longer ones")
+    if flags.max_kl is not None and not fidelity.kl <= flags.max_kl:
         _say(cost_table(conversion.costs, []))
         blamed = ", ".join(cost.name for cost in costliest(conversion.costs)[:BLAMED])
         raise OctavoError(

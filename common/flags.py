@@ -212,8 +212,11 @@ def parse_flags(name: str, argv: list[str] | None) -> argparse.Namespace:
     return flags
 
 
-FOR_LINEARS = ("disable_names", "disable_level", "is_dynamic", "anti_method", "group_size")
-"""Flags that mean nothing where every linear stays in float."""
+FOR_LINEARS = {
+    "disable_names": None, "disable_level": 0, "is_dynamic": False, "anti_method": "", "group_size": None,
+    "w_method": "MinMax", "w_sym": True, "act_method": "1",
+}  # fmt: skip
+"""Flags that mean nothing where every linear stays in float, and what they are unless given."""
 
 
 def chosen_linear_scheme(flags: argparse.Namespace) -> LinearScheme | None:
@@ -226,8 +229,8 @@ def chosen_linear_scheme(flags: argparse.Namespace) -> LinearScheme | None:
         raise OctavoError("--quantization, and --w_bit, --a_bit or --is_dynamic exclude each other: choose one way")
     label = QUANTIZATIONS[flags.quantization] if flags.quantization else _label_of_bits(flags)
     if label is None:
-        for flag in FOR_LINEARS:
-            if getattr(flags, flag):
+        for flag, unless_given in FOR_LINEARS.items():
+            if getattr(flags, flag) != unless_given:
                 raise OctavoError(f"--{flag}: --w_bit 16 leaves every linear in float")
         return None
     scheme = LinearScheme(

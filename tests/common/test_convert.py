@@ -186,6 +186,8 @@ BAD_FLAGS = [
     (["--max_kl", "0"], "--max_kl"),
     (["--max_kl", "1e-9"], "nothing was written; most is lost in model.layers."),
     (["--preset", "fast"], "--preset"),
+    (["--quantization", "float", "--scheme", "int8-token", "--w_method", "GPTQ"], "--w_method"),
+    (["--scheme", "kvquant-4", "--anti_method", "m2"], "codebooks"),
     (["--w_bit", "eight"], "--w_bit"),
     (["--w_bit", "16"], "--a_bit 8"),
     (["--w_bit", "16", "--a_bit", "16"], "quantizes nothing"),

@@ -314,12 +314,11 @@ def ops_table(file: str) -> str:
 
 
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"results": results_table, "schemes": schemes_table},
+    "README.md": {"results": results_table, "schemes": schemes_table, "best weights": best_weights_table},
     "benchmarks/README.md": {
         "options": options_table,
         "checkpoints": checkpoints_table,
         "peers": peers_table,
-        "best weights": best_weights_table,
         "weights": weights_table,
         "ops on cpu": partial(ops_table, "cpu.csv"),
         "ops on cuda": partial(ops_table, "cuda.csv"),

@@ -18,6 +18,7 @@ from .cache import QuantizedCache
 from .checkpoints.ascend import TensorHeader, attention_modules, in_file_order, scale_tensors
 from .checkpoints.buffers import read_scales
 from .checkpoints.shards import SAFETENSORS_DTYPES, header_of
+from .errors import OctavoError
 from .evaluate import Comparison, Fidelity
 from .layerwise import MOST_LOGITS, LayerwiseModel, assign_state, layer_arguments, with_real_rotary
 from .linear import QuantizedLinear
@@ -93,7 +94,12 @@ def quantized_config(source: LayerwiseModel, plan: Plan) -> PreTrainedConfig:
     modules = dict(source.model.named_modules())
     scales = {}
     for name in plan.linears:
-        groups = plan.linear.groups(modules[name].in_features)
+        try:
+            groups = plan.linear.groups(modules[name].in_features)
+        except OctavoError as error:
+            raise OctavoError(
+                f"{name}: {error}; leave it in float by --disable_names, or give --group_size 0"
+            ) from None
         if plan.linear.per_tensor or groups > 1:
             scales[name] = [1 if plan.linear.per_tensor else modules[name].out_features, groups]
     layout = {
@@ -347,14 +353,23 @@ class Conversion:
         return tensor.to(self.source.device) if keeps else tensor.to(self.source.device).float()
 
     def _coded_outputs(
-        self, layer: nn.Module, index: int, hidden: list[torch.Tensor], scales: LayerScales, scheme: Scheme
+        self,
+        layer: nn.Module,
+        index: int,
+        hidden: list[torch.Tensor],
+        scales: LayerScales,
+        scheme: Scheme,
+        most_tokens: int | None = None,
     ) -> list[torch.Tensor]:
-        """What a quantized layer makes of states, each text with a new cache of a scheme."""
+        """What a quantized layer makes of states, each text with a new cache of a scheme; see `Stream.through`."""
         stored: Scales = [LayerScales()] * len(self.source)
         if scheme.is_static:
             stored[index] = read_scales(layer, scheme)[0]
-        outputs = []
-        for state, mask in zip(hidden, self._coded.masks, strict=False):
+        outputs, tokens = [], 0
+        for state, mask in zip(hidden, self._coded.masks, strict=True):
+            if most_tokens is not None and tokens >= most_tokens:
+                break
+            tokens += state.shape[1]
             cache = QuantizedCache(self._config, scheme, scales=stored)
             arguments = layer_arguments(self.quantized, state, attention_mask=mask, past_key_values=cache)
             outputs.append(layer(state, **arguments[index]))
@@ -391,7 +406,7 @@ class Conversion:
             return
         name = attention_modules(self.source.model)[index][0]
         expected, found = (
-            self._coded_outputs(layer, index, hidden, scales, scheme)
+            self._coded_outputs(layer, index, hidden, scales, scheme, PROBE_TOKENS)
             for scheme in (load_scheme("float"), self.plan.scheme)
         )
         yield Cost(name, None, _relative_error(expected, found))

@@ -3,15 +3,19 @@
 import argparse
 import dataclasses
 import hashlib
+import json
 import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedConfig
@@ -44,6 +48,7 @@ from .source import (
     read_source_headers,
     source_files,
 )
+from .statistics import Statistics
 
 LONGEST_SAMPLE = 2048
 RANDOM_TOKENS = 512
@@ -61,15 +66,17 @@ TOKENIZER_FILES = (
 GIGABYTE = 10**9
 BLAMED = 5
 """How many linears and attentions `--max_kl` names."""
-NOT_OF_THE_JOB = ("save_directory", "model_path", "resume", "max_kl", "save_statistics", "calib_file", "calib_texts")
+NOT_OF_THE_JOB = ("save_directory", "model_path", "resume", "calib_file", "calib_texts", "scheme")
 """Flags that the bytes of the output do not follow from, or not from their names."""
+ONLY_WHETHER = ("max_kl", "save_statistics")
+"""Flags of which only matters whether they are given."""
 FEW_TOKENS = 100
 """Below this the summary says that its figures mean little."""
 
 
-def source_dtype(headers: dict[str, TensorHeader]) -> torch.dtype:
-    """The dtype of a checkpoint: that of most of its tensors."""
-    return FLOAT_DTYPES[Counter(header.dtype for header in headers.values()).most_common(1)[0][0]]
+def source_dtype(headers: dict[str, TensorHeader]) -> str:
+    """The dtype of a checkpoint, as safetensors spells it: that of most of its tensors."""
+    return Counter(header.dtype for header in headers.values()).most_common(1)[0][0]
 
 
 def chosen_scheme(flags: argparse.Namespace) -> Scheme:
@@ -85,6 +92,8 @@ def chosen_scheme(flags: argparse.Namespace) -> Scheme:
     scheme = load_scheme(name)
     if flags.kv_scales != "data" and not scheme.is_static:
         raise OctavoError(f"--kv_scales {flags.kv_scales}: scheme {scheme.name} has no static scales; leave it out")
+    if flags.kv_scales == "random" and scheme.has_codebooks:
+        raise OctavoError(f"--kv_scales random: the codebooks of {scheme.name} come from texts; leave it out")
     if flags.linear is None and not scheme.is_quantized:
         raise OctavoError(f"--w_bit 16 --a_bit 16: scheme {scheme.name} quantizes nothing either; choose another")
     return scheme.with_scales_of_one() if flags.kv_scales == "none" else scheme
@@ -182,6 +191,11 @@ class Job:
             raise OctavoError(
                 f"--anti_method m2: shifts what the codebooks of {self.scheme.name} are for; take another"
             )
+        if flags.anti_method and flags.save_statistics:
+            raise OctavoError(
+                f"--save_statistics: --anti_method {flags.anti_method} changes what is observed, and the file is for "
+                "the model as it is; save it in a run without"
+            )
         _check_statistics_file(flags.save_statistics, flags.save_directory)
         check_device(flags.device_type)
         self.directory = find_source(flags.model_path)
@@ -192,9 +206,13 @@ class Job:
         longest = min(LONGEST_SAMPLE, self.config.get("max_position_embeddings", LONGEST_SAMPLE))
         samples = tokenize(tokenizer, self.texts, longest, flags.input_ids_name, flags.attention_mask_name)
         samples, self.held_back = hold_back(samples)
+        if flags.max_kl is not None and all(sample["input_ids"].shape[1] < 2 for sample in self.held_back):
+            raise OctavoError(f"--max_kl {flags.max_kl}: the held-back texts have one token each; give longer ones")
         self.source = layerwise_source(self.directory, flags.device_type)
-        recipe = architecture.float_linears(self.source.config, source_dtype(self.headers))
+        recipe = architecture.float_linears(self.source.config, FLOAT_DTYPES[source_dtype(self.headers)])
         self.linears = choose_linears(self.source.model, flags, recipe)
+        if flags.anti_method and not self.linears:
+            raise OctavoError(f"--anti_method {flags.anti_method}: --disable_names leaves every linear in float")
         self.samples = samples if _needs_texts(flags, self.scheme, self.linears) else samples[:1]
 
     def plan(self, floats: Iterable[str]) -> Plan:
@@ -212,8 +230,8 @@ class Job:
             scheme = dataclasses.replace(scheme, float_layers=tuple(sorted({*scheme.float_layers, *layers})))
         if not (linears or any(scheme.of_layer(index).is_quantized for index in range(len(names)))):
             raise OctavoError("every linear and attention stays in float; nothing would be quantized")
-        dtype = Counter(header.dtype for header in self.headers.values()).most_common(1)[0][0]
-        return Plan(scheme, self.flags.linear or LinearScheme(), linears, self.flags.anti_method, dtype)
+        linear = self.flags.linear or LinearScheme()
+        return Plan(scheme, linear, linears, self.flags.anti_method, source_dtype(self.headers))
 
     def conversion(
         self, plan: Plan, known: dict[str, torch.Tensor] | None = None, measures: bool = False
@@ -223,6 +241,7 @@ class Job:
         texts = Texts(self.samples, self.held_back, random)
         return Conversion(self.architecture, self.source, plan, texts, known, measures)
 
+    @cached_property
     def codebooks(self) -> dict[str, torch.Tensor]:
         """Statistics that only the whole model in memory can give, if the scheme needs any."""
         if not self.scheme.has_codebooks:
@@ -234,10 +253,19 @@ class Job:
     def identity(self) -> dict[str, Any]:
         """What the bytes of the output follow from, so that nothing else is resumed in the place of it."""
         flags = {name: repr(value) for name, value in vars(self.flags).items() if name not in NOT_OF_THE_JOB}
+        flags |= {name: repr(getattr(self.flags, name) is not None) for name in ONLY_WHETHER}
         files = source_files(self.directory)
-        texts = hashlib.sha256("\0".join(self.texts).encode()).hexdigest()
-        stamps = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-        return {**flags, "source": stamps, "texts": texts, "code": code_digest(), "torch": torch.__version__}
+        ids = [sample["input_ids"].tolist() for sample in (*self.samples, *self.held_back)]
+        return {
+            **flags,
+            "scheme": self.scheme.to_dict(),
+            "source": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
+            "config.json": self.config,
+            "texts": hashlib.sha256(json.dumps(ids).encode()).hexdigest(),
+            "code": code_digest(),
+            "versions": [torch.__version__, transformers.__version__],
+            "threads": torch.get_num_threads(),
+        }
 
 
 def _survey(job: Job) -> tuple[list[str], list[Cost]]:
@@ -245,7 +273,7 @@ def _survey(job: Job) -> tuple[list[str], list[Cost]]:
     floats = worst_outliers(job.source, job.linears, job.samples, job.flags.disable_level)
     if not job.flags.fa_amp:
         return floats, []
-    trial = job.conversion(job.plan(floats), job.codebooks(), measures=True)
+    trial = job.conversion(job.plan(floats), job.codebooks, measures=True)
     for index in tqdm(range(len(job.source)), desc="measuring", unit="layer"):
         trial.layer(index)
     worst = costliest(trial.costs)[: job.flags.fa_amp]
@@ -264,8 +292,18 @@ def _write_rest(stage: Path, job: Job, plan: Plan, description: dict[str, Any]) 
         (stage / name).write_text(text, encoding="utf-8")
 
 
-def _run(job: Job, stage: Stage) -> tuple[Plan, Fidelity | None, int]:
-    """Fill a stage, from where it stands; return what was made, how close it is to float, and its size in bytes."""
+@dataclass(frozen=True)
+class Made:
+    """What a conversion made, how close that is to the float model, its size in bytes, and its statistics."""
+
+    plan: Plan
+    fidelity: Fidelity | None
+    size: int
+    statistics: Statistics
+
+
+def _run(job: Job, stage: Stage) -> Made:
+    """Fill a stage, from where it stands."""
     flags = job.flags
     if not stage.step:
         floats, costs = _survey(job)
@@ -273,7 +311,7 @@ def _run(job: Job, stage: Stage) -> tuple[Plan, Fidelity | None, int]:
         if costs:
             _say(cost_table(costs, floats))
     plan = job.plan(stage.notes["floats"])
-    known = job.codebooks() if not stage.step else None
+    known = job.codebooks if not stage.step else None
     conversion = job.conversion(plan, known, measures=flags.max_kl is not None)
     description = build_description(
         conversion.planned(), conversion.tied(), conversion.labels(), plan.scheme, plan.linear.group_size
@@ -298,8 +336,6 @@ def _run(job: Job, stage: Stage) -> tuple[Plan, Fidelity | None, int]:
     tensors, fidelity = conversion.head()
     for name, tensor in tensors.items():
         files.write(name, tensor)
-    if flags.max_kl is not None and fidelity is None:
-        raise OctavoError(f"--max_kl {flags.max_kl}: the held-back texts have one token each; give longer ones")
     if flags.max_kl is not None and not fidelity.kl <= flags.max_kl:
         _say(cost_table(conversion.costs, []))
         blamed = ", ".join(cost.name for cost in costliest(conversion.costs)[:BLAMED])
@@ -308,18 +344,17 @@ def _run(job: Job, stage: Stage) -> tuple[Plan, Fidelity | None, int]:
             "some in float (--fa_amp, --disable_names), or try another --anti_method"
         )
     _write_rest(stage.path, job, plan, description)
-    if flags.save_statistics is not None:
-        conversion.found().save(flags.save_statistics)
-    return plan, fidelity, sum(file.stat().st_size for file in stage.path.iterdir() if file.is_file())
+    size = sum(file.stat().st_size for file in stage.path.iterdir() if file.is_file())
+    return Made(plan, fidelity, size, conversion.found())
 
 
-def _summary(job: Job, plan: Plan, fidelity: Fidelity | None, size: int) -> None:
-    config = job.source.config
+def _summary(job: Job, made: Made) -> None:
+    config, plan, fidelity = job.source.config, made.plan, made.fidelity
     float_bytes = max(FLOAT_DTYPES[header.dtype].itemsize for header in job.headers.values())
     before = sum(file.stat().st_size for file in source_files(job.directory))
     rows = [
         ("", "float", "quantized"),
-        ("checkpoint, MB", f"{before / 1e6:.1f}", f"{size / 1e6:.1f}"),
+        ("checkpoint, MB", f"{before / 1e6:.1f}", f"{made.size / 1e6:.1f}"),
         ("KV cache, bytes per token", str(kv_bytes_per_token(config, load_scheme("float"), float_bytes)),
          str(kv_bytes_per_token(config, plan.scheme, float_bytes))),
         ("KV cache, bits per element, all counted", str(8 * float_bytes),
@@ -348,8 +383,10 @@ def convert(architecture: Architecture, flags: argparse.Namespace) -> None:
     """
     job = Job(architecture, flags)
     with whole_directory(flags.save_directory, "--save_directory", job.identity(), flags.resume) as stage:
-        plan, fidelity, size = _run(job, stage)
-    _summary(job, plan, fidelity, size)
+        made = _run(job, stage)
+    if flags.save_statistics is not None:
+        made.statistics.save(flags.save_statistics)
+    _summary(job, made)
 
 
 def main(architecture: Architecture, argv: list[str] | None = None) -> int:

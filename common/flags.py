@@ -90,6 +90,9 @@ def _limit(text: str) -> float:
 SCHEME_FLAGS = ("use_kvcache_quant", "use_fa_quant", "scheme", "kv_cache_dtype")
 
 
+LINEAR_FLAGS = ("quantization", "w_bit", "a_bit", "is_dynamic", "group_size", "w_sym")
+
+
 class OneLineParser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
 
@@ -142,7 +145,7 @@ def build_parser(name: str) -> argparse.ArgumentParser:
     add("--save_directory", required=True, type=Path, help="directory to write; must not exist, or be empty")
     add("--part_file_size", type=_positive, help="split the weights into files of at most this many GB")
     add("--resume", action="store_true", help="go on with a conversion that was interrupted, if there is one")
-    add("--preset", choices=END_TO_END, help="a set of flags by name; flags that are given override its own")
+    add("--preset", choices=END_TO_END, help="a set of flags by name; flags that are given take the place of its own")
     add("--w_bit", type=int, choices=(4, 8, 16), default=8, help="bits of the weights; 16 leaves them in float")
     add(
         "--a_bit",
@@ -190,12 +193,29 @@ def build_parser(name: str) -> argparse.ArgumentParser:
     return parser
 
 
+def _given(name: str, argv: list[str] | None) -> set[str]:
+    """Flags that stand on the command line."""
+    parser = build_parser(name)
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return set(vars(parser.parse_args(argv)))
+
+
+def _preset_flags(preset: str, given: set[str]) -> dict[str, Any]:
+    """The flags of a preset, but for those that say what given ones say otherwise."""
+    flags = {flag: value for flag, value in end_to_end(preset).items() if flag != "about"}
+    for alternatives in (SCHEME_FLAGS, LINEAR_FLAGS):
+        if given & {*alternatives} - {"group_size"}:
+            flags = {flag: value for flag, value in flags.items() if flag not in alternatives}
+    return flags
+
+
 def parse_flags(name: str, argv: list[str] | None) -> argparse.Namespace:
     """Parse and check what can be checked without touching a file; exits with 2 and one line."""
     parser = build_parser(name)
     flags = parser.parse_args(argv)
     if flags.preset:
-        parser.set_defaults(**{flag: value for flag, value in end_to_end(flags.preset).items() if flag != "about"})
+        parser.set_defaults(**_preset_flags(flags.preset, _given(name, argv)))
         flags = parser.parse_args(argv)
     for flag, (_, harmless, reason) in REFUSED.items():
         if getattr(flags, flag) != harmless:
@@ -214,7 +234,7 @@ def parse_flags(name: str, argv: list[str] | None) -> argparse.Namespace:
 
 FOR_LINEARS = {
     "disable_names": None, "disable_level": 0, "is_dynamic": False, "anti_method": "", "group_size": None,
-    "w_method": "MinMax", "w_sym": True, "act_method": "1",
+    "w_method": "MinMax", "w_sym": True, "act_method": "1", "disable_last_linear": True,
 }  # fmt: skip
 """Flags that mean nothing where every linear stays in float, and what they are unless given."""
 
@@ -267,8 +287,8 @@ def run_script(work: Any, argv: list[str] | None) -> int:
     except OctavoError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"error: interrupted{error}", file=sys.stderr)
         return 130
     except Exception as error:  # a damaged file can make torch or transformers raise anything
         if os.environ.get("OCTAVO_TRACEBACK"):

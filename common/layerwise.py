@@ -20,6 +20,8 @@ from .errors import OctavoError, first_line
 
 MOST_LOGITS = 2**23
 """Logits that are held at a time."""
+MOST_HEAD = 2**23
+"""Elements of the last linear's weight that are in float32 at a time."""
 IGNORED = ("rotary_emb.inv_freq",)
 """Endings of tensors in old checkpoints that models compute themselves."""
 
@@ -199,6 +201,6 @@ class LayerwiseModel:
 
     def logits(self, hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
         """Float32 logits `[S, V]` of normed states `[S, E]`, by parts of the `[V, E]` head in any dtype."""
-        step = max(1, MOST_LOGITS // hidden.shape[-1])
+        step = max(1, MOST_HEAD // hidden.shape[-1])
         parts = [hidden @ part.to(self.device).float().T for part in head.split(step)]
         return torch.cat(parts, dim=-1)

@@ -175,9 +175,9 @@ def smooth_layer(
 
 @torch.no_grad()
 def smooth_head(norm: nn.Module, head: nn.Linear, inputs: LinearInputs, method: str, error: OutputError) -> None:
-    """Likewise for the last linear and the norm before it, in place, by the methods that give neither a bias.
+    """Likewise for the last linear and the norm before it, in place, by every method but "m2", which leaves both.
 
-    What is best is searched on `SEARCHED_OUTPUTS` evenly chosen output channels.
+    What is best is searched on evenly chosen output channels, `SEARCHED_OUTPUTS` to twice as many.
     """
     choose = SMOOTHINGS[method][1]
     if choose is suppress_outliers:

@@ -179,7 +179,8 @@ class PlannedFiles:
         """
         placed = self.placed[name]
         header = header_of(tensor)
-        if header.dtype != placed.header.dtype or header.shape[1:] != placed.header.shape[1:]:
+        fits = header.shape[1:] == placed.header.shape[1:] and first_row + header.shape[0] <= placed.header.shape[0]
+        if header.dtype != placed.header.dtype or not fits:
             raise ValueError(f"{name} was planned as {placed.header} and is {header}")
         with placed.file.open("r+b", buffering=0) as opened:
             opened.seek(placed.offset + first_row * placed.row_bytes)

@@ -136,7 +136,8 @@ def _locked(stage: Path, flag: str) -> Iterator[None]:
 def whole_directory(directory: Path, flag: str, job: dict[str, Any], resumes: bool = False) -> Iterator[Stage]:
     """A stage to write into, which becomes `directory` at the end, or vanishes if anything fails.
 
-    It stays if the process is killed or interrupted, for another one to go on with.
+    Once a step is finished, it stays if the process is killed, interrupted or fails, for another one to go on with; but
+    not if an `OctavoError` says that what is made is not wanted.
 
     Args:
         flag: what the user named the directory with, for messages.
@@ -162,13 +163,20 @@ def whole_directory(directory: Path, flag: str, job: dict[str, Any], resumes: bo
             yield stage
             stage._end()
             os.replace(path, directory)
-    except (OSError, SafetensorError) as error:
+    except _Kept:
+        raise
+    except OctavoError:
         _discard(path)
-        raise OctavoError(f"{where}: cannot be written ({error}); nothing was kept") from None
+        raise
     except BaseException as error:
-        is_interrupted = isinstance(error, KeyboardInterrupt) and stage.step
-        if not (is_interrupted or isinstance(error, _Kept)):
-            _discard(path)
+        if stage.step:
+            kept = f": what is finished is kept in {path}; give --resume to go on, or remove it"
+            if isinstance(error, KeyboardInterrupt):
+                raise KeyboardInterrupt(kept) from None
+            raise OctavoError(f"{where}: stopped by {type(error).__name__} ({error}){kept}") from error
+        _discard(path)
+        if isinstance(error, (OSError, SafetensorError)):
+            raise OctavoError(f"{where}: cannot be written ({error}); nothing was kept") from None
         raise
 
 

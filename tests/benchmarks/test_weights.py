@@ -66,7 +66,7 @@ def test_cases_have_names_and_columns_of_their_own(weights: ModuleType) -> None:
         ("W8A8_DYNAMIC all, anti m6", ("W8A8_DYNAMIC", "m6", "", "MinMax", "float", "none")),
         ("W8A16, anti none", ("W8A16", "", "", "MinMax", "float", "lm_head")),
         ("W4A16 g64 affine, anti m3, GPTQ", ("W4A16, groups of 64, affine", "m3", "", "GPTQ", "float", "lm_head")),
-        ("preset ascend-fa", ("W8A8", "m4", "1", "MinMax", "ascend-fa", "recipe")),
+        ("preset ascend-fa", ("W8A8", "m6", "1", "MinMax", "ascend-fa", "recipe")),
     ],
 )
 def test_columns_say_what_the_flags_do(weights: ModuleType, name: str, expected: tuple[str, ...]) -> None:
@@ -149,7 +149,7 @@ def test_the_matrix_marks_the_least_and_leaves_gaps(weights: ModuleType, tables:
     assert lines[start + 3] == "| m6 |  | **0.02000** |"
     (preset,) = (line for line in lines if "--preset" in line)
     assert preset == (
-        "| `--preset ascend`: W8A8 | ascend-c8 | recipe | m4 | 1 | MinMax | 1.5 | 0.01000 | +10.00 % | 90.0 % |"
+        "| `--preset ascend`: W8A8 | ascend-c8 | recipe | m6 | 1 | MinMax | 1.5 | 0.01000 | +10.00 % | 90.0 % |"
     )
     assert lines[0] == "**m**" and "2 windows of 2,048 tokens of b" in lines[-1] and "3 texts of a" in lines[-1]
 

@@ -77,7 +77,7 @@ def test_rows_one_after_another(tmp_path: Path) -> None:
 
 def test_what_was_not_planned_is_refused(tmp_path: Path) -> None:
     files = write(tmp_path, MIXED, None)
-    for wrong in (torch.rand(5, 3), torch.rand(5, 4).bfloat16()):
+    for wrong in (torch.rand(5, 3), torch.rand(5, 4).bfloat16(), torch.rand(6, 3).bfloat16()):
         with pytest.raises(ValueError, match="weight was planned as"):
             files.write("weight", wrong)
 

@@ -32,8 +32,8 @@ from octavo.common.calibration import read_calibration_file, tokenize
 from octavo.common.checkpoints.ascend import TensorHeader
 from octavo.common.checkpoints.shards import SAFETENSORS_DTYPES, PlannedFiles
 from octavo.common.checkpoints.writer import write_json
-from octavo.common.conversion import Stream
 from octavo.common.source import layerwise_source, load_tokenizer
+from octavo.common.streams import Stream
 
 SCRIPT = Path(__file__).parents[1] / "models" / "llama3" / "convert_quant_weights.py"
 LLAMA_3_8B = {

@@ -6,111 +6,33 @@ held-back texts through the quantized one. S tokens, E hidden size.
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
 
 from .architecture import Architecture
 from .cache import QuantizedCache
 from .checkpoints.ascend import TensorHeader, attention_modules, in_file_order, scale_tensors
 from .checkpoints.buffers import read_scales
 from .checkpoints.shards import SAFETENSORS_DTYPES, header_of
-from .errors import OctavoError
 from .evaluate import Comparison, Fidelity
 from .layerwise import MOST_LOGITS, LayerwiseModel, assign_state, layer_arguments, with_real_rotary
 from .linear import QuantizedLinear
-from .linear_scheme import LinearInputs, LinearScheme
-from .model import CONFIG_KEY
+from .linear_scheme import LinearInputs
 from .observe import InputObserver, InputObservers, attention_tensors, input_tensors, observing_attention
+from .plan import HEAD, Plan, quantized_config
 from .quantize import outlier_score, output_error, quantize_linear
 from .scheme import Scheme, load_scheme
 from .smooth import smooth_head, smooth_layer
 from .statistics import LayerScales, Scales, Statistics, scales_of_layer, statistics_facts
+from .streams import Stream, Texts
 
-HEAD = "lm_head"
-OFFSETS = "m2"
-"""The treatment of outliers that shifts inputs."""
-SHIFTED = {
-    "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
-}
-"""What a shift goes through: norms, and the linears behind them."""
 SEARCH_ROWS = 512
 """Inputs of a linear layer that searches for the best smoothing are done on."""
 PROBE_TOKENS = 512
 """Held-back tokens on which the cost of each linear and attention is measured."""
 ROWS_COPIED = 2**14
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to make of a model.
-
-    Attributes:
-        scheme: of attention and cache.
-        linear: of the linear layers that are quantized.
-        linears: their names.
-        anti_method: treatment of outliers: "", "m1", "m2", "m3", "m4" or "m6".
-        dtype: of the source, as safetensors spells it.
-    """
-
-    scheme: Scheme
-    linear: LinearScheme
-    linears: tuple[str, ...]
-    anti_method: str
-    dtype: str
-
-    @property
-    def deq_scale_dtype(self) -> torch.dtype:
-        """See `W8A8Linear`."""
-        return torch.float32 if self.dtype == "BF16" else torch.int64
-
-    def of(self, module: str) -> list[str]:
-        """Names within a module of its linears that are quantized."""
-        return [name.removeprefix(f"{module}.") for name in self.linears if name.startswith(f"{module}.")]
-
-
-def _added_biases(source: LayerwiseModel, plan: Plan) -> list[str]:
-    """Modules to which the treatment of outliers gives a bias that they may not have."""
-    if plan.anti_method != OFFSETS:
-        return []
-    names = []
-    for index in range(len(source)):
-        layer = source.layer_name(index)
-        quantized = plan.of(layer)
-        for norm, consumers in SHIFTED.items():
-            if any(part in quantized for part in consumers):
-                names += [f"{layer}.{part}" for part in (norm, *consumers)]
-    return names
-
-
-def quantized_config(source: LayerwiseModel, plan: Plan) -> PreTrainedConfig:
-    """The config with which the architecture's class makes room for the quantized model."""
-    config = copy.deepcopy(source.config)
-    config._attn_implementation = None
-    modules = dict(source.model.named_modules())
-    scales = {}
-    for name in plan.linears:
-        try:
-            groups = plan.linear.groups(modules[name].in_features)
-        except OctavoError as error:
-            raise OctavoError(
-                f"{name}: {error}; leave it in float by --disable_names, or give --group_size 0"
-            ) from None
-        if plan.linear.per_tensor or groups > 1:
-            scales[name] = [1 if plan.linear.per_tensor else modules[name].out_features, groups]
-    layout = {
-        "quantized_linears": dict.fromkeys(plan.linears, plan.linear.label),
-        "weight_scales": scales,
-        "deq_scale": "I64" if plan.deq_scale_dtype == torch.int64 else "F32",
-        "biases": _added_biases(source, plan),
-    }
-    setattr(config, CONFIG_KEY, {"scheme": plan.scheme.to_dict(), **layout})
-    config.tie_word_embeddings = bool(source.tied) and HEAD not in plan.linears
-    return config
 
 
 @dataclass(frozen=True)
@@ -126,58 +48,6 @@ class Cost:
     name: str
     outliers: float | None
     error: float
-
-
-@dataclass
-class Stream:
-    """States of some texts on their way through the layers of a model.
-
-    Attributes:
-        ids, masks: `[1, S]` of each text.
-        hidden: `[1, S, E]` of each text, which the next layer is given.
-        arguments: of the layers of a float model, by text and layer.
-    """
-
-    ids: list[torch.Tensor]
-    masks: list[torch.Tensor]
-    hidden: list[torch.Tensor]
-    arguments: list[list[dict[str, Any]]] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, source: LayerwiseModel, samples: list[dict[str, torch.Tensor]]) -> "Stream":
-        """Texts before the first layer of a float model."""
-        ids = [sample["input_ids"] for sample in samples]
-        masks = [sample["attention_mask"].to(source.device) for sample in samples]
-        hidden = [source.embedded(part) for part in ids]
-        arguments = [
-            layer_arguments(source.model, state, attention_mask=mask, use_cache=False)
-            for state, mask in zip(hidden, masks, strict=True)
-        ]
-        return cls(ids, masks, hidden, arguments)
-
-    def through(self, layer: nn.Module, index: int, most_tokens: int | None = None) -> list[torch.Tensor]:
-        """What a float layer makes of the states; of as many texts as have `most_tokens`."""
-        outputs, tokens = [], 0
-        for state, arguments in zip(self.hidden, self.arguments, strict=True):
-            if most_tokens is not None and tokens >= most_tokens:
-                break
-            outputs.append(layer(state, **arguments[index]))
-            tokens += state.shape[1]
-        return outputs
-
-    @property
-    def tokens(self) -> int:
-        """How many there are."""
-        return sum(part.shape[1] for part in self.ids)
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Token ids and masks: to calibrate on, held back, and, if static scales are to come from others, those."""
-
-    calibration: list[dict[str, torch.Tensor]]
-    held_back: list[dict[str, torch.Tensor]]
-    for_scales: list[dict[str, torch.Tensor]] | None = None
 
 
 def some_rows(inputs: LinearInputs, count: int) -> LinearInputs:

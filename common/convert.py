@@ -28,13 +28,14 @@ from .checkpoints.ascend import DESCRIPTION_FILE, TensorHeader, attention_module
 from .checkpoints.shards import PlannedFiles
 from .checkpoints.writer import Stage, check_output, whole_directory, write_json
 from .codebooks import fit_codebooks
-from .conversion import HEAD, OFFSETS, Conversion, Cost, Plan, Texts
+from .conversion import Conversion, Cost
 from .errors import OctavoError
 from .evaluate import Fidelity
 from .flags import parse_flags, run_script
 from .linear_scheme import W8A8, LinearScheme
 from .model import CONFIG_KEY, NATIVE_LOAD_HINT
 from .observe import calibrate
+from .plan import HEAD, OFFSETS, Plan
 from .scheme import Scheme, load_scheme
 from .sensitivity import cost_table, costliest, worst_outliers
 from .source import (
@@ -49,6 +50,7 @@ from .source import (
     source_files,
 )
 from .statistics import Statistics
+from .streams import Texts
 
 LONGEST_SAMPLE = 2048
 RANDOM_TOKENS = 512

@@ -5,11 +5,12 @@ from collections.abc import Iterable
 import torch
 from tqdm import tqdm
 
-from .conversion import Cost, Stream
+from .conversion import Cost
 from .doctor_text import aligned
 from .layerwise import LayerwiseModel
 from .observe import InputObservers
 from .quantize import outlier_score
+from .streams import Stream
 
 ROWS_SHOWN = 10
 MOST_SAMPLES = 5

@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from octavo.common.conversion import Stream
 from octavo.common.convert import main
 from octavo.common.flags import parse_flags
 from octavo.common.linear import QuantizedLinear
 from octavo.common.linear_scheme import LINEAR_LABELS
 from octavo.common.source import layerwise_source
+from octavo.common.streams import Stream
 from octavo.models import llama3, qwen2
 
 from ..support import (

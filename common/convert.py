@@ -7,7 +7,7 @@ import json
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -68,7 +68,7 @@ TOKENIZER_FILES = (
 GIGABYTE = 10**9
 BLAMED = 5
 """How many linears and attentions `--max_kl` names."""
-NOT_OF_THE_JOB = ("save_directory", "model_path", "resume", "calib_file", "calib_texts", "scheme")
+NOT_OF_THE_JOB = ("save_directory", "model_path", "resume", "calib_file", "calib_texts", "scheme", "linear", "preset")
 """Flags that the bytes of the output do not follow from, or not from their names."""
 ONLY_WHETHER = ("max_kl", "save_statistics")
 """Flags of which only matters whether they are given."""
@@ -252,6 +252,14 @@ class Job:
         found = fit_codebooks(model, self.samples, calibrate(model, [], tqdm(self.samples, desc="calibrating")))
         return {name: tensor for name, tensor in found.tensors.items() if ".levels." in name or ".before." in name}
 
+    def odd_groups(self, plan: Plan) -> Iterator[tuple[int, int]]:
+        """Input channels and size of the groups of linears that cannot have those that were asked for."""
+        for name in plan.linears:
+            depth = self.source.model.get_submodule(name).in_features
+            group = depth // plan.linear.groups(depth)
+            if plan.linear.group_size and group != plan.linear.group_size:
+                yield depth, group
+
     def identity(self) -> dict[str, Any]:
         """What the bytes of the output follow from, so that nothing else is resumed in the place of it."""
         flags = {name: repr(value) for name, value in vars(self.flags).items() if name not in NOT_OF_THE_JOB}
@@ -342,7 +350,8 @@ def _run(job: Job, stage: Stage) -> Made:
         _say(cost_table(conversion.costs, []))
         blamed = ", ".join(cost.name for cost in costliest(conversion.costs)[:BLAMED])
         raise OctavoError(
-            f"--max_kl {flags.max_kl}: KL is {fidelity.kl:.5f}, nothing was written; most is lost in {blamed}: leave "
+            f"--max_kl {flags.max_kl}: KL is {fidelity.kl:.5f} over {fidelity.tokens} held-back tokens, nothing was "
+            f"written; most is lost in {blamed}: leave "
             "some in float (--fa_amp, --disable_names), or try another --anti_method"
         )
     _write_rest(stage.path, job, plan, description)
@@ -374,7 +383,11 @@ def _summary(job: Job, made: Made) -> None:
         if fidelity.tokens < FEW_TOKENS:
             print(f"fewer than {FEW_TOKENS} tokens: give more calibration texts for figures that mean something")
     linears = f"{len(plan.linears)} linears in {plan.linear.label}" if plan.linears else "linears in float"
-    print(f"wrote {job.flags.save_directory}: {linears}, attention {plan.scheme.name}")
+    floats = ", ".join(map(str, plan.scheme.float_layers))
+    attention = f"attention {plan.scheme.name}" + (f" but for layers {floats}" if floats else "")
+    print(f"wrote {job.flags.save_directory}: {linears}, {attention}")
+    for depth, group in sorted(set(job.odd_groups(plan))):
+        print(f"linears of {depth} input channels have groups of {group}: {plan.linear.group_size} do not divide them")
 
 
 def convert(architecture: Architecture, flags: argparse.Namespace) -> None:

@@ -25,6 +25,7 @@ from .linear_scheme import (
     W8A8_DYNAMIC,
     W8A16,
     WEIGHT_METHODS,
+    WEIGHT_ONLY,
     LinearScheme,
 )
 from .scheme import KV_CACHE_DTYPES
@@ -90,7 +91,9 @@ def _limit(text: str) -> float:
 SCHEME_FLAGS = ("use_kvcache_quant", "use_fa_quant", "scheme", "kv_cache_dtype")
 
 
-LINEAR_FLAGS = ("quantization", "w_bit", "a_bit", "is_dynamic", "group_size", "w_sym")
+_BIT_FLAGS = ("w_bit", "a_bit", "is_dynamic")
+ALTERNATIVES = ((SCHEME_FLAGS, SCHEME_FLAGS), (("quantization",), _BIT_FLAGS), (_BIT_FLAGS, ("quantization",)))
+"""Flags, any of which takes the place of those of a preset that are beside them."""
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -145,6 +148,7 @@ def build_parser(name: str) -> argparse.ArgumentParser:
     add("--save_directory", required=True, type=Path, help="directory to write; must not exist, or be empty")
     add("--part_file_size", type=_positive, help="split the weights into files of at most this many GB")
     add("--resume", action="store_true", help="go on with a conversion that was interrupted, if there is one")
+    parser.set_defaults(preset_group=None)
     add("--preset", choices=END_TO_END, help="a set of flags by name; flags that are given take the place of its own")
     add("--w_bit", type=int, choices=(4, 8, 16), default=8, help="bits of the weights; 16 leaves them in float")
     add(
@@ -196,6 +200,7 @@ def build_parser(name: str) -> argparse.ArgumentParser:
 def _given(name: str, argv: list[str] | None) -> set[str]:
     """Flags that stand on the command line."""
     parser = build_parser(name)
+    parser._defaults.clear()
     for action in parser._actions:
         action.default = argparse.SUPPRESS
     return set(vars(parser.parse_args(argv)))
@@ -204,10 +209,9 @@ def _given(name: str, argv: list[str] | None) -> set[str]:
 def _preset_flags(preset: str, given: set[str]) -> dict[str, Any]:
     """The flags of a preset, but for those that say what given ones say otherwise."""
     flags = {flag: value for flag, value in end_to_end(preset).items() if flag != "about"}
-    for alternatives in (SCHEME_FLAGS, LINEAR_FLAGS):
-        if given & {*alternatives} - {"group_size"}:
-            flags = {flag: value for flag, value in flags.items() if flag not in alternatives}
-    return flags
+    flags["preset_group"] = flags.pop("group_size", None)
+    replaced = {flag for alternatives in ALTERNATIVES if given & {*alternatives[0]} for flag in alternatives[1]}
+    return {flag: value for flag, value in flags.items() if flag not in replaced}
 
 
 def parse_flags(name: str, argv: list[str] | None) -> argparse.Namespace:
@@ -253,15 +257,24 @@ def chosen_linear_scheme(flags: argparse.Namespace) -> LinearScheme | None:
             if getattr(flags, flag) != unless_given:
                 raise OctavoError(f"--{flag}: --w_bit 16 leaves every linear in float")
         return None
+    if label not in WEIGHT_ONLY and (flags.group_size or not flags.w_sym):
+        given = f"--group_size {flags.group_size}" if flags.group_size else "--w_sym False"
+        raise OctavoError(
+            f"{given}: {label} has symmetric weights with a scale per output channel; W8A16 (--a_bit 16) and W4A16 "
+            "(--w_bit 4 --a_bit 16) take groups and zero points"
+        )
+    usual = (flags.preset_group or DEFAULT_GROUP.get(label, 0)) if label in WEIGHT_ONLY else 0
     scheme = LinearScheme(
         label,
-        group_size=DEFAULT_GROUP.get(label, 0) if flags.group_size is None else flags.group_size,
+        group_size=usual if flags.group_size is None else flags.group_size,
         symmetric=flags.w_sym,
         w_method=flags.w_method,
         act_method=ACT_METHOD_NAMES[flags.act_method],
     )
     if not scheme.is_static and flags.act_method != "1":
-        raise OctavoError(f"--act_method {flags.act_method}: {label} has no static ranges of inputs; leave it out")
+        raise OctavoError(
+            f"--act_method {flags.act_method}: {label} (--is_dynamic, --quantization) has no static ranges of inputs"
+        )
     return scheme
 
 
@@ -271,7 +284,8 @@ def _label_of_bits(flags: argparse.Namespace) -> str | None:
         return W8A8_DYNAMIC if flags.is_dynamic else W8A8
     if bits not in BITS:
         raise OctavoError(
-            f"--w_bit {bits[0]} --a_bit {bits[1]}: choose W8A8 (8 and 8), W8A16, W4A16, or float (16 and 16)"
+            f"--w_bit {bits[0]} --a_bit {bits[1]}: "
+            "choose 8 and 8 (W8A8), 8 and 16 (W8A16), 4 and 16 (W4A16), or 16 and 16 (float)"
         )
     if flags.is_dynamic:
         raise OctavoError(f"--is_dynamic: inputs are quantized by --w_bit 8 --a_bit 8, not {bits[0]} and {bits[1]}")

@@ -47,8 +47,12 @@ def cost_table(costs: list[Cost], floats: Iterable[str]) -> str:
     """The parts that cost most, those that stay in float among them, as a table."""
     floats = set(floats)
     shown = costliest(costs)[: max(ROWS_SHOWN, len(floats))]
-    rows = [["part", "error at the layer's output", "outliers: max|x| / rms", ""]]
+    caption = (
+        f"The {len(shown)} of {len(costs)} parts that cost most: relative squared error of the output of their layer "
+        "on held-back tokens, once the part is quantized; beside it, how large the outliers of its input are."
+    )
+    rows = [["part", "error of the layer's output", "outliers: max|x| / rms", ""]]
     for cost in shown:
-        outliers = "" if cost.outliers is None else f"{cost.outliers:.1f}"
+        outliers = "-" if cost.outliers is None else f"{cost.outliers:.1f}"
         rows.append([cost.name, f"{cost.error:.2e}", outliers, "stays in float" if cost.name in floats else ""])
-    return "\n".join(aligned(rows))
+    return "\n".join([caption, *aligned(rows)])

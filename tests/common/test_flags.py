@@ -7,6 +7,7 @@ import pytest
 
 from octavo.common.errors import OctavoError, first_line
 from octavo.common.flags import REFUSED, build_parser, parse_flags, run_script
+from octavo.common.linear_scheme import LinearScheme
 
 REQUIRED = ["--model_path", "in", "--save_directory", "out"]
 
@@ -22,7 +23,7 @@ DEFAULTS: dict[str, Any] = {
     "kv_scales": "data",
     "calib_file": None,
     "calib_texts": None,
-    "act_method": 1,
+    "act_method": "1",
     "is_dynamic": False,
     "disable_level": 0,
     "disable_names": None,
@@ -45,8 +46,15 @@ DEFAULTS: dict[str, Any] = {
     "mm_tensor": False,
     "w_sym": True,
     "open_outlier": True,
-    "group_size": 64,
+    "group_size": None,
     "fa_amp": 0,
+    "resume": False,
+    "preset": None,
+    "preset_group": None,
+    "quantization": None,
+    "w_method": "MinMax",
+    "max_kl": None,
+    "linear": LinearScheme(),
 }
 
 

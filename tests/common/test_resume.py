@@ -5,10 +5,12 @@ import multiprocessing
 import os
 import random
 import signal
+import threading
 import time
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 from octavo.common.checkpoints.writer import stage_path
 from octavo.common.convert import main
@@ -36,6 +38,7 @@ def started(argv: list[str]) -> multiprocessing.Process:
 
 
 def _run(argv: list[str]) -> None:
+    tqdm.set_lock(threading.RLock())  # its own lock is shared with forks, and would die with one that holds it
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     os._exit(main(ARCHITECTURE, argv))
 

@@ -1,7 +1,7 @@
-"""Qwen3 with a quantized KV cache, quantized attention and W8A8 linears.
+"""Qwen3 with a quantized KV cache, quantized attention and quantized linears.
 
     hidden [B, S, hidden]
-      -> q_proj, k_proj, v_proj       int8 x int8 where the checkpoint says W8A8
+      -> q_proj, k_proj, v_proj       on codes, in the kind that the checkpoint says
       -> RMSNorm of each head of q and k, then RoPE: q [B, H, S, D], k [B, G, S, D]
       -> cache.update(k, v)           encodes the new tokens once; returns the codes of all
       -> attention(q, codes)          reads the codes; in sliding layers the newest `sliding_window` of them

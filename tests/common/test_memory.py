@@ -55,6 +55,7 @@ def large_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of resident memory from /proc")
 def test_peak_is_that_of_a_few_layers(source: Path, large_source: Path, tmp_path: Path) -> None:
     """What tiny models take is taken off, so that libraries do not count."""

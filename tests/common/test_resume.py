@@ -58,6 +58,7 @@ def assert_same_bytes(target: Path, expected: Path) -> None:
         assert (target / name).read_bytes() == (expected / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_killed_at_random_points_it_resumes_to_the_same_bytes(deep_source: Path, tmp_path: Path) -> None:
     expected, target = tmp_path / "expected", tmp_path / "out"
     began = time.monotonic()

@@ -11,6 +11,7 @@ from ..support import convert_flags, run_python, save_source, tiny_llama
 from .loading import environment
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads resident memory from /proc"),
 ]

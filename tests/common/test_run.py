@@ -52,7 +52,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "unknown field": (lambda d: edit_json(d / "config.json", octavo={"scheme": {"name": "x", "foo": 1}}), ("foo",)),
     "quantized weight labelled FLOAT": (lambda d: edit_json(d / DESCRIPTION, **{UP: "FLOAT"}), (UP, "FLOAT")),
     "float weight labelled W8A8": (lambda d: edit_json(d / DESCRIPTION, **{DOWN: "W8A8"}), (DOWN, "W8A8")),
-    "unknown label": (lambda d: edit_json(d / DESCRIPTION, **{UP: "W4A16"}), (UP, "W4A16")),
+    "unknown label": (lambda d: edit_json(d / DESCRIPTION, **{UP: "W4A4"}), (UP, "W4A4")),
     "label removed": (lambda d: edit_json(d / DESCRIPTION, **{UP: None}), (UP, "not described")),
     "scale's label removed": (lambda d: edit_json(d / DESCRIPTION, **{SCALE: None}), (SCALE, "not described")),
     "label too many": (lambda d: edit_json(d / DESCRIPTION, foo="FLOAT"), ("foo", "not stored")),

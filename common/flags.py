@@ -148,7 +148,7 @@ def build_parser(name: str) -> argparse.ArgumentParser:
     add("--save_directory", required=True, type=Path, help="directory to write; must not exist, or be empty")
     add("--part_file_size", type=_positive, help="split the weights into files of at most this many GB")
     add("--resume", action="store_true", help="go on with a conversion that was interrupted, if there is one")
-    parser.set_defaults(preset_group=None)
+    parser.set_defaults(preset_group=None, preset_sym=True)  # of kinds of linears that have groups and zero points
     add("--preset", choices=END_TO_END, help="a set of flags by name; flags that are given take the place of its own")
     add("--w_bit", type=int, choices=(4, 8, 16), default=8, help="bits of the weights; 16 leaves them in float")
     add(
@@ -210,6 +210,7 @@ def _preset_flags(preset: str, given: set[str]) -> dict[str, Any]:
     """The flags of a preset, but for those that say what given ones say otherwise."""
     flags = {flag: value for flag, value in end_to_end(preset).items() if flag != "about"}
     flags["preset_group"] = flags.pop("group_size", None)
+    flags["preset_sym"] = flags.pop("w_sym", True) or "w_sym" in given
     replaced = {flag for alternatives in ALTERNATIVES if given & {*alternatives[0]} for flag in alternatives[1]}
     return {flag: value for flag, value in flags.items() if flag not in replaced}
 
@@ -267,7 +268,7 @@ def chosen_linear_scheme(flags: argparse.Namespace) -> LinearScheme | None:
     scheme = LinearScheme(
         label,
         group_size=usual if flags.group_size is None else flags.group_size,
-        symmetric=flags.w_sym,
+        symmetric=flags.w_sym and (flags.preset_sym or label not in WEIGHT_ONLY),
         w_method=flags.w_method,
         act_method=ACT_METHOD_NAMES[flags.act_method],
     )

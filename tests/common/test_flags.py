@@ -58,7 +58,7 @@ DEFAULTS: dict[str, Any] = {
 
 def test_defaults() -> None:
     flags = vars(parse_flags("llama3", REQUIRED))
-    derived = {"preset_group": None, "linear": LinearScheme()}
+    derived = {"preset_group": None, "preset_sym": True, "linear": LinearScheme()}
     assert flags == {"model_path": "in", "save_directory": Path("out"), **DEFAULTS, **derived}
     assert REFUSED.keys() <= DEFAULTS.keys()
 

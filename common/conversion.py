@@ -93,7 +93,7 @@ class Conversion:
 
     def planned(self) -> dict[str, TensorHeader]:
         """Dtype and shape of every tensor of the output, in the order of the files."""
-        tied = self.quantized.all_tied_weights_keys if self._config.tie_word_embeddings else {}
+        tied = self.tied()
         found = {
             name: TensorHeader(self._stored_dtype(name, tensor), tuple(tensor.shape))
             for name, tensor in self.quantized.state_dict().items()
@@ -141,9 +141,9 @@ class Conversion:
             coded_layer = self._coded_layer(index, name, tensors)
             if self.measures:
                 probe = Stream(self._float.ids, self._float.masks, before, self._float.arguments)
-                self.costs += self._linear_costs(layer, index, probe, linears, inputs)
-                self.costs += self._attention_cost(coded_layer, index, before, scales)
-            self._coded.hidden = self._coded_outputs(coded_layer, index, self._coded.hidden, scales, self.plan.scheme)
+                self.costs += self._linear_costs(layer, index, probe, inputs)
+                self.costs += self._attention_cost(coded_layer, index, before)
+            self._coded.hidden = self._coded_outputs(coded_layer, index, self._coded.hidden, self.plan.scheme)
             coded_layer.to("meta")
         return tensors
 
@@ -182,8 +182,7 @@ class Conversion:
         return inputs
 
     def _scales(self, index: int) -> LayerScales:
-        facts = statistics_facts(self.source.config, self._calibration.tokens)
-        return scales_of_layer(self.plan.scheme, Statistics(self.statistics, facts), index)
+        return scales_of_layer(self.plan.scheme, self.found(), index)
 
     def found(self) -> Statistics:
         """All statistics."""
@@ -223,13 +222,7 @@ class Conversion:
         return tensor.to(self.source.device) if keeps else tensor.to(self.source.device).float()
 
     def _coded_outputs(
-        self,
-        layer: nn.Module,
-        index: int,
-        hidden: list[torch.Tensor],
-        scales: LayerScales,
-        scheme: Scheme,
-        most_tokens: int | None = None,
+        self, layer: nn.Module, index: int, hidden: list[torch.Tensor], scheme: Scheme, most_tokens: int | None = None
     ) -> list[torch.Tensor]:
         """What a quantized layer makes of states, each text with a new cache of a scheme; see `Stream.through`."""
         stored: Scales = [LayerScales()] * len(self.source)
@@ -248,16 +241,11 @@ class Conversion:
     # What each part costs.
 
     def _linear_costs(
-        self,
-        layer: nn.Module,
-        index: int,
-        probe: Stream,
-        linears: dict[str, dict[str, torch.Tensor]],
-        inputs: dict[str, LinearInputs],
+        self, layer: nn.Module, index: int, probe: Stream, inputs: dict[str, LinearInputs]
     ) -> Iterator[Cost]:
         expected = probe.through(layer, index, PROBE_TOKENS)
         name = self.source.layer_name(index)
-        for part in linears:
+        for part, seen in inputs.items():
             parent, _, child = part.rpartition(".")
             plain = layer.get_submodule(part)
             coded = copy.copy(self.quantized.get_submodule(f"{name}.{part}"))
@@ -267,16 +255,14 @@ class Conversion:
                 found = probe.through(layer, index, PROBE_TOKENS)
             finally:
                 setattr(layer.get_submodule(parent), child, plain)
-            yield Cost(f"{name}.{part}", outlier_score(inputs[part]), _relative_error(expected, found))
+            yield Cost(f"{name}.{part}", outlier_score(seen), _relative_error(expected, found))
 
-    def _attention_cost(
-        self, layer: nn.Module, index: int, hidden: list[torch.Tensor], scales: LayerScales
-    ) -> Iterator[Cost]:
+    def _attention_cost(self, layer: nn.Module, index: int, hidden: list[torch.Tensor]) -> Iterator[Cost]:
         if not self.plan.scheme.of_layer(index).is_quantized:
             return
         name = attention_modules(self.source.model)[index][0]
         expected, found = (
-            self._coded_outputs(layer, index, hidden, scales, scheme, PROBE_TOKENS)
+            self._coded_outputs(layer, index, hidden, scheme, PROBE_TOKENS)
             for scheme in (load_scheme("float"), self.plan.scheme)
         )
         yield Cost(name, None, _relative_error(expected, found))
@@ -365,20 +351,18 @@ class Conversion:
 
     # Going on after an interruption.
 
+    def _streams(self) -> dict[str, Stream]:
+        streams = {"calibration": self._calibration, "float": self._float, "coded": self._coded}
+        return streams if self._for_scales is None else streams | {"for_scales": self._for_scales}
+
     def state(self) -> dict[str, torch.Tensor]:
         """What the layers that follow need of those that are done."""
-        streams = {"calibration": self._calibration, "float": self._float, "coded": self._coded}
-        if self._for_scales is not None:
-            streams["for_scales"] = self._for_scales
-        states = {f"{name}.{i}": t for name, stream in streams.items() for i, t in enumerate(stream.hidden)}
+        states = {f"{name}.{i}": t for name, stream in self._streams().items() for i, t in enumerate(stream.hidden)}
         return states | {f"statistics.{name}": tensor for name, tensor in self.statistics.items()}
 
     def restore(self, state: dict[str, torch.Tensor]) -> None:
         """The inverse of `state`."""
-        streams = {"calibration": self._calibration, "float": self._float, "coded": self._coded}
-        if self._for_scales is not None:
-            streams["for_scales"] = self._for_scales
-        for name, stream in streams.items():
+        for name, stream in self._streams().items():
             stream.hidden = [state[f"{name}.{i}"].to(self.source.device) for i in range(len(stream.hidden))]
         self.statistics = {
             name.removeprefix("statistics."): tensor for name, tensor in state.items() if name.startswith("statistics.")

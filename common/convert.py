@@ -317,17 +317,18 @@ def _run(job: Job, stage: Stage) -> Made:
     flags = job.flags
     if not stage.step:
         floats, costs = _survey(job)
-        stage.notes = {"floats": floats, "costs": [dataclasses.astuple(cost) for cost in costs]}
+        stage.notes = {"floats": floats}
         if costs:
             _say(cost_table(costs, floats))
     plan = job.plan(stage.notes["floats"])
     known = job.codebooks if not stage.step else None
     conversion = job.conversion(plan, known, measures=flags.max_kl is not None)
+    planned = conversion.planned()
     description = build_description(
-        conversion.planned(), conversion.tied(), conversion.labels(), plan.scheme, plan.linear.group_size
+        planned, conversion.tied(), conversion.labels(), plan.scheme, plan.linear.group_size
     )
     most_bytes = None if flags.part_file_size is None else flags.part_file_size * GIGABYTE
-    files = PlannedFiles(stage.path, weight_file_names(description)[0], conversion.planned(), most_bytes)
+    files = PlannedFiles(stage.path, weight_file_names(description)[0], planned, most_bytes)
     if stage.step:
         conversion.restore(stage.state)
         conversion.costs = [Cost(*cost) for cost in stage.notes["measured"]]

@@ -11,15 +11,11 @@ from .layerwise import LayerwiseModel
 from .linear_scheme import LinearScheme
 from .model import CONFIG_KEY
 from .scheme import Scheme
+from .smooth import NORMS
 
 HEAD = "lm_head"
 OFFSETS = "m2"
 """The treatment of outliers that shifts inputs."""
-SHIFTED = {
-    "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
-}
-"""What a shift goes through: norms, and the linears behind them."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +54,9 @@ def _added_biases(source: LayerwiseModel, plan: Plan) -> list[str]:
     for index in range(len(source)):
         layer = source.layer_name(index)
         quantized = plan.of(layer)
-        for norm, consumers in SHIFTED.items():
-            if any(part in quantized for part in consumers):
-                names += [f"{layer}.{part}" for part in (norm, *consumers)]
+        for subgraph in NORMS:
+            if any(part in quantized for part in subgraph.consumers):
+                names += [f"{layer}.{part}" for part in (subgraph.producer, *subgraph.consumers)]
     return names
 
 

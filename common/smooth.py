@@ -190,14 +190,3 @@ def smooth_head(norm: nn.Module, head: nn.Linear, inputs: LinearInputs, method: 
     choose(site, search)
     if search.changes:
         fold_smoothing(Site(norm, [head], [head], inputs, len(norm.weight)), search.best)
-
-
-def smoothed_inputs(inputs: dict[str, LinearInputs], rewrites: list[Rewrite]) -> dict[str, LinearInputs]:
-    """The inputs of a layer's linears after `smooth_layer`; those that shared an object share the new one."""
-    smoothed = dict(inputs)
-    for rewrite in rewrites:
-        names = [name for name in rewrite.consumers if name in inputs]
-        objects = {id(inputs[name]): inputs[name] for name in names}
-        made = {key: seen.transformed(rewrite.scale, rewrite.shift) for key, seen in objects.items()}
-        smoothed.update({name: made[id(inputs[name])] for name in names})
-    return smoothed

@@ -23,7 +23,7 @@ from transformers import (
 from octavo.common.errors import OctavoError
 from octavo.common.linear_scheme import LinearInputs
 from octavo.common.shifted_norm import ShiftedNorm, add_norm_bias
-from octavo.common.smooth import FORWARDS, NORMS, SMOOTHINGS, Rewrite, smooth_layer, smoothed_inputs
+from octavo.common.smooth import FORWARDS, NORMS, SMOOTHINGS, Rewrite, smooth_layer
 
 from ..support import random_ids, randomized, tiny_config, tiny_llama
 from ..tolerances import TOLERANCES
@@ -341,18 +341,6 @@ def test_half_precision() -> None:
         smoothed(changed, method)
         assert {tensor.dtype for tensor in changed.state_dict().values()} == {torch.bfloat16}
         assert rmse(changed(IDS).logits.float(), expected) < 2 * rmse(model(IDS).logits.float(), expected)
-
-
-def test_inputs_afterwards() -> None:
-    model = with_outliers(tiny_llama())
-    before = layer_inputs(model)[0]
-    rewrites = smooth_layer(model.model.layers[0], before, "m2", LINEARS, int8_error)
-    found, expected = smoothed_inputs(before, rewrites), layer_inputs(model)[0]
-    assert found["self_attn.q_proj"] is found["self_attn.v_proj"] is not before["self_attn.q_proj"]
-    assert found["mlp.down_proj"] is before["mlp.down_proj"]
-    for name in LINEARS:
-        for part in ("low", "high", "mean_abs", "mean_square", "rows"):
-            assert rmse(getattr(found[name], part), getattr(expected[name], part)) < 1e-3
 
 
 def test_refusals() -> None:

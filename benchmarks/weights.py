@@ -56,27 +56,30 @@ def _anti(method: str) -> tuple[str, tuple[str, ...]]:
 
 
 def _static() -> Iterator[Setting]:
-    """W8A8 by every pair of methods: Ascend's recipe with C8, and everything but lm_head without."""
-    few = ("1", "3", "mse")
-    for name, common, act_methods in (
-        ("W8A8 + C8", ("--use_kvcache_quant", "True"), tuple(ACT_METHOD_NAMES)),
-        ("W8A8 all but lm_head", ONLY_LM_HEAD, few),
+    """W8A8: every outlier treatment by minima and maxima, and every rule of ranges for the best treatment and for none.
+
+    Ascend's recipe with C8, and everything but lm_head without.
+    """
+    for name, common, treated in (
+        ("W8A8 + C8", ("--use_kvcache_quant", "True"), ("", "m2")),
+        ("W8A8 all but lm_head", ONLY_LM_HEAD, ("m6",)),
     ):
         for method in ANTI_METHODS:
             anti, flags = _anti(method)
-            for act in act_methods:
+            for act in ACT_METHOD_NAMES if method in treated else ("1",):
                 yield Setting(f"{name}, {anti}, act {act}", (*common, *flags, "--act_method", act))
 
 
 def _weight_only() -> Iterator[Setting]:
     yield Setting("W8A16, anti none", ("--a_bit", "16"))
-    for group in (128, 64):
+    yield Setting("W8A16 g32, anti none, MSE", ("--a_bit", "16", "--group_size", "32", "--w_method", "MSE"))
+    for group, methods in ((128, ("", "m3", "m6")), (64, ("",))):
         common = ("--w_bit", "4", "--a_bit", "16", "--group_size", str(group))
-        for method in ("", "m3", "m6"):
+        for method in methods:
             anti, flags = _anti(method)
             for rule in WEIGHT_METHODS:
                 yield Setting(f"W4A16 g{group}, {anti}, {rule}", (*common, *flags, "--w_method", rule))
-        for method, rule in (("", "MinMax"), ("m3", "GPTQ")):
+        for method, rule in (("", "MinMax"), ("", "GPTQ"), ("m3", "GPTQ")):
             anti, flags = _anti(method)
             affine = (*common, *flags, "--w_method", rule, "--w_sym", "False")
             yield Setting(f"W4A16 g{group} affine, {anti}, {rule}", affine)
@@ -89,6 +92,8 @@ def grid() -> list[Setting]:
     for method in ANTI_METHODS:
         anti, flags = _anti(method)
         found.append(Setting(f"W8A8_DYNAMIC all, {anti}", (*every_linear, *flags)))
+    gptq = (*every_linear, "--anti_method", "m3", "--w_method", "GPTQ")
+    found.append(Setting("W8A8_DYNAMIC all, anti m3, GPTQ", gptq))
     found += _weight_only()
     for kind in ("wfp8afp8", "wfp8afp8_dynamic", "w8a8_mixed"):
         for method in ("", "m6"):

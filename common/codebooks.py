@@ -212,7 +212,8 @@ def _differentiate(model: nn.Module, sample: dict[str, torch.Tensor]) -> None:
     """Run one sample forwards and backwards; the loss is the sum over its tokens, so that all count alike."""
     sample = {name: part.to(model.device) for name, part in sample.items()}
     logits = model(**sample, use_cache=False).logits[0, :-1]
-    functional.cross_entropy(logits.float(), sample["input_ids"][0, 1:], reduction="sum").backward()
+    targets = sample["input_ids"][0, 1:].to(logits.device)
+    functional.cross_entropy(logits.float(), targets, reduction="sum").backward()
 
 
 def fit_codebooks(
@@ -245,7 +246,8 @@ def fit_codebooks(
     for name, attention in attentions:
         frequencies, factor = rope_constants(model.config, attention.head_dim)
         biases = left_out_biases(attention, norm_before(model, name), folds_key_bias(model))
-        attention.state_sampler = _StateSampler(biases, frequencies.to(model.device), factor, tokens)
+        device = attention.k_proj.weight.device
+        attention.state_sampler = _StateSampler(biases, frequencies.to(device), factor, tokens)
     before, was_training = model.config._attn_implementation, model.training
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.set_attn_implementation(FITTING)

@@ -20,7 +20,14 @@ from .evaluate import Comparison, Fidelity
 from .layerwise import MOST_LOGITS, LayerwiseModel, assign_state, layer_arguments, with_real_rotary
 from .linear import QuantizedLinear
 from .linear_scheme import LinearInputs
-from .observe import InputObserver, InputObservers, attention_tensors, input_tensors, observing_attention
+from .observe import (
+    ROWS_PER_CHANNEL,
+    InputObserver,
+    InputObservers,
+    attention_tensors,
+    input_tensors,
+    observing_attention,
+)
 from .plan import HEAD, Plan, quantized_config
 from .quantize import outlier_score, output_error, quantize_linear
 from .scheme import Scheme, load_scheme
@@ -50,12 +57,6 @@ class Cost:
     error: float
 
 
-def some_rows(inputs: LinearInputs, count: int) -> LinearInputs:
-    """The same with evenly chosen rows, `count` at most."""
-    step = -(-len(inputs.rows) // count)
-    return LinearInputs(inputs.low, inputs.high, inputs.mean_abs, inputs.mean_square, inputs.rows[::step])
-
-
 class Conversion:
     """A model on its way from float to codes.
 
@@ -80,6 +81,7 @@ class Conversion:
         self.source, self.plan, self.measures = source, plan, measures
         self.statistics = dict(known or {})
         self.costs: list[Cost] = []
+        self._rows_per_channel = ROWS_PER_CHANNEL if plan.linear.w_method == "GPTQ" else 0
         self._config = quantized_config(source, plan)
         with torch.device("meta"):
             model = architecture.model_class(self._config)
@@ -149,7 +151,7 @@ class Conversion:
 
     def _observed(self, layer: nn.Module, index: int, linears: list[str]) -> tuple[dict[str, LinearInputs], list]:
         """What the inputs of linears of a layer are like, and what the layer makes of the calibration texts."""
-        observers = InputObservers({part: layer.get_submodule(part) for part in linears})
+        observers = InputObservers({part: layer.get_submodule(part) for part in linears}, self._rows_per_channel)
         try:
             outputs = self._calibration.through(layer, index)
         finally:
@@ -159,7 +161,7 @@ class Conversion:
     def _smooth(self, layer: nn.Module, index: int, quantized: list[str]) -> None:
         every = [part for part, module in layer.named_modules() if isinstance(module, nn.Linear)]
         found, _ = self._observed(layer, index, every)
-        smaller = {id(inputs): some_rows(inputs, SEARCH_ROWS) for inputs in found.values()}
+        smaller = {id(inputs): inputs.thinned(SEARCH_ROWS) for inputs in found.values()}
         found = {part: smaller[id(inputs)] for part, inputs in found.items()}
         smooth_layer(layer, found, self.plan.anti_method, quantized, self._output_error)
 
@@ -301,7 +303,7 @@ class Conversion:
             assign_state(linear, {"weight": weight.to(self.source.device, torch.float32, copy=True)})
             coded_norm = copy.deepcopy(norm)
             if self.plan.anti_method:
-                seen = some_rows(self._head_inputs(norm), SEARCH_ROWS)
+                seen = self._head_inputs(norm).thinned(SEARCH_ROWS)
                 smooth_head(coded_norm, linear, seen, self.plan.anti_method, self._output_error)
             inputs = self._head_inputs(coded_norm)
             parts = quantize_linear(linear, inputs, self.plan.linear, self.plan.deq_scale_dtype)
@@ -319,7 +321,7 @@ class Conversion:
 
     def _head_inputs(self, norm: nn.Module) -> LinearInputs:
         """What the inputs of the last linear are like behind a norm."""
-        observer = InputObserver()
+        observer = InputObserver(self._rows_per_channel)
         for state in self._calibration.hidden:
             observer(norm(state))
         return observer.inputs()

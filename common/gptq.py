@@ -1,7 +1,8 @@
 """GPTQ (arXiv 2210.17323): codes of a weight chosen column by column, each making up for the errors of those before.
 
-With H the mean of x x^T over inputs, rounding column i with the error e adds to the error of the output what the
-columns not yet rounded can take back: they are given `-e U_ij / U_ii`, where `H^-1 = U^T U` and U is upper triangular.
+With H the mean of x x^T over inputs, and H = L D L^T where L is unit lower triangular, columns are rounded from the
+last to the first, column k once the errors e_j of those behind it, `Σ_j L_jk e_j`, are added to it. It yields the codes
+of the paper's updates, which take the inverse of H, and needs half the memory (QuIP, arXiv 2307.13304, theorem 6).
 
 R rows of inputs, N output channels, K input channels, G groups of them.
 """
@@ -14,7 +15,7 @@ import torch
 from .errors import OctavoError
 
 BLOCK = 128
-"""Columns whose errors reach the columns behind them together, in one product of matrices."""
+"""Columns that the errors of the columns behind them reach together, in one product of matrices."""
 DAMPING = 0.01
 """Part of the mean of H's diagonal that is added to it; more where rows are too few for a Cholesky factor."""
 MOST_DAMPING = 1.0
@@ -25,8 +26,9 @@ class ErrorFeedback:
     """What the inputs of a layer say of how errors are passed on.
 
     Attributes:
-        order: int64 `[K]`: columns in the order in which they are rounded, those with the largest inputs first.
-        factor: float32 `[K, K]`, upper triangular, in that order: U.
+        order: int64 `[K]`: columns in the reverse of the order in which they are rounded, those with the largest
+            inputs last.
+        factor: float32 `[K, K]` in that order, lower triangular: L with the square root of D in its columns.
     """
 
     order: torch.Tensor
@@ -36,29 +38,27 @@ class ErrorFeedback:
 def error_feedback(rows: torch.Tensor) -> ErrorFeedback:
     """The error feedback for inputs like `rows`, float32 `[R, K]`, on their device.
 
-    Channels that are 0 in all rows pass on no error and take none.
+    Channels that are 0 in all rows pass on no error and take none. Two matrices `[K, K]` are held.
 
     Raises:
         OctavoError: inputs are not finite.
     """
-    hessian = rows.T @ rows / max(1, rows.shape[0])
-    diagonal = hessian.diagonal()
-    if not bool(torch.isfinite(diagonal).all()):
+    squares = rows.square().mean(dim=0)
+    if not bool(torch.isfinite(squares).all()):
         raise OctavoError("GPTQ: inputs of a linear layer hold NaN or Inf in calibration")
-    mean = float(diagonal.mean()) or 1.0
-    order = diagonal.argsort(descending=True, stable=True)
+    mean = float(squares.mean()) or 1.0
+    order = squares.argsort(descending=True, stable=True).flip(0)
+    sorted_rows = rows[:, order]
+    hessian = (sorted_rows.T @ sorted_rows).div_(max(1, rows.shape[0]))
+    diagonal = hessian.diagonal()
     diagonal[diagonal == 0] = mean
-    hessian = hessian[order][:, order]
-    damping = DAMPING
+    damping, added = DAMPING, 0.0
     while damping <= MOST_DAMPING:
-        # H = R R^T with R upper triangular, from the Cholesky factor of H read backwards; then U is the inverse of R.
-        damped = hessian.clone()
-        damped.diagonal().add_(damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        diagonal += (damping - added) * mean
+        factor, failed = torch.linalg.cholesky_ex(hessian)
         if not int(failed):
-            identity = torch.eye(len(order), device=rows.device)
-            return ErrorFeedback(order, torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True))
-        damping *= 10
+            return ErrorFeedback(order, factor)
+        damping, added = damping * 10, damping
     raise OctavoError("GPTQ: inputs of a linear layer have no Cholesky factor; give more calibration texts")
 
 
@@ -80,19 +80,17 @@ def gptq_codes(
     depth = weight.shape[1]
     group = feedback.order // (depth // scale.shape[1])
     scales, zeros = scale.T[group], zero.T[group]  # [K, N], so that a column of the weight is contiguous
-    left = weight.T[feedback.order]
-    codes = torch.empty_like(left)
+    exact = weight.T[feedback.order]
+    codes, errors = torch.empty_like(exact), torch.empty_like(exact)
     factor = feedback.factor
-    for start in range(0, depth, BLOCK):
-        stop = min(start + BLOCK, depth)
-        errors = torch.empty_like(left[start:stop])
-        for column in range(start, stop):
-            units = left[column] / scales[column] + zeros[column]
+    for stop in range(depth, 0, -BLOCK):
+        start = max(0, stop - BLOCK)
+        passed = factor[stop:, start:stop].T @ errors[stop:]
+        for column in range(stop - 1, start - 1, -1):
+            here = passed[column - start] + factor[column + 1 : stop, column] @ errors[column + 1 : stop]
+            units = (exact[column] + here / factor[column, column]) / scales[column] + zeros[column]
             codes[column] = to_code(units)
-            error = (units - codes[column]) * scales[column] / factor[column, column]
-            errors[column - start] = error
-            left[column + 1 : stop] -= factor[column, column + 1 : stop, None] * error
-        left[stop:] -= factor[start:stop, stop:].T @ errors
+            errors[column] = exact[column] - (codes[column] - zeros[column]) * scales[column]
     result = torch.empty_like(weight)
     result[:, feedback.order] = codes.T
     return result

@@ -1,6 +1,6 @@
 """How linear layers are quantized, and what calibration knows of their inputs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -100,6 +100,11 @@ class LinearInputs:
     def largest(self) -> torch.Tensor:
         """Largest |x| of each channel, `[K]`."""
         return torch.maximum(-self.low, self.high)
+
+    def thinned(self, count: int) -> "LinearInputs":
+        """The same with evenly chosen rows, `count` at most."""
+        step = max(1, -(-len(self.rows) // count))
+        return replace(self, rows=self.rows[::step])
 
     def transformed(self, scale: torch.Tensor, shift: torch.Tensor | None = None) -> "LinearInputs":
         """What is seen once inputs are `(x - shift) / scale`, `[K]` each; the means are those of the rows then."""

@@ -20,6 +20,8 @@ from .statistics import Statistics, rotary_radius, statistics_facts
 OBSERVING = f"{NAMESPACE}_observe"
 MOST_BYTES = 2**26
 """Of rows that are kept of the inputs of a linear layer."""
+ROWS_PER_CHANNEL = 1
+"""That are kept at least for GPTQ, which learns little of fewer rows than channels."""
 INPUT_PARTS = ("low", "high", "mean_abs", "mean_square")
 
 
@@ -97,10 +99,14 @@ class InputObserver:
 
     Rows are kept evenly: once they take more than `MOST_BYTES`, every second one goes, and from then on every second
     one that comes is kept.
+
+    Args:
+        rows_per_channel: how many are kept at least, even if they take more.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rows_per_channel: int = 0) -> None:
         self.count = 0
+        self._rows_per_channel = rows_per_channel
         self._stride = 1
         self._rows: list[torch.Tensor] = []
         self._bytes = 0
@@ -118,7 +124,10 @@ class InputObserver:
         self._rows.append(values[-self.count % self._stride :: self._stride].clone())
         self._bytes += self._rows[-1].nbytes
         self.count += len(values)
-        while self._bytes > MOST_BYTES:
+        row_bytes = values.shape[1] * values.element_size()
+        # Half of them go at a time, so that room for twice as many leaves as many as are wanted.
+        most = max(MOST_BYTES, 2 * self._rows_per_channel * values.shape[1] * row_bytes)
+        while self._bytes > most:
             self._stride *= 2
             self._rows = [torch.cat(self._rows)[::2].clone()]
             self._bytes = self._rows[0].nbytes
@@ -134,9 +143,11 @@ class InputObservers:
 
     Args:
         linears: by name.
+        rows_per_channel: see `InputObserver`.
     """
 
-    def __init__(self, linears: dict[str, nn.Module]) -> None:
+    def __init__(self, linears: dict[str, nn.Module], rows_per_channel: int = 0) -> None:
+        self._rows_per_channel = rows_per_channel
         self._of: dict[str, InputObserver] = {}
         self._last: tuple[torch.Tensor | None, InputObserver | None] = (None, None)
         self._hooks = [
@@ -148,7 +159,7 @@ class InputObservers:
         if x is self._last[0]:
             self._of.setdefault(name, self._last[1])
             return
-        observer = self._of.setdefault(name, InputObserver())
+        observer = self._of.setdefault(name, InputObserver(self._rows_per_channel))
         observer(x)
         self._last = (x, observer)
 

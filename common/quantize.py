@@ -89,8 +89,9 @@ def _searched_range(
     inputs: LinearInputs, low: float, high: float, label: str, weight: torch.Tensor | None
 ) -> tuple[float, float]:
     """The best of the ranges up to a bound: least squared error of rows, or of the output of some of the channels."""
-    step = max(1, -(-len(inputs.rows) // JUDGED_ROWS))
-    rows = _with_extremes(inputs, inputs.rows[::step])
+    thinned = inputs.thinned(JUDGED_ROWS).rows
+    step = len(inputs.rows) / max(1, len(thinned))
+    rows = _with_extremes(inputs, thinned)
     if weight is not None:
         weight = weight[:: -(-weight.shape[0] // JUDGED_CHANNELS)].float().to(rows.device)
 

@@ -1,5 +1,6 @@
 """The float checkpoint that is converted: found, checked and loaded."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -101,17 +102,26 @@ def read_source_headers(directory: Path) -> dict[str, TensorHeader]:
     return headers
 
 
+def _device_map(device: str) -> str | None:
+    """How accelerate spreads a whole model: over all devices of a kind, where it is installed and there are several."""
+    if device == "cpu" or getattr(torch, device).device_count() < 2 or find_spec("accelerate") is None:
+        return None
+    return "auto"
+
+
 def load_source(directory: Path, device: str) -> nn.Module:
-    """The whole float model in memory: fp32 on the CPU, its own dtype elsewhere.
+    """The whole float model in memory: fp32 on the CPU, its own dtype elsewhere, over several devices if there are.
 
     Raises:
         OctavoError: config and weights disagree, or a weight is NaN or Inf.
     """
     dtype = torch.float32 if device == "cpu" else "auto"
+    device_map = _device_map(device)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=dtype,
+            device_map=device_map,
             use_safetensors=True,
             local_files_only=True,
             ignore_mismatched_sizes=True,  # reported below, by name
@@ -128,7 +138,7 @@ def load_source(directory: Path, device: str) -> nn.Module:
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise OctavoError(f"--model_path {directory}: {name} holds NaN or Inf; the checkpoint is damaged")
-    return model.eval().to(device)
+    return model.eval() if device_map else model.eval().to(device)
 
 
 def layerwise_source(directory: Path, device: str) -> LayerwiseModel:

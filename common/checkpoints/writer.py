@@ -17,6 +17,8 @@ from ..errors import OctavoError
 
 PROGRESS = ".progress"
 """Directory within a stage; it is gone before the stage becomes the output."""
+LONGEST_VALUE = 40
+"""Characters of what is shown of a job that differs."""
 
 
 class _Kept(OctavoError):
@@ -32,6 +34,12 @@ def check_output(directory: Path, flag: str) -> None:
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise OctavoError(f"{flag} {directory}: {parent} cannot be written; choose another directory")
+
+
+def _change(name: str, before: Any, now: Any) -> str:
+    """What differs, with both values where they are short."""
+    values = [str(value) for value in (before, now)]
+    return name if max(map(len, values)) > LONGEST_VALUE else f"{name} ({values[0]} then, {values[1]} now)"
 
 
 class Stage:
@@ -82,7 +90,8 @@ class Stage:
         differing = sorted(name for name in {*job, *known["job"]} if job.get(name) != known["job"].get(name))
         if differing:
             raise _Kept(
-                f"{flag}: the interrupted conversion in {self.path} differs in {', '.join(differing)}; "
+                f"{flag}: the interrupted conversion in {self.path} differs in "
+                f"{', '.join(_change(name, known['job'].get(name), job.get(name)) for name in differing)}; "
                 "give the flags it was begun with, or remove it"
             )
         self._job, self.step, self.notes = job, step, known["notes"]

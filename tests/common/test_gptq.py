@@ -69,14 +69,14 @@ def test_it_is_what_the_paper_says_column_by_column() -> None:
     hessian = x.T @ x / len(x)
     hessian += 0.01 * hessian.diagonal().mean() * torch.eye(depth)
     left, expected = weight.clone(), torch.zeros_like(weight)
-    rest = feedback.order.tolist()
+    rest = feedback.order.flip(0).tolist()
     while rest:
         column, inverse = rest[0], torch.linalg.inv(hessian[rest][:, rest])
         expected[:, column] = to_int4(left[:, column] / scale[:, 0])
         error = (left[:, column] - expected[:, column] * scale[:, 0]) / inverse[0, 0]
         left[:, rest] -= error[:, None] * inverse[0][None]
         rest = rest[1:]
-    assert feedback.order.tolist() == hessian.diagonal().argsort(descending=True).tolist()
+    assert feedback.order.tolist() == hessian.diagonal().argsort().tolist()
     assert (found == expected).float().mean() > 0.99
 
 

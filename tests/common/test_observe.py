@@ -35,6 +35,15 @@ def test_rows_are_kept_evenly_once_they_are_many(monkeypatch: pytest.MonkeyPatch
     assert observer.inputs().high.tolist() == [299.0, 299.0], "extremes are of all"
 
 
+def test_as_many_rows_as_are_wanted_are_kept_whatever_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(observe, "MOST_BYTES", 1)
+    observer = InputObserver(rows_per_channel=10)
+    for batch in torch.arange(300.0)[:, None].expand(-1, 4).split(25):
+        observer(batch)
+    kept = observer.inputs().rows[:, 0]
+    assert 40 <= len(kept) <= 80 and torch.equal(kept, torch.arange(0, 300.0, int(kept[1])))
+
+
 def test_nan_is_kept() -> None:
     observer = InputObserver()
     observer(torch.zeros(3, 2))

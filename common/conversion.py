@@ -17,6 +17,7 @@ from .checkpoints.ascend import TensorHeader, attention_modules, in_file_order, 
 from .checkpoints.buffers import read_scales
 from .checkpoints.shards import SAFETENSORS_DTYPES, header_of
 from .evaluate import Comparison, Fidelity
+from .input_range import outlier_score
 from .layerwise import MOST_LOGITS, LayerwiseModel, assign_state, layer_arguments, with_real_rotary
 from .linear import QuantizedLinear
 from .linear_scheme import LinearInputs
@@ -29,7 +30,7 @@ from .observe import (
     observing_attention,
 )
 from .plan import HEAD, Plan, quantized_config
-from .quantize import outlier_score, output_error, quantize_linear
+from .quantize import output_error, quantize_linear
 from .scheme import Scheme, load_scheme
 from .smooth import smooth_head, smooth_layer
 from .statistics import LayerScales, Scales, Statistics, scales_of_layer, statistics_facts

@@ -10,7 +10,7 @@ from ..ops import linear_fp8, linear_w8a8, linear_w8a8_dynamic, linear_weight_on
 from ..ops.codes import expand_scale, from_codes
 from ..ops.linear.reference import WEIGHT_BLOCK
 from .errors import OctavoError
-from .linear_scheme import FP8, FP8_DYNAMIC, W4A16, W8A8, W8A8_DYNAMIC, W8A8_MIXED, W8A16, WEIGHT_ONLY
+from .linear_scheme import FP8, FP8_DYNAMIC, FP8_LABELS, W4A16, W8A8, W8A8_DYNAMIC, W8A8_MIXED, W8A16, WEIGHT_ONLY
 
 CHANNELS_PER_OUTLIER = 64
 OUTLIER_STEP = 16
@@ -354,7 +354,7 @@ def empty_linear(
         options["deq_scale_dtype"] = deq_scale_dtype
     elif label in WEIGHT_ONLY:
         options["groups"] = groups
-    elif label in (FP8, FP8_DYNAMIC):
+    elif label in FP8_LABELS:
         options["per_tensor"] = per_tensor
     if label == W4A16:
         options["is_packed"] = is_packed

@@ -14,6 +14,7 @@ token, and in float the input channels with the largest outliers, in the manner 
 WEIGHT_ONLY = (W8A16, W4A16)
 STATIC = (W8A8, FP8)
 """Those whose inputs are quantized by scales from calibration."""
+FP8_LABELS = (FP8, FP8_DYNAMIC)
 GROUP_SIZES = (0, 32, 64, 128, 256)
 SMALLEST_GROUP = 32
 WEIGHT_METHODS = ("MinMax", "MSE", "GPTQ")
@@ -50,7 +51,7 @@ class LinearScheme:
             raise OctavoError(f"linear layers: group_size {self.group_size} is none of {GROUP_SIZES}")
         if (self.group_size or not self.symmetric) and self.label not in WEIGHT_ONLY:
             raise OctavoError(f"linear layers: {self.label} has symmetric weights with a scale per output channel")
-        if self.per_tensor and self.label not in (FP8, FP8_DYNAMIC):
+        if self.per_tensor and self.label not in FP8_LABELS:
             raise OctavoError(f"linear layers: a scale per tensor is for fp8, not {self.label}")
         if self.w_method not in WEIGHT_METHODS:
             raise OctavoError(f"linear layers: w_method {self.w_method!r} is none of {', '.join(WEIGHT_METHODS)}")

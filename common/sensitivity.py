@@ -7,9 +7,9 @@ from tqdm import tqdm
 
 from .conversion import Cost
 from .doctor_text import aligned
+from .input_range import outlier_score
 from .layerwise import LayerwiseModel
 from .observe import InputObservers
-from .quantize import outlier_score
 from .streams import Stream
 
 ROWS_SHOWN = 10

@@ -24,6 +24,7 @@ from octavo.common.checkpoints.ascend import (
 from octavo.common.checkpoints.buffers import attach_buffers
 from octavo.common.checkpoints.shards import header_of
 from octavo.common.errors import OctavoError
+from octavo.common.input_range import coded_rows, input_range
 from octavo.common.linear import QUANTIZED_LINEARS, QuantizedLinear, empty_linear
 from octavo.common.linear_scheme import (
     FP8,
@@ -36,7 +37,7 @@ from octavo.common.linear_scheme import (
     W8A16,
     LinearScheme,
 )
-from octavo.common.quantize import coded_rows, input_range, quantize_linear
+from octavo.common.quantize import quantize_linear
 from octavo.common.scheme import load_scheme
 from octavo.models.llama3.modeling_llama_fa3 import LlamaForCausalLM as QuantizedLlama
 from octavo.models.qwen2.modeling_qwen2_fa3 import Qwen2ForCausalLM as QuantizedQwen2

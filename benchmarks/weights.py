@@ -28,8 +28,8 @@ from transformers.utils.logging import disable_progress_bar
 from octavo.common.architecture import Architecture
 from octavo.common.bundle import code_digest, commit
 from octavo.common.calibration import read_calibration_file
-from octavo.common.convert import chosen_scheme
 from octavo.common.flags import ACT_METHOD_NAMES, ANTI_METHODS, END_TO_END, parse_flags
+from octavo.common.job import chosen_scheme
 from octavo.common.linear_scheme import W8A8, WEIGHT_METHODS
 
 FILE = "weights.csv"

@@ -14,8 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from octavo.common.convert import choose_linears, kv_bytes_per_token, main
+from octavo.common.cache import kv_bytes_per_token
+from octavo.common.convert import main
 from octavo.common.flags import REFUSED, parse_flags
+from octavo.common.job import choose_linears
 from octavo.common.scheme import load_scheme
 from octavo.common.statistics import load_statistics
 from octavo.models.llama3 import ARCHITECTURE

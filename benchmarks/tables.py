@@ -117,7 +117,9 @@ def results_table() -> str:
         f"{_markdown(rows)}\n\n"
         f"Batch 1, median of alternating calls in one run, {_conditions(any_speed)}; `float` is transformers "
         f"{any_speed['transformers']} in fp32 with DynamicCache and SDPA. `W8A8` leaves the layers in float that "
-        f"Ascend's recipe leaves (down_proj, lm_head); `W8A8 dynamic` leaves none.{has_w4a16}"
+        f"Ascend's recipe leaves (down_proj, lm_head); `W8A8 dynamic` leaves none.{has_w4a16} Perplexity and KL are "
+        "those of checkpoints made with `--anti_method`, which costs no time when a model runs: m6 for W8A8, m3 for "
+        "W8A8 dynamic, m3 and GPTQ for W4A16."
     )
 
 

@@ -327,8 +327,8 @@ class Conversion:
             observer(norm(state))
         return observer.inputs()
 
-    def _output_error(self, weight: torch.Tensor, inputs: LinearInputs) -> torch.Tensor:
-        return output_error(weight, inputs, self.plan.linear)
+    def _output_error(self, weight: torch.Tensor, inputs: LinearInputs, exact: torch.Tensor) -> torch.Tensor:
+        return output_error(weight, inputs, self.plan.linear, exact)
 
     def _fidelity(
         self, norm: nn.Module, weight: torch.Tensor, coded_norm: nn.Module, coded: nn.Module | None

@@ -10,7 +10,7 @@ from ..ops.linear.reference import WEIGHT_BLOCK
 from .errors import OctavoError
 from .input_range import coded_rows, input_range, static_scale
 from .linear import encode_deq_scale
-from .linear_scheme import FP8_LABELS, W4A16, W8A8, WEIGHT_ONLY, LinearInputs, LinearScheme
+from .linear_scheme import FP8_LABELS, W4A16, W8A8, LinearInputs, LinearScheme
 from .weight_quantizer import ROWS, WeightQuantizer
 
 
@@ -89,7 +89,7 @@ def quantize_linear(
     return {name: tensor.cpu().contiguous() for name, tensor in parts.items()}
 
 
-def output_error(weight: torch.Tensor, inputs: LinearInputs, scheme: LinearScheme) -> torch.Tensor:
+def output_error(weight: torch.Tensor, inputs: LinearInputs, scheme: LinearScheme, exact: torch.Tensor) -> torch.Tensor:
     """Squared error of a quantized layer's output over rows, `||X W^T - Q(X) Q(W)^T||^2`, of no dimension.
 
     Made for searches: "GPTQ" is taken as "MSE", which is how it scales weights, and the range of static inputs by
@@ -99,6 +99,7 @@ def output_error(weight: torch.Tensor, inputs: LinearInputs, scheme: LinearSchem
         weight: `[N, K]`, any float dtype.
         inputs: what calibration saw, on the device of the weight.
         scheme: how.
+        exact: `X W^T`, float32 `[R, N]`.
     """
     quantizer = WeightQuantizer(weight, inputs, scheme, feeds_back=False)
     rows, bounds = inputs.rows, None
@@ -106,15 +107,11 @@ def output_error(weight: torch.Tensor, inputs: LinearInputs, scheme: LinearSchem
         act_method = "histogram" if scheme.act_method == "mse" else scheme.act_method
         bounds = input_range(inputs, act_method, label=scheme.label)
     if quantizer.columns is not None:
-        rows = rows.index_fill(1, quantizer.columns, 0)  # the others are exact on both sides
+        exact = exact - rows[:, quantizer.columns] @ weight[:, quantizer.columns].float().T  # they stay in float
+        rows = rows.index_fill(1, quantizer.columns, 0)
     coded = coded_rows(rows, scheme.label, bounds)
     total = torch.zeros((), device=weight.device)
     for part in quantizer.blocks():
-        block = quantizer.block(part)
-        decoded = quantizer.decoded(block)
-        if scheme.label in WEIGHT_ONLY:
-            difference = rows @ decoded.sub_(block).T
-        else:
-            difference = torch.addmm(coded @ decoded.T, rows, block.T, alpha=-1)
-        total += difference.square().sum()
+        decoded = quantizer.decoded(quantizer.block(part))
+        total += torch.addmm(exact[:, part], coded, decoded.T, beta=-1).square().sum()
     return total

@@ -14,8 +14,9 @@ from torch import nn
 
 from .linear_scheme import LinearInputs
 
-OutputError = Callable[[torch.Tensor, LinearInputs], torch.Tensor]
-"""Squared error of a linear's output over `rows`, 0-dim, once its weight `[N, K]` and inputs are quantized."""
+OutputError = Callable[[torch.Tensor, LinearInputs, torch.Tensor], torch.Tensor]
+"""Squared error of a linear's output over `rows`, 0-dim, once its weight `[N, K]` and inputs are quantized; it is given
+the exact output `[R, N]`."""
 SMALLEST_SMOOTHING = 1e-5
 """Floor of scales and of the weights they are made of, as in SmoothQuant."""
 SMALLEST_MEAN = 1e-4
@@ -89,6 +90,11 @@ class Site:
         return self.grouped(torch.stack(columns).amax(dim=0)).amax(dim=0)
 
     @cached_property
+    def outputs(self) -> list[torch.Tensor]:
+        """Exact outputs of the linears that will be quantized, over the rows of their inputs, `[R, N]` each."""
+        return [self.inputs.rows @ linear.weight.float().T for linear in self.quantized]
+
+    @cached_property
     def is_alive(self) -> torch.Tensor:
         """Channels that have inputs and weights, `[P]`; the others tell nothing that a scale could be made of."""
         return (self.largest_input > 0) & (self.largest_weight > 0)
@@ -132,7 +138,11 @@ class Search:
         scale = self._site.spread(smoothing.scale)
         shift = None if smoothing.shift is None else self._site.spread(smoothing.shift)
         inputs = self._site.inputs.transformed(scale, shift)
-        return sum(float(self._error(linear.weight.float() * scale, inputs)) for linear in self._site.quantized)
+        cost = 0.0
+        for linear, output in zip(self._site.quantized, self._site.outputs, strict=True):
+            weight = linear.weight.float()
+            cost += float(self._error(weight * scale, inputs, output if shift is None else output - weight @ shift))
+        return cost
 
     def consider(self, scale: torch.Tensor, shift: torch.Tensor | None = None, **parameters: float) -> None:
         """Keep it if its error is less than that of all before."""

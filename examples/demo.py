@@ -53,7 +53,7 @@ def main() -> int:
         return 1
     if output.exists():
         shutil.rmtree(output)
-    flags = ["--model_path", str(source), "--save_directory", str(output), "--act_method", "3"]
+    flags = ["--model_path", str(source), "--save_directory", str(output), "--anti_method", "m3"]
     if code := convert(ARCHITECTURE, [*flags, "--use_kvcache_quant", "True"]):
         return code
 

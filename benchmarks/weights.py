@@ -83,6 +83,9 @@ def _weight_only() -> Iterator[Setting]:
             anti, flags = _anti(method)
             affine = (*common, *flags, "--w_method", rule, "--w_sym", "False")
             yield Setting(f"W4A16 g{group} affine, {anti}, {rule}", affine)
+    best = ("--w_bit", "4", "--a_bit", "16", "--group_size", "128", "--w_sym", "False", "--anti_method", "m3")
+    left = ("--w_method", "GPTQ", "--disable_names", "*.down_proj", "*.v_proj")
+    yield Setting("W4A16 g128 affine, anti m3, GPTQ, down and v in float", (*best, *left))
 
 
 def grid() -> list[Setting]:
@@ -108,6 +111,8 @@ def described(architecture: Architecture, setting: Setting) -> Row:
     linear = flags.linear
     groups = f", groups of {linear.group_size}" if linear.group_size else ""
     is_recipe = linear.label == W8A8 and not flags.disable_names
+    last = ["lm_head"] if flags.disable_last_linear else []
+    in_float = ", ".join(dict.fromkeys([*(flags.disable_names or ()), *last])) or "none"
     return {
         "case": setting.name,
         "kind": f"{linear.label}{groups}{'' if linear.symmetric else ', affine'}",
@@ -115,7 +120,7 @@ def described(architecture: Architecture, setting: Setting) -> Row:
         "act_method": flags.act_method if linear.is_static else "",
         "w_method": linear.w_method,
         "cache": chosen_scheme(flags).name,
-        "linears": "recipe" if is_recipe else "lm_head" if flags.disable_last_linear else "none",
+        "linears": "recipe" if is_recipe else in_float,
     }
 
 

@@ -56,9 +56,9 @@ def _anti(method: str) -> tuple[str, tuple[str, ...]]:
 
 
 def _static() -> Iterator[Setting]:
-    """W8A8: every outlier treatment by minima and maxima, and every rule of ranges for the best treatment and for none.
+    """W8A8: every outlier treatment by minima and maxima, and every rule of ranges for a good one.
 
-    Ascend's recipe with C8, and everything but lm_head without.
+    Ascend's recipe with C8, also untreated by every rule; and everything but lm_head, without C8.
     """
     for name, common, treated in (
         ("W8A8 + C8", ("--use_kvcache_quant", "True"), ("", "m2")),

@@ -22,7 +22,6 @@ from .layerwise import MOST_LOGITS, LayerwiseModel, assign_state, layer_argument
 from .linear import QuantizedLinear
 from .linear_scheme import LinearInputs
 from .observe import (
-    ROWS_PER_CHANNEL,
     InputObserver,
     InputObservers,
     attention_tensors,
@@ -82,7 +81,7 @@ class Conversion:
         self.source, self.plan, self.measures = source, plan, measures
         self.statistics = dict(known or {})
         self.costs: list[Cost] = []
-        self._rows_per_channel = ROWS_PER_CHANNEL if plan.linear.w_method == "GPTQ" else 0
+        self._keeps_moments = plan.linear.w_method == "GPTQ"
         self._config = quantized_config(source, plan)
         with torch.device("meta"):
             model = architecture.model_class(self._config)
@@ -150,9 +149,11 @@ class Conversion:
             coded_layer.to("meta")
         return tensors
 
-    def _observed(self, layer: nn.Module, index: int, linears: list[str]) -> tuple[dict[str, LinearInputs], list]:
+    def _observed(
+        self, layer: nn.Module, index: int, linears: list[str], keeps_moments: bool = False
+    ) -> tuple[dict[str, LinearInputs], list]:
         """What the inputs of linears of a layer are like, and what the layer makes of the calibration texts."""
-        observers = InputObservers({part: layer.get_submodule(part) for part in linears}, self._rows_per_channel)
+        observers = InputObservers({part: layer.get_submodule(part) for part in linears}, keeps_moments)
         try:
             outputs = self._calibration.through(layer, index)
         finally:
@@ -174,7 +175,7 @@ class Conversion:
             if self._for_scales is not None:
                 self._for_scales.hidden = self._for_scales.through(layer, index)
                 found = attention_tensors(attention)
-            inputs, outputs = self._observed(layer, index, quantized)
+            inputs, outputs = self._observed(layer, index, quantized, self._keeps_moments)
             if self._for_scales is None:
                 found = attention_tensors(attention)
         self._calibration.hidden = outputs
@@ -306,7 +307,7 @@ class Conversion:
             if self.plan.anti_method:
                 seen = self._head_inputs(norm).thinned(SEARCH_ROWS)
                 smooth_head(coded_norm, linear, seen, self.plan.anti_method, self._output_error)
-            inputs = self._head_inputs(coded_norm)
+            inputs = self._head_inputs(coded_norm, self._keeps_moments)
             parts = quantize_linear(linear, inputs, self.plan.linear, self.plan.deq_scale_dtype)
             self.statistics |= input_tensors({HEAD: inputs})
             name = self._norm_name()
@@ -320,9 +321,9 @@ class Conversion:
     def _norm_name(self) -> str:
         return f"{self.source.model.base_model_prefix}.norm.weight"
 
-    def _head_inputs(self, norm: nn.Module) -> LinearInputs:
+    def _head_inputs(self, norm: nn.Module, keeps_moments: bool = False) -> LinearInputs:
         """What the inputs of the last linear are like behind a norm."""
-        observer = InputObserver(self._rows_per_channel)
+        observer = InputObserver(keeps_moments)
         for state in self._calibration.hidden:
             observer(norm(state))
         return observer.inputs()

@@ -1,10 +1,11 @@
 """GPTQ (arXiv 2210.17323): codes of a weight chosen column by column, each making up for the errors of those before.
 
 With H the mean of x x^T over inputs, and H = L D L^T where L is unit lower triangular, columns are rounded from the
-last to the first, column k once the errors e_j of those behind it, `Σ_j L_jk e_j`, are added to it. It yields the codes
-of the paper's updates, which take the inverse of H, and needs half the memory (QuIP, arXiv 2307.13304, theorem 6).
+last to the first, column k once `Σ_j L_jk e_j` over those behind it is added: e_j is the weight's column j less what
+its codes stand for. These are the codes of the paper's updates, without the inverse of H (QuIP, arXiv 2307.13304, which
+goes from the first to the last).
 
-R rows of inputs, N output channels, K input channels, G groups of them.
+N output channels, K input channels, G groups of them.
 """
 
 from collections.abc import Callable
@@ -35,21 +36,20 @@ class ErrorFeedback:
     factor: torch.Tensor
 
 
-def error_feedback(rows: torch.Tensor) -> ErrorFeedback:
-    """The error feedback for inputs like `rows`, float32 `[R, K]`, on their device.
+def error_feedback(moments: torch.Tensor) -> ErrorFeedback:
+    """The error feedback for inputs whose mean of x x^T is `moments`, float32 `[K, K]`, on their device.
 
-    Channels that are 0 in all rows pass on no error and take none. Two matrices `[K, K]` are held.
+    Channels that are always 0 pass on no error and take none.
 
     Raises:
         OctavoError: inputs are not finite.
     """
-    squares = rows.square().mean(dim=0)
+    squares = moments.diagonal()
     if not bool(torch.isfinite(squares).all()):
         raise OctavoError("GPTQ: inputs of a linear layer hold NaN or Inf in calibration")
     mean = float(squares.mean()) or 1.0
-    order = squares.argsort(descending=True, stable=True).flip(0)
-    sorted_rows = rows[:, order]
-    hessian = (sorted_rows.T @ sorted_rows).div_(max(1, rows.shape[0]))
+    order = squares.argsort(stable=True)
+    hessian = moments[order[:, None], order]
     diagonal = hessian.diagonal()
     diagonal[diagonal == 0] = mean
     damping, added = DAMPING, 0.0
@@ -58,6 +58,7 @@ def error_feedback(rows: torch.Tensor) -> ErrorFeedback:
         factor, failed = torch.linalg.cholesky_ex(hessian)
         if not int(failed):
             return ErrorFeedback(order, factor)
+        del factor
         damping, added = damping * 10, damping
     raise OctavoError("GPTQ: inputs of a linear layer have no Cholesky factor; give more calibration texts")
 
@@ -80,17 +81,17 @@ def gptq_codes(
     depth = weight.shape[1]
     group = feedback.order // (depth // scale.shape[1])
     scales, zeros = scale.T[group], zero.T[group]  # [K, N], so that a column of the weight is contiguous
-    exact = weight.T[feedback.order]
-    codes, errors = torch.empty_like(exact), torch.empty_like(exact)
+    errors = weight.T[feedback.order]  # those of columns that are rounded, and the others as they are
+    codes = torch.empty_like(errors)
     factor = feedback.factor
     for stop in range(depth, 0, -BLOCK):
         start = max(0, stop - BLOCK)
         passed = factor[stop:, start:stop].T @ errors[stop:]
         for column in range(stop - 1, start - 1, -1):
             here = passed[column - start] + factor[column + 1 : stop, column] @ errors[column + 1 : stop]
-            units = (exact[column] + here / factor[column, column]) / scales[column] + zeros[column]
+            units = (errors[column] + here / factor[column, column]) / scales[column] + zeros[column]
             codes[column] = to_code(units)
-            errors[column] = exact[column] - (codes[column] - zeros[column]) * scales[column]
+            errors[column] -= (codes[column] - zeros[column]) * scales[column]
     result = torch.empty_like(weight)
     result[:, feedback.order] = codes.T
     return result

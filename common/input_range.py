@@ -117,7 +117,7 @@ def input_range(
     return _least_squares_range(low, high, *_histogram(inputs))
 
 
-def static_scale(bounds: tuple[float, float], label: str) -> tuple[torch.Tensor, torch.Tensor]:
+def static_input_scale(bounds: tuple[float, float], label: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and zero point of static inputs, float32 `[1]` each (reference: msmodelslim's W8A8)."""
     low, high = bounds
     if label == FP8:
@@ -137,7 +137,7 @@ def coded_rows(rows: torch.Tensor, label: str, bounds: tuple[float, float] | Non
     if label in WEIGHT_ONLY:
         return rows
     if label in STATIC:
-        scale, zero = (part.to(rows.device) for part in static_scale(bounds, label))
+        scale, zero = (part.to(rows.device) for part in static_input_scale(bounds, label))
     else:
         scale = dynamic_scale(rows.abs().amax(dim=1, keepdim=True), FP8_MAX if label in FP8_LABELS else INT8_MAX)
         zero = torch.zeros_like(scale)
@@ -147,4 +147,5 @@ def coded_rows(rows: torch.Tensor, label: str, bounds: tuple[float, float] | Non
 
 
 def to_fp8(units: torch.Tensor) -> torch.Tensor:
+    """The nearest numbers of e4m3, float32; the largest of either sign for what is beyond."""
     return units.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).float()

@@ -105,7 +105,7 @@ def choose_linears(model: nn.Module, flags: argparse.Namespace, recipe: list[str
 
 
 def say(text: str) -> None:
-    """A line beside the summary."""
+    """Print a line on stderr, apart from the summary."""
     print(text, file=sys.stderr)
 
 

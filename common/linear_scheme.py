@@ -15,6 +15,7 @@ WEIGHT_ONLY = (W8A16, W4A16)
 STATIC = (W8A8, FP8)
 """Those whose inputs are quantized by scales from calibration."""
 FP8_LABELS = (FP8, FP8_DYNAMIC)
+"""Those of e4m3 weights and inputs."""
 GROUP_SIZES = (0, 32, 64, 128, 256)
 SMALLEST_GROUP = 32
 WEIGHT_METHODS = ("MinMax", "MSE", "GPTQ")
@@ -89,6 +90,7 @@ class LinearInputs:
         low, high: smallest and largest value of each channel over all tokens, float32 `[K]`.
         mean_abs, mean_square: means of |x| and x^2 of each channel over all tokens, float32 `[K]`.
         rows: inputs of some of the tokens, or all where they are few, float32 `[R, K]`.
+        moments: mean of x x^T over all tokens, float32 `[K, K]`, for "GPTQ"; None where it is not asked for.
     """
 
     low: torch.Tensor
@@ -96,6 +98,7 @@ class LinearInputs:
     mean_abs: torch.Tensor
     mean_square: torch.Tensor
     rows: torch.Tensor
+    moments: torch.Tensor | None = None
 
     @property
     def largest(self) -> torch.Tensor:
@@ -105,10 +108,10 @@ class LinearInputs:
     def thinned(self, count: int) -> "LinearInputs":
         """The same with evenly chosen rows, `count` at most."""
         step = max(1, -(-len(self.rows) // count))
-        return replace(self, rows=self.rows[::step])
+        return replace(self, rows=self.rows[::step].clone())
 
     def transformed(self, scale: torch.Tensor, shift: torch.Tensor | None = None) -> "LinearInputs":
-        """What is seen once inputs are `(x - shift) / scale`, `[K]` each; the means are those of the rows then."""
+        """What is seen once inputs are `(x - shift) / scale`, `[K]` each; means of the rows alone, and no moments."""
         shift = torch.zeros_like(scale) if shift is None else shift
         rows = (self.rows - shift) / scale
         mean_abs, mean_square = rows.abs().mean(dim=0), rows.square().mean(dim=0)

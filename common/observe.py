@@ -20,8 +20,6 @@ from .statistics import Statistics, rotary_radius, statistics_facts
 OBSERVING = f"{NAMESPACE}_observe"
 MOST_BYTES = 2**26
 """Of rows that are kept of the inputs of a linear layer."""
-ROWS_PER_CHANNEL = 1
-"""That are kept at least for GPTQ, which learns little of fewer rows than channels."""
 INPUT_PARTS = ("low", "high", "mean_abs", "mean_square")
 
 
@@ -101,12 +99,13 @@ class InputObserver:
     one that comes is kept.
 
     Args:
-        rows_per_channel: how many are kept at least, even if they take more.
+        keeps_moments: whether the mean of x x^T is worked out too, `[K, K]`.
     """
 
-    def __init__(self, rows_per_channel: int = 0) -> None:
+    def __init__(self, keeps_moments: bool = False) -> None:
         self.count = 0
-        self._rows_per_channel = rows_per_channel
+        self._moments: torch.Tensor | None = None
+        self._keeps_moments = keeps_moments
         self._stride = 1
         self._rows: list[torch.Tensor] = []
         self._bytes = 0
@@ -121,13 +120,14 @@ class InputObserver:
         else:
             self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
             self._abs, self._squares = self._abs + sums[0], self._squares + sums[1]
+        if self._keeps_moments:
+            if self._moments is None:
+                self._moments = values.new_zeros(values.shape[1], values.shape[1])
+            self._moments.addmm_(values.T, values)
         self._rows.append(values[-self.count % self._stride :: self._stride].clone())
         self._bytes += self._rows[-1].nbytes
         self.count += len(values)
-        row_bytes = values.shape[1] * values.element_size()
-        # Half of them go at a time, so that room for twice as many leaves as many as are wanted.
-        most = max(MOST_BYTES, 2 * self._rows_per_channel * values.shape[1] * row_bytes)
-        while self._bytes > most:
+        while self._bytes > MOST_BYTES:
             self._stride *= 2
             self._rows = [torch.cat(self._rows)[::2].clone()]
             self._bytes = self._rows[0].nbytes
@@ -135,7 +135,8 @@ class InputObserver:
     def inputs(self) -> LinearInputs:
         """What was found."""
         means = (self._abs / self.count).float(), (self._squares / self.count).float()
-        return LinearInputs(self.low, self.high, *means, torch.cat(self._rows))
+        moments = None if self._moments is None else self._moments / self.count
+        return LinearInputs(self.low, self.high, *means, torch.cat(self._rows), moments)
 
 
 class InputObservers:
@@ -143,11 +144,11 @@ class InputObservers:
 
     Args:
         linears: by name.
-        rows_per_channel: see `InputObserver`.
+        keeps_moments: see `InputObserver`.
     """
 
-    def __init__(self, linears: dict[str, nn.Module], rows_per_channel: int = 0) -> None:
-        self._rows_per_channel = rows_per_channel
+    def __init__(self, linears: dict[str, nn.Module], keeps_moments: bool = False) -> None:
+        self._keeps_moments = keeps_moments
         self._of: dict[str, InputObserver] = {}
         self._last: tuple[torch.Tensor | None, InputObserver | None] = (None, None)
         self._hooks = [
@@ -159,7 +160,7 @@ class InputObservers:
         if x is self._last[0]:
             self._of.setdefault(name, self._last[1])
             return
-        observer = self._of.setdefault(name, InputObserver(self._rows_per_channel))
+        observer = self._of.setdefault(name, InputObserver(self._keeps_moments))
         observer(x)
         self._last = (x, observer)
 

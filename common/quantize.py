@@ -1,14 +1,16 @@
 """From float weights, and what calibration saw of their inputs, to the tensors of quantized linear layers.
 
-R rows of inputs, N output channels, K input channels, G groups of them.
+R rows of inputs, N output channels, K input channels.
 """
+
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from ..ops.linear.reference import WEIGHT_BLOCK
 from .errors import OctavoError
-from .input_range import coded_rows, input_range, static_scale
+from .input_range import coded_rows, input_range, static_input_scale
 from .linear import encode_deq_scale
 from .linear_scheme import FP8_LABELS, W4A16, W8A8, LinearInputs, LinearScheme
 from .weight_quantizer import ROWS, WeightQuantizer
@@ -17,6 +19,8 @@ from .weight_quantizer import ROWS, WeightQuantizer
 def _check_inputs(inputs: LinearInputs | None, scheme: LinearScheme) -> None:
     if inputs is None and scheme.needs_inputs:
         raise OctavoError(f"linear layers: {scheme.label} by {scheme.w_method} needs inputs from calibration")
+    if scheme.w_method == "GPTQ" and inputs.moments is None:
+        raise OctavoError("linear layers: GPTQ needs the mean of x x^T; observe inputs with keeps_moments")
 
 
 def _weight_parts(weight: torch.Tensor, inputs: LinearInputs | None, scheme: LinearScheme) -> dict[str, torch.Tensor]:
@@ -44,7 +48,7 @@ def _static_parts(
     parts: dict[str, torch.Tensor], bias: torch.Tensor | None, bounds: tuple[float, float], deq_scale_dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
     """What W8A8 adds for inputs within `bounds` (reference: msmodelslim's W8A8)."""
-    input_scale, input_offset = static_scale(bounds, W8A8)
+    input_scale, input_offset = static_input_scale(bounds, W8A8)
     deq_scale = input_scale * parts["weight_scale"].squeeze(1)
     bias = torch.zeros_like(deq_scale) if bias is None else bias.float().cpu()
     sums = torch.cat([codes.sum(dim=1, dtype=torch.float64) for codes in parts["weight"].split(ROWS)])
@@ -83,7 +87,7 @@ def quantize_linear(
         if scheme.label == W8A8:
             parts |= _static_parts(parts, bias, bounds, deq_scale_dtype)
         else:
-            parts["input_scale"] = static_scale(bounds, scheme.label)[0]
+            parts["input_scale"] = static_input_scale(bounds, scheme.label)[0]
     if bias is not None:
         parts["bias"] = bias
     return {name: tensor.cpu().contiguous() for name, tensor in parts.items()}
@@ -92,8 +96,8 @@ def quantize_linear(
 def output_error(weight: torch.Tensor, inputs: LinearInputs, scheme: LinearScheme, exact: torch.Tensor) -> torch.Tensor:
     """Squared error of a quantized layer's output over rows, `||X W^T - Q(X) Q(W)^T||^2`, of no dimension.
 
-    Made for searches: "GPTQ" is taken as "MSE", which is how it scales weights, and the range of static inputs by
-    "mse" as that by "histogram".
+    Made for searches, so that weights have the scales of "MinMax" whatever their method, as in AWQ, and the range of
+    static inputs by "mse" is that by "histogram".
 
     Args:
         weight: `[N, K]`, any float dtype.
@@ -101,7 +105,7 @@ def output_error(weight: torch.Tensor, inputs: LinearInputs, scheme: LinearSchem
         scheme: how.
         exact: `X W^T`, float32 `[R, N]`.
     """
-    quantizer = WeightQuantizer(weight, inputs, scheme, feeds_back=False)
+    quantizer = WeightQuantizer(weight, inputs, replace(scheme, w_method="MinMax"))
     rows, bounds = inputs.rows, None
     if scheme.is_static:
         act_method = "histogram" if scheme.act_method == "mse" else scheme.act_method

@@ -145,7 +145,8 @@ def smooth_layer(
             "m2", "m3" and "m6" do not better, they leave as it is.
         quantized: names within the layer of the linears that will be quantized. Others are rewritten where they share
             an input with these, and count for nothing.
-        error: from a weight `[N, K]` in float32 and inputs, the squared error of the output once both are quantized.
+        error: from a weight `[N, K]` in float32, inputs, and the exact output `[R, N]`, the squared error of the output
+            once both are quantized.
 
     Returns:
         What was rewritten, in order. With "m2" norms in it have a bias (see `add_norm_bias`), and their linears too.

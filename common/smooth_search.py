@@ -16,7 +16,7 @@ from .linear_scheme import LinearInputs
 
 OutputError = Callable[[torch.Tensor, LinearInputs, torch.Tensor], torch.Tensor]
 """Squared error of a linear's output over `rows`, 0-dim, once its weight `[N, K]` and inputs are quantized; it is given
-the exact output `[R, N]`."""
+the exact output for those inputs, without bias, `[R, N]`."""
 SMALLEST_SMOOTHING = 1e-5
 """Floor of scales and of the weights they are made of, as in SmoothQuant."""
 SMALLEST_MEAN = 1e-4

@@ -109,6 +109,12 @@ def _device_map(device: str) -> str | None:
     return "auto"
 
 
+def _check_spread(model: nn.Module, directory: Path) -> None:
+    """Raise an `OctavoError` if accelerate left a part outside of the devices, where nothing is differentiated."""
+    if {"cpu", "disk"} & set(map(str, model.hf_device_map.values())):
+        raise OctavoError(f"--model_path {directory}: does not fit on the devices as a whole, which codebooks need")
+
+
 def load_source(directory: Path, device: str) -> nn.Module:
     """The whole float model in memory: fp32 on the CPU, its own dtype elsewhere, over several devices if there are.
 
@@ -135,6 +141,8 @@ def load_source(directory: Path, device: str) -> nn.Module:
             raise OctavoError(
                 f"--model_path {directory}: {problem.replace('_', ' ')}: {first}; the checkpoint is not whole"
             )
+    if device_map:
+        _check_spread(model, directory)
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise OctavoError(f"--model_path {directory}: {name} holds NaN or Inf; the checkpoint is damaged")

@@ -99,12 +99,9 @@ class WeightQuantizer:
         weight: `[N, K]`, any float dtype, on any device.
         inputs: of the layer; None if not known.
         scheme: how.
-        feeds_back: whether "GPTQ" is done; else its codes are those of the nearest, with the same scales.
     """
 
-    def __init__(
-        self, weight: torch.Tensor, inputs: LinearInputs | None, scheme: LinearScheme, feeds_back: bool = True
-    ) -> None:
+    def __init__(self, weight: torch.Tensor, inputs: LinearInputs | None, scheme: LinearScheme) -> None:
         self.codes = weight_codes(scheme)
         self.groups = scheme.groups(weight.shape[1])
         self.columns = outlier_columns(inputs).to(weight.device) if scheme.label == W8A8_MIXED else None
@@ -115,9 +112,11 @@ class WeightQuantizer:
             self._importance = inputs.mean_square.to(weight.device).clamp_min(SMALLEST_SCALE)
         self._importance = self._importance.view(self.groups, -1)
         self._feedback: ErrorFeedback | None = None
-        if feeds_back and scheme.w_method == "GPTQ":
-            rows = inputs.rows.to(weight.device)
-            self._feedback = error_feedback(rows if self.columns is None else rows.index_fill(1, self.columns, 0))
+        if scheme.w_method == "GPTQ":
+            moments = inputs.moments.to(weight.device)
+            if self.columns is not None:
+                moments = moments.index_fill(0, self.columns, 0).index_fill_(1, self.columns, 0)
+            self._feedback = error_feedback(moments)
         self._extent = self._tensor_extent() if scheme.per_tensor else None
 
     def blocks(self) -> list[slice]:

@@ -18,7 +18,7 @@ from ..errors import OctavoError
 PROGRESS = ".progress"
 """Directory within a stage; it is gone before the stage becomes the output."""
 LONGEST_VALUE = 40
-"""Characters of what is shown of a job that differs."""
+"""Characters of the longest value that is shown of a job that differs."""
 
 
 class _Kept(OctavoError):
@@ -38,7 +38,7 @@ def check_output(directory: Path, flag: str) -> None:
 
 def _change(name: str, before: Any, now: Any) -> str:
     """What differs, with both values where they are short."""
-    values = [str(value) for value in (before, now)]
+    values = ["unset" if value is None else str(value).strip("'") for value in (before, now)]
     return name if max(map(len, values)) > LONGEST_VALUE else f"{name} ({values[0]} then, {values[1]} now)"
 
 
@@ -92,7 +92,7 @@ class Stage:
             raise _Kept(
                 f"{flag}: the interrupted conversion in {self.path} differs in "
                 f"{', '.join(_change(name, known['job'].get(name), job.get(name)) for name in differing)}; "
-                "give the flags it was begun with, or remove it"
+                "go on as it was begun, or remove it"
             )
         self._job, self.step, self.notes = job, step, known["notes"]
         return True

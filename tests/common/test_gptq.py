@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from octavo.common import gptq
 from octavo.common.errors import OctavoError
 from octavo.common.gptq import error_feedback, gptq_codes
 from octavo.common.linear_scheme import FP8_DYNAMIC, W4A16, W8A8_DYNAMIC, W8A16, LinearScheme
@@ -58,26 +59,44 @@ def test_it_is_rounding_where_channels_do_not_go_together() -> None:
             assert torch.equal(tensor.float(), fed_back[name].float()), (scheme, name)
 
 
-def test_it_is_what_the_paper_says_column_by_column() -> None:
+@pytest.mark.parametrize("block", [5, 24, 128])
+def test_it_is_what_the_paper_says_column_by_column(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the definition: after each column, the rest is the least squares answer to the errors so far."""
+    monkeypatch.setattr(gptq, "BLOCK", block)
     torch.manual_seed(0)
-    depth, x = 24, correlated(24, 300).double()
+    depth, groups, x = 24, 3, correlated(24, 300).double()
     weight = torch.randn(5, depth).double()
-    scale, zero = weight.abs().amax(1, keepdim=True).div(7).float(), torch.zeros(5, 1)
-    feedback = error_feedback(x.float())
-    found = gptq_codes(weight.float(), feedback, scale, zero, to_int4)
+    scale, zero = 0.2 + 0.2 * torch.rand(5, groups), torch.randint(-3, 4, (5, groups)).float()
+    scales, zeros = (part.repeat_interleave(depth // groups, dim=1) for part in (scale, zero))
     hessian = x.T @ x / len(x)
+    feedback = error_feedback(hessian.float())
+    found = gptq_codes(weight.float(), feedback, scale, zero, to_int4)
     hessian += 0.01 * hessian.diagonal().mean() * torch.eye(depth)
     left, expected = weight.clone(), torch.zeros_like(weight)
     rest = feedback.order.flip(0).tolist()
     while rest:
         column, inverse = rest[0], torch.linalg.inv(hessian[rest][:, rest])
-        expected[:, column] = to_int4(left[:, column] / scale[:, 0])
-        error = (left[:, column] - expected[:, column] * scale[:, 0]) / inverse[0, 0]
+        expected[:, column] = to_int4(left[:, column] / scales[:, column] + zeros[:, column])
+        decoded = (expected[:, column] - zeros[:, column]) * scales[:, column]
+        error = (left[:, column] - decoded) / inverse[0, 0]
         left[:, rest] -= error[:, None] * inverse[0][None]
         rest = rest[1:]
     assert feedback.order.tolist() == hessian.diagonal().argsort().tolist()
     assert (found == expected).float().mean() > 0.99
+
+
+def test_channels_that_are_always_0_take_no_part() -> None:
+    torch.manual_seed(0)
+    x, weight = correlated(24, 300), torch.randn(5, 24)
+    x[:, 3::8] = 0
+    scale, zero = torch.full((5, 1), 0.3), torch.zeros(5, 1)
+    codes = gptq_codes(weight, error_feedback(x.T @ x), scale, zero, to_int4)
+    others = weight.clone()
+    others[:, 3::8] += 1.0
+    assert torch.equal(codes[:, 3::8], to_int4(weight[:, 3::8] / 0.3))
+    same = gptq_codes(others, error_feedback(x.T @ x), scale, zero, to_int4)
+    alive = [channel for channel in range(24) if channel % 8 != 3]
+    assert torch.equal(codes[:, alive], same[:, alive])
 
 
 def test_it_is_deterministic_and_leaves_what_it_is_given() -> None:
@@ -91,8 +110,8 @@ def test_it_is_deterministic_and_leaves_what_it_is_given() -> None:
 
 def test_inputs_that_are_no_numbers_are_refused() -> None:
     with pytest.raises(OctavoError, match="NaN or Inf"):
-        error_feedback(torch.tensor([[1.0, float("nan")]]))
-    feedback = error_feedback(torch.zeros(4, 8))
+        error_feedback(torch.tensor([[1.0, 0.0], [0.0, float("nan")]]))
+    feedback = error_feedback(torch.zeros(8, 8))
     weight = torch.randn(3, 8)
     codes = gptq_codes(weight, feedback, torch.full((3, 1), 0.5), torch.zeros(3, 1), to_int4)
     assert torch.equal(codes, to_int4(weight / 0.5))

@@ -35,13 +35,15 @@ def test_rows_are_kept_evenly_once_they_are_many(monkeypatch: pytest.MonkeyPatch
     assert observer.inputs().high.tolist() == [299.0, 299.0], "extremes are of all"
 
 
-def test_as_many_rows_as_are_wanted_are_kept_whatever_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(observe, "MOST_BYTES", 1)
-    observer = InputObserver(rows_per_channel=10)
-    for batch in torch.arange(300.0)[:, None].expand(-1, 4).split(25):
+def test_moments_are_of_all_tokens_and_kept_if_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(observe, "MOST_BYTES", 50 * 4 * 4)
+    observer, rows = InputObserver(keeps_moments=True), torch.randn(300, 4)
+    for batch in rows.split(25):
         observer(batch)
-    kept = observer.inputs().rows[:, 0]
-    assert 40 <= len(kept) <= 80 and torch.equal(kept, torch.arange(0, 300.0, int(kept[1])))
+    torch.testing.assert_close(observer.inputs().moments, rows.T @ rows / 300)
+    plain = InputObserver()
+    plain(rows)
+    assert plain.inputs().moments is None
 
 
 def test_nan_is_kept() -> None:

@@ -99,7 +99,7 @@ def test_a_killed_conversion_is_neither_lost_nor_taken_for_another(
     assert main(ARCHITECTURE, convert_flags(deep_source, target)) == 1
     assert_one_error_line(capsys.readouterr().err, "an interrupted conversion is in", "--resume")
     assert main(ARCHITECTURE, convert_flags(deep_source, target, "--resume", "--act_method", "2")) == 1
-    assert_one_error_line(capsys.readouterr().err, "--resume", "differs in act_method ('1' then, '2' now);")
+    assert_one_error_line(capsys.readouterr().err, "--resume", "differs in act_method (1 then, 2 now);")
     assert files_below(stage_path(target)) == kept
     assert main(ARCHITECTURE, convert_flags(deep_source, target, "--resume")) == 0
     assert "going on behind layer" in capsys.readouterr().err

@@ -8,28 +8,58 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from octavo.common import source
+from octavo.common.errors import OctavoError
 from octavo.common.source import load_source
 
 from ..support import save_source, tiny_llama
 
 
-@pytest.mark.parametrize(
-    ("devices", "has_accelerate", "expected"),
-    [(2, True, "auto"), (1, True, None), (2, False, None)],
-)
-def test_accelerate_spreads_a_model_over_several_devices(
-    devices: int, has_accelerate: bool, expected: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given = {}
+@pytest.fixture
+def moves(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Devices to which modules are moved, without moving them."""
+    found: list[str] = []
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, device: found.append(device) or module)
+    return found
+
+
+def spread(monkeypatch: pytest.MonkeyPatch, devices: int, has_accelerate: bool, placed: dict[str, Any]) -> list[Any]:
+    """A machine with so many GPUs, on which accelerate places modules as told; the device maps that loads ask for."""
+    asked = []
     load = AutoModelForCausalLM.from_pretrained
 
     def on_cpu(*args: Any, device_map: str | None, **kwargs: Any) -> Any:
-        given["device_map"] = device_map
-        return load(*args, **kwargs)
+        asked.append(device_map)
+        model, info = load(*args, **kwargs)
+        model.hf_device_map = placed
+        return model, info
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
     monkeypatch.setattr(source, "find_spec", lambda name: object() if has_accelerate else None)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", on_cpu)
-    monkeypatch.setattr(torch.nn.Module, "to", lambda module, device: module)
-    load_source(save_source(tmp_path / "tiny", tiny_llama()), "cuda")
-    assert given["device_map"] == expected
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("device", "devices", "has_accelerate", "expected"),
+    [("cuda", 2, True, "auto"), ("cuda", 1, True, None), ("cuda", 2, False, None), ("cpu", 2, True, None)],
+)
+def test_accelerate_spreads_a_model_over_several_devices(
+    device: str,
+    devices: int,
+    has_accelerate: bool,
+    expected: str | None,
+    moves: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    directory = save_source(tmp_path / "tiny", tiny_llama())
+    asked = spread(monkeypatch, devices, has_accelerate, {"": 0})
+    load_source(directory, device)
+    assert asked == [expected] and moves == ([] if expected else [device])
+
+
+def test_a_model_that_the_devices_cannot_hold_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = save_source(tmp_path / "tiny", tiny_llama())
+    spread(monkeypatch, 2, True, {"model.embed_tokens": 0, "model.layers.0": "disk"})
+    with pytest.raises(OctavoError, match="does not fit on the devices"):
+        load_source(directory, "cuda")

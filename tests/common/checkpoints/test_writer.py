@@ -107,7 +107,7 @@ def test_what_was_interrupted_is_not_lost_unasked(tmp_path: Path) -> None:
         pass
     other = {**JOB, "w_bit": 4}
     with (
-        pytest.raises(OctavoError, match=r"--resume: .* differs in w_bit \(None then, 4 now\)"),
+        pytest.raises(OctavoError, match=r"--resume: .* differs in w_bit \(unset then, 4 now\)"),
         whole_directory(tmp_path / "out", "--out", other, resumes=True),
     ):
         pass

@@ -255,7 +255,8 @@ WEIGHTS_HEAD = ("linears", "K and V", "in float", "anti_method", "act_method", "
 def _weights_row(row: Row) -> tuple[str, ...]:
     preset = f"`--preset {row['case'].removeprefix(PRESET)}`: " if row["case"].startswith(PRESET) else ""
     methods = (row["anti_method"] or "none", row["act_method"], row["w_method"])
-    return f"{preset}{row['kind']}", row["cache"], row["linears"], *methods, row["megabytes"], *_scores(row)
+    in_float = row["linears"].replace("*.", "")
+    return f"{preset}{row['kind']}", row["cache"], in_float, *methods, row["megabytes"], *_scores(row)
 
 
 def _weights_conditions(row: Row) -> str:

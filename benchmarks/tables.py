@@ -112,14 +112,15 @@ def results_table() -> str:
             perplexity, kl = f"{float(next(iter(quality.values()))['float_perplexity']):.2f}", "0"
         rows.append((what, _kv_bytes(what), *(_ratio(work, what) for work in speed.values()), perplexity, kl))
     any_speed = next(iter(next(iter(speed.values())).values()))
-    has_w4a16 = " `W4A16` leaves lm_head." if any(what.startswith("W4A16") for what in variants) else ""
+    has_w4a16 = any(what.startswith("W4A16") for what in variants)
+    leaves, treated = (" `W4A16` leaves lm_head.", ", m3 and GPTQ for W4A16") if has_w4a16 else ("", "")
     return (
         f"{_markdown(rows)}\n\n"
         f"Batch 1, median of alternating calls in one run, {_conditions(any_speed)}; `float` is transformers "
         f"{any_speed['transformers']} in fp32 with DynamicCache and SDPA. `W8A8` leaves the layers in float that "
-        f"Ascend's recipe leaves (down_proj, lm_head); `W8A8 dynamic` leaves none.{has_w4a16} Perplexity and KL are "
+        f"Ascend's recipe leaves (down_proj, lm_head); `W8A8 dynamic` leaves none.{leaves} Perplexity and KL are "
         "those of checkpoints made with `--anti_method`, which costs no time when a model runs: m6 for W8A8, m3 for "
-        "W8A8 dynamic, m3 and GPTQ for W4A16."
+        f"W8A8 dynamic{treated}."
     )
 
 

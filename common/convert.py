@@ -100,6 +100,8 @@ class Made:
 def _run(job: Job, stage: Stage) -> Made:
     """Fill a stage, from where it stands."""
     flags = job.flags
+    if flags.resume and not stage.step:
+        say(f"nothing to resume in {stage.path}: starting with the first layer")
     if not stage.step:
         floats, costs = _survey(job)
         stage.notes = {"floats": floats}

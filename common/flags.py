@@ -128,7 +128,7 @@ NO_M5 = (
 def _anti_method(text: str) -> str:
     if text == "m5":
         raise argparse.ArgumentTypeError(NO_M5)
-    return text
+    return "" if text == "none" else text
 
 
 def end_to_end(name: str) -> dict[str, Any]:

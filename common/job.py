@@ -46,7 +46,8 @@ from .streams import Texts
 LONGEST_SAMPLE = 2048
 RANDOM_TOKENS = 512
 """Tokens of `--kv_scales random`."""
-NOT_OF_THE_JOB = ("save_directory", "model_path", "resume", "calib_file", "calib_texts", "scheme", "linear", "preset")
+NOT_OF_THE_JOB = ("save_directory", "model_path", "resume", "calib_file", "calib_texts", "scheme", "linear", "preset",
+                  "preset_group", "preset_sym")  # fmt: skip
 """Flags that the bytes of the output do not follow from, or not from their names."""
 ONLY_WHETHER = ("max_kl", "save_statistics")
 """Flags of which only matters whether they are given."""
@@ -221,16 +222,18 @@ class Job:
     def identity(self) -> dict[str, Any]:
         """What the bytes of the output follow from, so that nothing else is resumed in the place of it."""
         flags = {name: repr(value) for name, value in vars(self.flags).items() if name not in NOT_OF_THE_JOB}
-        flags |= {name: repr(getattr(self.flags, name) is not None) for name in ONLY_WHETHER}
+        flags |= {name: "not given" if getattr(self.flags, name) is None else "given" for name in ONLY_WHETHER}
+        if self.flags.linear is not None:  # with what a preset has set
+            flags |= {"group_size": self.flags.linear.group_size, "w_sym": self.flags.linear.symmetric}
         files = source_files(self.directory)
         ids = [sample["input_ids"].tolist() for sample in (*self.samples, *self.held_back)]
         return {
             **flags,
             "scheme": self.scheme.to_dict(),
-            "source": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
+            "files of --model_path": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
             "config.json": self.config,
-            "texts": hashlib.sha256(json.dumps(ids).encode()).hexdigest(),
-            "code": code_digest(),
-            "versions": [torch.__version__, transformers.__version__],
-            "threads": torch.get_num_threads(),
+            "calibration texts": hashlib.sha256(json.dumps(ids).encode()).hexdigest(),
+            "code of Octavo": code_digest(),
+            "versions of torch and transformers": [torch.__version__, transformers.__version__],
+            "threads (OMP_NUM_THREADS)": torch.get_num_threads(),
         }

@@ -49,7 +49,8 @@ def _load(architecture: Architecture, flags: argparse.Namespace) -> tuple[Any, A
     check_device(flags.device_type)
     directory = Path(flags.model_path)
     if not (directory / "config.json").is_file():
-        raise OctavoError(f"--model_path {directory}: holds no config.json, so it is no converted checkpoint")
+        reason = "holds no config.json, so it is no checkpoint" if directory.is_dir() else "no such directory"
+        raise OctavoError(f"--model_path {directory}: {reason}; give what the conversion wrote")
     try:
         model = architecture.model_class.from_pretrained(directory)
     except (OSError, RuntimeError, StrictDataclassError) as error:

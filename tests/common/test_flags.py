@@ -56,6 +56,10 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
+def test_no_treatment_has_a_name() -> None:
+    assert parse_flags("llama3", [*REQUIRED, "--anti_method", "none"]).anti_method == ""
+
+
 def test_defaults() -> None:
     flags = vars(parse_flags("llama3", REQUIRED))
     derived = {"preset_group": None, "preset_sym": True, "linear": LinearScheme()}

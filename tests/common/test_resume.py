@@ -103,3 +103,8 @@ def test_a_killed_conversion_is_neither_lost_nor_taken_for_another(
     assert files_below(stage_path(target)) == kept
     assert main(ARCHITECTURE, convert_flags(deep_source, target, "--resume")) == 0
     assert "going on behind layer" in capsys.readouterr().err
+
+
+def test_resuming_nothing_says_so(deep_source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(ARCHITECTURE, convert_flags(deep_source, tmp_path / "out", "--resume")) == 0
+    assert f"nothing to resume in {stage_path(tmp_path / 'out')}" in capsys.readouterr().err

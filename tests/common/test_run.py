@@ -138,10 +138,12 @@ def test_a_bad_flag(
     assert_one_error_line(capsys.readouterr().err, part)
 
 
-@pytest.mark.parametrize("path", ["nowhere", "."])
-def test_a_path_that_is_no_checkpoint(path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("path", "reason"), [("nowhere", "no such directory"), (".", "holds no config.json")])
+def test_a_path_that_is_no_checkpoint(
+    path: str, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(ARCHITECTURE, ["--model_path", str(tmp_path / path), "--prompt", "Rain"]) == 1
-    assert_one_error_line(capsys.readouterr().err, "config.json")
+    assert_one_error_line(capsys.readouterr().err, reason)
 
 
 def test_a_prompt_is_continued(converted: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -266,8 +266,8 @@ def _weights_conditions(row: Row) -> str:
         "KL(float || quantized) in nats per token, change of the perplexity, and share of tokens whose likeliest next "
         f"token is the same, of {row['model']}: {windows} of {int(row['length']):,} tokens of "
         f"{row['text']}, teacher-forced; calibrated on {row['calibration']}; MB of safetensors. `recipe` leaves the "
-        "linears in float that Ascend's recipe leaves. Where groups of so many do not divide the channels, they are of "
-        "the next smaller multiple of 32 that does: of 96 where there are 576."
+        "linears in float that Ascend's recipe leaves. A group that does not divide a linear's input channels is the "
+        "next smaller multiple of 32 that does."
     )
 
 

@@ -164,7 +164,7 @@ def build_parser(name: str) -> argparse.ArgumentParser:
         help="input channels that share a scale of W8A16 or W4A16; 0: per channel (W4A16: default 64)")  # fmt: skip
     add("--w_method", choices=WEIGHT_METHODS, default="MinMax", help="how codes of weights are chosen")
     add("--anti_method", type=_anti_method, choices=ANTI_METHODS, default="",
-        help="outliers: m1 SmoothQuant, m2 with an offset, m3 AWQ, m4 iterative, m6 searched")  # fmt: skip
+        help="outliers: m1 SmoothQuant, m2 with an offset, m3 AWQ, m4 iterative, m6 searched; none")  # fmt: skip
     add("--use_kvcache_quant", type=_boolean, default=False, help="C8: static int8 KV cache, per channel")
     add("--use_fa_quant", type=_boolean, default=False, help="FAQuant: static int8 q, k and v, per head")
     add("--scheme", help="any scheme of KV cache and attention: name of a preset, or a JSON file of your own")

@@ -18,7 +18,7 @@ from .errors import OctavoError
 BLOCK = 128
 """Columns that the errors of the columns behind them reach together, in one product of matrices."""
 DAMPING = 0.01
-"""Part of the mean of H's diagonal that is added to it; more where rows are too few for a Cholesky factor."""
+"""Part of the mean of H's diagonal that is added to it; more where H has no Cholesky factor, as of too few tokens."""
 MOST_DAMPING = 1.0
 
 

@@ -221,7 +221,8 @@ class Job:
 
     def identity(self) -> dict[str, Any]:
         """What the bytes of the output follow from, so that nothing else is resumed in the place of it."""
-        flags = {name: repr(value) for name, value in vars(self.flags).items() if name not in NOT_OF_THE_JOB}
+        known = {name: value for name, value in vars(self.flags).items() if name not in NOT_OF_THE_JOB}
+        flags = {name: None if value is None else repr(value) for name, value in known.items()}
         flags |= {name: "not given" if getattr(self.flags, name) is None else "given" for name in ONLY_WHETHER}
         if self.flags.linear is not None:  # with what a preset has set
             flags |= {"group_size": self.flags.linear.group_size, "w_sym": self.flags.linear.symmetric}

@@ -77,7 +77,8 @@ def quantize_linear(
         deq_scale_dtype: see `W8A8Linear`.
 
     Raises:
-        OctavoError: inputs are missing, or the layer has no number of channels that the scheme serves.
+        OctavoError: inputs, or their moments for GPTQ, are missing, or the layer has no number of channels that the
+            scheme serves.
     """
     _check_inputs(inputs, scheme)
     bias = None if linear.bias is None else linear.bias.detach()

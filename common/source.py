@@ -119,7 +119,7 @@ def load_source(directory: Path, device: str) -> nn.Module:
     """The whole float model in memory: fp32 on the CPU, its own dtype elsewhere, over several devices if there are.
 
     Raises:
-        OctavoError: config and weights disagree, or a weight is NaN or Inf.
+        OctavoError: config and weights disagree, a weight is NaN or Inf, or several devices do not hold the model.
     """
     dtype = torch.float32 if device == "cpu" else "auto"
     device_map = _device_map(device)

@@ -66,6 +66,10 @@ def test_cases_have_names_and_columns_of_their_own(weights: ModuleType) -> None:
         ("W8A8_DYNAMIC all, anti m6", ("W8A8_DYNAMIC", "m6", "", "MinMax", "float", "none")),
         ("W8A16, anti none", ("W8A16", "", "", "MinMax", "float", "lm_head")),
         ("W4A16 g64 affine, anti m3, GPTQ", ("W4A16, groups of 64, affine", "m3", "", "GPTQ", "float", "lm_head")),
+        (
+            "W4A16 g128 affine, anti m3, GPTQ, down and v in float",
+            ("W4A16, groups of 128, affine", "m3", "", "GPTQ", "float", "*.down_proj, *.v_proj, lm_head"),
+        ),
         ("preset ascend-fa", ("W8A8", "m6", "1", "MinMax", "ascend-fa", "recipe")),
     ],
 )
@@ -142,6 +146,7 @@ def test_the_matrix_marks_the_least_and_leaves_gaps(weights: ModuleType, tables:
         {"case": "W8A8 + C8, anti none, act 1", "kl": "0.900000"},
         {"case": "W8A8 + C8, anti none, act 1", "kl": "0.050000"},
         {"case": "preset ascend", "kl": "0.010000"},
+        {"case": "W4A16 g128 affine, anti m3, GPTQ, down and v in float", "kl": "0.07"},
     )
     lines = tables.weights_table().split("\n")
     start = lines.index("| anti_method | act_method 1 (minmax) | act_method mse |")
@@ -151,6 +156,7 @@ def test_the_matrix_marks_the_least_and_leaves_gaps(weights: ModuleType, tables:
     assert preset == (
         "| `--preset ascend`: W8A8 | ascend-c8 | recipe | m6 | 1 | MinMax | 1.5 | 0.01000 | +10.00 % | 90.0 % |"
     )
+    assert any("| down_proj, v_proj, lm_head |" in line for line in lines)
     assert lines[0] == "**m**" and "2 windows of 2,048 tokens of b" in lines[-1] and "3 texts of a" in lines[-1]
 
 

@@ -57,7 +57,8 @@ DEFAULTS: dict[str, Any] = {
 
 
 def test_no_treatment_has_a_name() -> None:
-    assert parse_flags("llama3", [*REQUIRED, "--anti_method", "none"]).anti_method == ""
+    for preset in ((), ("--preset", "ascend")):
+        assert parse_flags("llama3", [*REQUIRED, *preset, "--anti_method", "none"]).anti_method == ""
 
 
 def test_defaults() -> None:

@@ -1,5 +1,7 @@
 """Error feedback: lower errors of outputs on inputs that go together, and rounding where they do not."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -101,11 +103,18 @@ def test_channels_that_are_always_0_take_no_part() -> None:
 
 def test_it_is_deterministic_and_leaves_what_it_is_given() -> None:
     x, linear = correlated(300, 50), nn.Linear(300, 20)  # fewer rows than channels, and no multiple of a block
-    before, rows = linear.weight.detach().clone(), x.clone()
+    before, inputs = linear.weight.detach().clone(), seen(x)
+    moments = inputs.moments.clone()
     scheme = LinearScheme(W8A16, w_method="GPTQ")
-    first, second = (quantize_linear(linear, seen(x), scheme) for _ in range(2))
+    first, second = (quantize_linear(linear, inputs, scheme) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert torch.equal(linear.weight, before) and torch.equal(x, rows)
+    assert torch.equal(linear.weight, before) and torch.equal(inputs.moments, moments)
+
+
+def test_inputs_without_moments_are_refused() -> None:
+    inputs = replace(seen(torch.randn(9, 32)), moments=None)
+    with pytest.raises(OctavoError, match="needs the mean of x x"):
+        quantize_linear(nn.Linear(32, 3), inputs, LinearScheme(W8A16, w_method="GPTQ"))
 
 
 def test_inputs_that_are_no_numbers_are_refused() -> None:

@@ -58,8 +58,11 @@ def test_accelerate_spreads_a_model_over_several_devices(
     assert asked == [expected] and moves == ([] if expected else [device])
 
 
-def test_a_model_that_the_devices_cannot_hold_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_a_model_that_the_devices_cannot_hold_is_refused(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     directory = save_source(tmp_path / "tiny", tiny_llama())
-    spread(monkeypatch, 2, True, {"model.embed_tokens": 0, "model.layers.0": "disk"})
+    spread(monkeypatch, 2, True, {"model.embed_tokens": 0, "model.layers.0": place})
     with pytest.raises(OctavoError, match="does not fit on the devices"):
         load_source(directory, "cuda")

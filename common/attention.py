@@ -17,8 +17,8 @@ from transformers.masking_utils import (
 from ..ops import attention, attention_lse
 from ..ops.library import NAMESPACE
 from .errors import OctavoError
-from .folds import FOLD, PositionTerms
-from .handles import Codes, Piece, Segments, as_segments, block_size, pieces
+from .gradients import refuse_gradient
+from .handles import FOLD, Codes, Piece, PositionTerms, Segments, as_segments, block_size, pieces
 from .rotation import hadamard
 
 DECODED_BLOCK = 4096
@@ -28,6 +28,11 @@ MOST_PARTS = 8
 Weighed = tuple[torch.Tensor, torch.Tensor]
 """What `attention_lse` returns: `[B, Q, H, D]`, and `[B, H, Q]` the logarithms of the sums of exponentials."""
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias")
+FLOATS_GIVEN = (
+    "quantized attention is given float keys and values, not the codes of a QuantizedCache: pass cache=QuantizedCache("
+    "model.config, scheme), past_key_values= before transformers 5.24; for attention in float, load the model anew "
+    "without set_attn_implementation and prepare"
+)
 
 
 @dataclass(frozen=True)
@@ -163,7 +168,10 @@ def quantized_attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention over what `QuantizedCache.update` returned, or over plain float keys and values.
+    """Attention over what `QuantizedCache.update` returned.
+
+    Float keys and values are what comes when something, a new version of transformers say, has put another cache or
+    none in the place of ours: causal attention refuses them. That of an encoder beside the decoder is served.
 
     Args:
         module: the attention module, for its `is_causal`.
@@ -176,7 +184,7 @@ def quantized_attention(
         `[B, Q, H, D]` and None in place of attention weights.
 
     Raises:
-        OctavoError: an argument that the op does not serve, named.
+        OctavoError: an argument that the op does not serve, named; no codes.
     """
     if dropout or (module.training and torch.is_grad_enabled()):
         raise OctavoError("quantized attention is for inference and has no gradients: call model.eval()")
@@ -185,6 +193,9 @@ def quantized_attention(
             raise OctavoError(f"quantized attention does not serve {name!r}, which this model's attention passes")
     if kwargs.get("output_attentions"):
         raise OctavoError("quantized attention returns no attention weights; leave output_attentions=False")
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if causal and isinstance(key, torch.Tensor):
+        raise OctavoError(FLOATS_GIVEN)
     # Not `isinstance(key, Codes)`: another copy of this very code, beside another checkpoint, has a class of its own.
     keys = Codes(key) if isinstance(key, torch.Tensor) else key
     values = Codes(value) if isinstance(value, torch.Tensor) else value
@@ -208,7 +219,7 @@ def quantized_attention(
         keys.query_scale,
         attention_mask if isinstance(attention_mask, torch.Tensor) else None,
         query.shape[-1] ** -0.5 if scaling is None else scaling,
-        getattr(module, "is_causal", True) if is_causal is None else is_causal,
+        causal,
         attention_mask.size if isinstance(attention_mask, SlidingWindow) else 0,
         None
         if fold is None
@@ -218,7 +229,11 @@ def quantized_attention(
     output = call.codes(keys, values) if is_plain else call.segments(as_segments(keys), as_segments(values))
     if values.rotated:
         output = hadamard(output)
-    return output if fold is None else fold.with_value_bias(output), None
+    if fold is not None:
+        output = fold.with_value_bias(output)
+    if torch.is_grad_enabled() and (query.requires_grad or getattr(keys, "wants_gradient", False)):
+        output = refuse_gradient(output, query if query.requires_grad else None, "quantized attention")
+    return output, None
 
 
 def _sliding_window(mask_function: Callable) -> int:
@@ -268,3 +283,6 @@ def register_attention() -> None:
     """Make the attention function known to transformers under the name of this copy of the code."""
     AttentionInterface.register(NAMESPACE, quantized_attention)
     AttentionMaskInterface.register(NAMESPACE, causal_or_explicit_mask)
+
+
+register_attention()

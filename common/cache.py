@@ -1,6 +1,6 @@
 """The KV cache that encodes each token once and hands out codes, never a decoded copy.
 
-B batch, G KV heads, S tokens, D head_dim. Importing this module registers the attention function that reads the codes.
+B batch, G KV heads, S tokens, D head_dim. `attention.py` has the function that reads the codes.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,6 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .attention import register_attention
 from .codec import Codec
 from .errors import OctavoError
 from .handles import Codes, Segments
@@ -50,6 +49,10 @@ def kv_bits_per_element(config: PreTrainedConfig, scheme: Scheme, length: int = 
     layers = [scheme.of_layer(index) for index in range(config.num_hidden_layers)]
     width, heads = head_dim_of(config), config.num_key_value_heads
     return sum(bits_per_element(layer, heads, width, length) for layer in layers) / len(layers)
+
+
+def _wants_gradient(key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
 
 
 class QuantizedLayer(CacheLayerMixin):
@@ -98,10 +101,10 @@ class QuantizedLayer(CacheLayerMixin):
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
-    ) -> tuple[Codes | Segments | torch.Tensor, Codes | Segments | torch.Tensor]:
+    ) -> tuple[Codes | Segments, Codes | Segments]:
         """Encode and append new `[B, G, S, D]` states; return handles to all codes, for the attention function.
 
-        With `prefill="float"` the first call returns the states themselves, and only later ones the codes.
+        With `prefill="float"` the first call hands out the states themselves, and only later ones the codes.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -109,8 +112,11 @@ class QuantizedLayer(CacheLayerMixin):
         keys = self.key_store.append(self._prepared_key(key_states))
         values = self.value_store.append(self._prepared_value(value_states))
         if is_first and self.scheme.prefill == "float":
-            return key_states, value_states
-        return self._handles(keys, values)
+            keys, values = Codes(key_states), Codes(value_states)
+        else:
+            keys, values = self._handles(keys, values)
+        keys.wants_gradient = _wants_gradient(key_states, value_states)
+        return keys, values
 
     def _prepared_key(self, states: torch.Tensor) -> torch.Tensor:
         """K as it is stored: without its mean and rotated, where the scheme says so."""
@@ -215,7 +221,7 @@ class StaticQuantizedLayer(QuantizedLayer):
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
-    ) -> tuple[Codes | Segments | torch.Tensor, Codes | Segments | torch.Tensor]:
+    ) -> tuple[Codes | Segments, Codes | Segments]:
         """Encode and append new `[B, G, S, D]` states; return handles to the whole storage with its length."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -223,10 +229,13 @@ class StaticQuantizedLayer(QuantizedLayer):
         self.value_store.write(self._prepared_value(value_states), self.cumulative_length)
         self.cumulative_length.add_(key_states.shape[2])
         is_first, self.is_first = self.is_first, False
-        if is_first and self.scheme.prefill == "float":
-            return key_states, value_states
         length = self.cumulative_length
-        return self._handles(self.key_store.codes(length), self.value_store.codes(length))
+        if is_first and self.scheme.prefill == "float":
+            keys, values = Codes(key_states), Codes(value_states)
+        else:
+            keys, values = self._handles(self.key_store.codes(length), self.value_store.codes(length))
+        keys.wants_gradient = _wants_gradient(key_states, value_states)
+        return keys, values
 
     def get_seq_length(self) -> int | torch.Tensor:
         """Number of tokens stored, on the device."""
@@ -312,6 +321,3 @@ class QuantizedCache(Cache):
     def nbytes(self) -> int:
         """Bytes allocated for codes and dynamic scales, unused capacity included."""
         return sum(layer.key_store.nbytes() + layer.value_store.nbytes() for layer in self.layers)
-
-
-register_attention()

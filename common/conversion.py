@@ -16,6 +16,7 @@ from .cache import QuantizedCache
 from .checkpoints.ascend import TensorHeader, attention_modules, in_file_order, scale_tensors
 from .checkpoints.buffers import read_scales
 from .checkpoints.shards import SAFETENSORS_DTYPES, header_of
+from .compatibility import cache_argument
 from .evaluate import Comparison, Fidelity
 from .input_range import outlier_score
 from .layerwise import MOST_LOGITS, LayerwiseModel, assign_state, layer_arguments, with_real_rotary
@@ -238,7 +239,8 @@ class Conversion:
                 break
             tokens += state.shape[1]
             cache = QuantizedCache(self._config, scheme, scales=stored)
-            arguments = layer_arguments(self.quantized, state, attention_mask=mask, past_key_values=cache)
+            given = {cache_argument(self.quantized.base_model): cache}
+            arguments = layer_arguments(self.quantized, state, attention_mask=mask, **given)
             outputs.append(layer(state, **arguments[index]))
         return outputs
 

@@ -12,7 +12,6 @@ B batch, Q query tokens, H query heads, G KV heads, D head_dim, P positions.
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,13 +19,13 @@ import torch
 from torch import nn
 
 from ..ops.library import NAMESPACE
+from .attention import register_attention
 from .checkpoints.ascend import attention_modules
-from .errors import OctavoError
+from .errors import OctavoError, first_line
+from .handles import FOLD, PositionTerms
 from .linear import FoldableLinear, QuantizedLinear
 from .scheme import Scheme
 
-FOLD = "octavo_fold"
-"""Attribute of an attention module whose biases are folded."""
 STEADY_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Those whose angles do not change as a sequence grows."""
 SMALLEST_TABLE = 2048
@@ -71,29 +70,6 @@ class RotaryTable:
                 )
             self._checked, self._needed = position_ids, int(last.max()) + 1
         return max(self._needed, tokens)
-
-
-@dataclass(frozen=True)
-class PositionTerms:
-    """The part of the scores that depends on a query and the position of a key, as the attention op takes it.
-
-    Attributes:
-        query: `[B, H, Q, E]` float32.
-        table: `[P, E]` float32, by position.
-        start: int64 `[B or 1]`: position of the first stored token of each sequence.
-    """
-
-    query: torch.Tensor
-    table: torch.Tensor
-    start: torch.Tensor
-
-    def part(self, first: int, last: int, slot: int) -> "PositionTerms":
-        """Of queries `first:last` and keys from `slot` on."""
-        return PositionTerms(self.query[:, :, first:last], self.table, self.start + slot)
-
-    def arguments(self) -> dict[str, torch.Tensor]:
-        """Keyword arguments of the op."""
-        return {"position_query": self.query, "position_table": self.table, "position_start": self.start}
 
 
 def large_key_bias(linear: nn.Module, norm: nn.Module | None, width: int) -> torch.Tensor:
@@ -266,24 +242,50 @@ def fold_biases(model: nn.Module, scheme: Scheme | None = None, has_keys: bool =
     return count
 
 
-def prepare(model: nn.Module) -> nn.Module:
-    """Make a stock model of transformers ready for a `QuantizedCache`: its attention reads codes, biases are folded.
-
-    A bias of k or v that cannot be folded stays in the cache, and a warning says so.
-
-    Raises:
-        OctavoError: see `fold_biases`.
-    """
-    model.set_attn_implementation(NAMESPACE)
-    fold_biases(model, has_keys=_turns_halves(model))
-    for name, attention in attention_modules(model):
+def _bias_left_in(model: nn.Module) -> str | None:
+    """The first projection whose bias goes into the cache, by name; None if there is none."""
+    attentions = attention_modules(model)
+    for name, attention in attentions:
         for part in ("k_proj", "v_proj"):
             linear = getattr(attention, part)
             if getattr(linear, "bias", None) is not None and not getattr(linear, "folds_bias", False):
-                warnings.warn(
-                    f"{name}.{part}: the bias of a {type(linear).__name__} stays in the cache, where it may cost much; "
-                    "schemes whose K is per channel, as octavo-8 and octavo-4, bear it best",
-                    stacklevel=2,
-                )
-                return model
+                return f"{name}.{part}"
+    if attentions:
+        return None
+    fused = [f"{name}.{child}" for name, module in model.named_modules() if hasattr(module, "layer_idx")
+             for child, linear in module.named_children() if getattr(linear, "bias", None) is not None
+             and "norm" not in child]  # fmt: skip
+    return next(iter(fused), None)
+
+
+def prepare(model: nn.Module) -> nn.Module:
+    """Make a stock model of transformers ready for a `QuantizedCache`: its attention reads codes, biases are folded.
+
+    A bias of k or v that cannot be folded stays in the cache, and a warning says so; so does that of a projection
+    which makes q, k and v in one.
+
+    Raises:
+        OctavoError: the model's attention is its own and not transformers' `AttentionInterface`; see `fold_biases`.
+    """
+    register_attention()
+    try:
+        model.set_attn_implementation(NAMESPACE)
+    except (ValueError, AttributeError) as error:
+        raise OctavoError(f"{type(model).__name__} is not served: {first_line(error)}") from None
+    decoder = model.base_model
+    if decoder.config.get_text_config(decoder=True)._attn_implementation != NAMESPACE:
+        raise OctavoError(
+            f"{type(model).__name__} is not served: its attention is its own code and not that of transformers' "
+            "AttentionInterface, so that it cannot read codes"
+        )
+    if attention_modules(model):
+        fold_biases(model, has_keys=_turns_halves(model))
+    left = _bias_left_in(model)
+    if left is not None:
+        kind = type(model.get_submodule(left)).__name__
+        warnings.warn(
+            f"{left}: the bias of a {kind} stays in the cache, where it may cost much; "
+            "schemes whose K is per channel, as octavo-8 and octavo-4, bear it best",
+            stacklevel=2,
+        )
     return model

@@ -1,4 +1,4 @@
-"""What the cache hands to attention in place of K or V: codes, and segments of codes and of floats.
+"""What attention is handed: in place of K or V codes, or segments of codes and of floats; and terms by position.
 
 B batch, G KV heads, S tokens, D head_dim. Slots count the tokens of a sequence from 0, padding included.
 """
@@ -13,6 +13,8 @@ import torch
 
 from ..ops.library import NAMESPACE
 
+FOLD = "octavo_fold"
+"""Attribute of an attention module whose biases are folded (`folds.py`)."""
 NO_TENSOR = (
     "a quantized cache hands out codes, which have no {!r}; call octavo.common.folds.prepare(model) first, or "
     f"model.set_attn_implementation({NAMESPACE!r}), which leaves biases of k in the cache"
@@ -33,6 +35,7 @@ class Codes:
         rotated: whether the values are rotated by `hadamard`.
         folded: whether the values have to be without the bias of their projection; None where either serves.
         before_rope: whether K is stored as it was before RoPE, by slots, which padding at the left would shift.
+        wants_gradient: whether the states of this pass require a gradient, which codes do not pass on.
     """
 
     codes: torch.Tensor
@@ -45,6 +48,7 @@ class Codes:
     rotated: bool = False
     folded: bool | None = None
     before_rope: bool = False
+    wants_gradient: bool = False
 
     def __getattr__(self, name: str) -> Any:
         """What another attention function runs into when it takes codes for a tensor."""
@@ -72,7 +76,7 @@ class Segments:
         tail: `[B, G, *, D]`, in float, up to the newest token: all that were before this pass, and this pass's.
         total: tokens stored.
         coded: of a number of tokens, those behind the front that are codes once so many are stored.
-        rotated, folded: as in `Codes`.
+        rotated, folded, wants_gradient: as in `Codes`.
     """
 
     front: torch.Tensor | None
@@ -82,6 +86,7 @@ class Segments:
     coded: Callable[[int], int]
     rotated: bool = False
     folded: bool | None = None
+    wants_gradient: bool = False
 
     def __getattr__(self, name: str) -> Any:
         """As in `Codes`."""
@@ -121,6 +126,29 @@ def as_segments(handle: Codes | Segments) -> Segments:
         return handle
     total = handle.codes.shape[2]
     return Segments(None, handle, handle.codes[:, :, :0], total, lambda _: total, handle.rotated, handle.folded)
+
+
+@dataclass(frozen=True)
+class PositionTerms:
+    """The part of the scores that depends on a query and the position of a key, as the attention op takes it.
+
+    Attributes:
+        query: `[B, H, Q, E]` float32.
+        table: `[P, E]` float32, by position.
+        start: int64 `[B or 1]`: position of the first stored token of each sequence.
+    """
+
+    query: torch.Tensor
+    table: torch.Tensor
+    start: torch.Tensor
+
+    def part(self, first: int, last: int, slot: int) -> "PositionTerms":
+        """Of queries `first:last` and keys from `slot` on."""
+        return PositionTerms(self.query[:, :, first:last], self.table, self.start + slot)
+
+    def arguments(self) -> dict[str, torch.Tensor]:
+        """Keyword arguments of the op."""
+        return {"position_query": self.query, "position_table": self.table, "position_start": self.start}
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from ..ops import linear_fp8, linear_w8a8, linear_w8a8_dynamic, linear_weight_on
 from ..ops.codes import expand_scale, from_codes
 from ..ops.linear.reference import WEIGHT_BLOCK
 from .errors import OctavoError
+from .gradients import refuse_gradient
 from .linear_scheme import FP8, FP8_DYNAMIC, FP8_LABELS, W4A16, W8A8, W8A8_DYNAMIC, W8A8_MIXED, W8A16, WEIGHT_ONLY
 
 CHANNELS_PER_OUTLIER = 64
@@ -87,6 +88,13 @@ class QuantizedLinear(FoldableBias, nn.Module):
             if name not in self.OF_MODEL and getattr(self, name).dtype != before[name].dtype:
                 setattr(self, name, before[name].to(getattr(self, name).device))
         return self
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """As of any module; a backward pass is refused, since codes pass no gradient on."""
+        output = super().__call__(x)
+        if torch.is_grad_enabled() and x.requires_grad:
+            output = refuse_gradient(output, x, f"a {self.LABEL} linear")
+        return output
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._forget()

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from .checkpoints.ascend import (
     weight_file_names,
 )
 from .checkpoints.buffers import attach_buffers, read_scales
+from .compatibility import cache_argument, check_stand_in, parameter_names, take_cache, without_cache
 from .errors import OctavoError
 from .folds import fold_biases
 from .linear import QuantizedLinear
@@ -36,6 +38,14 @@ FREE_FIELDS = ("name", "origin", "prefill")
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _STATIC_CACHES = ("static", "offloaded_static")
 _GROWING_CACHES = (None, "dynamic", "offloaded")
+_NO_PAGES = (
+    "continuous batching keeps pages of float keys and values, and this model's cache is quantized; call generate with "
+    "a batch that is padded at the left"
+)
+_NO_ADAPTERS = (
+    "adapters are not served on quantized linears: merge the adapter into the float model (PEFT's merge_and_unload), "
+    "save that, and convert it"
+)
 
 
 def _weight_files(index: Path, find: Any) -> list[Path]:
@@ -109,6 +119,17 @@ def _new_cache(decoder: torch.nn.Module, **arguments: Any) -> QuantizedCache:
     return QuantizedCache(decoder.config, scheme, scales=read_scales(decoder, scheme), **arguments)
 
 
+def _starts_anew(arguments: dict[str, Any]) -> bool:
+    """Whether positions say that several sequences lie behind one another, as transformers finds it out.
+
+    It does so in passes without a cache and without a mask, which those that are given one of ours are no longer.
+    """
+    positions = arguments.get("position_ids")
+    if positions is None or arguments.get("attention_mask") is not None or torch.compiler.is_compiling():
+        return False
+    return bool((positions.diff(dim=-1) != 1).any())
+
+
 def _provide_cache(decoder: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
     """Every pass reads codes: give one without a cache a new one, and refuse what cannot read or store codes."""
     if decoder.config._attn_implementation != NAMESPACE:
@@ -116,19 +137,25 @@ def _provide_cache(decoder: torch.nn.Module, args: tuple, kwargs: dict[str, Any]
             f"attn_implementation {decoder.config._attn_implementation!r} cannot read a quantized cache; "
             f"call set_attn_implementation({NAMESPACE!r})"
         )
-    cache = kwargs.get("past_key_values")
+    name = decoder.octavo_cache_argument
+    arguments = {**dict(zip(decoder.octavo_parameters, args, strict=False)), **kwargs}
+    cache = take_cache(arguments)
     if cache is None:
-        kwargs["past_key_values"] = _new_cache(decoder)
+        if _starts_anew(arguments):
+            raise OctavoError(
+                "position_ids start anew within a row, as of packed sequences, which a quantized cache does not keep "
+                "apart: give the sequences as rows of a batch, padded, with attention_mask"
+            )
+        cache = _new_cache(decoder)
     elif not hasattr(cache, "scheme"):
-        raise OctavoError(f"past_key_values is a {type(cache).__name__}; pass model.new_cache() or leave it out")
-    return args, kwargs
+        raise OctavoError(f"{name} is a {type(cache).__name__}; pass model.new_cache() or leave it out")
+    return (), {**arguments, name: cache}
 
 
 def _withdraw_cache(decoder: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
     """Do not hand out a cache that the caller said it does not want."""
-    if kwargs.get("use_cache") is False and hasattr(output, "past_key_values"):
-        output.past_key_values = None
-    return output
+    is_unwanted = kwargs.get("use_cache") is False
+    return without_cache(output, kwargs[decoder.octavo_cache_argument]) if is_unwanted else output
 
 
 def _check_loaded(source: str, model: torch.nn.Module) -> None:
@@ -139,6 +166,27 @@ def _check_loaded(source: str, model: torch.nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1 and not parameter.is_meta and not torch.isfinite(parameter).all():
             raise OctavoError(f"{source}: {name} holds NaN or Inf; copy the directory again or convert again")
+
+
+@lru_cache
+def check_transformers(model_class: type) -> None:
+    """Raise an `OctavoError` unless this transformers hands the decoder of a model the cache that stores codes.
+
+    A model of random weights, as small as they come, makes one pass; it is known then for the life of the process.
+    """
+    layers, tokens = 1, 3
+    config = model_class.config_class(
+        vocab_size=8,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        pad_token_id=None,
+    )
+    config.octavo = {"scheme": "int8-token"}
+    check_stand_in(lambda: model_class(config), layers, tokens)
 
 
 class QuantizedCausalLM:
@@ -160,9 +208,11 @@ class QuantizedCausalLM:
         attach_buffers(self, self.scheme, recipe)
         if self.scheme.is_quantized:
             fold_biases(self, self.scheme)
-        self.base_model.octavo_scheme = self.scheme
-        self.base_model.register_forward_pre_hook(_provide_cache, with_kwargs=True)
-        self.base_model.register_forward_hook(_withdraw_cache, with_kwargs=True)
+        decoder = self.base_model
+        decoder.octavo_scheme = self.scheme
+        decoder.octavo_parameters, decoder.octavo_cache_argument = parameter_names(decoder), cache_argument(decoder)
+        decoder.register_forward_pre_hook(_provide_cache, with_kwargs=True)
+        decoder.register_forward_hook(_withdraw_cache, with_kwargs=True)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *args: Any, config: Any = None, **kwargs: Any) -> Any:
@@ -177,6 +227,7 @@ class QuantizedCausalLM:
         if not isinstance(config, cls.config_class):
             raise OctavoError(f"{source}: model_type is {config.model_type!r}, not {cls.config_class.model_type!r}")
         describe_checkpoint(config, str(source), cls._tied_weights_keys or (), hub_arguments)
+        check_transformers(cls)
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs["ignore_mismatched_sizes"] = True  # reported below, by name
         model, info = super().from_pretrained(source, *args, config=config, output_loading_info=True, **kwargs)
@@ -203,7 +254,8 @@ class QuantizedCausalLM:
         self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch_size: int, max_length: int
     ) -> None:
         """`generate` uses the quantized cache by default; `cache_implementation` chooses its storage."""
-        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+        name = cache_argument(self)
+        if model_kwargs.get(name) is not None or generation_config.use_cache is False:
             return super()._prepare_cache_for_generation(generation_config, model_kwargs, mode, batch_size, max_length)
         kind = generation_config.cache_implementation
         if kind not in _STATIC_CACHES + _GROWING_CACHES:
@@ -212,5 +264,21 @@ class QuantizedCausalLM:
         offloading = bool(kind) and "offloaded" in kind
         # generate compiles the steps over such a cache where that pays, which transformers says is on CUDA
         compileable = kind == "static" and self.device.type == "cuda" and self.scheme.is_compileable
-        model_kwargs["past_key_values"] = self.new_cache(length, offloading, compileable)
+        model_kwargs[name] = self.new_cache(length, offloading, compileable)
         return None
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Not served: raises an `OctavoError` that says what to do instead."""
+        raise OctavoError(_NO_PAGES)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Not served, as `generate_batch`."""
+        raise OctavoError(_NO_PAGES)
+
+    def add_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Not served: raises an `OctavoError` that says what to do instead."""
+        raise OctavoError(_NO_ADAPTERS)
+
+    def load_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Not served, as `add_adapter`."""
+        raise OctavoError(_NO_ADAPTERS)

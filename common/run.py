@@ -12,6 +12,7 @@ from transformers import TextStreamer
 
 from .architecture import Architecture
 from .cache import kv_bytes_per_token
+from .compatibility import cache_argument
 from .errors import OctavoError, first_line
 from .flags import DEVICES, OneLineParser, run_script
 from .scheme import load_scheme
@@ -78,7 +79,7 @@ def _generate(model: Any, tokenizer: Any, ids: torch.Tensor, cache: Any, flags: 
     result = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
+        **{cache_argument(model): cache},
         max_new_tokens=flags.max_new_tokens,
         do_sample=flags.do_sample,
         streamer=streamer,

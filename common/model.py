@@ -267,6 +267,15 @@ class QuantizedCausalLM:
         model_kwargs[name] = self.new_cache(length, offloading, compileable)
         return None
 
+    @property
+    def peft_config(self) -> Any:
+        """Adapters, of which there are none; PEFT sets it when it has put some in, which raises an `OctavoError`."""
+        raise AttributeError("peft_config")
+
+    @peft_config.setter
+    def peft_config(self, adapters: Any) -> None:
+        raise OctavoError(_NO_ADAPTERS)
+
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Not served: raises an `OctavoError` that says what to do instead."""
         raise OctavoError(_NO_PAGES)

@@ -28,7 +28,7 @@ KEY, VALUE = (torch.randn((2, 2, 11, 16), generator=GENERATOR) for _ in range(2)
 
 
 def attend(**changes: Any) -> torch.Tensor:
-    arguments = {"query": QUERY, "key": KEY, "value": VALUE, "attention_mask": None, **changes}
+    arguments = {"query": QUERY, "key": Codes(KEY), "value": Codes(VALUE), "attention_mask": None, **changes}
     return quantized_attention(torch.nn.Module().eval(), **arguments)[0]
 
 
@@ -40,10 +40,16 @@ def sdpa(mask: torch.Tensor | None, **arguments: Any) -> torch.Tensor:
 CAUSAL = torch.ones(6, 11, dtype=torch.bool).tril(5)
 
 
-def test_plain_tensors_are_attended_to_as_they_are() -> None:
+def test_values_that_are_stored_in_float_are_attended_to_as_they_are() -> None:
     torch.testing.assert_close(attend(), sdpa(CAUSAL))
     torch.testing.assert_close(attend(is_causal=False), sdpa(None))
     torch.testing.assert_close(attend(scaling=0.5), sdpa(CAUSAL, scale=0.5))
+
+
+def test_causal_attention_over_what_is_no_cache_of_codes_is_refused() -> None:
+    with pytest.raises(OctavoError, match="not the codes of a QuantizedCache: pass cache="):
+        attend(key=KEY, value=VALUE)
+    torch.testing.assert_close(attend(key=KEY, value=VALUE, is_causal=False), sdpa(None))  # of an encoder
 
 
 def test_masks_may_be_longer_than_the_keys_as_static_caches_make_them() -> None:
@@ -61,8 +67,8 @@ def test_codes_stand_for_code_less_zero_times_scale() -> None:
     scale, zero = torch.rand((2, 1, 16), generator=generator) / 50, torch.randint(-9, 9, (2, 1, 16)).float()
     decoded = (codes.float() - zero) * scale
     handle = Codes(codes, scale, zero)
-    torch.testing.assert_close(attend(key=handle), attend(key=decoded), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(attend(value=handle), attend(value=decoded), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(attend(key=handle), attend(key=Codes(decoded)), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(attend(value=handle), attend(value=Codes(decoded)), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(attend(key=handle), attend(key=Codes(codes, scale)), atol=1e-4, rtol=0)  # softmax
     assert (attend(value=handle) - attend(value=Codes(codes, scale))).abs().max() > 1e-3
 

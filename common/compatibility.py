@@ -56,9 +56,7 @@ def take_cache(arguments: dict[str, Any]) -> Any:
     given = [arguments.pop(name, None) for name in CACHE_ARGUMENTS]
     found = [cache for cache in given if cache is not None]
     if len(found) > 1:
-        raise OctavoError(
-            "both cache and past_key_values are given; past_key_values is the old name of cache: give one"
-        )
+        raise OctavoError("cache and past_key_values are both given, the new name and the old one: give one")
     return found[0] if found else None
 
 

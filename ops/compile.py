@@ -3,27 +3,42 @@
 Environment variables:
     OCTAVO_KERNELS=reference   compile nothing; the references serve.
     OCTAVO_CACHE=DIR           where compiled kernels are kept, instead of `~/.cache/octavo/kernels`; where that cannot
-                               be written, a folder of the user's own under the system's temporary one serves.
+                               be written, or others than the user and root can write it, a folder of the user's own
+                               under the system's temporary one serves.
     CC=COMMAND                 the C compiler, instead of the first of cc, gcc and clang.
+    OCTAVO_CFLAGS=FLAGS        more flags for it, behind those below; kernels of other flags are other files. With
+                               sanitizers, which must be in the process before Python is:
+
+        OCTAVO_CFLAGS="-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
+        LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)" \
+        ASAN_OPTIONS=detect_leaks=0 python ...
 """
 
 import contextlib
 import ctypes
 import errno
+import functools
 import hashlib
 import os
 import platform
 import shlex
 import shutil
-import stat
 import subprocess
-import tempfile
 import threading
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from .private_cache import (
+    ForeignFolder,
+    cache_folders,
+    discard_library,
+    find_library,
+    keep_library,
+    new_scratch,
+    private_folder,
+)
 from .resources import resource
 
 BASE_FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=fast", "-Wno-psabi")
@@ -32,6 +47,7 @@ TUNING = (("-march=native", "-fopenmp"), ("-fopenmp",), ("-march=native",), ())
 
 _COMPILE_LOCK = threading.Lock()
 _ALL_KERNELS: "list[CKernel]" = []
+_WARNING_LOCK = threading.Lock()
 _WARNED: set[str] = set()
 
 
@@ -50,48 +66,6 @@ def find_compiler() -> list[str]:
     )
 
 
-def _user() -> int:
-    return os.getuid() if hasattr(os, "getuid") else 0
-
-
-def cache_folders() -> list[Path]:
-    """Where compiled kernels are looked for, and kept in the first that can be written."""
-    chosen = os.environ.get("OCTAVO_CACHE")
-    folders = [Path(chosen)] if chosen else []
-    if not chosen:
-        with contextlib.suppress(RuntimeError):  # a user without a home
-            folders.append(Path("~/.cache/octavo/kernels").expanduser())
-    temporary = _temporary_folder()
-    return folders if temporary is None else [*folders, temporary / f"octavo-kernels-{_user()}"]
-
-
-def _temporary_folder() -> Path | None:
-    """The system's temporary folder; None where no such folder can be written."""
-    try:
-        return Path(tempfile.gettempdir())
-    except FileNotFoundError:
-        return None
-
-
-def _scratch_in(folder: Path) -> tempfile.TemporaryDirectory:
-    """A new directory in a cache folder, which is made if missing.
-
-    Raises:
-        OSError: it cannot be written, or somebody else can write it too and could put a library of theirs there.
-    """
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _check_owner(folder)
-    return tempfile.TemporaryDirectory(dir=folder, prefix=".")
-
-
-def _check_owner(folder: Path) -> None:
-    """Raise OSError for a folder under the temporary one, a name that anybody can take, that is not ours alone."""
-    if folder.parent == _temporary_folder() and hasattr(os, "getuid"):
-        state = folder.lstat()
-        if not stat.S_ISDIR(state.st_mode) or state.st_uid != _user() or state.st_mode & 0o022:
-            raise OSError(errno.EPERM, "belongs to somebody else", str(folder))
-
-
 def _cpu_model() -> str:
     """What -march=native depends on: the model and the features of the first core."""
     try:
@@ -104,52 +78,105 @@ def _cpu_model() -> str:
 
 def _run(command: list[str], temporary: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run a compiler, which keeps what it needs for a moment in `temporary`, or else where the system says."""
-    environment = None if temporary is None else {**os.environ, "TMPDIR": str(temporary)}
+    environment = {**os.environ, "LC_ALL": "C", **({} if temporary is None else {"TMPDIR": str(temporary)})}
+    mask = {"umask": 0o077} if os.name == "posix" else {}  # with the user's own, files might not be readable
     try:
         return subprocess.run(
-            command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300, env=environment
+            command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300, env=environment, **mask
         )
     except (OSError, subprocess.SubprocessError) as error:
         raise CompileError(f"{command[0]}: {error}") from None
 
 
-def compile_shared(name: str, source: str) -> Path:
+@functools.cache
+def _version_of(compiler: tuple[str, ...]) -> str:
+    return _run([*compiler, "--version"]).stdout
+
+
+def _more_flags() -> list[str]:
+    return shlex.split(os.environ.get("OCTAVO_CFLAGS", ""))
+
+
+def _stem_of(name: str, source: str, compiler: list[str]) -> str:
+    """The name of a kernel in the cache: what it is compiled from, by what and for what."""
+    version = _version_of(tuple(compiler))
+    flags = (*BASE_FLAGS, repr(TUNING), *_more_flags())
+    identity = "\0".join((source, *compiler, version, *flags, platform.machine(), _cpu_model()))
+    return f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:20]}"
+
+
+def _private_folders(problems: list[str]) -> list[Path]:
+    """The cache folders that can be trusted; of the others, what is wrong is added to `problems`."""
+    folders = []
+    for folder in cache_folders():
+        try:
+            folders.append(private_folder(folder))
+        except ForeignFolder as error:
+            problems.append(f"cannot write {folder}: {error.strerror}")
+            _warn_once(
+                f"compiled kernels are not kept in {folder}, since {error.strerror}; set OCTAVO_CACHE to a folder of "
+                "your own"
+            )
+        except OSError as error:
+            problems.append(f"cannot write {folder}: {error.strerror}")
+    return folders
+
+
+def compile_shared(name: str, source: str, refused: Path | None = None) -> Path:
     """Path of the shared library of a C source, out of the cache or compiled now.
 
     Safe beside other processes that do the same: each compiles into a file of its own and moves it into place at once.
+
+    Args:
+        refused: a library of the cache that is of no use.
+
+    Raises:
+        CompileError: no compiler, one that fails, or no folder that can be written.
     """
-    compiler = find_compiler()
-    version = _run([*compiler, "--version"]).stdout
-    identity = "\0".join((source, *compiler, version, *BASE_FLAGS, repr(TUNING), platform.machine(), _cpu_model()))
-    file_name = f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:20]}.so"
-    unwritable = ""
-    for folder in cache_folders():
+    compiler, problems = find_compiler(), []
+    stem, folders = _stem_of(name, source, compiler), _private_folders(problems)
+    for folder in folders:
+        found = find_library(folder, stem)
+        if found not in (None, refused):
+            return found
+    for folder in folders:
         try:
-            if (folder / file_name).is_file():
-                _check_owner(folder)
-                return folder / file_name
-            scratch = _scratch_in(folder)
+            with new_scratch(folder) as scratch:
+                return keep_library(_built(compiler, source, Path(scratch) / f"{name}.so"), folder, stem)
         except OSError as error:
-            unwritable = unwritable or f"cannot write {folder}: {error.strerror}"
-            continue
-        with scratch:
-            built = _built(compiler, source, Path(scratch.name) / file_name)
-            return built.replace(folder / file_name)
-    raise CompileError(unwritable or "there is no home and no temporary folder to compile in; set OCTAVO_CACHE")
+            problems.append(f"cannot write {folder}: {error.strerror}")
+    raise CompileError((*problems, "there is no home and no temporary folder to compile in; set OCTAVO_CACHE")[0])
 
 
 def _built(compiler: list[str], source: str, library: Path) -> Path:
-    """The library, compiled with the best flags that the compiler takes from its source, which is put beside it."""
+    """The library, compiled with the best flags that the compiler takes from its source, which is put beside it.
+
+    Raises:
+        OSError: there is no room for it.
+        CompileError: the compiler fails.
+    """
     file = library.with_suffix(".c")
     file.write_text(source, encoding="utf-8")
     first_error = ""
     for tuning in TUNING:
-        result = _run([*compiler, *BASE_FLAGS, *tuning, "-o", str(library), str(file), "-lm"], library.parent)
+        command = [*compiler, *BASE_FLAGS, *tuning, *_more_flags(), "-o", str(library), str(file), "-lm"]
+        result = _run(command, library.parent)
         if result.returncode == 0:
             return library
+        for code in (errno.ENOSPC, errno.EDQUOT):
+            if os.strerror(code) in result.stderr:
+                raise OSError(code, os.strerror(code), str(library.parent))
         lines = [line for line in result.stderr.splitlines() if "error" in line] or result.stderr.splitlines()
         first_error = first_error or (lines[0].strip() if lines else f"exit status {result.returncode}")
     raise CompileError(f"{shlex.join(compiler)} failed: {first_error}")
+
+
+def _warn_once(text: str) -> None:
+    with _WARNING_LOCK:
+        if text in _WARNED:
+            return
+        _WARNED.add(text)
+    warnings.warn(f"octavo: {text}", RuntimeWarning, stacklevel=2)
 
 
 def _compile_all() -> None:
@@ -200,20 +227,27 @@ class CKernel:
             self.failure = "OCTAVO_KERNELS=reference"
             return {}
         try:
-            _compile_all()
-            library = ctypes.CDLL(str(compile_shared(self.name, self.source())))
-        except (CompileError, OSError) as error:
+            return self._opened()
+        except (CompileError, OSError, AttributeError) as error:
             self.failure = str(error)
-            if self.failure not in _WARNED:
-                _WARNED.add(self.failure)
-                warnings.warn(
-                    "octavo: the C kernels of the CPU could not be built and the PyTorch references run instead, "
-                    f"slower; install gcc or clang, or set CC ({self.failure})",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
+            _warn_once(
+                "the C kernels of the CPU could not be built and the PyTorch references run instead, "
+                f"slower; install gcc or clang, or set CC ({self.failure})"
+            )
             return {}
-        loaded = {}
+
+    def _opened(self) -> dict[str, Callable[[bytes], int]]:
+        """The functions of the library; one that cannot be loaded, of another system perhaps, is compiled again."""
+        _compile_all()
+        library = compile_shared(self.name, self.source())
+        try:
+            return self._functions_of(library)
+        except (OSError, AttributeError):
+            discard_library(library)
+        return self._functions_of(compile_shared(self.name, self.source(), refused=library))
+
+    def _functions_of(self, path: Path) -> dict[str, Callable[[bytes], int]]:
+        library, loaded = ctypes.CDLL(str(path)), {}
         for function in self.functions:
             entry = getattr(library, function)
             entry.argtypes, entry.restype = [ctypes.c_char_p], ctypes.c_int

@@ -142,6 +142,14 @@ def quantize_static(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | N
     return codes.view(moved.shape).permute(inverse)
 
 
+def position_in_storage(position: torch.Tensor | None, tokens: int, storage: torch.Tensor) -> torch.Tensor | None:
+    """A position from which so many tokens fit: itself, if it is one, and otherwise the nearest.
+
+    No document says what scatter_update_ makes of others, and to refuse them would wait for the device.
+    """
+    return None if position is None else position.clamp(0, storage.shape[2] - tokens)
+
+
 def write_tokens(storage: torch.Tensor, part: torch.Tensor, position: torch.Tensor | None) -> None:
     """Copy `[B, G, S, *]` over `storage`: over all of it, or by scatter_update_ from the token `position` on.
 

@@ -5,6 +5,7 @@
  * block of keys, and a second pass merges the chunks. */
 
 enum { KEY_BLOCK = 192, MAX_ROWS = 192, DIRECT_ROWS = 8, GROUPED_ROWS = 64, MIN_CHUNK = 512 };
+enum { LARGEST_COUNT = 1 << 29 }; /* of ops/attention/arguments.py: no sum of lengths, windows and positions wraps */
 enum { MASK_NONE = 0, MASK_BOOL = 1, MASK_FLOAT = 2 };
 
 /* How the codes of K or V are multiplied: straight from memory, as whole numbers, or decoded into a tile of floats for
@@ -133,11 +134,15 @@ OUTLINE void load_tokens(const Part *part, int64_t b, int64_t g, int64_t start, 
     memset(to + keys, 0, sizeof(float) * (size_t)(KEY_BLOCK - keys));
 }
 
+INLINE int64_t bounded(int64_t count) {
+    return count < -LARGEST_COUNT ? -LARGEST_COUNT : count > LARGEST_COUNT ? LARGEST_COUNT : count;
+}
+
 /* Tokens in use of one sequence, as the caller says: may exceed those stored. */
 static int64_t length_of(const AttentionArguments *a, int64_t b) {
     if (!a->length) return a->keys;
     int64_t at = b * a->length_stride;
-    return a->length_bytes == 4 ? ((const int32_t *)a->length)[at] : ((const int64_t *)a->length)[at];
+    return bounded(a->length_bytes == 4 ? ((const int32_t *)a->length)[at] : ((const int64_t *)a->length)[at]);
 }
 
 /* Keys that a query sees, masks aside. */
@@ -146,7 +151,7 @@ static Range keys_of(const AttentionArguments *a, int64_t b, int64_t query) {
     Range seen = {0, clamped(length, a->keys)};
     if (a->causal && !a->mask) {
         seen.to = clamped(newest + 1, seen.to);
-        if (a->window) seen.from = clamped(newest - a->window + 1, seen.to);
+        if (a->window) seen.from = clamped(newest - bounded(a->window) + 1, seen.to);
     }
     return seen;
 }
@@ -423,7 +428,7 @@ static void panel_scores(const float *q, int64_t padded, int64_t depth, const fl
 static Rows position_rows(const AttentionArguments *a, int64_t b, int64_t start, int64_t keys, int64_t padded,
                           float *tile) {
     const Position *position = &a->position;
-    int64_t first = ((const int64_t *)position->start)[b * position->start_stride] + start;
+    int64_t first = bounded(((const int64_t *)position->start)[b * position->start_stride]) + start;
     const float *table = (const float *)position->table;
     if (first >= 0 && first <= position->rows - keys && position->width == padded && position->row_stride == padded)
         return (Rows){(const char *)(table + first * padded), padded * 4, padded};

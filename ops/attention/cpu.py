@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 
-from ..codes import FP8_DTYPES, code_width
+from ..codes import FP8_DTYPES
 from ..compile import CKernel
-from ..operands import KINDS, broadcast_strides
-from .reference import attention_lse_reference, attention_reference, has_position_scores, quantized_query
+from ..operands import KINDS, broadcast_strides, part_strides
+from .arguments import check_attention, check_operands, check_query_scale, has_position_scores
+from .reference import attention_lse_reference, attention_reference, quantized_query
 
 ATTENTION_KERNEL = CKernel(
     "attention",
@@ -40,21 +41,16 @@ def _last_contiguous(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _packed_part(
-    part: torch.Tensor | None, codes: torch.Tensor, width: int, group: int
+    name: str, part: torch.Tensor | None, shape: tuple[int, int, int, int], group: int
 ) -> tuple[torch.Tensor | None, tuple[int, ...]]:
-    """A scale or zero of codes `[B, G, S, *]` of `width` values as the kernel reads it, and its fields there."""
+    """A scale or zero of codes of a shape `[B, G, S, D]` as the kernel reads it, and its fields there."""
     if part is None:
         return None, _NO_PART
+    rows, columns, strides = part_strides(name, part, shape, group)
     if part.dtype not in _PART_KINDS:
         part = part.float()
-    batch, groups, keys = codes.shape[:3]
-    rows, columns = (1, 1, *part.shape)[-2:]
-    if not columns or width % columns or (rows != 1 and rows != -(-keys // group)):
-        raise ValueError(
-            f"a scale {tuple(part.shape)} does not belong to {keys} tokens in groups of {group} and {width} channels"
-        )
-    strides = broadcast_strides(part, (batch, groups, rows, columns))
-    return part, (part.data_ptr(), _PART_KINDS[part.dtype], rows != 1, group, width // columns, *strides)
+        strides = part_strides(name, part, shape, group)[2]
+    return part, (part.data_ptr(), _PART_KINDS[part.dtype], rows != 1, group, shape[3] // columns, *strides)
 
 
 def _packed_positions(
@@ -67,7 +63,7 @@ def _packed_positions(
     if not has_position_scores(query, position_query, position_table, position_start):
         return None, None, None, _NO_POSITIONS
     rows, table = _last_contiguous(position_query.float()), _last_contiguous(position_table.float())
-    start = position_start.long().flatten()
+    start = position_start.long()
     fields = (rows.data_ptr(), table.data_ptr(), start.data_ptr(), table.shape[1], table.shape[0], table.stride(0))
     return rows, table, start, (*fields, start.stride(0) if start.numel() > 1 else 0, *rows.stride()[:3])
 
@@ -99,53 +95,40 @@ def _attend(
         ValueError: shapes that do not go together.
         MemoryError: no room for the scratch of the threads.
     """
-    batch, heads, queries, width = query.shape
-    groups, keys = key.shape[1], key.shape[2]
-    if (
-        key.shape[:3] != value.shape[:3]
-        or key.shape[0] != batch
-        or code_width(key) != width
-        or code_width(value) != width
-        or heads % groups
-    ):
-        raise ValueError(
-            f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} do not go together: "
-            f"[B, H, Q, D] and twice [B, G, S, D], in int4 [B, G, S, D / 2], with H a multiple of G"
-        )
+    shape = batch, groups, keys, width = check_operands(query, key, value, mask, length, window, key_group, value_group)
+    heads, queries = query.shape[1:3]
     position_query, position_table, position_start, position_fields = _packed_positions(
         query, position_query, position_table, position_start
     )
     output = torch.empty((batch, queries, heads, width))
     lse = torch.empty((batch, heads, queries)) if wants_lse else None
     if output.numel() == 0 or keys == 0:
+        check_attention(
+            query, key, value, key_scale, key_zero, value_scale, value_zero, query_scale, mask, length, window,
+            key_group, value_group, position_query, position_table, position_start,
+        )  # fmt: skip
         return output.zero_().to(query.dtype), None if lse is None else lse.fill_(float("-inf"))
     q = query if query.dtype == torch.float32 else query.float()
     query_scale_strides = _NO_MASK
     if query_scale is not None:
-        query_scale = query_scale.float()
-        query_scale_strides = broadcast_strides(query_scale, (batch, heads, queries, 1))
+        query_scale_strides = check_query_scale(query_scale, query)
+        if query_scale.dtype != torch.float32:
+            query_scale = query_scale.float()
+            query_scale_strides = check_query_scale(query_scale, query)
         if key.dtype in FP8_DTYPES:
             q, query_scale = quantized_query(q, query_scale, key.dtype), None
     q = _last_contiguous(q)
     key, value = _last_contiguous(key), _last_contiguous(value)
-    key_scale, key_scale_part = _packed_part(key_scale, key, width, key_group)
-    key_zero, key_zero_part = _packed_part(key_zero, key, width, key_group)
-    value_scale, value_scale_part = _packed_part(value_scale, value, width, value_group)
-    value_zero, value_zero_part = _packed_part(value_zero, value, width, value_group)
+    key_scale, key_scale_part = _packed_part("key_scale", key_scale, shape, key_group)
+    key_zero, key_zero_part = _packed_part("key_zero", key_zero, shape, key_group)
+    value_scale, value_scale_part = _packed_part("value_scale", value_scale, shape, value_group)
+    value_zero, value_zero_part = _packed_part("value_zero", value_zero, shape, value_group)
     mask_kind, mask_strides = 0, _NO_MASK
     if mask is not None:
         mask_kind = 1 if mask.dtype == torch.bool else 2
         mask = mask if mask.dtype in (torch.bool, torch.float32) else mask.float()
         mask_strides = broadcast_strides(mask, (batch, heads, queries, keys))
-    length_stride = 0
-    if length is not None:
-        if length.numel() not in (1, batch):
-            raise ValueError(
-                f"length {tuple(length.shape)} has neither one number nor one for each of {batch} sequences"
-            )
-        length = length if length.dtype in (torch.int32, torch.int64) else length.long()
-        length = length.flatten()
-        length_stride = length.stride(0) if length.numel() > 1 else 0
+    length_stride = length.stride(0) if length is not None and length.shape[0] > 1 else 0
     failed = ATTENTION_KERNEL.load()["attention"](
         _pack_attention(
             q.data_ptr(),

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..codes import FP8_DTYPES, code_width
+from ..codes import FP8_DTYPES
 from ..cuda import (
     CODE_KINDS,
     FP8_CAPABILITY,
@@ -30,8 +30,9 @@ from ..cuda import (
     to_code,
     triton_serves,
 )
-from ..operands import broadcast_strides
-from .reference import attention_lse_reference, attention_reference, has_position_scores
+from ..operands import broadcast_strides, part_strides
+from .arguments import LARGEST_COUNT, check_attention
+from .reference import attention_lse_reference, attention_reference
 
 ATTENTION_CUDA = cuda_description("codes decoded in registers, keys split over programs where queries are few")
 LARGEST_WIDTH = 256
@@ -40,6 +41,12 @@ LOG2_E = 1.4426950408889634
 MOST_SPLITS, FEWEST_KEYS = 128, 128
 """Of the split of keys over programs: how many parts at most, and how many keys a part has at least."""
 MERGED_CHANNELS = 64
+
+
+@jit()
+def _bounded_count(count):
+    """A length or position, between -2^29 and 2^29 (`LARGEST_COUNT`), so that sums fit 32 bits."""
+    return tl.minimum(tl.maximum(count.to(tl.int64), -536870912), 536870912)
 
 
 @jit()
@@ -259,12 +266,12 @@ def attention_kernel(
         inside = is_row[:, None] & (channels < POSITION_WIDTH)
         loaded = tl.load(position_pointer + places + channels * position_channel, mask=inside, other=0)
         q_position = loaded.to(tl.float32)
-        first_row = tl.load(start_pointer + batch * start_batch).to(tl.int64)
+        first_row = _bounded_count(tl.load(start_pointer + batch * start_batch))
 
     total = keys
     if length is not None:
         length_pointer, length_batch = length
-        total = tl.load(length_pointer + batch * length_batch).to(tl.int32)
+        total = _bounded_count(tl.load(length_pointer + batch * length_batch)).to(tl.int32)
     valid = tl.minimum(total, keys)
     newest = total - queries + number
     first, last = 0, valid
@@ -499,7 +506,7 @@ class _Part(NamedTuple):
     operand: tuple | None = None
 
 
-def _part(part: torch.Tensor | None, shape: tuple[int, int, int, int], token_group: int, name: str) -> _Part:
+def _part(name: str, part: torch.Tensor | None, shape: tuple[int, int, int, int], token_group: int) -> _Part:
     """A scale or zero of codes of shape `[B, G, S, D]`.
 
     Raises:
@@ -507,16 +514,9 @@ def _part(part: torch.Tensor | None, shape: tuple[int, int, int, int], token_gro
     """
     if part is None:
         return _Part("none")
-    batch, groups, keys, width = shape
-    rows, columns = (1, 1, *part.shape)[-2:]
-    if width % columns or rows not in (1, -(-keys // token_group)):
-        raise ValueError(
-            f"{name} {tuple(part.shape)} does not belong to {keys} tokens in groups of {token_group} and {width} "
-            f"channels"
-        )
-    strides = broadcast_strides(part, (batch, groups, rows, columns))
+    rows, columns, strides = part_strides(name, part, shape, token_group)
     form = ("head" if columns == 1 else "channel") if rows == 1 else ("token" if columns == 1 else "tile")
-    return _Part(form, rows, columns, (part, *strides, width // columns))
+    return _Part(form, rows, columns, (part, *strides, shape[3] // columns))
 
 
 def _joined(scale: _Part, zero: _Part) -> tuple[_Part, _Part]:
@@ -555,43 +555,22 @@ def _tiles(
     return blocks, layouts
 
 
-def _checked(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[int, int, int, int]:
-    """The shape `[B, G, S, D]` of K and V.
-
-    Raises:
-        ValueError: query, K and V do not go together, or are too wide.
-    """
-    batch, heads, _, width = query.shape
-    shapes = [(*codes.shape[:3], code_width(codes)) for codes in (key, value)]
-    groups = shapes[0][1]
-    if shapes[0] != shapes[1] or shapes[0][0] != batch or shapes[0][3] != width or heads % groups:
-        raise ValueError(
-            f"query {tuple(query.shape)}, key {shapes[0]} and value {shapes[1]} do not go together: "
-            f"[B, H, Q, D] and twice [B, G, S, D] with H a multiple of G"
-        )
-    if width > LARGEST_WIDTH:
-        raise ValueError(f"attention on CUDA takes a head_dim up to {LARGEST_WIDTH}, not {width}")
-    return shapes[0]
-
-
 def _position_operands(
-    query: torch.Tensor,
     position_query: torch.Tensor | None,
     position_table: torch.Tensor | None,
     position_start: torch.Tensor | None,
 ) -> tuple[tuple[tuple | None, ...], int]:
-    """The arguments of scores by position as the kernel takes them, and their width, 0 of none.
+    """Checked arguments of scores by position as the kernel takes them, and their width, 0 of none.
 
     Raises:
-        ValueError: they do not go together, or are too wide.
+        ValueError: they are too wide.
     """
-    if not has_position_scores(query, position_query, position_table, position_start):
+    if position_query is None:
         return (None, None, None), 0
     rows, width = position_table.shape
     if width > LARGEST_WIDTH:
         raise ValueError(f"attention on CUDA takes scores by position up to {LARGEST_WIDTH} wide, not {width}")
-    start = position_start.flatten()
-    first = (start, start.stride(0) if start.numel() > 1 else 0)
+    first = (position_start, position_start.stride(0) if position_start.shape[0] > 1 else 0)
     return (strided(position_query), (*strided(position_table), rows - 1), first), width
 
 
@@ -670,16 +649,23 @@ def _attend_triton(
     Raises:
         ValueError: shapes that do not go together, or a head_dim or scores by position wider than 256.
     """
-    shape = batch, groups, keys, width = _checked(query, key, value)
-    heads, queries = query.shape[1:3]
-    position, position_width = _position_operands(query, position_query, position_table, position_start)
+    check_attention(
+        query, key, value, key_scale, key_zero, value_scale, value_zero, query_scale, mask, length, window, key_group,
+        value_group, position_query, position_table, position_start,
+    )  # fmt: skip
+    batch, heads, queries, width = query.shape
+    groups, keys = key.shape[1:3]
+    shape, window = (batch, groups, keys, width), min(window, LARGEST_COUNT)
+    if width > LARGEST_WIDTH:
+        raise ValueError(f"attention on CUDA takes a head_dim up to {LARGEST_WIDTH}, not {width}")
+    position, position_width = _position_operands(position_query, position_table, position_start)
     output = query.new_empty((batch, queries, heads, width))
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=query.device) if wants_lse else None
     if output.numel() == 0 or keys == 0:
         return output.zero_(), None if lse is None else lse.fill_(float("-inf"))
-    key_parts = _joined(_part(key_scale, shape, key_group, "key_scale"), _part(key_zero, shape, key_group, "key_zero"))
+    key_parts = _joined(_part("key_scale", key_scale, shape, key_group), _part("key_zero", key_zero, shape, key_group))
     value_parts = _joined(
-        _part(value_scale, shape, value_group, "value_scale"), _part(value_zero, shape, value_group, "value_zero")
+        _part("value_scale", value_scale, shape, value_group), _part("value_zero", value_zero, shape, value_group)
     )
     gpu = gpu_of(query.device)
     quantized = "float"

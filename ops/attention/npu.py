@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..npu import npu_description, quantize_static, refuse_fp8, require_npu_float, torch_npu_module, whole_storage
+from .arguments import LARGEST_COUNT, check_attention
 from .reference import attention_lse_reference, attention_reference
 
 ATTENTION_NPU = npu_description(
@@ -102,7 +103,11 @@ def _attend_by_ops(
     Both ops plan their work on the host, from lists of lengths: `length` is copied there, which waits for the device.
     Neither knows a window at decode: the codes in it, not the whole cache, are copied to storage of their own.
     """
-    if position_query is not None or position_table is not None or position_start is not None:
+    has_positions = check_attention(
+        query, key, value, key_scale, key_zero, value_scale, value_zero, query_scale, mask, length, window, key_group,
+        value_group, position_query, position_table, position_start,
+    )  # fmt: skip
+    if has_positions or query.numel() == 0:
         return None
     operands = _Operand(key, key_scale, key_zero), _Operand(value, value_scale, value_zero)
     is_doubled = mask is not None and mask.dim() == 4 and query.shape[2] == 1
@@ -132,7 +137,9 @@ def _attend_by_ops(
 def _lengths(key: torch.Tensor, length: torch.Tensor | None) -> list[int]:
     """Tokens in use, per sequence, on the host, as the caller says: may exceed those stored."""
     batch, capacity = key.shape[0], key.shape[2]
-    return [capacity] * batch if length is None else length.expand(batch).tolist()
+    if length is None:
+        return [capacity] * batch
+    return [min(max(tokens, -LARGEST_COUNT), LARGEST_COUNT) for tokens in length.expand(batch).tolist()]
 
 
 def _is_served(

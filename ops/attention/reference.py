@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..codes import CODE_RANGES, FP8_DTYPES, expand_scale, from_codes
+from .arguments import LARGEST_COUNT, check_attention
 
 KEY_BLOCK = 1024
 """Keys decoded at a time: bounds the memory of the reference, which never holds a decoded copy of the whole cache."""
@@ -27,7 +28,7 @@ def _decode(
     """Float values `(code - zero) * scale` of tokens `start:stop`, of which `start` is a multiple of `group`."""
 
     def of_block(part: torch.Tensor) -> torch.Tensor:
-        part = part if part.shape[-2] == 1 else part[..., start // group : -(-stop // group), :]
+        part = part if part.dim() < 2 or part.shape[-2] == 1 else part[..., start // group : -(-stop // group), :]
         return expand_scale(part.to(dtype), stop - start, width, group)
 
     values = from_codes(codes[:, :, start:stop], width, dtype)
@@ -76,45 +77,15 @@ def _visible(
     bias = torch.zeros(hidden.shape, device=length.device).masked_fill_(hidden, float("-inf"))
     if mask is None:
         return bias
-    part = mask if mask.shape[-1] == 1 else mask[..., start:stop]
+    part = mask if mask.dim() == 0 or mask.shape[-1] == 1 else mask[..., start:stop]
     return bias + part if part.dtype != torch.bool else bias.masked_fill(~part, float("-inf"))
-
-
-def has_position_scores(
-    query: torch.Tensor,
-    position_query: torch.Tensor | None,
-    position_table: torch.Tensor | None,
-    position_start: torch.Tensor | None,
-) -> bool:
-    """Whether scores by position are asked for.
-
-    Raises:
-        ValueError: the three arguments do not go together, or not with the query.
-    """
-    if position_query is None and position_table is None and position_start is None:
-        return False
-    if position_query is None or position_table is None or position_start is None:
-        raise ValueError("position_query, position_table and position_start go together: give all three or none")
-    width = position_query.shape[-1]
-    is_table = position_table.dim() == 2 and position_table.shape[0] > 0 and position_table.shape[1] == width > 0
-    if position_query.shape[:-1] != query.shape[:-1] or not is_table:
-        raise ValueError(
-            f"position_query {tuple(position_query.shape)} and position_table {tuple(position_table.shape)} do not go "
-            f"together with a query {tuple(query.shape)}: [B, H, Q, E] and [P, E] with a query [B, H, Q, D]"
-        )
-    if position_start.numel() not in (1, query.shape[0]):
-        raise ValueError(
-            f"position_start {tuple(position_start.shape)} has neither one number nor one for each of "
-            f"{query.shape[0]} sequences"
-        )
-    return True
 
 
 def _position_scores(
     query: torch.Tensor, table: torch.Tensor, first: torch.Tensor, start: int, stop: int
 ) -> torch.Tensor:
     """`[B, H, Q, stop - start]`: `query . table[first + n]` for the keys n in `start:stop`."""
-    rows = first.view(-1, 1) + torch.arange(start, stop, device=first.device)
+    rows = first.clamp(-LARGEST_COUNT, LARGEST_COUNT).view(-1, 1) + torch.arange(start, stop, device=first.device)
     return query @ table[rows.clamp(0, table.shape[0] - 1)].to(query.dtype)[:, None].mT
 
 
@@ -160,7 +131,7 @@ def attention_lse_reference(
         length: int32 or int64 `[B]` or `[1]`: tokens in use of the S stored ones, a number that stays on the device;
             what lies behind is hidden and may be anything, NaN included. None: all S. More than S where K and V are a
             segment of a sequence: the tokens from the segment's first on, so that causality and window are those of
-            the sequence. 0 or less: none.
+            the sequence. 0 or less: none. It counts up to 2^29, as do `window` and `position_start`.
         window: with `causal` and without a mask, a query sees only the newest `window` of the keys that causality
             leaves it, its own included (sliding window); 0: all of them.
         key_group, value_group: consecutive tokens that share a row of the scale and zero of K, of V.
@@ -176,8 +147,12 @@ def attention_lse_reference(
         segments of a sequence are merged by it: their mean, weighted by `exp(lse)`.
 
     Raises:
-        ValueError: scales or arguments of scores by position that do not go together.
+        ValueError: dtypes, shapes, devices, groups or a window that do not go together, or that no kernel knows.
     """
+    has_positions = check_attention(
+        query, key, value, key_scale, key_zero, value_scale, value_zero, query_scale, mask, length, window, key_group,
+        value_group, position_query, position_table, position_start,
+    )  # fmt: skip
     batch, heads, queries, width = query.shape
     groups, keys = key.shape[1], key.shape[2]
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -185,12 +160,12 @@ def attention_lse_reference(
     if query_scale is not None:
         q = quantized_query(q, query_scale, key.dtype)
     q = q.reshape(batch, groups, heads // groups * queries, width) * scaling
-    has_positions = has_position_scores(query, position_query, position_table, position_start)
     best = torch.full((batch, heads, queries, 1), float("-inf"), dtype=dtype, device=q.device)
     total = torch.zeros_like(best)
     output = torch.zeros((batch, heads, queries, width), dtype=dtype, device=q.device)
     if length is None:
         length = torch.tensor([keys], device=q.device)
+    length, window = length.clamp(-LARGEST_COUNT, LARGEST_COUNT), min(window, LARGEST_COUNT)
     block = KEY_BLOCK * key_group * value_group  # starts are multiples of both
     for start in range(0, keys, block):
         stop = min(start + block, keys)

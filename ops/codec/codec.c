@@ -327,7 +327,7 @@ static int each_row(const CodecArguments *a, void (*visit)(const CodecArguments 
     int64_t turns = (tokens + ROWS_AT_A_TIME - 1) / ROWS_AT_A_TIME;
     const float *levels = (const float *)a->levels;
     int64_t position = a->position ? *(const int64_t *)a->position : 0, room = (a->shape[3] + 15) / 8 * 8;
-    if (position < 0 || position + tokens > a->capacity) return POSITION_OUT_OF_RANGE;
+    if (position < 0 || position > a->capacity - tokens) return POSITION_OUT_OF_RANGE;
     int threads = rows * a->shape[3] < 2 * CODEC_GRAIN ? 1 : (int)a->threads, failed = 0;
     (void)threads; /* unused where the compiler has no OpenMP */
 #pragma omp parallel num_threads(threads) if (threads > 1)

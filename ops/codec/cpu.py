@@ -4,9 +4,10 @@ import struct
 
 import torch
 
-from ..codes import CODE_RANGES, check_levels, code_width, stored_width
+from ..codes import check_levels
 from ..compile import CKernel
-from ..operands import FLOAT_KINDS, KINDS, broadcast_strides
+from ..operands import FLOAT_KINDS, KINDS, part_strides
+from .arguments import check_rope, check_stored, check_target, check_token_parts
 from .reference import decode_reference, encode_reference, encode_token_reference
 
 CODEC_KERNEL = CKernel(
@@ -28,20 +29,6 @@ def _loadable(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _check_codes(x: torch.Tensor, codes: torch.Tensor, position: torch.Tensor | None, bits: int) -> None:
-    if codes.dtype not in CODE_RANGES or x.dim() != 4 or codes.dim() != 4:
-        raise ValueError(
-            f"x {tuple(x.shape)} cannot become {codes.dtype} {tuple(codes.shape)}: not codes of 4 dimensions"
-        )
-    batch, heads, tokens, width = x.shape
-    stored = stored_width(width, codes.dtype, bits)
-    expected = (batch, heads, codes.shape[2] if position is not None else tokens, stored)
-    if codes.shape != expected:
-        raise ValueError(
-            f"codes must be {str(codes.dtype)[6:]} {expected} for x {tuple(x.shape)}, not {tuple(codes.shape)}"
-        )
-
-
 def _levels_at(dtype: torch.dtype, bits: int, levels: _MaybeTensor) -> tuple[_MaybeTensor, int]:
     """A codebook as the kernel reads it, and its address.
 
@@ -57,11 +44,8 @@ def _levels_at(dtype: torch.dtype, bits: int, levels: _MaybeTensor) -> tuple[_Ma
 
 def _rope(x: torch.Tensor, cos: _MaybeTensor, sin: _MaybeTensor) -> tuple[_MaybeTensor, _MaybeTensor, _Rope]:
     """cos and sin as the kernel reads them, and their addresses and kind, and their strides over batch and tokens."""
-    if cos is None or sin is None:
+    if not check_rope(x, cos, sin):
         return None, None, _NO_ROPE
-    batch, _, tokens, width = x.shape
-    if cos.shape != sin.shape or cos.shape[1:] != (tokens, width) or cos.shape[0] not in (1, batch) or width < 2:
-        raise ValueError(f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)} do not belong to x {tuple(x.shape)}")
     if cos.dtype != sin.dtype:
         cos, sin = cos.float(), sin.float()
     cos, sin = _loadable(cos), _loadable(sin)
@@ -69,25 +53,21 @@ def _rope(x: torch.Tensor, cos: _MaybeTensor, sin: _MaybeTensor) -> tuple[_Maybe
     return cos, sin, ((cos.data_ptr(), sin.data_ptr(), FLOAT_KINDS[cos.dtype]), *strides)
 
 
-def _static_part(
-    part: torch.Tensor, batch: int, heads: int, tokens: int, width: int
-) -> tuple[torch.Tensor, int, tuple[int, ...]]:
-    """A static scale or zero in float32 or float16, its groups of channels, and its strides over batch, heads, tokens
-    and groups.
+def _packed_scale(
+    name: str, part: torch.Tensor | None, shape: tuple[int, int, int, int], token_group: int = 1
+) -> tuple[torch.Tensor | None, int, tuple[int, ...]]:
+    """A scale or zero as the kernel reads it, its groups of channels, and strides over batch, heads, rows and groups.
 
     Raises:
-        ValueError: it does not broadcast to the rows, or its groups do not divide the channels.
+        ValueError: it does not belong to codes of this shape.
     """
-    if part.dtype not in (torch.float32, torch.float16):
-        part = part.float()
-    groups = part.shape[-1] if part.dim() else 1
-    if groups > 1 and part.stride(-1) != 1:
-        part = part.contiguous()
-    if not groups or width % groups:
-        raise ValueError(f"{groups} groups of a scale or zero {tuple(part.shape)} do not divide {width} channels")
-    if part.dim() == 3 and part.shape[1] == 1 and part.shape[0] == heads:  # what a cache has, without the loop
-        return part, groups, (0, part.stride(0), 0, groups > 1)
-    return part, groups, broadcast_strides(part, (batch, heads, tokens, groups))
+    if part is None:
+        return None, 1, _NO_STRIDES
+    _, columns, strides = part_strides(name, part, shape, token_group)
+    if part.dtype not in (torch.float32, torch.float16) or (columns > 1 and strides[3] != 1):
+        part = (part if part.dtype == torch.float16 else part.float()).contiguous()
+        strides = part_strides(name, part, shape, token_group)[2]
+    return part, columns, strides
 
 
 def _raise_failure(failed: int, position: torch.Tensor | None, tokens: int, capacity: int) -> None:
@@ -119,13 +99,11 @@ def encode_cpu(
     run = CODEC_KERNEL.load().get("encode")
     if run is None:
         return encode_reference(x, scale, zero, codes, cos, sin, position, bits, levels)
-    _check_codes(x, codes, position, bits)
+    check_target(x, codes, position, bits)
     levels, levels_at = _levels_at(codes.dtype, bits, levels)
     x, shape, capacity = _loadable(x), x.shape, codes.shape[2]
-    scale, groups, scale_strides = _static_part(scale, *shape)
-    zero_groups, zero_strides = 1, _NO_STRIDES
-    if zero is not None:
-        zero, zero_groups, zero_strides = _static_part(zero, *shape)
+    scale, groups, scale_strides = _packed_scale("scale", scale, shape)
+    zero, zero_groups, zero_strides = _packed_scale("zero", zero, shape)
     cos, sin, ((cos_at, sin_at, rope_kind), cos_strides, sin_strides) = _rope(x, cos, sin)
     if position is not None and position.dtype != torch.int64:
         position = position.long()
@@ -187,18 +165,9 @@ def encode_token_cpu(
     run = CODEC_KERNEL.load().get("encode_token")
     if run is None:
         return encode_token_reference(x, codes, scale, zero, cos, sin, position, bits)
-    _check_codes(x, codes, position, bits)
+    check_target(x, codes, position, bits)
+    groups = check_token_parts(x, codes, scale, zero)
     x, shape, capacity = _loadable(x), x.shape, codes.shape[2]
-    groups = scale.shape[-1]
-    if scale.shape != (*codes.shape[:3], groups) or not groups or shape[3] % groups:
-        raise ValueError(
-            f"scale {tuple(scale.shape)} does not belong to codes {tuple(codes.shape)} of x {tuple(shape)}"
-        )
-    if zero is not None and zero.shape != scale.shape:
-        raise ValueError(f"zero {tuple(zero.shape)} must be of the shape of scale, {tuple(scale.shape)}")
-    for part in (scale, zero):
-        if part is not None and part.dtype not in (torch.float32, torch.float16):
-            raise ValueError(f"scale and zero are written as float32 or float16, not {part.dtype}")
     cos, sin, ((cos_at, sin_at, rope_kind), cos_strides, sin_strides) = _rope(x, cos, sin)
     if position is not None and position.dtype != torch.int64:
         position = position.long()
@@ -240,16 +209,6 @@ def encode_token_cpu(
     return None
 
 
-def _grouped_part(
-    part: torch.Tensor | None, shape: tuple[int, ...], token_group: int
-) -> tuple[torch.Tensor | None, int, tuple[int, ...]]:
-    """As `_static_part`, for rows of which each serves `token_group` tokens."""
-    if part is None:
-        return None, 1, _NO_STRIDES
-    batch, heads, tokens, width = shape
-    return _static_part(part, batch, heads, -(-tokens // token_group), width)
-
-
 def decode_cpu(
     codes: torch.Tensor,
     scale: torch.Tensor | None,
@@ -267,16 +226,14 @@ def decode_cpu(
     run = CODEC_KERNEL.load().get("decode")
     if run is None:
         return decode_reference(codes, scale, zero, token_group, bits, levels)
-    if codes.dim() != 4 or token_group < 1:
-        raise ValueError(f"codes must have 4 dimensions and token_group be positive, not {codes.dim()}, {token_group}")
+    shape = check_stored(codes, token_group, bits)
     if codes.dtype not in KINDS:
         codes = codes.float()
     if codes.stride(3) != 1:
         codes = codes.contiguous()
-    shape = (*codes.shape[:3], code_width(codes, bits))
     levels, levels_at = _levels_at(codes.dtype, bits, levels)
-    scale, groups, scale_strides = _grouped_part(scale, shape, token_group)
-    zero, zero_groups, zero_strides = _grouped_part(zero, shape, token_group)
+    scale, groups, scale_strides = _packed_scale("scale", scale, shape, token_group)
+    zero, zero_groups, zero_strides = _packed_scale("zero", zero, shape, token_group)
     output = torch.empty(shape)
     failed = run(
         _pack_codec(

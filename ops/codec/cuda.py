@@ -7,7 +7,7 @@ rounds as the references do, without fused multiply-adds, so the codes are their
 
 import torch
 
-from ..codes import LARGEST_ZERO, SMALLEST_SCALE, check_levels, code_range, code_width
+from ..codes import LARGEST_ZERO, SMALLEST_SCALE, code_range
 from ..cuda import (
     CODE_KINDS,
     FP8_CAPABILITY,
@@ -25,7 +25,8 @@ from ..cuda import (
     to_code,
     triton_serves,
 )
-from ..operands import broadcast_strides
+from ..operands import broadcast_strides, part_strides
+from .arguments import check_decode, check_encode, check_encode_token
 from .reference import decode_reference, encode_reference, encode_token_reference
 
 CODEC_CUDA = cuda_description("a pass over the values, with RoPE and the append at `position` in it")
@@ -73,9 +74,9 @@ def _part_values(part, batch, group, row, inside, channels, WIDTH: tl.constexpr)
 @jit()
 def _written_token(position, token, capacity, inside):
     """The token of the storage to which a new one goes, and whether the storage has it."""
-    start = tl.load(position).to(tl.int64) if position is not None else 0
-    target = token.to(tl.int64) + start
-    return target, inside & (target >= 0) & (target < capacity)
+    token = token.to(tl.int64)
+    start = tl.load(position).to(tl.int64) if position is not None else tl.zeros_like(token)
+    return token + start, inside & (start >= -token) & (start < capacity - token)  # the sum may wrap
 
 
 @jit()
@@ -284,7 +285,7 @@ def decode_kernel(
     tl.store(places + second, high, mask=inside[:, None] & (second < WIDTH))
 
 
-def _codec_part(part: torch.Tensor | None, shape: tuple[int, ...], token_group: int, name: str) -> tuple | None:
+def _codec_part(name: str, part: torch.Tensor | None, shape: tuple[int, ...], token_group: int) -> tuple | None:
     """A scale or zero of codes of shape `[B, G, S, D]` as `(pointer, strides of B, G, rows and columns, group)`.
 
     Raises:
@@ -292,14 +293,8 @@ def _codec_part(part: torch.Tensor | None, shape: tuple[int, ...], token_group: 
     """
     if part is None:
         return None
-    batch, groups, tokens, width = shape
-    rows, columns = (1, 1, *part.shape)[-2:]
-    if width % columns or rows not in (1, -(-tokens // token_group)):
-        raise ValueError(
-            f"{name} {tuple(part.shape)} does not belong to {tokens} tokens in groups of {token_group} and {width} "
-            f"channels"
-        )
-    return (part, *broadcast_strides(part, (batch, groups, rows, columns)), width // columns)
+    _, columns, strides = part_strides(name, part, shape, token_group)
+    return (part, *strides, shape[3] // columns)
 
 
 def _rope_operand(part: torch.Tensor | None, x: torch.Tensor) -> tuple | None:
@@ -307,19 +302,8 @@ def _rope_operand(part: torch.Tensor | None, x: torch.Tensor) -> tuple | None:
     if part is None:
         return None
     batch, _, tokens, width = x.shape
-    if width % 2:
-        raise ValueError(f"RoPE takes an even head_dim, not {width}")
     strides = broadcast_strides(part, (batch, tokens, width))
     return (part, strides[0], 0, *strides[1:])
-
-
-def _check_storage(x: torch.Tensor, codes: torch.Tensor, position: torch.Tensor | None, bits: int) -> None:
-    """Raise ValueError unless `codes` is a storage for x."""
-    expected = list(x.shape)
-    if position is not None and codes.dim() == 4:
-        expected[2] = codes.shape[2]
-    if x.dim() != 4 or codes.dtype not in CODE_KINDS or [*codes.shape[:3], code_width(codes, bits)] != expected:
-        raise ValueError(f"codes {codes.dtype} {tuple(codes.shape)} have no room for values {tuple(x.shape)}")
 
 
 def _channel_constants(codes: torch.Tensor, width: int, bits: int) -> dict[str, int]:
@@ -349,12 +333,12 @@ def encode_cuda(
     """`encode_reference` in Triton; tokens that would go beyond the storage are left out.
 
     Raises:
-        ValueError: shapes that do not go together.
+        ValueError: what does not go together, as the reference says.
+        IndexError: more tokens than the storage has.
     """
     if not triton_serves(x):
         return encode_reference(x, scale, zero, codes, cos, sin, position, bits, levels)
-    _check_storage(x, codes, position, bits)
-    check_levels(codes.dtype, bits, levels)
+    check_encode(x, scale, zero, codes, cos, sin, position, bits, levels)
     batch, groups, tokens, width = x.shape
     rows = batch * groups * tokens
     if x.numel() == 0:
@@ -362,8 +346,8 @@ def encode_cuda(
     block, warps = _rows_per_program(rows)
     with on_device(x):
         encode_kernel[(-(-rows // block),)](
-            strided(x), _rope_operand(cos, x), _rope_operand(sin, x), _codec_part(scale, x.shape, 1, "scale"),
-            _codec_part(zero, x.shape, 1, "zero"), strided(raw_codes(codes)),
+            strided(x), _rope_operand(cos, x), _rope_operand(sin, x), _codec_part("scale", scale, x.shape, 1),
+            _codec_part("zero", zero, x.shape, 1), strided(raw_codes(codes)),
             None if levels is None else levels.contiguous(), position, rows, groups, tokens, codes.shape[2],
             WIDTH=width, BLOCK_R=block, KIND=CODE_KINDS[codes.dtype], **_channel_constants(codes, width, bits),
             num_warps=warps, enable_fp_fusion=False,
@@ -384,15 +368,13 @@ def encode_token_cuda(
     """`encode_token_reference` in Triton; tokens that would go beyond the storage are left out.
 
     Raises:
-        ValueError: shapes that do not go together.
+        ValueError: what does not go together, as the reference says.
+        IndexError: more tokens than the storage has.
     """
     if not triton_serves(x):
         return encode_token_reference(x, codes, scale, zero, cos, sin, position, bits)
-    _check_storage(x, codes, position, bits)
+    check_encode_token(x, codes, scale, zero, cos, sin, position, bits)
     batch, groups, tokens, width = x.shape
-    for name, part in (("scale", scale), ("zero", zero)):
-        if part is not None and (part.shape[:3] != codes.shape[:3] or width % part.shape[3]):
-            raise ValueError(f"{name} {tuple(part.shape)} does not belong to codes {tuple(codes.shape)}")
     rows = batch * groups * tokens
     if x.numel() == 0:
         return None
@@ -425,8 +407,7 @@ def decode_cuda(
     """
     if not triton_serves(codes):
         return decode_reference(codes, scale, zero, token_group, bits, levels)
-    shape = batch, groups, tokens, width = (*codes.shape[:3], code_width(codes, bits))
-    check_levels(codes.dtype, bits, levels)
+    shape = batch, groups, tokens, width = check_decode(codes, scale, zero, token_group, bits, levels)
     output = torch.empty(shape, dtype=torch.float32, device=codes.device)
     rows = batch * groups * tokens
     if output.numel() == 0:
@@ -434,8 +415,8 @@ def decode_cuda(
     block, warps = _rows_per_program(rows)
     with on_device(codes):
         decode_kernel[(-(-rows // block),)](
-            strided(raw_codes(codes)), _codec_part(scale, shape, token_group, "scale"),
-            _codec_part(zero, shape, token_group, "zero"), None if levels is None else levels.contiguous(), output,
+            strided(raw_codes(codes)), _codec_part("scale", scale, shape, token_group),
+            _codec_part("zero", zero, shape, token_group), None if levels is None else levels.contiguous(), output,
             rows, groups, tokens,
             WIDTH=width, TOKEN_GROUP=token_group, BLOCK_R=block, **_channel_constants(codes, width, bits),
             KIND=CODE_KINDS.get(codes.dtype, "float"), NATIVE=gpu_of(codes.device).capability >= FP8_CAPABILITY,

@@ -6,6 +6,7 @@ from ..codes import INT8_MIN, SMALLEST_SCALE, code_range, pack_codes
 from ..npu import (
     is_static,
     npu_description,
+    position_in_storage,
     quantize_static,
     refuse_fp8,
     require_npu_float,
@@ -13,6 +14,7 @@ from ..npu import (
     torch_npu_module,
     write_tokens,
 )
+from .arguments import check_encode, check_encode_token
 from .reference import decode_reference, encode_reference, encode_token_reference
 
 ENCODE_NPU = npu_description(
@@ -50,12 +52,15 @@ def encode_npu(
 
     Raises:
         NotImplementedError: codes in fp8.
-        ValueError: RoPE beyond the limits of npu_rotary_mul; bits, levels or a D that the codes cannot have.
+        ValueError: RoPE beyond the limits of npu_rotary_mul; what does not go together, as the reference says.
+        IndexError: more tokens than the storage has.
         RuntimeError: torch_npu cannot be imported.
     """
+    check_encode(x, scale, zero, codes, cos, sin, position, bits, levels)
     refuse_fp8(codes)
     if x.numel() == 0:
         return
+    position = position_in_storage(position, x.shape[2], codes)
     values = rotated_npu(x, cos, sin)
     tokens, width = x.shape[-2:]
     if levels is not None or not all(part is None or is_static(part, tokens) for part in (scale, zero)):
@@ -96,13 +101,17 @@ def encode_token_npu(
 
     Raises:
         NotImplementedError: codes in fp8.
-        ValueError: x in another dtype, RoPE beyond the limits of npu_rotary_mul, bits or a D that codes cannot have.
+        ValueError: x in another dtype, RoPE beyond the limits of npu_rotary_mul; what does not go together, as the
+            reference says.
+        IndexError: more tokens than the storage has.
         RuntimeError: torch_npu cannot be imported.
     """
+    check_encode_token(x, codes, scale, zero, cos, sin, position, bits)
     require_npu_float("K and V", x)
     refuse_fp8(codes)
     if x.numel() == 0:
         return
+    position = position_in_storage(position, x.shape[2], codes)
     is_float32 = all(part is None or part.dtype == torch.float32 for part in (scale, zero))
     if codes.dtype != torch.int8 or cos is not None or not is_float32:
         encode_token_reference(rotated_npu(x, cos, sin), codes, scale, zero, None, None, position, bits)

@@ -8,13 +8,13 @@ import torch
 from ..codes import (
     FP8_DTYPES,
     code_range,
-    code_width,
     dynamic_scale,
     expand_scale,
     from_codes,
     scale_for_zero,
     to_codes,
 )
+from .arguments import check_decode, check_encode, check_encode_token, check_position
 
 
 def rotated(x: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None) -> torch.Tensor:
@@ -35,6 +35,8 @@ def _written(storage: torch.Tensor, tokens: int, position: torch.Tensor | None, 
     if position is None:
         storage.copy_(part)
         return
+    if position.device.type == "cpu":
+        check_position(position, tokens, storage.shape[2])
     rows = position + torch.arange(tokens, device=part.device)
     if storage.dtype in FP8_DTYPES:  # which index_copy_ does not know
         storage, part = storage.view(torch.uint8), part.view(torch.uint8)
@@ -69,8 +71,11 @@ def encode_reference(
         levels: float32 `[2 ** bits]`, ascending: a codebook for codes in uint8; None: codes are whole numbers.
 
     Raises:
-        ValueError: bits, levels or a D that the codes cannot have, or a scale that does not belong to x.
+        ValueError: dtypes, shapes, devices, bits or levels that do not go together, or a D that the codes cannot have.
+        IndexError: the tokens do not fit into the storage. What only `position` says is looked at on the CPU; on other
+            devices, where nobody waits for it, tokens that do not fit are not written beyond the storage.
     """
+    check_encode(x, scale, zero, codes, cos, sin, position, bits, levels)
     values = rotated(x, cos, sin)
     tokens, width = values.shape[-2:]
     scaled = values / expand_scale(scale, tokens, width)
@@ -104,8 +109,12 @@ def encode_token_reference(
         bits: as in `encode_reference`.
 
     Raises:
-        ValueError: bits or a D that the codes cannot have.
+        ValueError: dtypes, shapes, devices or bits that do not go together, or a D that the codes cannot have.
+        IndexError: as `encode_reference`.
     """
+    check_encode_token(x, codes, scale, zero, cos, sin, position, bits)
+    if x.numel() == 0:
+        return
     values = rotated(x, cos, sin)
     tokens, width = values.shape[-2:]
     low, high = code_range(codes.dtype, bits)
@@ -142,9 +151,9 @@ def decode_reference(
         bits, levels: as in `encode_reference`.
 
     Raises:
-        ValueError: bits, levels, a scale or a zero that do not belong to the codes.
+        ValueError: bits, levels, a scale or a zero that do not belong to the codes, or no codes at all.
     """
-    tokens, width = codes.shape[-2], code_width(codes, bits)
+    tokens, width = check_decode(codes, scale, zero, token_group, bits, levels)[2:]
     values = from_codes(codes, width, torch.float32, bits, levels)
     if zero is not None:
         values = values - expand_scale(zero, tokens, width, token_group)

@@ -350,14 +350,18 @@ def test_what_does_not_fit_is_refused_with_the_reason() -> None:
         (IndexError, "position -1", lambda: encode(values, scale, None, codes, position=torch.tensor([-1]))),
         (ValueError, "must be uint8 (1, 2, 3, 8)", lambda: encode(values, scale, None, codes[:, :, :3].byte())),
         (ValueError, "2 channels, not 15", lambda: encode(values[..., 1:], scale, None, codes[:, :, :3].byte())),
-        (ValueError, "do not divide 16", lambda: encode(values, torch.ones(2, 1, 3), None, codes[:, :, :3])),
+        (
+            ValueError,
+            "scale (2, 1, 3) does not belong",
+            lambda: encode(values, torch.ones(2, 1, 3), None, codes[:, :, :3]),
+        ),
         (ValueError, "does not broadcast", lambda: encode(values, torch.ones(3, 1, 1), None, codes[:, :, :3])),
         (ValueError, "cos (1, 2, 16)", lambda: encode(values, scale, None, codes[:, :, :3], *torch.ones(2, 1, 2, 16))),
         (ValueError, "scale (1, 2, 4, 1)", lambda: encode_token(values, codes[:, :, :3], torch.ones(1, 2, 4, 1))),
         (ValueError, "not torch.bfloat16", lambda: encode_token(values, codes[:, :, :3], scales.bfloat16())),
         (ValueError, "zero (1, 2, 1, 1)", lambda: encode_token(values, codes[:, :, :3], scales, scales[:, :, :1])),
-        (ValueError, "do not divide 16", lambda: decode(codes, torch.ones(1, 2, 8, 5), None)),
-        (ValueError, "does not broadcast", lambda: decode(codes, torch.ones(1, 2, 3, 1), None, 4)),
+        (ValueError, "does not belong to 8 tokens", lambda: decode(codes, torch.ones(1, 2, 8, 5), None)),
+        (ValueError, "in groups of 4", lambda: decode(codes, torch.ones(1, 2, 3, 1), None, 4)),
     ]
     for error, reason, call in refused:
         with pytest.raises(error, match=re.escape(reason)):

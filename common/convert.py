@@ -25,6 +25,7 @@ from .plan import HEAD, Plan
 from .scheme import load_scheme
 from .sensitivity import cost_table, costliest, worst_outliers
 from .source import FLOAT_DTYPES, source_files
+from .source_config import bearable
 from .statistics import Statistics
 
 TOKENIZER_FILES = (
@@ -44,16 +45,22 @@ FEW_TOKENS = 100
 """Below this the summary says that its figures mean little."""
 
 
-def output_config(source: dict[str, Any], architecture: Architecture, plan: Plan) -> dict[str, Any]:
-    """The config.json to write: the source's, with what loads the modeling file and says the scheme."""
+def output_config(
+    source: dict[str, Any], architecture: Architecture, plan: Plan, ties_head: bool = True
+) -> dict[str, Any]:
+    """The config.json to write: the source's, with what loads the modeling file and says the scheme.
+
+    Args:
+        ties_head: whether the source's last linear is its embedding, if its config says so.
+    """
     config = {
-        **source,
+        **bearable(source),
         "architectures": [architecture.model_class.__name__],
         "auto_map": architecture.auto_map,
         CONFIG_KEY: {"scheme": plan.scheme.to_dict()},
         "transformers_weights": NATIVE_LOAD_HINT,
     }
-    if HEAD in plan.linears:
+    if HEAD in plan.linears or not ties_head:
         config["tie_word_embeddings"] = False
     if "dtype" in config:
         config.setdefault("torch_dtype", config["dtype"])
@@ -78,7 +85,7 @@ def _survey(job: Job) -> tuple[list[str], list[Cost]]:
 def _write_rest(stage: Path, job: Job, plan: Plan, description: dict[str, Any]) -> None:
     """Everything but the tensors."""
     write_json(stage / DESCRIPTION_FILE, description)
-    write_json(stage / "config.json", output_config(job.config, job.architecture, plan))
+    write_json(stage / "config.json", output_config(job.config, job.architecture, plan, bool(job.source.tied)))
     for pattern in TOKENIZER_FILES:
         for file in job.directory.glob(pattern):
             if file.is_file():

@@ -46,9 +46,9 @@ def _entry_of_line(line: str, where: str) -> Any:
 
 
 def _lines(text: str) -> list[str]:
-    r"""The lines of a text, which end at \n or \r\n and nowhere else; blank ones at the end are none."""
+    r"""The lines of a text, which end at \n or \r\n and nowhere else; empty ones at the end are none."""
     lines = [line.removeprefix(_MARK).removesuffix("\r") for line in text.split("\n")]
-    while lines and not lines[-1].strip():
+    while lines and not lines[-1]:
         lines.pop()
     return lines
 

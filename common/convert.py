@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,22 +24,15 @@ from .plan import HEAD, Plan
 from .scheme import load_scheme
 from .sensitivity import cost_table, costliest, worst_outliers
 from .source import FLOAT_DTYPES, source_files
-from .source_config import bearable
+from .source_config import GENERATION_FILE, bearable, carried_generation_config
 from .statistics import Statistics
+from .tokenizer_files import carry_tokenizer
 
-TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges*",
-    "*.jinja",
-    "*.model",
-    "generation_config.json",
-)
 GIGABYTE = 10**9
 BLAMED = 5
 """How many linears and attentions `--max_kl` names."""
+COMPARED_TEXTS = 32
+"""Calibration texts of which the output's tokenizer must make the ids that the source's makes."""
 FEW_TOKENS = 100
 """Below this the summary says that its figures mean little."""
 
@@ -82,14 +74,19 @@ def _survey(job: Job) -> tuple[list[str], list[Cost]]:
     return [*floats, *(cost.name for cost in worst)], trial.costs
 
 
+def _write_texts(stage: Path, job: Job) -> None:
+    """The tokenizer and the config of generation, before anything is computed, since they may be refused."""
+    write_json(stage / "config.json", bearable(job.config))
+    carry_tokenizer(job.directory, stage, job.flags.trust_remote_code, job.texts[:COMPARED_TEXTS])
+    generation = carried_generation_config(job.directory)
+    if generation is not None:
+        write_json(stage / GENERATION_FILE, generation)
+
+
 def _write_rest(stage: Path, job: Job, plan: Plan, description: dict[str, Any]) -> None:
-    """Everything but the tensors."""
+    """What says how the tensors are to be read."""
     write_json(stage / DESCRIPTION_FILE, description)
     write_json(stage / "config.json", output_config(job.config, job.architecture, plan, bool(job.source.tied)))
-    for pattern in TOKENIZER_FILES:
-        for file in job.directory.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, stage / file.name)
     for name, text in bundle(job.architecture).items():
         (stage / name).write_text(text, encoding="utf-8")
 
@@ -107,6 +104,7 @@ class Made:
 def _run(job: Job, stage: Stage) -> Made:
     """Fill a stage, from where it stands."""
     flags = job.flags
+    _write_texts(stage.path, job)
     if flags.resume and not stage.step:
         say(f"nothing to resume in {stage.path}: starting with the first layer")
     if not stage.step:

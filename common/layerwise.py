@@ -128,8 +128,8 @@ class LayerwiseModel:
     def _tie(self, names: dict[str, str]) -> None:
         """Decide what is tied as a load by transformers does, and say in `names` where it lies.
 
-        A tensor that is stored and differs from what config.json ties it to is not tied; where only one of two is stored, it
-        is both.
+        A tensor that is stored and differs from what config.json ties it to is not tied; where only one of two is
+        stored, it is both.
         """
         if not self.config.tie_word_embeddings:
             return

@@ -24,6 +24,7 @@ from .layerwise import LayerwiseModel
 from .source_config import LOAD_ERRORS, load_source_config
 
 PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+_TRUST = "; it has code of its own, which --trust_remote_code lets run"
 CODE_PATTERNS = ("*.py", "*.tiktoken")
 """What a tokenizer with code of its own needs besides."""
 ADAPTER_FILE = "adapter_config.json"
@@ -67,10 +68,10 @@ def _weight_file(directory: Path) -> Path:
     single, index = directory / SAFE_WEIGHTS_NAME, directory / SAFE_WEIGHTS_INDEX_NAME
     if not (single.is_file() or index.is_file()):
         others = sorted(found.name for found in directory.glob("*.safetensors"))
-        there = f" (there is {others[0]}, which transformers does not read by itself)" if others else ""
+        there = f" ({others[0]} is none of them)" if others else ""
         raise OctavoError(
-            f"--model_path {directory}: holds neither {single.name} nor {index.name}{there}; save the model as "
-            "safetensors first"
+            f"--model_path {directory}: holds no model*.safetensors that transformers reads, {single.name} or "
+            f"{index.name}{there}; save the model as safetensors first"
         )
     return single if single.is_file() else index
 
@@ -101,8 +102,8 @@ def source_files(directory: Path) -> list[Path]:
     """The safetensors files of a float checkpoint that transformers reads, in its order.
 
     Raises:
-        OctavoError: there are none, one that is listed is missing or lies elsewhere, or there is what transformers loads
-            in their place.
+        OctavoError: there are none, one that is listed is missing or lies elsewhere, or there is what transformers
+            loads in their place.
     """
     _check_alone(directory)
     first = _weight_file(directory)
@@ -202,7 +203,10 @@ def load_tokenizer(directory: Path, arguments: dict[str, Any], trust_remote_code
             directory, local_files_only=True, trust_remote_code=trust_remote_code, **arguments
         )
     except LOAD_ERRORS as error:
-        raise OctavoError(f"--model_path {directory}: its tokenizer cannot be loaded ({first_line(error)})") from None
+        way_out = "" if trust_remote_code or "trust_remote_code" not in str(error) else _TRUST
+        raise OctavoError(
+            f"--model_path {directory}: its tokenizer cannot be loaded ({first_line(error)}){way_out}"
+        ) from None
 
 
 def check_device(device: str) -> None:

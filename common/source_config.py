@@ -34,7 +34,7 @@ ATTENTION_KEYS = (
     "output_attentions",
     "_output_attentions",
 )
-"""Keys that choose how attention is computed, which an output does from codes, or want its weights, which it never has."""
+"""Keys that choose how attention is computed, which an output does from codes, or that want its weights."""
 PATCH_KEYS = (
     "fusion_config",
     "kernel_config",

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from .architecture import Architecture
 from .bundle import bundle
 from .cache import kv_bits_per_element, kv_bytes_per_token
 from .checkpoints.ascend import DESCRIPTION_FILE, build_description, weight_file_names
-from .checkpoints.shards import PlannedFiles
+from .checkpoints.shards import PlannedFiles, digest_of
 from .checkpoints.writer import Stage, whole_directory, write_json
 from .conversion import Cost
 from .errors import OctavoError
@@ -101,12 +102,40 @@ class Made:
     statistics: Statistics
 
 
+def _written(tensors: dict[str, torch.Tensor], files: PlannedFiles) -> str:
+    """Write the tensors of a layer; returns their digest."""
+    for name, tensor in tensors.items():
+        files.write(name, tensor)
+    return digest_of(tensors)
+
+
+def _mend(job: Job, plan: Plan, stage: Stage, files: PlannedFiles) -> None:
+    """Do finished layers again whose bytes are not those that were written.
+
+    What they need of the layers before them is not kept, so those are gone through again, too.
+    """
+    digests = list(stage.notes["layers"])
+    prefixes = [f"{job.source.layer_name(index)}." for index in range(len(digests))]
+    names = [[name for name in files.placed if name.startswith(prefix)] for prefix in prefixes]
+    damaged = [index for index, digest in enumerate(digests) if files.digest(names[index]) != digest]
+    if not damaged:
+        return
+    say(f"{stage.path}: damaged in layers {', '.join(map(str, damaged))}: doing them again")
+    conversion = job.conversion(plan, job.codebooks)
+    for index in tqdm(range(damaged[-1] + 1), desc="mending", unit="layer"):
+        tensors = conversion.layer(index)
+        if index in damaged:
+            digests[index] = _written(tensors, files)
+    files.sync()
+    stage.amend(stage.notes | {"layers": digests})
+
+
 def _run(job: Job, stage: Stage) -> Made:
     """Fill a stage, from where it stands."""
     flags = job.flags
     _write_texts(stage.path, job)
     if flags.resume and not stage.step:
-        say(f"nothing to resume in {stage.path}: starting with the first layer")
+        say(f"{stage.damage or f'nothing to resume in {stage.path}'}: starting with the first layer")
     if not stage.step:
         floats, costs = _survey(job)
         stage.notes = {"floats": floats}
@@ -121,19 +150,20 @@ def _run(job: Job, stage: Stage) -> Made:
     )
     most_bytes = None if flags.part_file_size is None else flags.part_file_size * GIGABYTE
     files = PlannedFiles(stage.path, weight_file_names(description)[0], planned, most_bytes)
+    files.create()
     if stage.step:
+        _mend(job, plan, stage, files)
         conversion.restore(stage.state)
         conversion.costs = [Cost(*cost) for cost in stage.notes["measured"]]
         say(f"going on behind layer {stage.step} of {len(job.source)}")
-    else:
-        files.create()
+    digests = stage.notes.get("layers", [])
     layers = range(stage.step, len(job.source))
     for index in tqdm(layers, desc="converting", unit="layer", initial=stage.step, total=len(job.source)):
-        for name, tensor in conversion.layer(index).items():
-            files.write(name, tensor)
+        digests = [*digests, _written(conversion.layer(index), files)]
         files.sync()
         measured = [dataclasses.astuple(cost) for cost in conversion.costs]
-        stage.finish_step(index + 1, conversion.state(), stage.notes | {"measured": measured})
+        notes = stage.notes | {"measured": measured, "layers": digests}
+        stage.finish_step(index + 1, conversion.state(), notes)
     for name, rows, first in conversion.others():
         files.write(name, rows, first)
     tensors, fidelity = conversion.head()

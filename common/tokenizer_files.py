@@ -95,15 +95,22 @@ def _loads_to(tokenizer: Any, directory: Path, trust_remote_code: bool, texts: S
 
 
 def _copy(files: Iterable[Path], source: Path, target: Path) -> list[Path]:
-    """Copy files to their place below another directory, but for those that are there."""
+    """Copy files to their place below another directory."""
     made = []
     for file in files:
         copied = target / file.relative_to(source)
-        if not copied.exists():
-            copied.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, copied)
-            made.append(copied)
+        copied.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copied)
+        made.append(copied)
     return made
+
+
+def _remove(files: Iterable[Path], target: Path) -> None:
+    """Take copied files back."""
+    for file in files:
+        file.unlink()
+    if (target / TEMPLATES).is_dir():
+        (target / TEMPLATES).rmdir()
 
 
 def carry_tokenizer(directory: Path, target: Path, trust_remote_code: bool, texts: Sequence[str]) -> None:
@@ -122,14 +129,12 @@ def carry_tokenizer(directory: Path, target: Path, trust_remote_code: bool, text
     """
     tokenizer = load_tokenizer(directory, {}, trust_remote_code)
     is_own = not type(tokenizer).__module__.startswith("transformers.")
-    data = _data_files(directory, tokenizer)
+    copied = _copy(_data_files(directory, tokenizer), directory, target)
     if not is_own:
-        copied = _copy(data, directory, target)
         _without_code(target, keeps_own=False)
         if _loads_to(tokenizer, target, trust_remote_code, texts):
             return
-        for file in copied:
-            file.unlink()
+        _remove(copied, target)
     try:
         tokenizer.save_pretrained(target)
     except (*LOAD_ERRORS, NotImplementedError) as error:
@@ -137,8 +142,6 @@ def carry_tokenizer(directory: Path, target: Path, trust_remote_code: bool, text
             f"--model_path {directory}: its tokenizer cannot be saved ({first_line(error)}); convert a copy that has a "
             "tokenizer.json"
         ) from None
-    if is_own:
-        _copy(data, directory, target)
     _without_code(target, keeps_own=is_own)
     if not _loads_to(tokenizer, target, trust_remote_code, texts):
         raise OctavoError(

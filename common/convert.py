@@ -2,18 +2,18 @@
 
 import argparse
 import dataclasses
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from .architecture import Architecture
 from .bundle import bundle
 from .cache import kv_bits_per_element, kv_bytes_per_token
 from .checkpoints.ascend import DESCRIPTION_FILE, build_description, weight_file_names
-from .checkpoints.shards import PlannedFiles
+from .checkpoints.shards import PlannedFiles, digest_of
 from .checkpoints.writer import Stage, whole_directory, write_json
 from .conversion import Cost
 from .errors import OctavoError
@@ -25,35 +25,35 @@ from .plan import HEAD, Plan
 from .scheme import load_scheme
 from .sensitivity import cost_table, costliest, worst_outliers
 from .source import FLOAT_DTYPES, source_files
+from .source_config import GENERATION_FILE, bearable, carried_generation_config
 from .statistics import Statistics
+from .tokenizer_files import carry_tokenizer
 
-TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges*",
-    "*.jinja",
-    "*.model",
-    "generation_config.json",
-)
 GIGABYTE = 10**9
 BLAMED = 5
 """How many linears and attentions `--max_kl` names."""
+COMPARED_TEXTS = 32
+"""Calibration texts of which the output's tokenizer must make the ids that the source's makes."""
 FEW_TOKENS = 100
 """Below this the summary says that its figures mean little."""
 
 
-def output_config(source: dict[str, Any], architecture: Architecture, plan: Plan) -> dict[str, Any]:
-    """The config.json to write: the source's, with what loads the modeling file and says the scheme."""
+def output_config(
+    source: dict[str, Any], architecture: Architecture, plan: Plan, ties_head: bool = True
+) -> dict[str, Any]:
+    """The config.json to write: the source's, with what loads the modeling file and says the scheme.
+
+    Args:
+        ties_head: whether the source's last linear is its embedding, if its config says so.
+    """
     config = {
-        **source,
+        **bearable(source),
         "architectures": [architecture.model_class.__name__],
         "auto_map": architecture.auto_map,
         CONFIG_KEY: {"scheme": plan.scheme.to_dict()},
         "transformers_weights": NATIVE_LOAD_HINT,
     }
-    if HEAD in plan.linears:
+    if HEAD in plan.linears or not ties_head:
         config["tie_word_embeddings"] = False
     if "dtype" in config:
         config.setdefault("torch_dtype", config["dtype"])
@@ -75,14 +75,19 @@ def _survey(job: Job) -> tuple[list[str], list[Cost]]:
     return [*floats, *(cost.name for cost in worst)], trial.costs
 
 
+def _write_texts(stage: Path, job: Job) -> None:
+    """The tokenizer and the config of generation, before anything is computed, since they may be refused."""
+    write_json(stage / "config.json", bearable(job.config))
+    carry_tokenizer(job.directory, stage, job.flags.trust_remote_code, job.texts[:COMPARED_TEXTS])
+    generation = carried_generation_config(job.directory)
+    if generation is not None:
+        write_json(stage / GENERATION_FILE, generation)
+
+
 def _write_rest(stage: Path, job: Job, plan: Plan, description: dict[str, Any]) -> None:
-    """Everything but the tensors."""
+    """What says how the tensors are to be read."""
     write_json(stage / DESCRIPTION_FILE, description)
-    write_json(stage / "config.json", output_config(job.config, job.architecture, plan))
-    for pattern in TOKENIZER_FILES:
-        for file in job.directory.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, stage / file.name)
+    write_json(stage / "config.json", output_config(job.config, job.architecture, plan, bool(job.source.tied)))
     for name, text in bundle(job.architecture).items():
         (stage / name).write_text(text, encoding="utf-8")
 
@@ -97,11 +102,40 @@ class Made:
     statistics: Statistics
 
 
+def _written(tensors: dict[str, torch.Tensor], files: PlannedFiles) -> str:
+    """Write the tensors of a layer; returns their digest."""
+    for name, tensor in tensors.items():
+        files.write(name, tensor)
+    return digest_of(tensors)
+
+
+def _mend(job: Job, plan: Plan, stage: Stage, files: PlannedFiles) -> None:
+    """Do finished layers again whose bytes are not those that were written.
+
+    What they need of the layers before them is not kept, so those are gone through again, too.
+    """
+    digests = list(stage.notes["layers"])
+    prefixes = [f"{job.source.layer_name(index)}." for index in range(len(digests))]
+    names = [[name for name in files.placed if name.startswith(prefix)] for prefix in prefixes]
+    damaged = [index for index, digest in enumerate(digests) if files.digest(names[index]) != digest]
+    if not damaged:
+        return
+    say(f"{stage.path}: damaged in layers {', '.join(map(str, damaged))}: doing them again")
+    conversion = job.conversion(plan, job.codebooks)
+    for index in tqdm(range(damaged[-1] + 1), desc="mending", unit="layer"):
+        tensors = conversion.layer(index)
+        if index in damaged:
+            digests[index] = _written(tensors, files)
+    files.sync()
+    stage.amend(stage.notes | {"layers": digests})
+
+
 def _run(job: Job, stage: Stage) -> Made:
     """Fill a stage, from where it stands."""
     flags = job.flags
+    _write_texts(stage.path, job)
     if flags.resume and not stage.step:
-        say(f"nothing to resume in {stage.path}: starting with the first layer")
+        say(f"{stage.damage or f'nothing to resume in {stage.path}'}: starting with the first layer")
     if not stage.step:
         floats, costs = _survey(job)
         stage.notes = {"floats": floats}
@@ -116,19 +150,20 @@ def _run(job: Job, stage: Stage) -> Made:
     )
     most_bytes = None if flags.part_file_size is None else flags.part_file_size * GIGABYTE
     files = PlannedFiles(stage.path, weight_file_names(description)[0], planned, most_bytes)
+    files.create()
     if stage.step:
+        _mend(job, plan, stage, files)
         conversion.restore(stage.state)
         conversion.costs = [Cost(*cost) for cost in stage.notes["measured"]]
         say(f"going on behind layer {stage.step} of {len(job.source)}")
-    else:
-        files.create()
+    digests = stage.notes.get("layers", [])
     layers = range(stage.step, len(job.source))
     for index in tqdm(layers, desc="converting", unit="layer", initial=stage.step, total=len(job.source)):
-        for name, tensor in conversion.layer(index).items():
-            files.write(name, tensor)
+        digests = [*digests, _written(conversion.layer(index), files)]
         files.sync()
         measured = [dataclasses.astuple(cost) for cost in conversion.costs]
-        stage.finish_step(index + 1, conversion.state(), stage.notes | {"measured": measured})
+        notes = stage.notes | {"measured": measured, "layers": digests}
+        stage.finish_step(index + 1, conversion.state(), notes)
     for name, rows, first in conversion.others():
         files.write(name, rows, first)
     tensors, fidelity = conversion.head()

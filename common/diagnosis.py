@@ -42,7 +42,7 @@ import torch
 
 from .cache import head_dim_of
 from .errors import OctavoError, first_line
-from .source import FLOAT_DTYPES, read_source_headers
+from .source import FLOAT_DTYPES, read_source_headers, source_files
 from .statistics import Statistics, rotary_radius
 
 PEAK = 3.0
@@ -78,7 +78,7 @@ class LazyWeights:
         self.directory = directory
         self.headers = read_source_headers(directory)
         self._places: dict[str, tuple[Path, int, int]] = {}
-        for path in sorted(directory.glob("model*.safetensors")):
+        for path in source_files(directory):
             with path.open("rb") as file:
                 size = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(size))

@@ -37,10 +37,10 @@ from .source import (
     layerwise_source,
     load_source,
     load_tokenizer,
-    read_source_config,
     read_source_headers,
     source_files,
 )
+from .source_config import read_source_config
 from .streams import Texts
 
 LONGEST_SAMPLE = 2048
@@ -159,7 +159,7 @@ class Job:
             )
         _check_statistics_file(flags.save_statistics, flags.save_directory)
         check_device(flags.device_type)
-        self.directory = find_source(flags.model_path)
+        self.directory = find_source(flags.model_path, flags.trust_remote_code)
         self.config = read_source_config(self.directory, architecture)
         self.headers = read_source_headers(self.directory)
         self.texts = _texts(flags)

@@ -82,6 +82,9 @@ class LayerwiseModel:
         files: its tensors.
         device: where layers are computed.
 
+    Attributes:
+        tied: names of tensors that are another one, and that one's.
+
     Raises:
         OctavoError: config and tensors do not fit together.
     """
@@ -102,20 +105,52 @@ class LayerwiseModel:
         self.decoder = self.model.base_model
         self.layers_name = next(name for name, part in self.model.named_modules() if part is self.decoder.layers)
         self.tied: dict[str, str] = {}
-        if config.tie_word_embeddings:
-            self.tied = dict(self.model.all_tied_weights_keys)
         self._file_names = self._matched()
+
+    def _stored_names(self) -> dict[str, str]:
+        """The name in the files of each tensor of the model, as it is or without the model's prefix."""
+        prefix = f"{self.model.base_model_prefix}."
+        stored = self.files.placed
+        return {name: name if name in stored else name.removeprefix(prefix) for name in self.model.state_dict()}
+
+    def _equal(self, name: str, other: str) -> bool:
+        """Whether two tensors of the files hold the same values."""
+        shape, other_shape = (self.files.placed[part].header.shape for part in (name, other))
+        if shape != other_shape or len(shape) != 2:
+            return False
+        count, step = shape[0], max(1, MOST_HEAD // max(1, shape[1]))
+        for first in range(0, count, step):
+            rows = [self.files.rows(part, first, min(count, first + step)).float() for part in (name, other)]
+            if not torch.equal(*rows):
+                return False
+        return True
+
+    def _tie(self, names: dict[str, str]) -> None:
+        """Decide what is tied as a load by transformers does, and say in `names` where it lies.
+
+        A tensor that is stored and differs from what config.json ties it to is not tied; where only one of two is
+        stored, it is both.
+        """
+        if not self.config.tie_word_embeddings:
+            return
+        stored = self.files.placed
+        for target, origin in self.model.all_tied_weights_keys.items():
+            if names[target] in stored and names[origin] in stored:
+                if not self._equal(names[target], names[origin]):
+                    continue
+            elif names[target] in stored:
+                names[origin] = names[target]
+            self.tied[target] = origin
 
     def _matched(self) -> dict[str, str]:
         """The name in the files of each tensor of the model, those tied to another left out."""
         shapes = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
-        prefix = f"{self.model.base_model_prefix}."
         stored = self.files.placed
-        names = {
-            name: name if name in stored else name.removeprefix(prefix) for name in shapes if name not in self.tied
-        }
+        names = self._stored_names()
+        known = set(names.values())
+        self._tie(names)
+        names = {name: file_name for name, file_name in names.items() if name not in self.tied}
         missing = sorted(name for name, file_name in names.items() if file_name not in stored)
-        known = {*names.values(), *self.tied}
         unexpected = sorted(name for name in stored if name not in known and not name.endswith(IGNORED))
         for problem, found in (("missing", missing), ("unexpected", unexpected)):
             if found:

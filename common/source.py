@@ -1,5 +1,7 @@
 """The float checkpoint that is converted: found, checked and loaded."""
 
+import os
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,24 +12,32 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
-    StrictDataclassError,
 )
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from .architecture import Architecture
-from .checkpoints.ascend import DESCRIPTION_FILE, TensorHeader, read_headers, read_json
+from .checkpoints.ascend import TensorHeader, read_headers, read_json
 from .checkpoints.shards import TensorFiles
 from .errors import OctavoError, first_line
 from .layerwise import LayerwiseModel
+from .source_config import LOAD_ERRORS, load_source_config
 
 PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
-INDEX_FILE = "model.safetensors.index.json"
+_TRUST = "; it has code of its own, which --trust_remote_code lets run"
+CODE_PATTERNS = ("*.py", "*.tiktoken")
+"""What a tokenizer with code of its own needs besides."""
+ADAPTER_FILE = "adapter_config.json"
+_DISTRIBUTED = re.compile(r"shard-[0-9]{5}-model-[0-9]{5}-of-[0-9]{5}\.safetensors$")
+"""Names of the parts of a checkpoint that many processes wrote."""
 FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def find_source(model_path: str) -> Path:
+def find_source(model_path: str, with_code: bool = False) -> Path:
     """The directory of a checkpoint: `model_path` itself, or the snapshot of a hub id, fetched if need be.
+
+    Args:
+        with_code: whether to fetch code that comes with it, too.
 
     Raises:
         OctavoError: it is no directory and no hub id that can be had.
@@ -39,51 +49,74 @@ def find_source(model_path: str) -> Path:
     if model_path.count("/") > 1 or model_path.startswith((".", "/", "~")):
         raise OctavoError(f"--model_path {model_path}: no such directory")
     try:
-        return Path(snapshot_download(model_path, allow_patterns=list(PATTERNS)))
+        patterns = [*PATTERNS, *(CODE_PATTERNS if with_code else ())]
+        return Path(snapshot_download(model_path, allow_patterns=patterns))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise OctavoError(
             f"--model_path {model_path}: no such directory, and no hub model ({first_line(error)})"
         ) from None
 
 
-def read_source_config(directory: Path, architecture: Architecture) -> dict[str, Any]:
-    """The config.json of a float checkpoint of this architecture.
-
-    Raises:
-        OctavoError: there is none, it is another architecture's, or the checkpoint is quantized already.
-    """
-    if not (directory / "config.json").is_file():
-        raise OctavoError(f"--model_path {directory}: holds no config.json, so it is no Hugging Face checkpoint")
-    config = read_json(directory / "config.json")
-    if config.get("model_type") != architecture.model_type:
+def _weight_file(directory: Path) -> Path:
+    """What transformers opens first: the file that config.json names, the single one, or the index, in this order."""
+    file = directory / "config.json"
+    named = read_json(file).get("transformers_weights") if file.is_file() else None
+    if named is not None:
+        if not isinstance(named, str) or not named.endswith((".safetensors", ".safetensors.index.json")):
+            raise OctavoError(f"{file}: transformers_weights is {named!r}, which names no safetensors file; remove it")
+        return _inside(directory, named, file)
+    single, index = directory / SAFE_WEIGHTS_NAME, directory / SAFE_WEIGHTS_INDEX_NAME
+    if not (single.is_file() or index.is_file()):
+        others = sorted(found.name for found in directory.glob("*.safetensors"))
+        there = f" ({others[0]} is none of them)" if others else ""
         raise OctavoError(
-            f"{directory}/config.json: model_type is {config.get('model_type')!r}; models/{architecture.name} converts "
-            f"{architecture.model_type!r}"
+            f"--model_path {directory}: holds no model*.safetensors that transformers reads, {single.name} or "
+            f"{index.name}{there}; save the model as safetensors first"
         )
-    if "quantization_config" in config or (directory / DESCRIPTION_FILE).exists():
-        raise OctavoError(f"--model_path {directory}: is quantized already; give the float checkpoint")
-    return config
+    return single if single.is_file() else index
+
+
+def _inside(directory: Path, name: str, named_in: Path) -> Path:
+    """A file of a checkpoint by the name that another one gives it."""
+    inside = os.path.normpath(name)
+    if os.path.isabs(inside) or inside.split(os.sep)[0] == os.pardir:
+        raise OctavoError(f"{named_in}: names {name}, which lies outside of {directory}; copy the checkpoint again")
+    return directory / inside
+
+
+def _check_alone(directory: Path) -> None:
+    """Raise an `OctavoError` if there is what transformers loads in the place of the weights, or on top of them."""
+    if (directory / ADAPTER_FILE).is_file():
+        raise OctavoError(
+            f"--model_path {directory}: {ADAPTER_FILE} adds an adapter to the weights; merge it first, or remove it"
+        )
+    shards = [file.name for file in directory.iterdir() if _DISTRIBUTED.match(file.name)]
+    if shards:
+        raise OctavoError(
+            f"--model_path {directory}: {shards[0]} is part of a distributed checkpoint, which transformers reads "
+            "before any other; save the model whole first, or remove it"
+        )
 
 
 def source_files(directory: Path) -> list[Path]:
-    """The safetensors files of a float checkpoint: those that its index lists, or all there are.
+    """The safetensors files of a float checkpoint that transformers reads, in its order.
 
     Raises:
-        OctavoError: there are none, or a listed one is missing.
+        OctavoError: there are none, one that is listed is missing or lies elsewhere, or there is what transformers
+            loads in their place.
     """
-    index = directory / INDEX_FILE
-    if not index.is_file():
-        files = sorted(directory.glob("model*.safetensors"))
-    else:
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise OctavoError(f"{index}: maps no tensors to files; copy the checkpoint again")
-        files = [directory / name for name in sorted(set(weight_map.values()))]
+    _check_alone(directory)
+    first = _weight_file(directory)
+    files = [first]
+    if first.name.endswith(".index.json"):
+        weight_map = read_json(first).get("weight_map")
+        names = set(weight_map.values()) if isinstance(weight_map, dict) else {None}
+        if not names or not all(isinstance(name, str) for name in names):
+            raise OctavoError(f"{first}: maps no tensors to files; copy the checkpoint again")
+        files = [_inside(directory, name, first) for name in sorted(names)]
     for file in files:
         if not file.is_file():
             raise OctavoError(f"--model_path {directory}: {file.name} is missing; copy the checkpoint again")
-    if not files:
-        raise OctavoError(f"--model_path {directory}: holds no model*.safetensors; save the model as safetensors first")
     return files
 
 
@@ -126,6 +159,7 @@ def load_source(directory: Path, device: str) -> nn.Module:
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             directory,
+            config=load_source_config(directory),
             dtype=dtype,
             device_map=device_map,
             use_safetensors=True,
@@ -133,7 +167,7 @@ def load_source(directory: Path, device: str) -> nn.Module:
             ignore_mismatched_sizes=True,  # reported below, by name
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, StrictDataclassError) as error:
+    except LOAD_ERRORS as error:
         raise OctavoError(f"--model_path {directory}: cannot be loaded ({first_line(error)})") from None
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:
@@ -155,11 +189,7 @@ def layerwise_source(directory: Path, device: str) -> LayerwiseModel:
     Raises:
         OctavoError: config and weights disagree.
     """
-    try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, StrictDataclassError) as error:
-        raise OctavoError(f"--model_path {directory}: cannot be loaded ({first_line(error)})") from None
-    return LayerwiseModel(directory, config, TensorFiles(source_files(directory)), device)
+    return LayerwiseModel(directory, load_source_config(directory), TensorFiles(source_files(directory)), device)
 
 
 def load_tokenizer(directory: Path, arguments: dict[str, Any], trust_remote_code: bool) -> Any:
@@ -172,8 +202,11 @@ def load_tokenizer(directory: Path, arguments: dict[str, Any], trust_remote_code
         return AutoTokenizer.from_pretrained(
             directory, local_files_only=True, trust_remote_code=trust_remote_code, **arguments
         )
-    except (OSError, ValueError, TypeError, ImportError, KeyError, AttributeError, StrictDataclassError) as error:
-        raise OctavoError(f"--model_path {directory}: its tokenizer cannot be loaded ({first_line(error)})") from None
+    except LOAD_ERRORS as error:
+        way_out = "" if trust_remote_code or "trust_remote_code" not in str(error) else _TRUST
+        raise OctavoError(
+            f"--model_path {directory}: its tokenizer cannot be loaded ({first_line(error)}){way_out}"
+        ) from None
 
 
 def check_device(device: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 import torch
 
 from .ascend import TensorHeader
+from .stage import READ_BYTES, new_digest
 from .writer import write_json
 
 SAFETENSORS_DTYPES = {
@@ -60,6 +61,15 @@ def header_of(tensor: torch.Tensor) -> TensorHeader:
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous tensor on the CPU."""
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def digest_of(tensors: dict[str, torch.Tensor]) -> str:
+    """A digest of the names and bytes of some tensors."""
+    digest = new_digest()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(_bytes_of(tensors[name].detach().cpu().contiguous()))
+    return digest.hexdigest()
 
 
 class TensorFiles:
@@ -158,11 +168,13 @@ class PlannedFiles:
     def create(self) -> None:
         """Make the files, with room for everything, so that a full disk shows at once.
 
+        Of files that are there only what does not say or hold what was planned is changed.
+
         Raises:
             OSError: they cannot be made.
         """
         for file, text in self._texts.items():
-            with file.open("wb") as opened:
+            with file.open("r+b" if file.is_file() else "wb") as opened:
                 if hasattr(os, "posix_fallocate"):
                     os.posix_fallocate(opened.fileno(), 0, self._sizes[file])
                 opened.write(text)
@@ -187,6 +199,26 @@ class PlannedFiles:
             data = _bytes_of(tensor.detach().cpu().contiguous())
             while data:
                 data = data[opened.write(data) :]
+
+    def digest(self, names: Iterable[str]) -> str:
+        """What `digest_of` makes of some tensors as they lie in the files.
+
+        Raises:
+            OSError: a file cannot be read.
+        """
+        digest, buffer = new_digest(), bytearray(READ_BYTES)
+        for name in sorted(names):
+            placed = self.placed[name]
+            digest.update(name.encode())
+            left = _byte_count(placed.header)
+            with placed.file.open("rb", buffering=0) as opened:
+                opened.seek(placed.offset)
+                while left:
+                    part = memoryview(buffer)[: min(left, len(buffer))]
+                    _read_into(opened, part)
+                    digest.update(part)
+                    left -= len(part)
+        return digest.hexdigest()
 
     def sync(self) -> None:
         """Return once everything written so far is on the disk."""

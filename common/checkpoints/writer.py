@@ -1,130 +1,87 @@
 """Writing an output directory: whole, or not at all; and going on with one whose process was stopped."""
 
+import contextlib
 import fcntl
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 
 from ..errors import OctavoError
-
-PROGRESS = ".progress"
-"""Directory within a stage; it is gone before the stage becomes the output."""
-LONGEST_VALUE = 40
-"""Characters of the longest value that is shown of a job that differs."""
+from .stage import PROGRESS, Kept, Stage, is_made_by_us, read_record, remove_progress, sync
 
 
-class _Kept(OctavoError):
-    """An error that leaves a stage as it is."""
-
-
-def check_output(directory: Path, flag: str) -> None:
-    """Raise an `OctavoError` if `directory` holds something already or could not be made."""
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise OctavoError(f"{flag} {directory}: exists already; choose another directory or remove it")
-    parent = directory.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise OctavoError(f"{flag} {directory}: {parent} cannot be written; choose another directory")
-
-
-def _change(name: str, before: Any, now: Any) -> str:
-    """What differs, with both values where they are short."""
-    values = ["unset" if value is None else str(value).strip("'") for value in (before, now)]
-    return name if max(map(len, values)) > LONGEST_VALUE else f"{name} ({values[0]} then, {values[1]} now)"
-
-
-class Stage:
-    """The directory in which an output grows, and how far it has come.
-
-    Attributes:
-        path: the directory.
-        step: steps that are finished; 0 at first.
-        state: tensors that were kept with the last of them.
-        notes: plain data that was kept with it.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.step = 0
-        self.state: dict[str, torch.Tensor] = {}
-        self.notes: dict[str, Any] = {}
-        self._progress = path / PROGRESS
-
-    @property
-    def _file(self) -> Path:
-        return self._progress / "progress.json"
-
-    def _state_file(self, step: int) -> Path:
-        return self._progress / f"state-{step}.safetensors"
-
-    def begin(self, job: dict[str, Any]) -> None:
-        """Start anew; `job` says what is being made."""
-        self._progress.mkdir()
-        self._job = job
-        self.finish_step(0, {}, {})
-
-    def resume(self, job: dict[str, Any], flag: str) -> bool:
-        """Go on where the last process stopped; False if it had not finished a step.
-
-        Raises:
-            OctavoError: that was another job.
-        """
-        try:
-            known = json.loads(self._file.read_text(encoding="utf-8"))
-            step = int(known["step"])
-            if step == 0:
-                return False
-            with safe_open(self._state_file(step), framework="pt") as opened:
-                self.state = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
-        except (OSError, ValueError, KeyError, SafetensorError):
-            return False
-        differing = sorted(name for name in {*job, *known["job"]} if job.get(name) != known["job"].get(name))
-        if differing:
-            raise _Kept(
-                f"{flag}: the interrupted conversion in {self.path} differs in "
-                f"{', '.join(_change(name, known['job'].get(name), job.get(name)) for name in differing)}; "
-                "go on as it was begun, or remove it"
-            )
-        self._job, self.step, self.notes = job, step, known["notes"]
-        return True
-
-    def finish_step(self, step: int, state: dict[str, torch.Tensor], notes: dict[str, Any]) -> None:
-        """Record that everything up to a step is written, with what the next one needs."""
-        before = self._state_file(self.step)
-        file = self._state_file(step)
-        save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, file)
-        _sync(file)
-        text = json.dumps({"step": step, "job": self._job, "notes": notes})
-        fresh = self._file.with_suffix(".new")
-        fresh.write_text(text, encoding="utf-8")
-        _sync(fresh)
-        os.replace(fresh, self._file)
-        if before != file:
-            before.unlink(missing_ok=True)
-        self.step = step
-
-    def _end(self) -> None:
-        shutil.rmtree(self._progress)
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as opened:
-        os.fsync(opened.fileno())
+def _place(directory: Path) -> Path:
+    """Where an output really is: behind all links."""
+    return Path(os.path.realpath(directory))
 
 
 def stage_path(directory: Path) -> Path:
     """Where the output for `directory` grows: beside it, hidden."""
-    directory = directory.absolute()
-    return directory.parent / f".{directory.name}.partial"
+    place = _place(directory)
+    return place.parent / f".{place.name}.partial"
+
+
+def check_output(directory: Path, flag: str) -> None:
+    """Raise an `OctavoError` if `directory` holds something already, or could not be made or put in its place."""
+    place = _place(directory)
+    if place.is_symlink():
+        raise Kept(f"{flag} {directory}: is a link that leads nowhere; choose another directory or remove it")
+    if os.path.ismount(place):
+        raise Kept(f"{flag} {directory}: is a mount point, which nothing can replace; name a directory in it")
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        _tidy(place, f"{flag} {directory}")
+        raise Kept(f"{flag} {directory}: exists already; choose another directory or remove it")
+    parent = place.parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise Kept(f"{flag} {directory}: {parent} cannot be written; choose another directory")
+    _check_stage(stage_path(directory), f"{flag} {directory}")
+
+
+def _tidy(output: Path, where: str) -> None:
+    """Remove the record that a process left which was stopped behind putting a whole output in its place."""
+    progress = output / PROGRESS
+    if progress.is_symlink() or not progress.is_dir():
+        return
+    record = read_record(output)
+    if (record is not None and record.get("whole")) or not any(progress.iterdir()):
+        with contextlib.suppress(OSError):
+            remove_progress(output)
+    elif record is not None:
+        raise Kept(
+            f"{where}: is an interrupted conversion; move it to {stage_path(output)} and give --resume, or remove it"
+        )
+
+
+def _check_stage(path: Path, where: str) -> None:
+    """Raise an `OctavoError` if what is at the place of a stage is none."""
+    if not os.path.lexists(path):
+        return
+    if path.is_symlink() or not path.is_dir() or os.path.ismount(path):
+        raise Kept(f"{where}: {path} is in the way, which is no directory of a conversion; move it or remove it")
+    if not is_made_by_us(path):
+        raise Kept(f"{where}: {path} is in the way, which holds files of no conversion; move it or remove it")
+
+
+def _check_replaceable(place: Path, where: str) -> None:
+    """Raise an `OctavoError` if an empty directory cannot be replaced, as a place where another one is mounted."""
+    if not place.is_dir():
+        return
+    aside = tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent)
+    try:
+        os.rename(place, aside)
+    except OSError as error:
+        os.rmdir(aside)
+        raise Kept(f"{where}: cannot be replaced ({error.strerror}); name a directory in it, or another one") from None
+    os.rename(aside, place)
 
 
 @contextmanager
@@ -135,7 +92,7 @@ def _locked(stage: Path, flag: str) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise _Kept(f"{flag}: another process is writing it ({stage}); wait for that one") from None
+            raise Kept(f"{flag}: another process is writing it ({stage}); wait for that one") from None
         yield
     finally:
         os.close(handle)
@@ -146,7 +103,8 @@ def whole_directory(directory: Path, flag: str, job: dict[str, Any], resumes: bo
     """A stage to write into, which becomes `directory` at the end, or vanishes if anything fails.
 
     Once a step is finished, it stays if the process is killed, interrupted or fails, for another one to go on with; but
-    not if an `OctavoError` says that what is made is not wanted.
+    not if an `OctavoError` says that what is made is not wanted. The record of the steps is removed when the output is
+    in its place, so that there is no moment at which a kill loses them.
 
     Args:
         flag: what the user named the directory with, for messages.
@@ -155,24 +113,22 @@ def whole_directory(directory: Path, flag: str, job: dict[str, Any], resumes: bo
 
     Raises:
         OctavoError: the directory cannot be written, or the disk is full; something is left of an interrupted process
-            and `resumes` does not say what to do with it.
+            and `resumes` does not say what to do with it; something else is where the stage is to be.
     """
     check_output(directory, flag)
-    directory, path = directory.absolute(), stage_path(directory)
-    where, stage = f"{flag} {directory}", Stage(path)
+    where = f"{flag} {directory.absolute()}"
+    place, path = _place(directory), stage_path(directory)
+    stage = Stage(path)
     try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
         path.mkdir(exist_ok=True)
         with _locked(path, where):
-            if stage.resume(job, "--resume" if resumes else where) and not resumes:
-                raise _Kept(f"{where}: an interrupted conversion is in {path}; give --resume, or remove it")
-            if not stage.step:
-                _empty(path)
-                stage.begin(job)
+            check_output(directory, flag)  # another process may have been faster
+            _open(stage, place, where, job, resumes)
             yield stage
-            stage._end()
-            os.replace(path, directory)
-    except _Kept:
+            stage.finish()
+            os.replace(path, place)
+    except Kept:
         raise
     except OctavoError:
         _discard(path)
@@ -187,11 +143,31 @@ def whole_directory(directory: Path, flag: str, job: dict[str, Any], resumes: bo
         if isinstance(error, (OSError, SafetensorError)):
             raise OctavoError(f"{where}: cannot be written ({error}); nothing was kept") from None
         raise
+    with contextlib.suppress(OSError):  # the output is whole, and the next run tidies it
+        sync(place.parent)
+        remove_progress(place)
+
+
+def _open(stage: Stage, place: Path, where: str, job: dict[str, Any], resumes: bool) -> None:
+    """Go on with a stage, or begin anew."""
+    try:
+        _check_replaceable(place, where)
+    except Kept:
+        if not any(stage.path.iterdir()):
+            stage.path.rmdir()
+        raise
+    found = stage.resume(job, "--resume" if resumes else where)
+    if not resumes and (found or stage.damage):
+        damage = f", of which {stage.damage}" if stage.damage else ""
+        raise Kept(f"{where}: an interrupted conversion is in {stage.path}{damage}; give --resume, or remove it")
+    if not found:
+        _empty(stage.path)
+        stage.begin(job)
 
 
 def _empty(directory: Path) -> None:
     for entry in directory.iterdir():
-        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
 def _discard(directory: Path) -> None:

@@ -20,10 +20,43 @@ def test_lines_are_plain_or_json(tmp_path: Path) -> None:
     assert read_calibration_file(file) == ["plain text", "as in boolq\nwith a break", "[not] an object"]
 
 
+def line(text: str) -> str:
+    """A line of JSON as tools write it that escape nothing."""
+    return json.dumps({"inputs_pretokenized": text}, ensure_ascii=False)
+
+
+@pytest.mark.parametrize(
+    ("content", "texts"),
+    [
+        (line("one\u2028half") + "\n" + line("two") + "\n", ["one\u2028half", "two"]),
+        (line("one\u0085half") + "\n", ["one\u0085half"]),
+        ("page one\x0cpage two\x0b\x1c\x1dend\nnext\n", ["page one\x0cpage two\x0b\x1c\x1dend", "next"]),
+        ("old\rmac\n", ["old\rmac"]),
+        ("\ufeff" + line("one") + "\r\n" + line("two") + "\r\n", ["one", "two"]),
+        ("\ufeffone\r\ntwo\r\n\ufeffthree, joined on", ["one", "two", "three, joined on"]),
+        ("  " + line("behind blanks"), ["behind blanks"]),
+        ("one\ntwo\n\n\r\n", ["one", "two"]),
+        ('["one", {"inputs_pretokenized": "two"}]', ["one", "two"]),
+        ('\ufeff[\r\n  "one\\nhalf",\r\n  "two"\r\n]\r\n', ["one\nhalf", "two"]),
+        ("[1] a footnote\n[2] another", ["[1] a footnote", "[2] another"]),
+    ],
+)
+def test_only_line_feeds_end_lines_and_a_mark_is_no_text(content: str, texts: list[str], tmp_path: Path) -> None:
+    (tmp_path / "texts").write_bytes(content.encode())
+    assert read_calibration_file(tmp_path / "texts") == texts
+
+
 @pytest.mark.parametrize(
     ("content", "part"),
     [
         ("", "is empty"),
+        ("\n\n", "is empty"),
+        ("[]", "is empty"),
+        ('["one", 2]', "item 2: holds no text"),
+        ('["one", {"text": "two"}]', "item 2: no 'inputs_pretokenized'"),
+        ('["one",\n "two"', "begins as a JSON array"),
+        ("[\n{", "begins as a JSON array"),
+        ('a\n{"inputs_pretokenized": "\\ud800"}', "line 2: holds half of a surrogate pair"),
         ("a\n\nb", "line 2: holds no text"),
         ('a\n{"inputs_pretokenized": ', "line 2: no valid JSON"),
         ('{"text": "a"}', "line 1: no 'inputs_pretokenized'"),

@@ -7,12 +7,16 @@ import random
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from tqdm import tqdm
 
+from octavo.common.checkpoints.shards import TensorFiles
 from octavo.common.checkpoints.writer import stage_path
+from octavo.common.conversion import Conversion
 from octavo.common.convert import main
 from octavo.models.llama3 import ARCHITECTURE
 
@@ -103,6 +107,115 @@ def test_a_killed_conversion_is_neither_lost_nor_taken_for_another(
     assert files_below(stage_path(target)) == kept
     assert main(ARCHITECTURE, convert_flags(deep_source, target, "--resume")) == 0
     assert "going on behind layer" in capsys.readouterr().err
+
+
+STOPPED_BEHIND = 5
+SMOOTHED = ("--use_kvcache_quant", "True", "--anti_method", "m4")
+
+
+@pytest.fixture(scope="module")
+def whole(deep_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a conversion makes that nothing interrupts."""
+    target = tmp_path_factory.mktemp("whole") / "out"
+    assert main(ARCHITECTURE, convert_flags(deep_source, target, *SMOOTHED)) == 0
+    return target
+
+
+def stopped(source: Path, target: Path, *flags: str) -> Path:
+    """The stage that an interruption in the sixth layer leaves."""
+    layer = Conversion.layer
+
+    def interrupted(conversion: Conversion, index: int) -> dict[str, torch.Tensor]:
+        if index == STOPPED_BEHIND:
+            raise KeyboardInterrupt
+        return layer(conversion, index)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Conversion, "layer", interrupted)
+        assert main(ARCHITECTURE, convert_flags(source, target, *flags)) == 130
+    assert finished_layers(target) == STOPPED_BEHIND
+    return stage_path(target)
+
+
+def weights_of(stage: Path) -> Path:
+    return min(stage.glob("quant_model_weight_*.safetensors"))
+
+
+def flip_in(layer: int) -> Callable[[Path], None]:
+    """Change a bit in the middle of the q projection of a layer."""
+
+    def change(stage: Path) -> None:
+        placed = TensorFiles([weights_of(stage)]).placed[f"model.layers.{layer}.self_attn.q_proj.weight"]
+        content = bytearray(placed.file.read_bytes())
+        content[placed.offset + 1000] ^= 4
+        placed.file.write_bytes(content)
+
+    return change
+
+
+def flip_header(stage: Path) -> None:
+    content = bytearray(weights_of(stage).read_bytes())
+    content[40] ^= 4
+    weights_of(stage).write_bytes(content)
+
+
+LAYER_DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "nothing": (lambda stage: None, "going on behind layer 5 of 8"),
+    "the first layer": (flip_in(0), "damaged in layers 0: doing them again"),
+    "two layers": (lambda stage: (flip_in(4)(stage), flip_in(1)(stage)), "damaged in layers 1, 4: doing them again"),
+    "the header": (flip_header, "going on behind layer 5 of 8"),
+    "a truncated file": (lambda stage: os.truncate(weights_of(stage), 9_000), ": doing them again"),
+    "no file": (lambda stage: weights_of(stage).unlink(), "damaged in layers 0, 1, 2, 3, 4: doing them again"),
+    "the record": (
+        lambda stage: os.truncate(stage / ".progress" / "progress.json", 50),
+        "progress.json is damaged: starting with the first layer",
+    ),
+    "the state": (
+        lambda stage: os.truncate(stage / ".progress" / "state-5.safetensors", 500),
+        "state-5.safetensors is damaged: starting with the first layer",
+    ),
+    "the tokenizer": (lambda stage: (stage / "tokenizer.json").write_text("{"), "going on behind layer 5 of 8"),
+}
+
+
+@pytest.mark.parametrize("damage", LAYER_DAMAGES)
+def test_what_is_damaged_of_a_stage_is_done_again(
+    damage: str, deep_source: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change, says = LAYER_DAMAGES[damage]
+    change(stopped(deep_source, tmp_path / "out", *SMOOTHED))
+    capsys.readouterr()
+    assert main(ARCHITECTURE, convert_flags(deep_source, tmp_path / "out", *SMOOTHED, "--resume")) == 0
+    captured = capsys.readouterr().err
+    assert says in captured and "Traceback" not in captured
+    assert_same_bytes(tmp_path / "out", whole)
+
+
+def test_what_is_not_damaged_is_not_done_again(
+    deep_source: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped(deep_source, tmp_path / "out", *SMOOTHED)
+    layer, done = Conversion.layer, []
+    monkeypatch.setattr(Conversion, "layer", lambda self, index: done.append(index) or layer(self, index))
+    assert main(ARCHITECTURE, convert_flags(deep_source, tmp_path / "out", *SMOOTHED, "--resume")) == 0
+    assert done == [5, 6, 7]
+    assert_same_bytes(tmp_path / "out", whole)
+
+
+@pytest.mark.slow
+def test_a_layer_of_codebooks_in_one_of_several_files_is_done_again(
+    deep_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With files as small as they get, codes that need all tokens of a layer, and codebooks of the whole model."""
+    monkeypatch.setattr("octavo.common.convert.GIGABYTE", 100_000)
+    flags = ("--scheme", "kvquant-4", "--w_method", "GPTQ", "--is_dynamic", "True", "--part_file_size", "1")
+    assert main(ARCHITECTURE, convert_flags(deep_source, tmp_path / "whole", *flags)) == 0
+    stage = stopped(deep_source, tmp_path / "out", *flags)
+    parts = sorted(stage.glob("quant_model_weight_*.safetensors"))
+    assert len(parts) > 4
+    parts[1].unlink()
+    assert main(ARCHITECTURE, convert_flags(deep_source, tmp_path / "out", *flags, "--resume")) == 0
+    assert_same_bytes(tmp_path / "out", tmp_path / "whole")
 
 
 def test_resuming_nothing_says_so(deep_source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,8 +39,8 @@ def check_operands(
     shape, other = key.shape, value.shape
     if query.dtype not in VALUE_DTYPES or key.dtype not in STORED_DTYPES or value.dtype not in STORED_DTYPES:
         raise ValueError(
-            f"attention takes a query in float, and K and V in int8, uint8, fp8 or float, not {dtype_name(query.dtype)}, "
-            f"{dtype_name(key.dtype)} and {dtype_name(value.dtype)}"
+            f"attention takes a query in float, and K and V in int8, uint8, fp8 or float, not "
+            f"{dtype_name(query.dtype)}, {dtype_name(key.dtype)} and {dtype_name(value.dtype)}"
         )
     fits = query.dim() == 4 and len(shape) == 4 and len(other) == 4
     if fits:

@@ -13,6 +13,7 @@
 enum { LANES = 16, ROW_STEP = 12, PANEL = 32, OUTPUT_VECTORS = 4 };
 typedef float f32v __attribute__((vector_size(64)));
 typedef int32_t i32v __attribute__((vector_size(64)));
+typedef uint32_t u32v __attribute__((vector_size(64)));
 typedef float f32v_any __attribute__((vector_size(64), aligned(4), may_alias));
 INLINE f32v max_lanes(f32v a, f32v b) { return (f32v)_mm512_max_ps((__m512)a, (__m512)b); }
 INLINE f32v select_lanes(i32v where, f32v yes, f32v no) {
@@ -25,6 +26,7 @@ INLINE float max_of_lanes(f32v x) { return _mm512_reduce_max_ps((__m512)x); }
 enum { LANES = 8, ROW_STEP = 6, PANEL = 16, OUTPUT_VECTORS = 3 };
 typedef f32x8 f32v;
 typedef i32x8 i32v;
+typedef uint32_t u32v __attribute__((vector_size(32)));
 typedef f32x8_any f32v_any;
 INLINE f32v max_lanes(f32v a, f32v b) { return max_f32(a, b); }
 INLINE f32v select_lanes(i32v where, f32v yes, f32v no) { return select_f32(where, yes, no); }
@@ -104,8 +106,8 @@ INLINE f32v exp2_of(f32v x) {
     __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_GE_OQ);
     return (f32v)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)whole);
 #else
-    i32v exponent = (i32v)shifted << 23; /* the low bits of `shifted` are the rounded x */
-    return select_lanes(x < all_lanes(-126.0f), all_lanes(0.0f), (f32v)((i32v)p + exponent));
+    u32v exponent = (u32v)shifted << 23; /* the low bits of `shifted` are the rounded x; those of NaN may wrap */
+    return select_lanes(x < all_lanes(-126.0f), all_lanes(0.0f), (f32v)((u32v)p + exponent));
 #endif
 }
 

@@ -64,8 +64,9 @@ def _visible(
     queries: int,
     start: int,
     stop: int,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Additive float mask of keys `start:stop`, broadcastable to `[B, H, Q, stop - start]`."""
+    """Additive mask in `dtype` of keys `start:stop`, broadcastable to `[B, H, Q, stop - start]`."""
     keys = torch.arange(start, stop, device=length.device)
     length = length.view(-1, 1, 1, 1)
     hidden = keys >= length
@@ -74,11 +75,11 @@ def _visible(
         hidden = hidden | (keys > newest)
         if window:
             hidden = hidden | (keys <= newest - window)
-    bias = torch.zeros(hidden.shape, device=length.device).masked_fill_(hidden, float("-inf"))
+    bias = torch.zeros(hidden.shape, dtype=dtype, device=length.device).masked_fill_(hidden, float("-inf"))
     if mask is None:
         return bias
     part = mask if mask.dim() == 0 or mask.shape[-1] == 1 else mask[..., start:stop]
-    return bias + part if part.dtype != torch.bool else bias.masked_fill(~part, float("-inf"))
+    return bias + part.to(dtype) if part.dtype != torch.bool else bias.masked_fill(~part, float("-inf"))
 
 
 def _position_scores(
@@ -170,11 +171,11 @@ def attention_lse_reference(
     for start in range(0, keys, block):
         stop = min(start + block, keys)
         decoded = _in_use(_decode(key, key_scale, key_zero, key_group, start, stop, width, dtype), length, start)
-        scores = (q @ decoded.mT).view(batch, heads, queries, -1)
+        scores = (q @ decoded.mT).view(batch, heads, queries, stop - start)
         if has_positions:
             terms = _position_scores(position_query.to(dtype), position_table, position_start, start, stop)
             scores = scores + terms * scaling
-        scores = scores + _visible(mask, length, causal, window, queries, start, stop)
+        scores = scores + _visible(mask, length, causal, window, queries, start, stop, dtype)
         new_best = torch.maximum(best, scores.amax(dim=-1, keepdim=True))
         shift = new_best.masked_fill(new_best == float("-inf"), 0)
         weights = torch.exp(scores - shift)
@@ -183,7 +184,7 @@ def attention_lse_reference(
         decoded = _in_use(
             _decode(value, value_scale, value_zero, value_group, start, stop, width, dtype), length, start
         )
-        grouped = weights.view(batch, groups, heads // groups * queries, -1)
+        grouped = weights.view(batch, groups, heads // groups * queries, stop - start)
         output = output * fade + (grouped @ decoded).view(batch, heads, queries, width)
         best = new_best
     output = output / total.masked_fill(total == 0, 1)

@@ -78,9 +78,9 @@ def encode_reference(
     check_encode(x, scale, zero, codes, cos, sin, position, bits, levels)
     values = rotated(x, cos, sin)
     tokens, width = values.shape[-2:]
-    scaled = values / expand_scale(scale, tokens, width)
+    scaled = values / expand_scale(scale.float(), tokens, width)
     if zero is not None:
-        scaled = scaled + expand_scale(zero, tokens, width)
+        scaled = scaled + expand_scale(zero.float(), tokens, width)
     _written(codes, tokens, position, to_codes(scaled, codes.dtype, width, bits, levels))
 
 
@@ -113,8 +113,6 @@ def encode_token_reference(
         IndexError: as `encode_reference`.
     """
     check_encode_token(x, codes, scale, zero, cos, sin, position, bits)
-    if x.numel() == 0:
-        return
     values = rotated(x, cos, sin)
     tokens, width = values.shape[-2:]
     low, high = code_range(codes.dtype, bits)
@@ -156,5 +154,5 @@ def decode_reference(
     tokens, width = check_decode(codes, scale, zero, token_group, bits, levels)[2:]
     values = from_codes(codes, width, torch.float32, bits, levels)
     if zero is not None:
-        values = values - expand_scale(zero, tokens, width, token_group)
-    return values if scale is None else values * expand_scale(scale, tokens, width, token_group)
+        values = values - expand_scale(zero.float(), tokens, width, token_group)
+    return values if scale is None else values * expand_scale(scale.float(), tokens, width, token_group)

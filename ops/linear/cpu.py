@@ -7,8 +7,8 @@ import torch
 
 from ..compile import CKernel
 from ..operands import FLOAT_KINDS, KINDS
+from .arguments import WEIGHT_BLOCK, check_fp8, check_w8a8, check_w8a8_dynamic, check_weight_only
 from .reference import (
-    WEIGHT_BLOCK,
     linear_fp8_reference,
     linear_w8a8_dynamic_reference,
     linear_w8a8_reference,
@@ -21,16 +21,6 @@ LINEAR_KERNEL = CKernel(
     ("linear_w8a8", "linear_w8a8_dynamic", "linear_weight_only", "linear_fp8"),
 )
 _pack_linear = struct.Struct("19q").pack
-
-
-def _misfit(x: torch.Tensor, weight: torch.Tensor) -> ValueError:
-    return ValueError(f"x {tuple(x.shape)} and weight {weight.dtype} {tuple(weight.shape)} do not go together")
-
-
-def _require(name: str, part: torch.Tensor, dtype: torch.dtype, length: int) -> None:
-    """Raise ValueError unless the part is of this dtype and length."""
-    if part.dtype != dtype or part.numel() != length:
-        raise ValueError(f"{name} must be {str(dtype)[6:]} [{length}], not {part.dtype} {tuple(part.shape)}")
 
 
 def _run_linear(
@@ -49,7 +39,6 @@ def _run_linear(
     """Describe checked arguments to C and run; see `LinearArguments` in linear.h.
 
     Raises:
-        ValueError: a bias of another length.
         MemoryError: no room for the scratch.
     """
     shape, columns, dtype = x.shape, weight.shape[0], x.dtype
@@ -64,11 +53,8 @@ def _run_linear(
         zero = zero.contiguous()
     if quant_bias is not None and not quant_bias.is_contiguous():
         quant_bias = quant_bias.contiguous()
-    if bias is not None:
-        if bias.numel() != columns:
-            raise ValueError(f"bias {tuple(bias.shape)} does not belong to {columns} output channels")
-        if bias.dtype not in FLOAT_KINDS or not bias.is_contiguous():
-            bias = bias.float().contiguous()
+    if bias is not None and (bias.dtype not in FLOAT_KINDS or not bias.is_contiguous()):
+        bias = bias.float().contiguous()
     output = x.new_empty((*shape[:-1], columns))
     rows = output.numel() // columns if columns else 0
     if rows:
@@ -117,13 +103,7 @@ def linear_w8a8_cpu(
     run = LINEAR_KERNEL.load().get("linear_w8a8")
     if run is None:
         return linear_w8a8_reference(x, weight, input_scale, input_offset, quant_bias, deq_scale)
-    columns, depth = weight.shape
-    if x.shape[-1] != depth or weight.dtype != torch.int8:
-        raise _misfit(x, weight)
-    _require("quant_bias", quant_bias, torch.int32, columns)
-    _require("deq_scale", deq_scale, torch.float32, columns)
-    _require("input_scale", input_scale, torch.float32, 1)
-    _require("input_offset", input_offset, torch.float32, 1)
+    _, depth = check_w8a8(x, weight, input_scale, input_offset, quant_bias, deq_scale)
     return _run_linear(run, x, weight, depth, deq_scale, 1, None, None, quant_bias, input_scale, input_offset)
 
 
@@ -139,10 +119,7 @@ def linear_w8a8_dynamic_cpu(
     run = LINEAR_KERNEL.load().get("linear_w8a8_dynamic")
     if run is None:
         return linear_w8a8_dynamic_reference(x, weight, weight_scale, bias)
-    columns, depth = weight.shape
-    if x.shape[-1] != depth or weight.dtype != torch.int8:
-        raise _misfit(x, weight)
-    _require("weight_scale", weight_scale, torch.float32, columns)
+    _, depth = check_w8a8_dynamic(x, weight, weight_scale, bias)
     return _run_linear(run, x, weight, depth, weight_scale, bias=bias)
 
 
@@ -162,22 +139,9 @@ def linear_weight_only_cpu(
     run = LINEAR_KERNEL.load().get("linear_weight_only")
     if run is None:
         return linear_weight_only_reference(x, weight, weight_scale, weight_zero, bias)
-    columns, depth = weight.shape
-    if weight.dtype == torch.uint8:
-        depth *= 2
-    elif weight.dtype != torch.int8:
-        raise _misfit(x, weight)
-    if x.shape[-1] != depth or (weight.dtype == torch.uint8 and depth % WEIGHT_BLOCK):
-        raise _misfit(x, weight)
-    groups = weight_scale.shape[-1]
-    if weight_scale.shape != (columns, groups) or not groups or depth % groups:
-        raise ValueError(
-            f"weight_scale {tuple(weight_scale.shape)} does not belong to {columns} output and {depth} input channels"
-        )
+    _, depth, groups = check_weight_only(x, weight, weight_scale, weight_zero, bias)
     if groups > 1 and depth // groups % WEIGHT_BLOCK:
         raise ValueError(f"the C kernel takes groups of a multiple of {WEIGHT_BLOCK} channels, not {depth // groups}")
-    if weight_zero is not None and weight_zero.shape != weight_scale.shape:
-        raise ValueError(f"weight_zero {tuple(weight_zero.shape)} must be of the shape of weight_scale")
     if weight_scale.dtype not in (torch.float32, torch.float16):
         weight_scale = weight_scale.float()
     if weight_zero is not None and weight_zero.dtype != weight_scale.dtype:
@@ -201,10 +165,5 @@ def linear_fp8_cpu(
     run = LINEAR_KERNEL.load().get("linear_fp8")
     if run is None:
         return linear_fp8_reference(x, weight, weight_scale, input_scale, bias)
-    columns, depth = weight.shape
-    if x.shape[-1] != depth or weight.dtype != torch.float8_e4m3fn:
-        raise _misfit(x, weight)
-    _require("weight_scale", weight_scale, torch.float32, 1 if weight_scale.numel() == 1 else columns)
-    if input_scale is not None:
-        _require("input_scale", input_scale, torch.float32, 1)
+    _, depth = check_fp8(x, weight, weight_scale, input_scale, bias)
     return _run_linear(run, x, weight, depth, weight_scale, bias=bias, input_scale=input_scale)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..codes import CODE_RANGES, SMALLEST_SCALE, code_width
+from ..codes import CODE_RANGES, SMALLEST_SCALE
 from ..cuda import (
     FP8_CAPABILITY,
     codes_as_float,
@@ -24,8 +24,8 @@ from ..cuda import (
     to_code,
     triton_serves,
 )
+from .arguments import WEIGHT_BLOCK, check_fp8, check_w8a8, check_w8a8_dynamic, check_weight_only
 from .reference import (
-    WEIGHT_BLOCK,
     linear_fp8_reference,
     linear_w8a8_dynamic_reference,
     linear_w8a8_reference,
@@ -42,22 +42,29 @@ def quantize_rows_kernel(
     x, codes, row_scale, input_scale, input_offset, depth,
     LOW: tl.constexpr, HIGH: tl.constexpr, SMALLEST: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """A row of x as codes: by `input_scale` a part of it, or all of it by the scale that it finds and writes."""
+    """A row of x as codes: by `input_scale` a part of it, or all of it by the scale that it finds and writes.
+
+    By `input_scale` and with `row_scale` it writes a scale of 1, or of NaN where the row has one.
+    """
     pointer, row_stride, column_stride = x
     row = tl.program_id(0).to(tl.int64)
     pointer += row * row_stride
     codes += row * depth
     columns = tl.arange(0, BLOCK)
+    nans = tl.zeros([BLOCK], tl.int32)
     if input_scale is not None:
-        columns += tl.program_id(1) * BLOCK
-        values = tl.load(pointer + columns * column_stride, mask=columns < depth, other=0).to(tl.float32)
-        values = tl.div_rn(values, tl.zeros_like(values) + tl.load(input_scale).to(tl.float32))
-        if input_offset is not None:
-            values += tl.load(input_offset).to(tl.float32)
-        tl.store(codes + columns, to_code(values, KIND), mask=columns < depth)
+        for start in range(tl.program_id(1) * BLOCK, depth, tl.num_programs(1) * BLOCK):
+            inside = start + columns < depth
+            values = tl.load(pointer + (start + columns) * column_stride, mask=inside, other=0).to(tl.float32)
+            values = tl.div_rn(values, tl.zeros_like(values) + tl.load(input_scale).to(tl.float32))
+            if input_offset is not None:
+                values += tl.load(input_offset).to(tl.float32)
+            tl.store(codes + start + columns, to_code(values, KIND), mask=inside)
+            nans += (inside & (values != values)).to(tl.int32)
+        if row_scale is not None:
+            tl.store(row_scale + row, tl.where(tl.max(nans, 0) > 0, float("nan"), 1.0))
     else:
         largest = tl.zeros([BLOCK], tl.float32)
-        nans = tl.zeros([BLOCK], tl.int32)
         for start in range(0, depth, BLOCK):
             inside = start + columns < depth
             values = tl.load(pointer + (start + columns) * column_stride, mask=inside, other=0).to(tl.float32)
@@ -250,40 +257,25 @@ def _linear_tiles(rows: int, depth: int, bits: int, capability: int) -> _Tiles:
     return tiles._replace(depth=min(tiles.depth, max(32, 1 << (depth - 1).bit_length())))
 
 
-def _rows_of(x: torch.Tensor, depth: int, weight: torch.Tensor) -> torch.Tensor:
-    """x as `[M, K]`.
-
-    Raises:
-        ValueError: it is not as deep as the weight.
-    """
-    if x.shape[-1] != depth:
-        raise ValueError(
-            f"x {tuple(x.shape)} and weight {weight.dtype} {tuple(weight.shape)} do not go together: K is {depth}"
-        )
-    return x.reshape(-1, depth)
-
-
-def _columns_of(part: torch.Tensor | None, columns: int, name: str) -> torch.Tensor | None:
-    """A bias or the like, `[N]`, contiguous.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if part is not None and part.shape != (columns,):
-        raise ValueError(f"{name} must be [{columns}], not {tuple(part.shape)}")
+def _contiguous(part: torch.Tensor | None) -> torch.Tensor | None:
     return None if part is None else part.contiguous()
 
 
 def _quantized_rows(
     rows: torch.Tensor, dtype: torch.dtype, kind: str, scale: torch.Tensor | None, offset: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Codes `[M, K]`, fp8 as bytes, and float32 scales `[M]`, or none where `scale` says it."""
+    """Codes `[M, K]`, fp8 as bytes, and float32 scales `[M]`: those found, or 1 and NaN where `scale` is that of codes.
+
+    Codes in fp8 have a NaN of their own, and by `scale` no scales.
+    """
+    is_fp8 = dtype != torch.int8
     count, depth = rows.shape
-    codes = torch.empty((count, depth), dtype=torch.int8 if dtype == torch.int8 else torch.uint8, device=rows.device)
-    found = None if scale is not None else torch.empty((count,), dtype=torch.float32, device=rows.device)
-    block = min(LARGEST_ROW_BLOCK if scale is None else 1024, max(128, 1 << (depth - 1).bit_length()))
+    codes = torch.empty((count, depth), dtype=torch.uint8 if is_fp8 else torch.int8, device=rows.device)
+    is_whole = scale is None or not is_fp8  # a program takes a row
+    found = torch.empty((count,), dtype=torch.float32, device=rows.device) if is_whole else None
+    block = min(LARGEST_ROW_BLOCK if is_whole else 1024, max(128, 1 << (depth - 1).bit_length()))
     low, high = CODE_RANGES[dtype]
-    quantize_rows_kernel[(count, 1 if scale is None else -(-depth // block))](
+    quantize_rows_kernel[(count, 1 if is_whole else -(-depth // block))](
         strided(rows), codes, found, scale, offset, depth,
         LOW=low, HIGH=high, SMALLEST=SMALLEST_SCALE, BLOCK=block, KIND=kind,
         num_warps=8 if block > 1024 else 4, enable_fp_fusion=False,
@@ -329,14 +321,13 @@ def linear_w8a8_cuda(
     """
     if not triton_serves(x):
         return linear_w8a8_reference(x, weight, input_scale, input_offset, quant_bias, deq_scale)
-    columns, depth = weight.shape
-    rows = _rows_of(x, depth, weight)
-    quant_bias, deq_scale = _columns_of(quant_bias, columns, "quant_bias"), _columns_of(deq_scale, columns, "deq_scale")
+    columns, depth = check_w8a8(x, weight, input_scale, input_offset, quant_bias, deq_scale)
+    rows, quant_bias, deq_scale = x.reshape(-1, depth), quant_bias.contiguous(), deq_scale.contiguous()
     if rows.shape[0] == 0 or columns == 0:
         return x.new_empty((*x.shape[:-1], columns))
     with on_device(x):
-        codes, _ = _quantized_rows(rows, torch.int8, "int8", input_scale, input_offset)
-        return _multiplied(x, codes, weight, None, (deq_scale, 1), quant_bias, None, "int8")
+        codes, scale = _quantized_rows(rows, torch.int8, "int8", input_scale, input_offset)
+        return _multiplied(x, codes, weight, (scale, 1), (deq_scale, 1), quant_bias, None, "int8")
 
 
 def linear_w8a8_dynamic_cuda(
@@ -349,9 +340,8 @@ def linear_w8a8_dynamic_cuda(
     """
     if not triton_serves(x):
         return linear_w8a8_dynamic_reference(x, weight, weight_scale, bias)
-    columns, depth = weight.shape
-    rows = _rows_of(x, depth, weight)
-    weight_scale, bias = _columns_of(weight_scale, columns, "weight_scale"), _columns_of(bias, columns, "bias")
+    columns, depth = check_w8a8_dynamic(x, weight, weight_scale, bias)
+    rows, weight_scale, bias = x.reshape(-1, depth), weight_scale.contiguous(), _contiguous(bias)
     if rows.shape[0] == 0 or columns == 0:
         return x.new_empty((*x.shape[:-1], columns))
     with on_device(x):
@@ -373,14 +363,8 @@ def linear_fp8_cuda(
     """
     if not triton_serves(x):
         return linear_fp8_reference(x, weight, weight_scale, input_scale, bias)
-    columns, depth = weight.shape
-    rows = _rows_of(x, depth, weight)
-    if weight.dtype != torch.float8_e4m3fn or weight_scale.shape not in ((columns,), (1,)):
-        raise ValueError(
-            f"linear_fp8 takes a weight in float8_e4m3fn and its scale as [{columns}] or [1], not {weight.dtype} and "
-            f"{tuple(weight_scale.shape)}"
-        )
-    bias = _columns_of(bias, columns, "bias")
+    columns, depth = check_fp8(x, weight, weight_scale, input_scale, bias)
+    rows, bias = x.reshape(-1, depth), _contiguous(bias)
     if rows.shape[0] == 0 or columns == 0:
         return x.new_empty((*x.shape[:-1], columns))
     dot = "fp8" if gpu_of(x.device).capability >= FP8_CAPABILITY else "fp16"
@@ -405,18 +389,11 @@ def linear_weight_only_cuda(
     """
     if not triton_serves(x):
         return linear_weight_only_reference(x, weight, weight_scale, weight_zero, bias)
-    columns, depth = weight.shape[0], code_width(weight)
-    rows = _rows_of(x, depth, weight)
-    groups = weight_scale.shape[-1]
+    columns, depth, groups = check_weight_only(x, weight, weight_scale, weight_zero, bias)
+    rows, bias = x.reshape(-1, depth), _contiguous(bias)
     smallest = WEIGHT_BLOCK if weight.dtype == torch.uint8 else 16
-    if weight_scale.shape != (columns, groups) or depth % groups or (groups > 1 and depth // groups % smallest):
-        raise ValueError(
-            f"weight_scale {tuple(weight_scale.shape)} does not belong to a weight [{columns}, {depth}] in groups of a "
-            f"multiple of {smallest}"
-        )
-    if weight_zero is not None and weight_zero.shape != weight_scale.shape:
-        raise ValueError(f"weight_zero {tuple(weight_zero.shape)} is not shaped as weight_scale")
-    bias = _columns_of(bias, columns, "bias")
+    if groups > 1 and depth // groups % smallest:
+        raise ValueError(f"linear_weight_only on CUDA takes groups of a multiple of {smallest}, not {depth // groups}")
     output = x.new_empty((*x.shape[:-1], columns))
     if output.numel() == 0:
         return output

@@ -11,27 +11,30 @@ typedef int8_t XCode;
 enum { WORD_CODES = 4 };
 #endif
 
-/* One row of x as codes, zeros behind the last. */
-static void quantize_row(const LinearArguments *a, int64_t row, float scale, float offset) {
+/* One row of x as codes, zeros behind the last; returns whether there is NaN, which has no code and becomes 0. */
+static int quantize_row(const LinearArguments *a, int64_t row, float scale, float offset) {
     XCode *codes = (XCode *)(a->scratch + row * a->stride);
-    i32x8 sums = {0};
+    i32x8 sums = {0}, nans = {0};
     for (int64_t k = 0; k < a->depth; k += 8) {
-        i32x8 whole = __builtin_convertvector(round_to_code(x_at(a, row, k) / splat(scale) + splat(offset)), i32x8);
+        f32x8 x = x_at(a, row, k) / splat(scale) + splat(offset);
+        i32x8 is_number = x == x;
+        i32x8 whole = __builtin_convertvector(round_to_code(select_f32(is_number, x, splat(0.0f))), i32x8);
         if (a->depth - k < 8) /* what padding gets from the offset is no code */
-            for (int64_t i = a->depth - k; i < 8; i++) whole[i] = 0;
-        sums += whole;
+            for (int64_t i = a->depth - k; i < 8; i++) whole[i] = 0, is_number[i] = -1;
+        sums += whole, nans |= ~is_number;
         for (int i = 0; i < 8; i++) codes[k + i] = (XCode)whole[i];
     }
     int64_t end = (a->depth + 7) / 8 * 8;
     memset(codes + end, 0, (size_t)(a->stride - end * (int64_t)sizeof(XCode)));
-    int32_t sum = 0;
-    for (int i = 0; i < 8; i++) sum += sums[i];
+    int32_t sum = 0, has_nan = 0;
+    for (int i = 0; i < 8; i++) sum += sums[i], has_nan |= nans[i];
     a->row_sum[row] = sum;
+    return has_nan;
 }
 
 static void prepare_static(const LinearArguments *a, int64_t row) {
-    quantize_row(a, row, *(const float *)a->input_scale, *(const float *)a->input_offset);
-    a->row_scale[row] = 1.0f;
+    int has_nan = quantize_row(a, row, *(const float *)a->input_scale, *(const float *)a->input_offset);
+    a->row_scale[row] = has_nan ? NAN : 1.0f;
 }
 
 static void prepare_dynamic(const LinearArguments *a, int64_t row) {
@@ -63,7 +66,13 @@ INLINE __m512i load_weights(const int8_t *from) {
 INLINE __m512i multiply_add(__m512i sums, const XCode *x, __m512i weights) {
     return _mm512_dpbusd_epi32(sums, weights, _mm512_loadu_si512(x));
 }
-INLINE int32_t sum_of_products(__m512i x) { return _mm512_reduce_add_epi32(x); }
+/* Sums of unsigned weights may wrap on the way, _mm512_reduce_add_epi32 must not. */
+INLINE int32_t sum_of_products(__m512i x) {
+    u32x8 half = (u32x8)_mm512_castsi512_si256(x) + (u32x8)_mm512_extracti64x4_epi64(x, 1);
+    uint32_t sum = 0;
+    UNROLL for (int i = 0; i < 8; i++) sum += half[i];
+    return (int32_t)sum;
+}
 #elif defined(__AVX2__)
 enum { CHUNK = 16 };
 typedef __m256i Products;

@@ -3,9 +3,9 @@
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..codes import code_width, unpack_int4
+from ..codes import unpack_int4
 from ..npu import npu_description, require_npu_float, torch_npu_module
-from .reference import WEIGHT_BLOCK
+from .arguments import WEIGHT_BLOCK, check_w8a8, check_w8a8_dynamic, check_weight_only
 
 LINEAR_NPU = npu_description("npu_quantize and npu_quant_matmul")
 LINEAR_DYNAMIC_NPU = npu_description("npu_dynamic_quant and npu_quant_matmul")
@@ -51,10 +51,10 @@ def linear_w8a8_npu(
         `[..., N]`, of the dtype of `x`.
 
     Raises:
-        ValueError: x in another dtype, or a matrix wider than the op takes.
+        ValueError: x in another dtype, what does not go together, or a matrix wider than the op takes.
         RuntimeError: torch_npu cannot be imported.
     """
-    columns, depth = weight.shape
+    columns, depth = check_w8a8(x, weight, input_scale, input_offset, quant_bias, deq_scale)
     _check_matmul("npu_quant_matmul", x, columns, depth)
     shape = (*x.shape[:-1], columns)
     if x.numel() == 0:
@@ -83,10 +83,10 @@ def linear_w8a8_dynamic_npu(
         `[..., N]`, of the dtype of `x`.
 
     Raises:
-        ValueError: x in another dtype, or a matrix wider than the op takes.
+        ValueError: x in another dtype, what does not go together, or a matrix wider than the op takes.
         RuntimeError: torch_npu cannot be imported.
     """
-    columns, depth = weight.shape
+    columns, depth = check_w8a8_dynamic(x, weight, weight_scale, bias)
     _check_matmul("npu_quant_matmul", x, columns, depth)
     shape = (*x.shape[:-1], columns)
     if x.numel() == 0:
@@ -127,12 +127,11 @@ def linear_weight_only_npu(
         `[..., N]`, of the dtype of `x`.
 
     Raises:
-        ValueError: x in another dtype, a matrix wider or groups smaller than the op takes.
+        ValueError: x in another dtype, what does not go together, a matrix wider or groups smaller than the op takes.
         RuntimeError: torch_npu cannot be imported.
     """
-    columns, depth = weight.shape[0], code_width(weight)
+    columns, depth, groups = check_weight_only(x, weight, weight_scale, weight_zero, bias)
     _check_matmul("npu_weight_quant_batchmatmul", x, columns, depth)
-    groups = weight_scale.shape[1]
     if groups > 1 and depth // groups % GROUP_STEP:
         raise ValueError(
             f"npu_weight_quant_batchmatmul takes groups of a multiple of {GROUP_STEP} channels, not {depth // groups}"

@@ -6,15 +6,15 @@ N output channels, K input channels.
 import torch
 
 from ..codes import CODE_RANGES, INT8_MAX, dynamic_scale, expand_scale, from_codes
+from .arguments import WEIGHT_BLOCK, check_fp8, check_w8a8, check_w8a8_dynamic, check_weight_only
 
 EXACT_PRODUCTS = 1024
 """Products of two int8 codes that float32 adds up exactly: 1024 * 128 * 128 = 2^24."""
-WEIGHT_BLOCK = 32
-"""Codes of an int4 weight that are packed together: the smallest group, which divides every K."""
 
 
 def _int32_matmul(codes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`codes @ weight.T` as int32, through float32 pieces that are short enough to be exact."""
+    codes = codes.nan_to_num(0.0)
     total = torch.zeros((codes.shape[0], weight.shape[0]), dtype=torch.int32, device=codes.device)
     for start in range(0, weight.shape[1], EXACT_PRODUCTS):
         stop = start + EXACT_PRODUCTS
@@ -46,11 +46,16 @@ def linear_w8a8_reference(
         deq_scale: float32 `[N]`: `input_scale * weight_scale`.
 
     Returns:
-        `[..., N]`, of the dtype of `x`.
+        `[..., N]`, of the dtype of `x`; NaN for a row of x in which there is one.
+
+    Raises:
+        ValueError: dtypes, shapes or devices that do not go together, or a K of more than 131,071.
     """
+    check_w8a8(x, weight, input_scale, input_offset, quant_bias, deq_scale)
     codes = (x.float().reshape(-1, x.shape[-1]) / input_scale + input_offset).round().clamp(-128, 127)
     total = _int32_matmul(codes, weight) + quant_bias
-    return _finished(total.float() * deq_scale, None, x)
+    is_nan = codes.isnan().any(dim=-1, keepdim=True)
+    return _finished((total.float() * deq_scale).masked_fill(is_nan, float("nan")), None, x)
 
 
 def linear_w8a8_dynamic_reference(
@@ -67,8 +72,12 @@ def linear_w8a8_dynamic_reference(
         bias: `[N]`, any float dtype, or None.
 
     Returns:
-        `[..., N]`, of the dtype of `x`.
+        `[..., N]`, of the dtype of `x`; NaN for a row of x in which there is one.
+
+    Raises:
+        ValueError: as `linear_w8a8_reference`.
     """
+    check_w8a8_dynamic(x, weight, weight_scale, bias)
     rows = x.float().reshape(-1, x.shape[-1])
     scale = dynamic_scale(rows.abs().amax(dim=-1, keepdim=True), INT8_MAX)
     codes = (rows / scale).round().clamp(-128, 127)
@@ -93,7 +102,11 @@ def linear_weight_only_reference(
 
     Returns:
         `[..., N]`, of the dtype of `x`, computed in float32.
+
+    Raises:
+        ValueError: as `linear_w8a8_reference`.
     """
+    check_weight_only(x, weight, weight_scale, weight_zero, bias)
     codes = from_codes(weight, WEIGHT_BLOCK, torch.float32)
     columns, depth = codes.shape
     if weight_zero is not None:
@@ -120,7 +133,11 @@ def linear_fp8_reference(
 
     Returns:
         `[..., N]`, of the dtype of `x`, summed in float32.
+
+    Raises:
+        ValueError: as `linear_w8a8_reference`.
     """
+    check_fp8(x, weight, weight_scale, input_scale, bias)
     rows = x.float().reshape(-1, x.shape[-1])
     low, high = CODE_RANGES[torch.float8_e4m3fn]
     if input_scale is None:

@@ -166,7 +166,7 @@ def test_packed_int4_weights_live_as_long_as_their_weight(npu: TorchNpu) -> None
 def test_limits(npu: TorchNpu) -> None:
     x, *others = static_arguments((2,), torch.float16)
     wide = torch.zeros((1, 65536), dtype=torch.int8)
-    one = torch.ones(1, 1)
+    wide_x, one = x.new_zeros((2, 65536)), torch.ones(1, 1)
     calls = {
         r"float16 or bfloat16, not torch.float32": [
             lambda: on_npu(linear_w8a8, x.float(), *others),
@@ -174,9 +174,9 @@ def test_limits(npu: TorchNpu) -> None:
             lambda: on_npu(linear_weight_only, x.float(), others[0], torch.ones(OUTPUTS, 1), None, None),
         ],
         "65535": [
-            lambda: on_npu(linear_w8a8, x, wide, *others[1:]),
-            lambda: on_npu(linear_w8a8_dynamic, x, wide, one[0], None),
-            lambda: on_npu(linear_weight_only, x, wide, one, None, None),
+            lambda: on_npu(linear_w8a8, wide_x, wide, *others[1:3], *(part[:1] for part in others[3:])),
+            lambda: on_npu(linear_w8a8_dynamic, wide_x, wide, one[0], None),
+            lambda: on_npu(linear_weight_only, wide_x, wide, one, None, None),
         ],
         "multiple of 32 channels, not 24": [
             lambda: on_npu(linear_weight_only, x, others[0], torch.ones(OUTPUTS, 4), None, None)

@@ -1,0 +1,119 @@
+"""What every version of the linear ops refuses."""
+
+import torch
+
+from ..codes import code_width
+from ..operands import VALUE_DTYPES, check_devices, dtype_name
+
+WEIGHT_BLOCK = 32
+"""Codes of an int4 weight that are packed together: the smallest group, which divides every K."""
+LARGEST_DEPTH = 131071
+"""Input channels up to which sums of products of int8 codes fit 32 bits: one more, and 2^17 * 128 * 128 is 2^31."""
+
+
+def check_matrix(x: torch.Tensor, weight: torch.Tensor, *dtypes: torch.dtype) -> tuple[int, int]:
+    """N and K of a weight `[N, K]`, in uint8 `[N, K / 2]`, that belongs to x `[..., K]`.
+
+    Raises:
+        ValueError: it does not, or is of another dtype.
+    """
+    fits = x.dim() > 0 and x.dtype in VALUE_DTYPES and weight.dim() == 2 and weight.dtype in dtypes
+    fits = fits and 0 < x.shape[-1] == code_width(weight)
+    if not fits or (weight.dtype == torch.uint8 and x.shape[-1] % WEIGHT_BLOCK):
+        raise ValueError(
+            f"x {dtype_name(x.dtype)} {tuple(x.shape)} and weight {weight.dtype} {tuple(weight.shape)} do not go "
+            f"together: [..., K] in float, and [N, K] in {' or '.join(dtype_name(dtype) for dtype in dtypes)}"
+        )
+    return weight.shape[0], x.shape[-1]
+
+
+def _check_codes_matrix(x: torch.Tensor, weight: torch.Tensor) -> tuple[int, int]:
+    """As `check_matrix` for an int8 weight that is multiplied by codes."""
+    columns, depth = check_matrix(x, weight, torch.int8)
+    if depth > LARGEST_DEPTH:
+        raise ValueError(f"W8A8 adds up to {LARGEST_DEPTH} products exactly, and the weight has {depth} input channels")
+    return columns, depth
+
+
+def _check_part(name: str, part: torch.Tensor, dtype: torch.dtype, length: int) -> None:
+    """Raise ValueError unless a part is of this dtype and length."""
+    if part.dtype != dtype or part.shape != (length,):
+        raise ValueError(f"{name} must be {dtype_name(dtype)} [{length}], not {part.dtype} {tuple(part.shape)}")
+
+
+def _check_bias(bias: torch.Tensor | None, columns: int) -> None:
+    if bias is not None and (bias.shape != (columns,) or bias.dtype not in VALUE_DTYPES):
+        raise ValueError(
+            f"bias {tuple(bias.shape)} in {dtype_name(bias.dtype)} does not belong to {columns} output channels"
+        )
+
+
+def check_w8a8(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    input_scale: torch.Tensor,
+    input_offset: torch.Tensor,
+    quant_bias: torch.Tensor,
+    deq_scale: torch.Tensor,
+) -> tuple[int, int]:
+    """N and K; raises ValueError as `linear_w8a8` does."""
+    columns, depth = _check_codes_matrix(x, weight)
+    check_devices(x, weight, input_scale, input_offset, quant_bias, deq_scale)
+    _check_part("quant_bias", quant_bias, torch.int32, columns)
+    _check_part("deq_scale", deq_scale, torch.float32, columns)
+    _check_part("input_scale", input_scale, torch.float32, 1)
+    _check_part("input_offset", input_offset, torch.float32, 1)
+    return columns, depth
+
+
+def check_w8a8_dynamic(
+    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[int, int]:
+    """N and K; raises ValueError as `linear_w8a8_dynamic` does."""
+    columns, depth = _check_codes_matrix(x, weight)
+    check_devices(x, weight, weight_scale, bias)
+    _check_part("weight_scale", weight_scale, torch.float32, columns)
+    _check_bias(bias, columns)
+    return columns, depth
+
+
+def check_weight_only(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_zero: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> tuple[int, int, int]:
+    """N, K and the groups of a row of the weight; raises ValueError as `linear_weight_only` does."""
+    columns, depth = check_matrix(x, weight, torch.int8, torch.uint8)
+    check_devices(x, weight, weight_scale, weight_zero, bias)
+    groups = weight_scale.shape[1] if weight_scale.dim() == 2 else 0
+    if not groups or weight_scale.shape[0] != columns or depth % groups or weight_scale.dtype not in VALUE_DTYPES:
+        raise ValueError(
+            f"weight_scale {tuple(weight_scale.shape)} in {dtype_name(weight_scale.dtype)} does not belong to "
+            f"{columns} output and {depth} input channels"
+        )
+    if weight_zero is not None and (weight_zero.shape != weight_scale.shape or weight_zero.dtype not in VALUE_DTYPES):
+        raise ValueError(
+            f"weight_zero {tuple(weight_zero.shape)} in {dtype_name(weight_zero.dtype)} must be float, and of the "
+            f"shape of weight_scale"
+        )
+    _check_bias(bias, columns)
+    return columns, depth, groups
+
+
+def check_fp8(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    input_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> tuple[int, int]:
+    """N and K; raises ValueError as `linear_fp8` does."""
+    columns, depth = check_matrix(x, weight, torch.float8_e4m3fn)
+    check_devices(x, weight, weight_scale, input_scale, bias)
+    _check_part("weight_scale", weight_scale, torch.float32, 1 if weight_scale.numel() == 1 else columns)
+    if input_scale is not None:
+        _check_part("input_scale", input_scale, torch.float32, 1)
+    _check_bias(bias, columns)
+    return columns, depth

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig
 
@@ -47,6 +48,8 @@ PATCH_KEYS = (
 """Keys that change modules or their outputs when a model is made."""
 CACHE_KEYS = ("cache_implementation", "cache_config")
 """Keys of generation that choose a cache; an output has its own."""
+MODEL_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes of models."""
 GENERATION_FILE = "generation_config.json"
 _STATED = re.compile(r'^ARCHITECTURE = Architecture\("(\w+)", "(\w+)"', re.MULTILINE)
 
@@ -105,13 +108,14 @@ def load_source_config(directory: Path) -> PreTrainedConfig:
     Raises:
         OctavoError: transformers cannot read it.
     """
+    found = bearable(read_json(directory / "config.json"))
     try:
-        found = bearable(read_json(directory / "config.json"))
-        return CONFIG_MAPPING[found.get("model_type")].from_dict(found)
-    except OctavoError:
-        raise
+        config = CONFIG_MAPPING[found.get("model_type")].from_dict(found)
     except LOAD_ERRORS as error:
         raise OctavoError(f"--model_path {directory}: cannot be loaded ({first_line(error)})") from None
+    if config.dtype not in (None, *MODEL_DTYPES):
+        raise OctavoError(f"{directory}/config.json: dtype is {config.dtype}, in which no model is loaded; mend it")
+    return config
 
 
 def carried_generation_config(directory: Path) -> dict[str, Any] | None:

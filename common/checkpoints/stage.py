@@ -51,10 +51,13 @@ def _change(name: str, before: Any, now: Any) -> str:
 
 
 def sync(path: Path) -> None:
-    """Return once a file, or the names in a directory, are on the disk."""
+    """Return once a file, or the names in a directory where that can be had, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError:
+        if not path.is_dir():  # which some file systems cannot do
+            raise
     finally:
         os.close(handle)
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from octavo.common.convert import main
 from octavo.common.errors import OctavoError
 from octavo.common.source import read_source_headers, source_files
-from octavo.common.source_config import read_source_config, stated_architectures
+from octavo.common.source_config import load_source_config, read_source_config, stated_architectures
 from octavo.models.llama3 import ARCHITECTURE
 from octavo.models.qwen2 import ARCHITECTURE as QWEN2
 
@@ -225,6 +225,13 @@ def test_attention_that_is_not_causal_is_refused(made: Path) -> None:
     edit_json(made / "config.json", is_causal=False)
     with pytest.raises(OctavoError, match="is_causal is false"):
         read_source_config(made, ARCHITECTURE)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "cuda", "of somebody"])
+def test_a_dtype_that_no_model_has_is_refused(dtype: str, made: Path) -> None:
+    edit_json(made / "config.json", dtype=dtype)
+    with pytest.raises(OctavoError, match=r"dtype is|cannot be loaded"):
+        load_source_config(made)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,9 @@ MOST_CHARACTERS = 2000
 
 
 def _one_line(message: str) -> str:
-    message = " ".join(part.strip() for part in message.splitlines()) if len(message.splitlines()) > 1 else message
+    lines = message.splitlines()
+    if len(lines) > 1:
+        message = " ".join(part.strip() for part in lines if part.strip())
     if len(message) <= MOST_CHARACTERS:
         return message
     return f"{message[: MOST_CHARACTERS // 2]} ... {message[-MOST_CHARACTERS // 2 :]}"

@@ -121,7 +121,9 @@ class QuantizedCausalLM:
         try:
             super().__init__(config, *args, **kwargs)
         except Exception as error:  # a damaged config can make transformers raise anything
-            raise OctavoError(f"{config.name_or_path}: no model is of this config ({first_line(error)})") from error
+            raise OctavoError(
+                f"{config.name_or_path or 'config'}: no model is of this config ({first_line(error)})"
+            ) from error
         recipe = getattr(config, CONFIG_KEY, None) or {}
         self.scheme: Scheme = load_scheme(recipe.get("scheme", "float"))
         attach_buffers(self, self.scheme, recipe)

@@ -65,12 +65,11 @@ def check_sizes_stored(where: str, settings: Mapping[str, Any], layers: int, lar
     if stated is not None and stated != layers:
         raise OctavoError(
             f"{where}: num_hidden_layers is {stated}, and the weights are those of {layers} layers; copy the directory "
-            "again or convert again"
+            "again"
         )
     for name in SIZES:
         value = settings.get(name)
         if value is not None and value > largest:
             raise OctavoError(
-                f"{where}: {name} is {value}, and no stored tensor is wider than {largest}; copy the directory again "
-                "or convert again"
+                f"{where}: {name} is {value}, and no stored tensor is wider than {largest}; copy the directory again"
             )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, GenerationConfig
-from transformers.utils import cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from ..errors import OctavoError, first_line
 from ..model_sizes import check_sizes, check_sizes_stored
@@ -34,7 +34,6 @@ would take codes for weights, fails with an error that says what is missing. `fr
 FREE_FIELDS = ("name", "origin", "prefill")
 """Fields of a scheme that say nothing of what is stored, so that they may be edited in config.json."""
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
-ORDINARY_FILE = "model.safetensors"
 _LAYER = re.compile(r"(?:^|\.)layers\.([0-9]{1,9})\.")
 _AGAIN = "copy it again or convert again"
 _PACKED = 2
@@ -118,15 +117,6 @@ def _indexed_headers(index: Path, find: Find) -> dict[str, TensorHeader]:
     return headers
 
 
-def _read_weight_headers(single: str, index: str, find: Find) -> tuple[str, dict[str, TensorHeader]] | None:
-    """The name of the file to load, the one of all weights or the index, with the headers; None if neither is there."""
-    file = find(single)
-    if file is not None:
-        return single, read_headers([file])
-    file = find(index)
-    return None if file is None else (index, _indexed_headers(file, find))
-
-
 def _agreed_scheme(source: str, config: Any, description: dict[str, Any]) -> Scheme:
     """The scheme that config.json names, if it does, which must be the one that the description tells of."""
     own = getattr(config, CONFIG_KEY, None)
@@ -143,15 +133,26 @@ def _agreed_scheme(source: str, config: Any, description: dict[str, Any]) -> Sch
     return scheme
 
 
-def _check_stored_sizes(source: str, config: Any, headers: Mapping[str, TensorHeader]) -> None:
-    """Raise an `OctavoError` if config.json states what the headers of the weights do not bear out."""
-    where = f"{source}/{CONFIG_FILE}"
-    check_sizes(where, vars(config))
-    if not isinstance(config.dtype, (torch.dtype, NoneType)):
-        raise OctavoError(f"{where}: dtype is {config.dtype!r}, which is none of torch; {_AGAIN}")
+def check_stored_sizes(where: str, settings: Mapping[str, Any], headers: Mapping[str, TensorHeader]) -> None:
+    """Raise an `OctavoError` if a config states sizes that no model has, or that the stored weights do not bear out.
+
+    Args:
+        where: config.json, for the message.
+        settings: what it holds, or the attributes of a config.
+        headers: of all tensors that are stored.
+    """
+    check_sizes(where, settings)
     layers = 1 + max((int(found[1]) for name in headers if (found := _LAYER.search(name))), default=-1)
     largest = max((size for header in headers.values() for size in header.shape), default=0)
-    check_sizes_stored(where, vars(config), layers, _PACKED * largest)
+    check_sizes_stored(where, settings, layers, _PACKED * largest)
+
+
+def _check_config(source: str, config: Any, headers: Mapping[str, TensorHeader]) -> None:
+    """As `check_stored_sizes`, of what transformers made of config.json."""
+    where = f"{source}/{CONFIG_FILE}"
+    check_stored_sizes(where, vars(config), headers)
+    if not isinstance(config.dtype, (torch.dtype, NoneType)):
+        raise OctavoError(f"{where}: dtype is {config.dtype!r}, which is none of torch; {_AGAIN}")
 
 
 def _check_rope(file: Path | None) -> None:
@@ -192,11 +193,12 @@ def describe_checkpoint(
         return _ordinary_headers(source, config, find)
     description = read_json(description_file, is_strict=True)
     single, index = weight_file_names(description)
-    found = _read_weight_headers(single, index, find)
-    if found is None:
+    file, index_file = find(single), find(index)
+    if file is None and index_file is None:
         raise OctavoError(f"{source}: neither {single} nor {index} is there; copy the directory again or convert again")
-    config.transformers_weights, headers = found
-    _check_stored_sizes(source, config, headers)
+    headers = read_headers([file]) if file is not None else _indexed_headers(index_file, find)
+    config.transformers_weights = single if file is not None else index
+    _check_config(source, config, headers)
     _check_rope(find(CONFIG_FILE))
     check_description(description, headers, tied if config.tie_word_embeddings else ())
     config.octavo = {
@@ -211,12 +213,21 @@ def _ordinary_headers(source: str, config: Any, find: Find) -> dict[str, TensorH
     own = getattr(config, CONFIG_KEY, None)
     if own is not None and not (isinstance(own, dict) and own.keys() <= {"scheme"}):
         raise OctavoError(f"{source}: {CONFIG_KEY!r} in config.json is {own!r}; give it a 'scheme' and nothing else")
-    name = getattr(config, "transformers_weights", None) or ORDINARY_FILE
-    found = _read_weight_headers(name, f"{name}.index.json", find)
-    if found is None:
+    first = getattr(config, "transformers_weights", None) or SAFE_WEIGHTS_NAME
+    if not isinstance(first, str):
+        raise OctavoError(f"{source}/{CONFIG_FILE}: transformers_weights is {first!r}, no file's name; remove it")
+    file = find(first) or find(SAFE_WEIGHTS_INDEX_NAME)
+    if file is None:
         return {}
-    _check_stored_sizes(source, config, found[1])
-    return found[1]
+    files = [file]
+    if file.name.endswith(".index.json"):
+        weight_map = read_json(file).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise OctavoError(f"{file}: maps no tensors to files; copy the checkpoint again")
+        files = [found for name in sorted(set(weight_map.values())) if (found := find(name)) is not None]
+    headers = read_headers(files)
+    _check_config(source, config, headers)
+    return headers
 
 
 def check_shapes(source: str, model: nn.Module, headers: Mapping[str, TensorHeader]) -> None:

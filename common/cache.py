@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from .codec import Codec
 from .errors import OctavoError
 from .handles import Codes, Segments
+from .model_sizes import attention_sizes, head_dim_of
 from .rotation import hadamard, rope_constants
 from .scheme import Scheme, bits_per_element, load_scheme
 from .segments import SegmentStore
@@ -22,11 +23,6 @@ from .store import CodeStore
 
 COUNTED_LENGTH = 2048
 """Tokens of a sequence over which sinks, windows and codebooks are spread when bits are counted."""
-
-
-def head_dim_of(config: PreTrainedConfig) -> int:
-    """D of a model: what its config says, or the hidden size shared among the query heads."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def kv_bytes_per_token(config: PreTrainedConfig, scheme: Scheme, float_bytes: int) -> int:
@@ -290,13 +286,14 @@ class QuantizedCache(Cache):
     ) -> None:
         if compileable and (max_length is None or offloading):
             raise OctavoError("compileable=True needs max_length, and excludes offloading")
-        config = config.get_text_config(decoder=True)
+        model_config, config = config, config.get_text_config(decoder=True)
         self.scheme = load_scheme(scheme)
         others = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
         if others:
             raise OctavoError(
                 f"QuantizedCache serves attention over k and v; this model has {', '.join(sorted(others))}"
             )
+        attention_sizes(config)
         count = config.num_hidden_layers
         if self.scheme.layers_named > count:
             raise OctavoError(
@@ -307,7 +304,9 @@ class QuantizedCache(Cache):
                 raise OctavoError(
                     f"scheme {self.scheme.name} has static scales; pass statistics=FILE, which --save_statistics writes"
                 )
-            scales = scales_of(self.scheme, load_statistics(statistics))
+            found = load_statistics(statistics)
+            found.check_model(model_config)
+            scales = scales_of(self.scheme, found)
         if scales is not None and len(scales) != count:
             raise OctavoError(f"there are scales for {len(scales)} layers and the model has {count}: another model's?")
         layer_class = StaticQuantizedLayer if compileable else QuantizedLayer

@@ -25,6 +25,8 @@ RULES = ("range", "mse", "llamacpp")
 LEVELS = ("uniform", "gaussian", "calibrated")
 OUTLIER_BITS = 16 + 8
 """An outlier is a float16 and the number of its channel."""
+MOST_NUMBER = 2**24
+"""Largest number of a scheme, of tokens or channels or a fixed scale."""
 MOST_CHANNELS = 256
 """Channels of a head that such a number of 8 bits tells apart."""
 
@@ -35,6 +37,8 @@ def check_types(what: str, instance: Any) -> None:
         value, kind = getattr(instance, part.name), type(part.default)
         if kind in (bool, int, float, str) and type(value) not in ((int, float) if kind is float else (kind,)):
             raise OctavoError(f"{what}: {part.name} {value!r} is no {kind.__name__}")
+        if kind in (int, float) and not abs(value) <= MOST_NUMBER:
+            raise OctavoError(f"{what}: {part.name} {value!r} is beyond all reason")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from .architecture import Architecture
 from .bundle import bundle
 from .cache import kv_bits_per_element, kv_bytes_per_token
 from .checkpoints.ascend import DESCRIPTION_FILE, build_description, weight_file_names
+from .checkpoints.loading import CONFIG_KEY, NATIVE_LOAD_HINT
 from .checkpoints.shards import PlannedFiles, digest_of
 from .checkpoints.writer import Stage, whole_directory, write_json
 from .conversion import Cost
@@ -20,7 +21,6 @@ from .errors import OctavoError
 from .evaluate import Fidelity
 from .flags import parse_flags, run_script
 from .job import Job, say
-from .model import CONFIG_KEY, NATIVE_LOAD_HINT
 from .plan import HEAD, Plan
 from .scheme import load_scheme
 from .sensitivity import cost_table, costliest, worst_outliers

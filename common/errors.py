@@ -1,8 +1,23 @@
 """The one exception that carries a message for the user."""
 
+MOST_CHARACTERS = 2000
+"""Longest message: what it quotes may come out of a damaged file."""
+
+
+def _one_line(message: str) -> str:
+    lines = message.splitlines()
+    if len(lines) > 1:
+        message = " ".join(part.strip() for part in lines if part.strip())
+    if len(message) <= MOST_CHARACTERS:
+        return message
+    return f"{message[: MOST_CHARACTERS // 2]} ... {message[-MOST_CHARACTERS // 2 :]}"
+
 
 class OctavoError(ValueError):
     """Something the user can mend: one line that names the file or field and the way out."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_one_line(message))
 
 
 def first_line(error: BaseException) -> str:

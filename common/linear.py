@@ -1,20 +1,23 @@
 """The quantized linear layers: weights in int8, int4 or fp8, and inputs in int8, fp8 or float, computed on codes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..ops import linear_fp8, linear_w8a8, linear_w8a8_dynamic, linear_weight_only
-from ..ops.codes import expand_scale, from_codes
+from ..ops.codes import INT8_MAX, INT8_MIN, expand_scale, from_codes
 from ..ops.linear.reference import WEIGHT_BLOCK
 from .errors import OctavoError
 from .gradients import refuse_gradient
 from .linear_scheme import FP8, FP8_DYNAMIC, FP8_LABELS, W4A16, W8A8, W8A8_DYNAMIC, W8A8_MIXED, W8A16, WEIGHT_ONLY
+from .linear_values import are_deq_scales, are_offsets, are_scales, is_zero
 
 CHANNELS_PER_OUTLIER = 64
 OUTLIER_STEP = 16
+_DEQ_SCALE_ERROR = 0.05
+"""By how much `deq_scale` may differ from the product it stands for, whose factors may be kept in half precision."""
 
 
 class FoldableBias:
@@ -104,15 +107,23 @@ class QuantizedLinear(FoldableBias, nn.Module):
         """Drop what was derived from tensors that are about to change."""
         self.left_out = None
 
-    def _positive(self) -> tuple[torch.Tensor, ...]:
-        """What has to be positive in a sound checkpoint."""
-        return (self.weight_scale,)
+    def _unsound(self) -> Iterator[tuple[str, str]]:
+        """Names of parts that no sound checkpoint has, and what is wrong with each."""
+        for part in ("weight_scale", "input_scale"):
+            scale = getattr(self, part, None)
+            if scale is not None and not are_scales(scale):
+                yield part, "is no positive number throughout"
 
     def check(self, name: str) -> None:
-        """Raise an `OctavoError` if a scale is no positive number, as in a damaged file."""
-        for part in self._positive():
-            if not part.is_meta and not bool((torch.isfinite(part) & (part > 0)).all()):
-                raise OctavoError(f"{name} holds a scale that is no positive number; copy it again or convert again")
+        """Raise an `OctavoError` that names a part no sound checkpoint has, as in a damaged file.
+
+        Args:
+            name: the layer's, for the message.
+        """
+        if any(part.is_meta for part in self.buffers()):
+            return
+        for part, fault in self._unsound():
+            raise OctavoError(f"{name}.{part} {fault}; copy it again or convert again")
 
     def float_weight(self) -> torch.Tensor:
         """What the codes of the weight stand for, float32 `[N, K]`."""
@@ -149,8 +160,17 @@ class W8A8Linear(QuantizedLinear):
         super()._forget()
         self._deq_scale = None
 
-    def _positive(self) -> tuple[torch.Tensor, ...]:
-        return (self.input_scale, self.weight_scale, self._decoded_deq_scale())
+    def _unsound(self) -> Iterator[tuple[str, str]]:
+        yield from super()._unsound()
+        if not is_zero(self.weight_offset):
+            yield "weight_offset", "is not 0 throughout, as of weights that int8 linears compute with"
+        if not are_offsets(self.input_offset):
+            yield "input_offset", "is no whole number from -128 to 127"
+        if not are_deq_scales(self.deq_scale):
+            yield "deq_scale", "is no positive float32 throughout"
+        product = self.input_scale.float() * self.weight_scale.float().view(-1)
+        if not torch.allclose(self._decoded_deq_scale(), product, rtol=_DEQ_SCALE_ERROR, atol=0.0):
+            yield "deq_scale", "is not the product of input_scale and weight_scale"
 
     def _decoded_deq_scale(self) -> torch.Tensor:
         """`deq_scale` as float32, decoded once per device."""
@@ -178,6 +198,11 @@ class W8A8DynamicLinear(QuantizedLinear):
         super().__init__(in_features, out_features, has_bias)
         self._hold_weight(torch.int8)
 
+    def _unsound(self) -> Iterator[tuple[str, str]]:
+        yield from super()._unsound()
+        if not is_zero(self.weight_offset):
+            yield "weight_offset", "is not 0 throughout, as of weights that int8 linears compute with"
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., K] -> [..., N]`."""
         return linear_w8a8_dynamic(x, self.weight, self.weight_scale.view(-1), self._added_bias())
@@ -199,12 +224,11 @@ class MixedLinear(W8A8DynamicLinear):
         self._hold("outlier_columns", (count,), torch.int32)
         self.register_buffer("outlier_weight", torch.empty(out_features, count))
 
-    def check(self, name: str) -> None:
-        """Raise an `OctavoError` if a scale is no positive number, or a column is none of the weight's."""
-        super().check(name)
+    def _unsound(self) -> Iterator[tuple[str, str]]:
+        yield from super()._unsound()
         columns = self.outlier_columns
-        if not columns.is_meta and not bool(((columns >= 0) & (columns < self.in_features)).all()):
-            raise OctavoError(f"{name} names outlier columns that it does not have; copy it again or convert again")
+        if not bool(((columns >= 0) & (columns < self.in_features)).all()) or bool((columns.diff() <= 0).any()):
+            yield "outlier_columns", f"are no columns from 0 to {self.in_features - 1} that ascend"
 
     def float_weight(self) -> torch.Tensor:
         """What the weight stands for, float32 `[N, K]`."""
@@ -228,6 +252,9 @@ class WeightOnlyLinear(QuantizedLinear):
         groups: how many the K channels make; 1 is per output channel.
     """
 
+    CODES: tuple[int, int]
+    """The smallest and largest code, between which the zero point of a range with 0 in it lies."""
+
     def __init__(self, in_features: int, out_features: int, has_bias: bool, groups: int = 1) -> None:
         super().__init__(in_features, out_features, has_bias)
         self._hold_weight(torch.int8, (out_features, groups))
@@ -243,11 +270,14 @@ class WeightOnlyLinear(QuantizedLinear):
             self._has_zero = bool((self.weight_offset != 0).any())
         return None if self._has_zero is False else self.weight_offset
 
+    def _unsound(self) -> Iterator[tuple[str, str]]:
+        yield from super()._unsound()
+        if not are_offsets(self.weight_offset, self.CODES):
+            yield "weight_offset", f"is no whole number from {self.CODES[0]} to {self.CODES[1]} throughout"
+
     def check(self, name: str) -> None:
-        """Raise an `OctavoError` if a scale is no positive number, or an offset not finite, as in a damaged file."""
+        """As of `QuantizedLinear`; whether there is an offset at all is found out here, once."""
         super().check(name)
-        if not self.weight_offset.is_meta and not bool(torch.isfinite(self.weight_offset).all()):
-            raise OctavoError(f"{name} holds an offset that is not finite; copy it again or convert again")
         self._zero()
 
     def float_weight(self) -> torch.Tensor:
@@ -265,6 +295,7 @@ class W8A16Linear(WeightOnlyLinear):
     """Weights in int8 `[N, K]`."""
 
     LABEL = W8A16
+    CODES = (INT8_MIN, INT8_MAX)
 
 
 class W4A16Linear(WeightOnlyLinear):
@@ -276,6 +307,7 @@ class W4A16Linear(WeightOnlyLinear):
     """
 
     LABEL = W4A16
+    CODES = (-8, 7)
 
     def __init__(
         self, in_features: int, out_features: int, has_bias: bool, groups: int = 1, is_packed: bool = True
@@ -283,6 +315,11 @@ class W4A16Linear(WeightOnlyLinear):
         super().__init__(in_features, out_features, has_bias, groups)
         if is_packed:
             self._hold("weight", (out_features, in_features // 2), torch.uint8)
+
+    def _unsound(self) -> Iterator[tuple[str, str]]:
+        yield from super()._unsound()
+        if self.weight.dtype == torch.int8 and not are_offsets(self.weight, self.CODES):
+            yield "weight", f"holds codes beyond {self.CODES[0]} and {self.CODES[1]}, those of int4"
 
 
 class FP8DynamicLinear(QuantizedLinear):
@@ -318,9 +355,6 @@ class FP8Linear(FP8DynamicLinear):
     def __init__(self, in_features: int, out_features: int, has_bias: bool, per_tensor: bool = False) -> None:
         super().__init__(in_features, out_features, has_bias, per_tensor)
         self._hold("input_scale", (1,))
-
-    def _positive(self) -> tuple[torch.Tensor, ...]:
-        return self.weight_scale, self.input_scale
 
     def _input_scale(self) -> torch.Tensor | None:
         return self.input_scale

@@ -1,40 +1,23 @@
 """What turns a causal language model of transformers into one that loads and runs a quantized checkpoint."""
 
-import dataclasses
-from collections.abc import Iterable
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
-from transformers.utils import cached_file
 
 from ..ops.library import NAMESPACE
 from .cache import QuantizedCache
-from .checkpoints.ascend import (
-    DESCRIPTION_FILE,
-    check_description,
-    described_scheme,
-    linear_layout,
-    quantized_linears,
-    read_headers,
-    read_json,
-    weight_file_names,
-)
+from .checkpoints.ascend import TensorHeader
 from .checkpoints.buffers import attach_buffers, read_scales
+from .checkpoints.loading import CONFIG_KEY, check_shapes, describe_checkpoint, read_config
+from .checkpoints.values import check_values
 from .compatibility import cache_argument, check_stand_in, parameter_names, take_cache, without_cache
-from .errors import OctavoError
+from .errors import OctavoError, first_line
 from .folds import fold_biases
-from .linear import QuantizedLinear
 from .scheme import Scheme, load_scheme
 
-CONFIG_KEY = "octavo"
-NATIVE_LOAD_HINT = "needs-trust_remote_code=True.safetensors"
-"""Name of the weight file in config.json. There is none of that name, so that a load by transformers' own class, which
-would take codes for weights, fails with an error that says what is missing. `from_pretrained` puts in the real one."""
-FREE_FIELDS = ("name", "origin", "prefill")
-"""Fields of a scheme that say nothing of what is stored, so that they may be edited in config.json."""
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _STATIC_CACHES = ("static", "offloaded_static")
 _GROWING_CACHES = (None, "dynamic", "offloaded")
@@ -46,72 +29,6 @@ _NO_ADAPTERS = (
     "adapters are not served on quantized linears: merge the adapter into the float model (PEFT's merge_and_unload), "
     "save that, and convert it"
 )
-
-
-def _weight_files(index: Path, find: Any) -> list[Path]:
-    """The files that an index lists, each found (or fetched) by `find(name)`."""
-    data = read_json(index)
-    weight_map = data.get("weight_map")
-    names = set(weight_map.values()) if isinstance(weight_map, dict) and "metadata" in data else {None}
-    if not all(isinstance(name, str) and Path(name).name == name for name in names):
-        raise OctavoError(f"{index}: maps no tensors to files of this directory; copy it again or convert again")
-    files = {name: find(name) for name in sorted(names)}
-    for name, file in files.items():
-        if file is None:
-            raise OctavoError(f"{index}: lists {name}, which is missing; copy the directory again or convert again")
-    return list(files.values())
-
-
-def _agreed_scheme(source: str, config: Any, description: dict[str, Any]) -> Scheme:
-    """The scheme that config.json names, if it does, which must be the one that the description tells of."""
-    own = getattr(config, CONFIG_KEY, None)
-    if own is not None and not (isinstance(own, dict) and "scheme" in own):
-        raise OctavoError(f"{source}: {CONFIG_KEY!r} in config.json names no scheme; copy it again or convert again")
-    described = described_scheme(description, config.num_hidden_layers)
-    scheme = load_scheme(own["scheme"]) if own else described or load_scheme("float")
-    stored = described or (load_scheme("float") if scheme.is_static else scheme)
-    for part in dataclasses.fields(Scheme):
-        if part.name not in FREE_FIELDS and getattr(scheme, part.name) != getattr(stored, part.name):
-            raise OctavoError(f"{source}: config.json and {DESCRIPTION_FILE} disagree on {part.name}; convert again")
-    return scheme
-
-
-def describe_checkpoint(config: Any, source: str, tied: Iterable[str], hub_arguments: dict[str, Any]) -> None:
-    """Set on `config` what the quantized checkpoint at `source` needs; leave it alone if `source` is an ordinary one.
-
-    Args:
-        config: gets `octavo`: the scheme and the layout of the quantized linears (see `linear_layout`); and
-            `transformers_weights`, the name of the weight file, which keeps a load without this code from succeeding.
-        source: local directory or hub id.
-        tied: names of weights that are stored once, under another name, if the config ties embeddings.
-        hub_arguments: `revision`, `cache_dir` and the like.
-
-    Raises:
-        OctavoError: files are missing or damaged, or description and weights disagree.
-    """
-
-    def find(name: str) -> Path | None:
-        found = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub_arguments)
-        return None if found is None else Path(found)
-
-    description_file = find(DESCRIPTION_FILE)
-    if description_file is None:
-        if CONFIG_KEY in vars(config) and "auto_map" in vars(config):
-            raise OctavoError(f"{source}: {DESCRIPTION_FILE} is missing; copy the directory again or convert again")
-        return
-    description = read_json(description_file)
-    single, index = weight_file_names(description)
-    single_file, index_file = find(single), find(index)
-    if single_file is None and index_file is None:
-        raise OctavoError(f"{source}: neither {single} nor {index} is there; copy the directory again or convert again")
-    files = [single_file] if single_file is not None else _weight_files(index_file, find)
-    headers = read_headers(files)
-    check_description(description, headers, tied if config.tie_word_embeddings else ())
-    config.octavo = {
-        "scheme": _agreed_scheme(source, config, description).to_dict(),
-        **linear_layout(quantized_linears(description), headers),
-    }
-    config.transformers_weights = single if single_file is not None else index
 
 
 def _new_cache(decoder: torch.nn.Module, **arguments: Any) -> QuantizedCache:
@@ -158,16 +75,6 @@ def _withdraw_cache(decoder: torch.nn.Module, args: tuple, kwargs: dict[str, Any
     return without_cache(output, kwargs[decoder.octavo_cache_argument]) if is_unwanted else output
 
 
-def _check_loaded(source: str, model: torch.nn.Module) -> None:
-    """Raise an `OctavoError` that names the first scale that is no positive number, or norm that is not finite."""
-    for name, module in model.named_modules():
-        if isinstance(module, QuantizedLinear):
-            module.check(f"{source}: {name}")
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 1 and not parameter.is_meta and not torch.isfinite(parameter).all():
-            raise OctavoError(f"{source}: {name} holds NaN or Inf; copy the directory again or convert again")
-
-
 @lru_cache
 def check_transformers(model_class: type) -> None:
     """Raise an `OctavoError` unless this transformers hands the decoder of a model the cache that stores codes.
@@ -194,20 +101,35 @@ class QuantizedCausalLM:
 
     What is quantized stands in `config.octavo`: `scheme` (name of a preset or its fields), and, set by
     `from_pretrained`, the layout of the quantized linears. Without that key the model is the float one.
+
+    Args:
+        config: of the model.
+        stored: headers by name of the tensors that will be loaded, whose shapes are checked before any is allocated.
+
+    Raises:
+        OctavoError: no model can be built of the config, or its shapes are not those of `stored`.
     """
 
-    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, config: Any, *args: Any, stored: Mapping[str, TensorHeader] | None = None, **kwargs: Any
+    ) -> None:
         if config._attn_implementation not in (None, NAMESPACE):
             raise OctavoError(
                 f"attn_implementation={config._attn_implementation!r} cannot read a quantized cache; leave it out"
             )
         config._attn_implementation = NAMESPACE
-        super().__init__(config, *args, **kwargs)
+        try:
+            super().__init__(config, *args, **kwargs)
+        except Exception as error:  # a damaged config can make transformers raise anything
+            raise OctavoError(
+                f"{config.name_or_path or 'config'}: no model is of this config ({first_line(error)})"
+            ) from error
         recipe = getattr(config, CONFIG_KEY, None) or {}
         self.scheme: Scheme = load_scheme(recipe.get("scheme", "float"))
         attach_buffers(self, self.scheme, recipe)
         if self.scheme.is_quantized:
             fold_biases(self, self.scheme)
+        check_shapes(config.name_or_path, self, stored or {})
         decoder = self.base_model
         decoder.octavo_scheme = self.scheme
         decoder.octavo_parameters, decoder.octavo_cache_argument = parameter_names(decoder), cache_argument(decoder)
@@ -223,19 +145,21 @@ class QuantizedCausalLM:
         """
         hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
         if config is None or isinstance(config, (str, Path)):
-            config = AutoConfig.from_pretrained(source if config is None else config, **hub_arguments)
+            config = read_config(str(source if config is None else config), hub_arguments)
         if not isinstance(config, cls.config_class):
             raise OctavoError(f"{source}: model_type is {config.model_type!r}, not {cls.config_class.model_type!r}")
-        describe_checkpoint(config, str(source), cls._tied_weights_keys or (), hub_arguments)
+        stored = describe_checkpoint(config, str(source), cls._tied_weights_keys or (), hub_arguments)
         check_transformers(cls)
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs["ignore_mismatched_sizes"] = True  # reported below, by name
-        model, info = super().from_pretrained(source, *args, config=config, output_loading_info=True, **kwargs)
+        model, info = super().from_pretrained(
+            source, *args, config=config, output_loading_info=True, stored=stored, **kwargs
+        )
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if info[problem]:
                 first = sorted(map(str, info[problem]))[0]
                 raise OctavoError(f"{source}: {problem.replace('_', ' ')}: {first}; config and weights disagree")
-        _check_loaded(str(source), model)
+        check_values(str(source), model, model.scheme)
         return (model, info) if wants_info else model
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig
 
+from .checkpoints.loading import CONFIG_KEY
 from .errors import OctavoError
 from .layerwise import LayerwiseModel
 from .linear_scheme import LinearScheme
-from .model import CONFIG_KEY
 from .scheme import Scheme
 from .smooth import NORMS
 

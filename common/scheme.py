@@ -15,6 +15,8 @@ from typing import Any
 from ..ops.resources import resource
 from .codec import Codec, check_types
 from .errors import OctavoError
+from .model_sizes import MOST_LAYERS
+from .strict_json import parse_json
 
 PREFILLS = ("codes", "float")
 PRESETS = (
@@ -49,12 +51,13 @@ KV_CACHE_DTYPES = {"auto": "float", "fp8": "vllm-fp8", "fp8_e4m3": "vllm-fp8"}
 """Values of vLLM's `kv_cache_dtype` that are not the name of a preset themselves, as fp8_e5m2 is."""
 SMALLEST_STEP = 16
 """Tokens leave a float window so many at a time at least, so that a prompt is not cut into single queries."""
+LONGEST_NAME = 100
 _PARTS = ("key", "value", "query")
 
 
 def _layers_of(text: str) -> range:
     """The layers that "3" or "0-1" names."""
-    found = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    found = re.fullmatch(r"([0-9]{1,6})(?:-([0-9]{1,6}))?", text) if isinstance(text, str) else None
     if found is None:
         raise OctavoError(f"scheme: layers {text!r} is no layer number and no range such as 0-1")
     first, last = int(found[1]), int(found[2] or found[1])
@@ -102,7 +105,12 @@ class Scheme:
     origin: str = ""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name.isprintable() or len(self.name) > LONGEST_NAME:
+            raise OctavoError(f"scheme: name {self.name!r} is no text of {LONGEST_NAME} characters at most")
         check_types(f"scheme {self.name}", self)
+        for index in self.float_layers:
+            if type(index) is not int or not 0 <= index < MOST_LAYERS:
+                raise OctavoError(f"scheme {self.name}: float_layers {index!r} is no layer number")
         if self.prefill not in PREFILLS:
             raise OctavoError(f"scheme {self.name}: prefill {self.prefill!r} is none of {', '.join(PREFILLS)}")
         if self.sinks < 0 or self.window < 0:
@@ -138,12 +146,15 @@ class Scheme:
             )
         for text, other in self.layers:
             _layers_of(text)
-            if not isinstance(other, (str, dict)):
-                raise OctavoError(f"scheme {self.name}: layers {text}: a preset's name or an object, not {other!r}")
             if isinstance(other, str):
-                load_scheme(other)
-            else:
+                _preset(other)
+            elif isinstance(other, dict) and not {"layers", "float_layers"} & other.keys():
                 self._changed(other)
+            else:
+                raise OctavoError(
+                    f"scheme {self.name}: layers {text}: a preset's name or an object of fields without layers of its "
+                    f"own, not {other!r}"
+                )
 
     @property
     def _has_key_range(self) -> bool:
@@ -209,7 +220,7 @@ class Scheme:
             return Scheme(name="float")
         for text, other in self.layers:
             if layer in _layers_of(text):
-                return load_scheme(other) if isinstance(other, str) else self._changed(other)
+                return _preset(other) if isinstance(other, str) else self._changed(other)
         return self if not (self.layers or self.float_layers) else self._changed({})
 
     def with_scales_of_one(self) -> "Scheme":
@@ -261,17 +272,27 @@ class Scheme:
                 codecs[part] = Codec(**data[part]) if data.get(part) is not None else None
             except TypeError as error:
                 raise OctavoError(f"scheme {data['name']}: {part}: {error}") from None
-        layers = data.get("layers") or {}
+        layers = data.get("layers", {})
         if not isinstance(layers, dict):
             raise OctavoError(f'scheme {data["name"]}: \'layers\' is an object such as {{"0-1": "int8-token"}}')
-        floats = tuple(data.get("float_layers", ()))
-        return cls(**{**data, **codecs, "layers": tuple(layers.items()), "float_layers": floats})
+        floats = data.get("float_layers", [])
+        if not isinstance(floats, (list, tuple)):
+            raise OctavoError(f"scheme {data['name']}: 'float_layers' is a list of layer numbers, not {floats!r}")
+        return cls(**{**data, **codecs, "layers": tuple(layers.items()), "float_layers": tuple(floats)})
+
+
+def _preset(name: Any) -> Scheme:
+    """The scheme of the name of a preset, or of a `kv_cache_dtype` of vLLM."""
+    known = KV_CACHE_DTYPES.get(name, name) if isinstance(name, str) else None
+    if known not in PRESETS:
+        raise OctavoError(f"scheme {name!r} is no preset; choose one of {', '.join(PRESETS)}, or FILE.json")
+    return Scheme.from_dict(json.loads(resource(f"common/presets/{known}.json")))
 
 
 def _read_scheme(file: Path) -> Scheme:
     """A scheme from a JSON file."""
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        data = parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise OctavoError(f"scheme {file}: is no JSON file that can be read ({error})") from None
     return Scheme.from_dict(data)
@@ -289,10 +310,7 @@ def load_scheme(scheme: "str | Path | dict[str, Any] | Scheme") -> Scheme:
         return Scheme.from_dict(scheme)
     if str(scheme).endswith(".json"):
         return _read_scheme(Path(scheme))
-    name = KV_CACHE_DTYPES.get(scheme, scheme)
-    if name not in PRESETS:
-        raise OctavoError(f"scheme {scheme!r} is no preset; choose one of {', '.join(PRESETS)}, or FILE.json")
-    return Scheme.from_dict(json.loads(resource(f"common/presets/{name}.json")))
+    return _preset(scheme)
 
 
 def bits_per_element(scheme: Scheme, heads: int, width: int, length: int = 2048) -> float:

@@ -23,6 +23,7 @@ from ..ops.codes import SMALLEST_SCALE, code_range
 from .codec import Codec
 from .errors import OctavoError, first_line
 from .scheme import Scheme
+from .statistics_checks import check_statistics, check_statistics_of, layer_count
 
 STATISTICS_FORMAT = "octavo-statistics-2"
 
@@ -65,7 +66,7 @@ class Statistics:
     @property
     def layers(self) -> int:
         """Number of decoder layers."""
-        return int(self.metadata["num_hidden_layers"])
+        return layer_count(self.metadata)
 
     def check_finite(self) -> None:
         """Raise an `OctavoError` that names the first tensor with a NaN or Inf."""
@@ -74,6 +75,10 @@ class Statistics:
                 raise OctavoError(
                     f"calibration statistics: {name} holds NaN or Inf; the model overflows on the calibration text"
                 )
+
+    def check_model(self, config: Any) -> None:
+        """Raise an `OctavoError` that names what is not of the model of a config: type, layers, heads, their width."""
+        check_statistics_of(self.tensors, self.metadata, config)
 
     def save(self, file: str | Path) -> None:
         """Write a safetensors file.
@@ -97,7 +102,8 @@ def load_statistics(file: str | Path) -> Statistics:
     """Read what `Statistics.save` wrote.
 
     Raises:
-        OctavoError: the file is missing, no statistics file, damaged, or holds NaN or Inf.
+        OctavoError: the file is missing, no statistics file or damaged: a tensor, named, that no statistics hold, of
+            another shape, out of range, or missing.
     """
     try:
         with safe_open(file, framework="pt") as opened:
@@ -111,6 +117,7 @@ def load_statistics(file: str | Path) -> Statistics:
         raise OctavoError(f"statistics file {file}: no Octavo statistics; write it with --save_statistics")
     statistics = Statistics(tensors, metadata)
     statistics.check_finite()
+    check_statistics(tensors, metadata)
     return statistics
 
 

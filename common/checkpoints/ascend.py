@@ -4,7 +4,6 @@ It is also the form in which Octavo's own models hold their tensors. Zero points
 `x = (code - offset) * scale`, which is this project's definition, so nothing is converted here.
 """
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -21,6 +20,7 @@ from ..linear import QUANTIZED_LINEARS
 from ..linear_scheme import FP8, FP8_DYNAMIC, W4A16
 from ..scheme import Scheme, load_scheme
 from ..statistics import LayerScales, Scales
+from ..strict_json import parse_json
 
 DESCRIPTION_FILE = "quant_model_description.json"
 WEIGHT_FILE = "quant_model_weight_{kind}.safetensors"
@@ -190,14 +190,15 @@ def linear_layout(linears: Mapping[str, str], headers: Mapping[str, TensorHeader
         all modules with a bias, which the architecture need not have.
 
     Raises:
-        OctavoError: a scale that is no matrix.
+        OctavoError: a weight, or its scales, that are no matrix.
     """
     scales = {}
     for name in linears:
-        shape = headers[f"{name}.weight_scale"].shape
-        if len(shape) != 2 or 0 in shape:
-            raise OctavoError(f"{name}.weight_scale is stored as {shape}, which is no matrix; convert the model again")
-        if shape != (headers[f"{name}.weight"].shape[0], 1):
+        shape, of_weight = headers[f"{name}.weight_scale"].shape, headers[f"{name}.weight"].shape
+        for part, stored in (("weight_scale", shape), ("weight", of_weight)):
+            if len(stored) != 2 or 0 in stored:
+                raise OctavoError(f"{name}.{part} is stored as {stored}, which is no matrix; convert the model again")
+        if shape != (of_weight[0], 1):
             scales[name] = list(shape)
     deq_scales = [header.dtype for name, header in headers.items() if name.endswith(".deq_scale")]
     return {
@@ -239,14 +240,18 @@ def weight_file_names(description: dict[str, Any]) -> tuple[str, str]:
     return single, f"{single}.index.json"
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path, is_strict: bool = False) -> dict[str, Any]:
     """A JSON object from a file of a checkpoint.
+
+    Args:
+        file: its path.
+        is_strict: see `parse_json`.
 
     Raises:
         OctavoError: unreadable, or no object.
     """
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        data = parse_json(file.read_text(encoding="utf-8"), is_strict)
     except (OSError, ValueError) as error:
         raise OctavoError(f"{file}: cannot be read ({error}); copy it again or convert the model again") from None
     if not isinstance(data, dict):
@@ -289,6 +294,9 @@ def check_description(description: dict[str, Any], headers: dict[str, TensorHead
     Args:
         tied: names that may be described without being stored.
     """
+    for name, label in description.items():
+        if name not in NOT_TENSORS and not isinstance(label, str):
+            raise OctavoError(f"{DESCRIPTION_FILE}: {name} is labelled {label!r}, which is no text; convert again")
     described = {
         name: label
         for name, label in description.items()

@@ -9,10 +9,14 @@ from torch import nn
 from ..errors import OctavoError
 from ..linear import empty_linear
 from ..linear_scheme import WEIGHT_ONLY
+from ..linear_values import are_offsets, are_scales
 from ..scheme import Scheme
 from ..shifted_norm import add_norm_bias
 from ..statistics import LayerScales, Scales
 from .ascend import DESCRIPTION_FILE, FA_PARTS, SCALAR_DTYPES, attention_modules, is_c8, is_fa
+
+MOST_VALUE = 2**24
+"""No value of K or V is as large, and so none that a zero point stands for."""
 
 
 class StaticScale(nn.Module):
@@ -147,8 +151,12 @@ def _scale_and_zero(
     name: str, scale: torch.Tensor, offset: torch.Tensor, heads: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Stored scale and offset as `[heads, 1, D or 1]` float32; no zero where every offset is 0."""
-    if not (torch.isfinite(scale).all() and (scale > 0).all() and torch.isfinite(offset.float()).all()):
+    if not are_scales(scale):
         raise OctavoError(f"checkpoint: {name} holds a scale that is not a positive number; convert the model again")
+    if not are_offsets(offset):
+        raise OctavoError(
+            f"checkpoint: {name} holds an offset that is no whole number from -128 to 127; convert the model again"
+        )
     zero = offset.float().view(heads, 1, -1) if bool((offset != 0).any()) else None
     return scale.float().view(heads, 1, -1), zero
 
@@ -183,10 +191,12 @@ def _read_constants(name: str, attention: nn.Module, scheme: Scheme) -> LayerSca
         return LayerScales()
     found = dict(attention.octavo_cache.named_buffers())
     for part, tensor in found.items():
-        if not torch.isfinite(tensor).all() or (part.endswith("scale") and not (tensor > 0).all()):
+        if not (are_scales(tensor) if part.endswith("scale") else torch.isfinite(tensor).all()):
             raise OctavoError(f"checkpoint: {name}.octavo_cache.{part} is no positive number; convert the model again")
         if part.endswith("levels") and not (tensor.diff() >= 0).all():
             raise OctavoError(f"checkpoint: {name}.octavo_cache.{part} do not ascend; convert the model again")
+        if part.endswith("zero") and bool((tensor.abs() * found[part.replace("zero", "scale")] > MOST_VALUE).any()):
+            raise OctavoError(f"checkpoint: {name}.octavo_cache.{part} is out of all range; convert the model again")
     has_bias = any(linear.bias is not None for linear in (attention.k_proj, attention.v_proj))
     key, value = (
         (found[f"{part}_scale"], found.get(f"{part}_zero")) if f"{part}_scale" in found else None

@@ -523,7 +523,7 @@ def test_a_static_scheme_needs_statistics(reader: torch.nn.Module) -> None:
 
 
 def test_statistics_of_another_depth_are_refused(statistics: Path) -> None:
-    with pytest.raises(OctavoError, match="3 layers and the model has 5"):
+    with pytest.raises(OctavoError, match="another model: 3 layers, and this model has 5"):
         QuantizedCache(tiny_config(num_hidden_layers=5), "ascend-c8", statistics=statistics)
     with pytest.raises(OctavoError, match="1 layers"):
         QuantizedCache(tiny_config(), "ascend-c8", scales=[LayerScales()])

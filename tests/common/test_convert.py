@@ -90,8 +90,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     ),
     "quantized by Octavo": (lambda d: (d / "quant_model_description.json").write_text("{}"), ("quantized already",)),
     "config of another width": (lambda d: edit_json(d / "config.json", hidden_size=128), ("mismatched", "[320, 64]")),
-    "config of more layers": (lambda d: edit_json(d / "config.json", num_hidden_layers=4), ("missing", "layers.3.")),
-    "config of fewer layers": (lambda d: edit_json(d / "config.json", num_hidden_layers=2), ("layers.2.",)),
+    "config of more layers": (lambda d: edit_json(d / "config.json", num_hidden_layers=4), ("is 4", "of 3 layers")),
+    "config of fewer layers": (lambda d: edit_json(d / "config.json", num_hidden_layers=2), ("is 2", "of 3 layers")),
     "config of other heads": (lambda d: edit_json(d / "config.json", num_key_value_heads=4), ("k_proj",)),
     "config with words for numbers": (
         lambda d: edit_json(d / "config.json", num_attention_heads="four"),

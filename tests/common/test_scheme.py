@@ -70,6 +70,23 @@ BAD: list[tuple[Any, str]] = [
     ({"name": "x", "value": {"before_rope": True}}, "RoPE"),
     ({"name": "x", "key": {"before_rope": True}, "rotate_key": True}, "exclude"),
     ({"name": "x", "layers": {"2-": "float"}}, "2-"),
+    (None, "None is no preset"),
+    (["float"], "no preset"),
+    ({"name": 5}, "name 5"),
+    ({"name": "a\nb"}, "name"),
+    ({"name": "x", "layers": []}, "'layers'"),
+    ({"name": "x", "layers": {"0": 5}}, "layers 0"),
+    ({"name": "x", "layers": {"0": "mine.json"}}, "no preset"),
+    ({"name": "x", "layers": {"0": {"layers": {"0": "float"}}}}, "layers of its own"),
+    ({"name": "x", "layers": {"0-9999999999": "float"}}, "no layer number"),
+    ({"name": "x", "float_layers": 5}, "'float_layers'"),
+    ({"name": "x", "float_layers": "12"}, "'float_layers'"),
+    ({"name": "x", "float_layers": [-1]}, "float_layers -1"),
+    ({"name": "x", "float_layers": [True]}, "float_layers True"),
+    ({"name": "x", "key": ["int8"]}, "key"),
+    ({"name": "x", "sinks": 10**18}, "sinks"),
+    ({"name": "x", "key": {"fixed_scale": float("nan")}}, "fixed_scale"),
+    ({"name": "x", "key": {"granularity": "token", "dynamic": True, "group_size": 2**40}}, "group_size"),
 ]
 
 
@@ -101,6 +118,23 @@ def test_bits_of_a_token_count_its_scales(fields: dict[str, Any], size: float) -
 def test_groups_divide_a_head() -> None:
     with pytest.raises(OctavoError, match="head of 80"):
         Codec(granularity="token", dynamic=True, group_size=32).channel_groups(80)
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("[]", "'name'"),
+        ('{"name": "x", "name": "y"}', "twice"),
+        ('{"name": "x", "key": {"fixed_scale": NaN}}', "NaN"),
+        ('{"a":' * 10_000 + "1" + "}" * 10_000, "nested"),
+        ('{"name": "x", "origin": ' + "[" * 100 + "]" * 100 + "}", "nested"),
+    ],
+    ids=["a list", "a name twice", "NaN", "10,000 levels", "100 levels"],
+)
+def test_a_file_that_holds_no_scheme(text: str, part: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.json").write_text(text)
+    with pytest.raises(OctavoError, match=part):
+        load_scheme(tmp_path / "mine.json")
 
 
 def test_a_codec_of_ones_own() -> None:

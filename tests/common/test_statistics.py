@@ -1,6 +1,7 @@
 """Calibration statistics: saved once, and the source of every static scale."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as some
 from safetensors.torch import save_file
+from transformers import Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
+from octavo.common.cache import QuantizedCache
 from octavo.common.errors import OctavoError
 from octavo.common.observe import AttentionObserver, calibrate
 from octavo.common.rotation import hadamard
@@ -77,6 +80,72 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         load_statistics(tmp_path / "half")
     with pytest.raises(OctavoError, match="cannot be written"):
         some_statistics().save(tmp_path / "no" / "such" / "folder")
+
+
+def spoiled(change: Callable[[dict[str, torch.Tensor]], object]) -> dict[str, torch.Tensor]:
+    tensors = some_statistics().tensors
+    change(tensors)
+    return tensors
+
+
+BAD_TENSORS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
+    "missing": (lambda t: t.pop("layers.1.v.low"), r"layers\.1\.v\.low is missing"),
+    "missing end of a range": (lambda t: t.pop("layers.0.v.high"), r"layers\.0\.v\.high is missing"),
+    "unknown": (lambda t: t.update({"layers.0.w.max": torch.ones(2, 16)}), r"layers\.0\.w\.max is none"),
+    "of a layer too many": (lambda t: t.update({"layers.2.k.max": torch.ones(2, 16)}), r"layers\.2\.k\.max"),
+    "negative": (lambda t: t["layers.1.k.radius"][1].neg_(), r"layers\.1\.k\.radius is negative"),
+    "a low above its high": (lambda t: t["layers.0.v.low"].fill_(9.0), r"layers\.0\.v\.low exceeds layers\.0\.v\.high"),
+    "a vector": (lambda t: t.update({"layers.0.q.max": torch.ones(16)}), r"layers\.0\.q\.max is .* of shape \[16\]"),
+    "of another dtype": (lambda t: t.update({"layers.0.q.max": torch.ones(4, 16).half()}), "float16"),
+    "a codebook that descends": (
+        lambda t: t.update({"layers.0.k.levels.2": torch.tensor([0.0, 1.0, 0.5, 2.0])}),
+        r"layers\.0\.k\.levels\.2 holds no codebook",
+    ),
+    "a mean that is negative": (
+        lambda t: t.update({f"linears.a.{part}": -torch.ones(8) for part in ("low", "high", "mean_abs")}),
+        r"linears\.a\.mean_abs is negative",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", BAD_TENSORS)
+def test_tensors_that_no_statistics_hold(damage: str, tmp_path: Path) -> None:
+    change, part = BAD_TENSORS[damage]
+    Statistics(spoiled(change), some_statistics().metadata).save(tmp_path / "statistics.safetensors")
+    with pytest.raises(OctavoError, match=part):
+        load_statistics(tmp_path / "statistics.safetensors")
+
+
+@pytest.mark.parametrize("layers", ["abc", "", "-1", "2.0", "0", "99999999999", None])
+def test_metadata_that_tells_no_number_of_layers(layers: str | None, tmp_path: Path) -> None:
+    metadata = {**some_statistics().metadata, "num_hidden_layers": layers}
+    metadata = {name: text for name, text in metadata.items() if text is not None}
+    Statistics(some_statistics().tensors, metadata).save(tmp_path / "statistics.safetensors")
+    with pytest.raises(OctavoError, match="num_hidden_layers"):
+        load_statistics(tmp_path / "statistics.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"num_hidden_layers": 3}, "2 layers, and this model has 3"),
+        ({"num_key_value_heads": 4}, r"k\.max is of shape \[2, 16\], and this model's of \[4, 16\]"),
+        ({"num_attention_heads": 8, "num_key_value_heads": 2}, r"q\.max is of shape \[4, 16\]"),
+        ({"head_dim": 32}, r"of shape \[2, 16\], and this model's of \[2, 32\]"),
+    ],
+)
+def test_statistics_of_another_model(changes: dict[str, int], part: str, tmp_path: Path) -> None:
+    some_statistics().save(tmp_path / "statistics.safetensors")
+    config = tiny_config(**{"num_hidden_layers": 2, **changes})
+    with pytest.raises(OctavoError, match=part):
+        QuantizedCache(config, "ascend-c8", statistics=tmp_path / "statistics.safetensors")
+
+
+def test_statistics_of_another_architecture() -> None:
+    config = tiny_config(num_hidden_layers=2)
+    some_statistics().check_model(config)
+    with pytest.raises(OctavoError, match="model_type is 'llama', and this model's 'qwen3'"):
+        some_statistics().check_model(Qwen3Config(**{**config.to_dict(), "model_type": "qwen3"}))
 
 
 def test_scales_per_channel_bound_the_pair(statistics: Statistics | None = None) -> None:

@@ -1,0 +1,14 @@
+"""What errors say fits on a line, whatever a damaged file puts into it."""
+
+from octavo.common.errors import MOST_CHARACTERS, OctavoError
+
+
+def test_a_message_is_one_line() -> None:
+    assert str(OctavoError("config.json: name\n\u2028is odd; mend it")) == "config.json: name is odd; mend it"
+    assert str(OctavoError("two  blanks stay")) == "two  blanks stay"
+
+
+def test_what_is_quoted_at_length_is_cut_and_the_way_out_is_kept() -> None:
+    message = str(OctavoError(f"config.json: {'x' * 10**6}; mend it"))
+    assert len(message) < MOST_CHARACTERS + 10
+    assert message.startswith("config.json: x") and message.endswith("x; mend it")

@@ -5,8 +5,8 @@
 An environment is a venv in .cache/versions that sees all packages of the one that runs this script, behind its own, so
 that it costs no more than the packages that differ. `floor` has the oldest versions that pyproject.toml admits, but for
 torch; `pinned` is the environment that runs this script; `newest` has the newest transformers and what that needs;
-`newest-torch` the newest torch (which on Linux brings some GB of CUDA). A failure in one that `--report` names is a line
-of the output and no failure of this script.
+`newest-torch` the newest torch (which on Linux brings some GB of CUDA). A failure in one that `--report` names is a
+line of the output and no failure of this script.
 """
 
 import argparse
@@ -16,10 +16,11 @@ import subprocess
 import sys
 import sysconfig
 import time
-import tomllib
 import venv
 from dataclasses import dataclass
 from pathlib import Path
+
+import tomllib
 
 REPOSITORY = Path(__file__).parents[2]
 FOLDER = Path(".cache") / "versions"

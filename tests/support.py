@@ -107,7 +107,7 @@ def random_ids(batch: int, tokens: int, vocabulary: int = 320, seed: int = 1) ->
     return torch.randint(3, vocabulary, (batch, tokens), generator=generator)
 
 
-def cache_argument(cache: Any) -> dict[str, Any]:
+def with_cache(cache: Any) -> dict[str, Any]:
     """A cache as the keyword argument by which a forward or `generate` takes it."""
     return {CACHE_NAME: cache}
 

@@ -49,9 +49,7 @@ def with_code(original: Path, target: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_code_beside_a_checkpoint_is_not_run(
-    source: Path, converted: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_code_beside_a_checkpoint_is_not_run(source: Path, converted: Callable[..., Path], tmp_path: Path) -> None:
     for name, original, command in (("converted", converted(*C8), RUN), ("float", source, DOCTOR)):
         done = run(*command, str(with_code(original, tmp_path / name)))
         assert done.returncode == 0, done.stderr

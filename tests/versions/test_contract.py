@@ -20,7 +20,7 @@ from octavo.common.cache import QuantizedCache
 from octavo.common.folds import prepare
 from octavo.models import llama3, mistral, qwen2, qwen3
 
-from ..support import CACHE_NAME, cache_argument, convert_flags, random_ids, randomized, save_source, tiny_config
+from ..support import CACHE_NAME, convert_flags, random_ids, randomized, save_source, tiny_config, with_cache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -133,7 +133,7 @@ def test_a_cache_is_handed_out_and_taken_back(llama: Any) -> None:
     with torch.inference_mode():
         output = llama(ids[:, :30])
         cache = getattr(output, CACHE_NAME)
-        rest = logits(llama, ids[:, 30:], **cache_argument(cache))
+        rest = logits(llama, ids[:, 30:], **with_cache(cache))
         without = llama(ids, use_cache=False)
     assert cache.scheme.name == "ascend-c8" and cache.get_seq_length() == 40
     torch.testing.assert_close(rest, logits(llama, ids)[:, 30:], atol=EXACT, rtol=0)
@@ -143,14 +143,14 @@ def test_a_cache_is_handed_out_and_taken_back(llama: Any) -> None:
 
 def test_another_cache_is_refused(llama: Any) -> None:
     with pytest.raises(ValueError, match="DynamicCache"):
-        llama(random_ids(1, 5), **cache_argument(DynamicCache(config=llama.config)))
+        llama(random_ids(1, 5), **with_cache(DynamicCache(config=llama.config)))
     with pytest.raises(ValueError, match="DynamicCache"):
-        generate(llama, random_ids(1, 5), **cache_argument(DynamicCache(config=llama.config)))
+        generate(llama, random_ids(1, 5), **with_cache(DynamicCache(config=llama.config)))
 
 
 def test_sampling(llama: Any) -> None:
     ids, found = random_ids(2, 20), []
-    for arguments in ({}, cache_argument(llama.new_cache()), {"use_cache": False}):
+    for arguments in ({}, with_cache(llama.new_cache()), {"use_cache": False}):
         torch.manual_seed(0)
         found.append(generate(llama, ids, do_sample=True, **arguments))
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
@@ -194,9 +194,9 @@ def test_a_batch_padded_at_the_left(llama: Any) -> None:
 
 def test_a_chat_goes_on_with_its_cache(llama: Any) -> None:
     cache = llama.new_cache()
-    first = generate(llama, random_ids(1, 20), **cache_argument(cache))
+    first = generate(llama, random_ids(1, 20), **with_cache(cache))
     second = torch.cat([first, random_ids(1, 9, seed=2)], dim=1)
-    found = generate(llama, second, return_dict_in_generate=True, **cache_argument(cache))
+    found = generate(llama, second, return_dict_in_generate=True, **with_cache(cache))
     assert getattr(found, CACHE_NAME) is cache
     assert cache.get_seq_length() == found.sequences.shape[1] - 1
     assert torch.equal(found.sequences, generate(llama, second))
@@ -208,10 +208,10 @@ def test_two_lines_quantize_the_cache_of_a_stock_model(name: str, scheme: str) -
     ids, model = random_ids(1, 150), build(name)
     floats = logits(model, ids)
     prepare(model)
-    found = logits(model, ids, **cache_argument(QuantizedCache(model.config, scheme)))
+    found = logits(model, ids, **with_cache(QuantizedCache(model.config, scheme)))
     assert (found - floats).abs().max() > QUANTIZED and (found - floats).square().mean().sqrt() < 0.5 * floats.std()
     cache = QuantizedCache(model.config, scheme)
-    tokens = generate(model, ids, **cache_argument(cache))
+    tokens = generate(model, ids, **with_cache(cache))
     assert cache.get_seq_length() == tokens.shape[1] - 1
-    whole = logits(model, tokens, **cache_argument(QuantizedCache(model.config, scheme)))
+    whole = logits(model, tokens, **with_cache(QuantizedCache(model.config, scheme)))
     assert torch.equal(whole[:, ids.shape[1] - 1 : -1].argmax(-1), tokens[:, ids.shape[1] :])

@@ -16,13 +16,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 from ..ops.library import NAMESPACE
 from .architecture import REPOSITORY, Architecture
 from .checkpoints.ascend import read_json
 from .errors import OctavoError
 from .flags import OneLineParser
+from .source_config import stated_architectures
 
 RUNTIME = "octavo_runtime"
 TEXTS = ("common/presets/*.json", "ops/**/*.c", "ops/**/*.h")
@@ -211,11 +211,6 @@ def load_architecture(name: str) -> Architecture:
     return import_module(f"..models.{name}", __package__).ARCHITECTURE
 
 
-def architecture_of(model_type: Any) -> str | None:
-    """The folder under `models/` that serves a model_type of a config.json; None if none does."""
-    return next((name for name in _folders() if load_architecture(name).model_type == model_type), None)
-
-
 def _header(file: Path) -> str | None:
     """The commit and digest that the header of a bundled file names; None if it is no bundled file."""
     lines = file.read_text(encoding="utf-8", errors="replace").splitlines()[:2]
@@ -229,7 +224,7 @@ def _check_target(architecture: Architecture, directory: Path, names: Iterable[s
     if config.is_file():
         model_type = read_json(config).get("model_type")
         if model_type != architecture.model_type:
-            other = architecture_of(model_type)
+            other = stated_architectures().get(str(model_type))
             way_out = f"give --arch {other}" if other else "no architecture of the zoo serves it"
             raise OctavoError(
                 f"{config}: model_type is {model_type!r} and --arch {architecture.name} serves "

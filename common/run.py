@@ -11,7 +11,6 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import TextStreamer
 
 from .architecture import Architecture
-from .bundle import architecture_of
 from .cache import kv_bytes_per_token
 from .checkpoints.ascend import read_json
 from .compatibility import cache_argument
@@ -19,6 +18,7 @@ from .errors import OctavoError, first_line
 from .flags import DEVICES, OneLineParser, run_script
 from .scheme import load_scheme
 from .source import check_device, load_tokenizer
+from .source_config import stated_architectures
 
 
 def _parse(name: str, argv: list[str] | None) -> argparse.Namespace:
@@ -52,7 +52,7 @@ def _check_architecture(architecture: Architecture, directory: Path) -> None:
     """Raise an `OctavoError` that names the right script if config.json is of another architecture."""
     model_type = read_json(directory / "config.json").get("model_type")
     if model_type != architecture.model_type:
-        other = architecture_of(model_type)
+        other = stated_architectures().get(str(model_type))
         way_out = f"use models/{other}/run.py" if other else "no script of the zoo runs it"
         raise OctavoError(
             f"{directory / 'config.json'}: model_type is {model_type!r} and models/{architecture.name}/run.py runs "

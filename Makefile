@@ -1,29 +1,41 @@
 # Paths are relative, so that a directory with a space in its name works.
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
 ARCHITECTURES := $(notdir $(patsubst %/__init__.py,%,$(wildcard models/*/__init__.py)))
 
-.PHONY: help setup setup-test demo test check format bench clean
+# The environments of test-versions; REPORT names one whose failure is a line of the output and no failure of make.
+VERSIONS ?= floor pinned newest newest-torch
+REPORT ?=
+STEPS ?= 10000
+
+.PHONY: help setup setup-test demo test test-versions stateful check format bench clean
 
 help:
-	@echo "make setup   make .venv and install everything into it"
-	@echo "make demo    fetch SmolLM2-135M, quantize it, and compare it with the float model (some minutes)"
-	@echo "make test    run the tests"
-	@echo "make check   lint, and check that the code can be bundled"
-	@echo "make bench   time ops and models on this machine"
+	@echo "make setup          make .venv and install everything into it"
+	@echo "make demo           fetch SmolLM2-135M, quantize it, and compare it with the float model (some minutes)"
+	@echo "make test           run the tests"
+	@echo "make test-versions  run the contract with the oldest, the pinned and the newest transformers, and the newest torch"
+	@echo "make stateful       run random sequences of cache operations, STEPS=$(STEPS) of them for each scheme"
+	@echo "make check          lint, and check that the code can be bundled"
+	@echo "make bench          time ops and models on this machine"
+	@echo "make clean          remove .venv and .cache, and say what is left in the home directory"
 
 setup: .venv/.installed
 
 .venv/.installed: requirements.txt pyproject.toml
+	@$(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit('error: the pinned versions need Python 3.11 or newer, and this is ' + sys.version.split()[0] + '; make setup PYTHON=python3.12')"
+	@echo "making .venv"
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@echo "installing torch and what else requirements.txt names: 0.2 GB to 3 GB, the latter where pip takes torch for CUDA"
+	$(PIP) install --requirement requirements.txt
+	$(PIP) install --no-build-isolation --no-deps --editable .
 	touch $@
 
 setup-test: .venv/.installed-test
 
-.venv/.installed-test: .venv/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+.venv/.installed-test: .venv/.installed requirements-test.txt
+	$(PIP) install --requirement requirements-test.txt
 	touch $@
 
 demo: setup
@@ -31,6 +43,12 @@ demo: setup
 
 test: setup-test
 	smollm2="$$($(BIN)/python examples/fetch_smollm2.py)" && OCTAVO_SMOLLM2="$$smollm2" $(BIN)/python -m pytest -q
+
+test-versions: setup-test
+	$(BIN)/python tests/versions/environments.py $(VERSIONS) $(addprefix --report ,$(REPORT))
+
+stateful: setup-test
+	OCTAVO_STATEFUL_STEPS=$(STEPS) $(BIN)/python -m pytest -q -s tests/common/test_cache_stateful.py
 
 check: setup-test
 	$(BIN)/ruff check .
@@ -44,5 +62,8 @@ format: setup-test
 bench: setup
 	$(BIN)/python benchmarks/run.py --device cpu
 
+# Compiled kernels and the demo's model, and transformers' copies of the code of directories that were loaded.
 clean:
 	rm -rf .venv .cache
+	@for left in "$$HOME/.cache/octavo" "$$HOME/.cache/huggingface/modules/transformers_modules"; do \
+	    if [ -e "$$left" ]; then echo "left in the home directory; to remove it: rm -r '$$left'"; fi; done

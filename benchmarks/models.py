@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaF
 from transformers.utils.logging import disable_progress_bar
 
 from octavo.common.cache import QuantizedCache, head_dim_of, kv_bits_per_element
+from octavo.common.compatibility import cache_argument
 from octavo.models.llama3 import ARCHITECTURE
 from octavo.ops.library import NAMESPACE
 
@@ -118,7 +119,7 @@ def _check(variants: dict[str, tuple[torch.nn.Module, Any]], device: torch.devic
     expected = variants[FLOAT_VARIANT][0](ids).logits
     for what, (model, new_cache) in variants.items():
         limit = LARGEST_ERROR_OF_4_BITS if what.startswith("W4A16") else LARGEST_ERROR
-        check_close(what, model(ids, past_key_values=new_cache()).logits, expected, limit)
+        check_close(what, model(ids, **{cache_argument(model): new_cache()}).logits, expected, limit)
 
 
 def _filled(cache: Any, config: LlamaConfig, context: int, device: torch.device) -> Any:
@@ -154,7 +155,7 @@ def _decode(context: int, name: str, device: torch.device) -> Prepared:
     prepared = []
     for what, (model, new_cache) in variants.items():
         cache = _filled(new_cache(), model.config, context, device)
-        step = partial(model, token, past_key_values=cache)
+        step = partial(model, token, **{cache_argument(model): cache})
         prepared.append(Variant(what, step, _weight_bytes(model) + _cache_bytes(cache, model.config)))
     return prepared, partial(_check, variants, device)
 
@@ -166,7 +167,9 @@ def _prefill(tokens: int, name: str, device: torch.device) -> Prepared:
     prepared = [
         Variant(
             what,
-            lambda model=model, new_cache=new_cache: model(ids, past_key_values=new_cache(), logits_to_keep=1),
+            lambda model=model, new_cache=new_cache: model(
+                ids, **{cache_argument(model): new_cache()}, logits_to_keep=1
+            ),
             _weight_bytes(model),
         )
         for what, (model, new_cache) in variants.items()

@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 
 from octavo.common.bundle import commit
 from octavo.common.cache import QuantizedCache, kv_bits_per_element
+from octavo.common.compatibility import cache_argument
 from octavo.common.evaluate import Fidelity, compare
 from octavo.common.folds import prepare
 from octavo.common.scheme import load_scheme
@@ -104,9 +105,9 @@ def peer_cache(peer: Peer, model: PreTrainedModel) -> transformers.Cache:
 def logits_of_second_half(model: PreTrainedModel, ids: torch.Tensor, cache: transformers.Cache) -> torch.Tensor:
     """Logits `[1, S / 2, vocabulary]` of the second half of `[1, S]` ids, in chunks behind a prompt of the first."""
     half = ids.shape[1] // 2
-    model(ids[:, :half], past_key_values=cache, logits_to_keep=1)
+    model(ids[:, :half], **{cache_argument(model): cache}, logits_to_keep=1)
     chunks = ids[:, half:].split(CHUNK, dim=1)
-    return torch.cat([model(chunk, past_key_values=cache).logits for chunk in chunks], dim=1)
+    return torch.cat([model(chunk, **{cache_argument(model): cache}).logits for chunk in chunks], dim=1)
 
 
 def score(

@@ -22,6 +22,7 @@ from octavo.common.bundle import commit
 from octavo.common.cache import QuantizedCache, kv_bits_per_element
 from octavo.common.calibration import read_calibration_file, tokenize
 from octavo.common.codebooks import fit_codebooks
+from octavo.common.compatibility import cache_argument
 from octavo.common.errors import OctavoError
 from octavo.common.folds import prepare
 from octavo.common.observe import calibrate
@@ -94,7 +95,8 @@ class Measured:
         scales = scales_of(scheme, self.statistics) if scheme.is_static else None
 
         def logits_of(ids: torch.Tensor) -> torch.Tensor:
-            return self.model(ids, past_key_values=QuantizedCache(self.model.config, scheme, scales=scales)).logits
+            cache = QuantizedCache(self.model.config, scheme, scales=scales)
+            return self.model(ids, **{cache_argument(self.model): cache}).logits
 
         return self.row(FLOAT_WEIGHTS + what, logits_of, kv_bits_per_element(self.model.config, scheme))
 

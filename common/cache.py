@@ -257,7 +257,7 @@ class QuantizedCache(Cache):
     """A cache that stores codes, for any decoder-only model of transformers that attends over all tokens.
 
     Two lines make a stock model use it: `prepare(model)` of `folds.py`, and then
-    `model.generate(..., past_key_values=QuantizedCache(model.config, scheme="int8-token"))`.
+    `model.generate(..., cache=QuantizedCache(model.config, scheme="int8-token"))`.
 
     Args:
         config: the model's config.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
-from transformers import AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig
 
 from .cache import head_dim_of, kv_bytes_per_token
 from .checkpoints.ascend import DESCRIPTION_FILE, read_json
@@ -61,10 +61,16 @@ def read_config(directory: Path) -> Any:
     """
     if not (directory / "config.json").is_file():
         raise OctavoError(f"--model_path {directory}: holds no config.json, so it is no Hugging Face checkpoint")
-    if "quantization_config" in read_json(directory / "config.json") or (directory / DESCRIPTION_FILE).exists():
+    stated = read_json(directory / "config.json")
+    if stated.get("quantization_config") is not None or (directory / DESCRIPTION_FILE).exists():
         raise OctavoError(f"--model_path {directory}: is quantized already; give the float checkpoint")
+    if stated.get("model_type") not in CONFIG_MAPPING:
+        raise OctavoError(
+            f"{directory}/config.json: model_type is {stated.get('model_type')!r}, which transformers does not know; "
+            "code that comes with a checkpoint is not run"
+        )
     try:
-        return AutoConfig.from_pretrained(directory, local_files_only=True)
+        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a damaged config can make transformers raise anything
         raise OctavoError(f"{directory}/config.json: cannot be read ({first_line(error)})") from None
 

@@ -168,6 +168,18 @@ class QuantizedCausalLM:
             raise OctavoError(f"save_pretrained: copy the directory that was loaded instead ({self.name_or_path})")
         super().save_pretrained(*args, **kwargs)
 
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """As of the float model: a code of a quantized linear counts as the weight it stands for, however it is packed.
+
+        Codes are not trainable, so that `only_trainable` leaves them out.
+        """
+        count = super().num_parameters(only_trainable, exclude_embeddings)
+        if only_trainable:
+            return count
+        linears = [module for module in self.modules() if isinstance(module, QuantizedLinear)]
+        biases = sum(linear.out_features for linear in linears if linear.bias is not None)
+        return count + biases + sum(linear.in_features * linear.out_features for linear in linears)
+
     def new_cache(
         self, max_length: int | None = None, offloading: bool = False, compileable: bool = False
     ) -> QuantizedCache:

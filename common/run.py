@@ -12,11 +12,13 @@ from transformers import TextStreamer
 
 from .architecture import Architecture
 from .cache import kv_bytes_per_token
+from .checkpoints.ascend import read_json
 from .compatibility import cache_argument
 from .errors import OctavoError, first_line
 from .flags import DEVICES, OneLineParser, run_script
 from .scheme import load_scheme
 from .source import check_device, load_tokenizer
+from .source_config import stated_architectures
 
 
 def _parse(name: str, argv: list[str] | None) -> argparse.Namespace:
@@ -46,14 +48,28 @@ def _parse(name: str, argv: list[str] | None) -> argparse.Namespace:
     return flags
 
 
+def _check_architecture(architecture: Architecture, directory: Path) -> None:
+    """Raise an `OctavoError` that names the right script if config.json is of another architecture."""
+    model_type = read_json(directory / "config.json").get("model_type")
+    if model_type != architecture.model_type:
+        other = stated_architectures().get(str(model_type))
+        way_out = f"use models/{other}/run.py" if other else "no script of the zoo runs it"
+        raise OctavoError(
+            f"{directory / 'config.json'}: model_type is {model_type!r} and models/{architecture.name}/run.py runs "
+            f"{architecture.model_type!r}; {way_out}"
+        )
+
+
 def _load(architecture: Architecture, flags: argparse.Namespace) -> tuple[Any, Any]:
     check_device(flags.device_type)
     directory = Path(flags.model_path)
     if not (directory / "config.json").is_file():
         reason = "holds no config.json, so it is no checkpoint" if directory.is_dir() else "no such directory"
         raise OctavoError(f"--model_path {directory}: {reason}; give what the conversion wrote")
+    _check_architecture(architecture, directory)
     try:
-        model = architecture.model_class.from_pretrained(directory)
+        # code of others in a directory is neither run nor asked about
+        model = architecture.model_class.from_pretrained(directory, trust_remote_code=False)
     except (OSError, RuntimeError, StrictDataclassError) as error:
         raise OctavoError(f"--model_path {directory}: cannot be loaded ({first_line(error)})") from None
     return model.to(flags.device_type).eval(), load_tokenizer(directory, {}, False)

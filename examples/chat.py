@@ -8,8 +8,17 @@ import argparse
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 
+def ask() -> str:
+    """The next message; an empty one at the end of input."""
+    try:
+        return input("> ").strip()
+    except EOFError:
+        print()
+        return ""
+
+
 def main() -> None:
-    """Read a message, stream the answer, until an empty line."""
+    """Read a message, stream the answer, until an empty line, the end of input (Ctrl-D), or Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_path", required=True, help="directory that the conversion script wrote")
     flags = parser.parse_args()
@@ -18,7 +27,7 @@ def main() -> None:
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
     messages = []
-    while message := input("> ").strip():
+    while message := ask():
         messages.append({"role": "user", "content": message})
         inputs = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -29,4 +38,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print()

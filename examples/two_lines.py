@@ -1,6 +1,8 @@
 """A stock model of transformers with a quantized KV cache: two lines, no conversion.
 
 python examples/two_lines.py --model_path DIR_OR_HUB_ID
+
+Before transformers 5.24 the argument `cache` of `generate` is called `past_key_values`.
 """
 
 import argparse
@@ -27,7 +29,7 @@ def main() -> None:
     prepare(model)
     cache = QuantizedCache(model.config, scheme=flags.scheme)
 
-    output = model.generate(**inputs, past_key_values=cache, max_new_tokens=40, do_sample=False)
+    output = model.generate(**inputs, cache=cache, max_new_tokens=40, do_sample=False)
     print(tokenizer.decode(output[0], skip_special_tokens=True))
     used = cache.get_seq_length() * kv_bytes_per_token(model.config, cache.scheme, model.dtype.itemsize)
     print(f"KV cache of {cache.get_seq_length()} tokens: {used:,} bytes as codes, {cache.nbytes():,} allocated")

@@ -1,5 +1,6 @@
 """Fixtures for every test."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -8,8 +9,36 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from .support import REPOSITORY, convert_flags, save_source, tiny_llama
+
+_THEIRS = "Passing `generation_config` together with generation-related arguments"
+"""A warning that transformers gives of its own assisted decoding."""
+
+
+class _Deprecations(logging.Handler):
+    """Keeps what is logged of deprecated names."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.found: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if "deprecated" in message and not message.startswith(_THEIRS):
+            self.found.append(message)
+
+
+@pytest.fixture(autouse=True)
+def no_deprecated_name_is_used() -> Iterator[None]:
+    """Of some of its old names transformers tells its logger alone, and each only once in a process."""
+    handler = _Deprecations()
+    transformers.logging.set_verbosity_warning()  # a script that a test ran before sets it to errors
+    transformers.logging.add_handler(handler)
+    yield
+    transformers.logging.remove_handler(handler)
+    assert not handler.found
 
 
 @pytest.fixture(scope="module")

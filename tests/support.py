@@ -1,5 +1,6 @@
 """What several test files share: a tiny Llama with a tokenizer, conversions of it, and processes without Octavo."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -12,6 +13,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 REPOSITORY = Path(__file__).parents[1]
+
+CACHE_NAME = next(
+    name for name in ("cache", "past_key_values") if name in inspect.signature(LlamaForCausalLM.forward).parameters
+)
+"""What this version of transformers calls a cache, in arguments and in outputs: `cache` since 5.24."""
 
 TEXTS = [
     "The lighthouse keeper wrote down the weather every morning, and the sea wrote back at night.",
@@ -99,6 +105,11 @@ def random_ids(batch: int, tokens: int, vocabulary: int = 320, seed: int = 1) ->
     """Token ids `[batch, tokens]`, none of them special."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, vocabulary, (batch, tokens), generator=generator)
+
+
+def with_cache(cache: Any) -> dict[str, Any]:
+    """A cache as the keyword argument by which a forward or `generate` takes it."""
+    return {CACHE_NAME: cache}
 
 
 def convert_flags(source: Path, target: Path, *flags: str) -> list[str]:

@@ -28,9 +28,10 @@ from .ascend import (
 )
 
 CONFIG_KEY = "octavo"
-NATIVE_LOAD_HINT = "needs-trust_remote_code=True.safetensors"
-"""Name of the weight file in config.json. There is none of that name, so that a load by transformers' own class, which
-would take codes for weights, fails with an error that says what is missing. `from_pretrained` puts in the real one."""
+NATIVE_LOAD_HINT = "needs-trust_remote_code=True"
+"""Name of the weight file in config.json, which no file can have, since it is none of a safetensors file: a load by
+transformers' own class, which would take codes for weights, fails with an error that repeats it, from a directory and
+from the hub. `from_pretrained` puts in the real name."""
 FREE_FIELDS = ("name", "origin", "prefill")
 """Fields of a scheme that say nothing of what is stored, so that they may be edited in config.json."""
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"

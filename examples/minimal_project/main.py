@@ -25,14 +25,15 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(flags.model_path)
 
     inputs = tokenizer(settings["prompt"], return_tensors="pt")
+    cache = model.new_cache()
     output = model.generate(
         **inputs,
+        cache=cache,  # before transformers 5.24: past_key_values=cache
         max_new_tokens=settings["max_new_tokens"],
         do_sample=False,
-        return_dict_in_generate=True,
     )
-    print(tokenizer.decode(output.sequences[0], skip_special_tokens=True))
-    print(f"scheme {model.scheme.name}, KV cache {output.past_key_values.nbytes():,} bytes")
+    print(tokenizer.decode(output[0], skip_special_tokens=True))
+    print(f"scheme {model.scheme.name}, KV cache {cache.nbytes():,} bytes")
 
 
 if __name__ == "__main__":

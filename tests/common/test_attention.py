@@ -18,7 +18,7 @@ from octavo.common.cache import QuantizedCache
 from octavo.common.errors import OctavoError
 from octavo.models.llama3.modeling_llama_fa3 import LlamaForCausalLM
 
-from ..support import random_ids, tiny_config, tiny_llama
+from ..support import CACHE_NAME, random_ids, tiny_config, tiny_llama, with_cache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -76,7 +76,7 @@ def test_codes_stand_for_code_less_zero_times_scale() -> None:
 def test_an_attention_that_cannot_read_codes_is_told_what_is_missing() -> None:
     model = tiny_llama()
     with pytest.raises(AttributeError, match="set_attn_implementation\\('octavo'\\)"):
-        model(random_ids(1, 5), past_key_values=QuantizedCache(model.config, "int8-token"))
+        model(random_ids(1, 5), **with_cache(QuantizedCache(model.config, "int8-token")))
 
 
 def test_training_is_refused() -> None:
@@ -177,7 +177,7 @@ def test_a_cache_without_codes_is_refused() -> None:
 
     model = quantized_llama()
     with pytest.raises(OctavoError, match="DynamicCache"):
-        model(random_ids(1, 3), past_key_values=DynamicCache(config=model.config))
+        model(random_ids(1, 3), **with_cache(DynamicCache(config=model.config)))
     with pytest.raises(OctavoError, match="quantized already"):
         model.generate(random_ids(1, 3), max_new_tokens=2, cache_implementation="quantized")
 
@@ -189,7 +189,7 @@ def test_a_cache_is_handed_out_if_it_is_wanted(use_cache: bool, return_dict: boo
     with torch.inference_mode():
         output = model(random_ids(1, 3), use_cache=use_cache, return_dict=return_dict)
     if return_dict:
-        assert (output.past_key_values is not None) == use_cache
+        assert (getattr(output, CACHE_NAME) is not None) == use_cache
     else:
         assert len(output) == (2 if use_cache else 1)
 

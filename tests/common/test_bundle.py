@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import json
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from octavo.common.bundle import load_architecture, main, read_module
 from octavo.common.errors import OctavoError
 from octavo.models.llama3 import ARCHITECTURE
 
-from ..support import REPOSITORY, run_python
+from ..support import REPOSITORY, assert_one_error_line, run_python
 
 PACKAGES = {"torch", "transformers", "safetensors"}
 OPTIONAL = {"torch_npu", "triton"}
@@ -198,6 +199,83 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], fi
     (tmp_path / "file").write_text("")
     assert main(["--arch", "llama3", "--out", str(tmp_path / "file")]) == 1
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def checkpoint(directory: Path, architecture: Architecture = ARCHITECTURE, **changes: object) -> Path:
+    """A directory with the config.json of a converted one."""
+    directory.mkdir()
+    config = {"model_type": architecture.model_type, "auto_map": architecture.auto_map, **changes}
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def test_the_command_says_what_it_did(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], files: dict[str, str]
+) -> None:
+    directory = checkpoint(tmp_path / "converted")
+    argv = ["--arch", "llama3", "--out", str(directory)]
+    older = files["octavo_runtime.py"].replace(digest(files), "0" * 64)
+    (directory / "octavo_runtime.py").write_text(older)
+    assert main(argv) == 0
+    modeling, runtime, rest = capsys.readouterr().out.splitlines()
+    assert "modeling_llama_fa3.py" in modeling and digest(files)[:12] in modeling and modeling.endswith("; new")
+    assert "octavo_runtime.py" in runtime and runtime.endswith(
+        f"; was of commit {commit_of(older)}, sha256 000000000000"
+    )
+    assert rest == "weights, config.json and all other files are untouched"
+    assert main(argv) == 0
+    assert [line.rpartition("; ")[2] for line in capsys.readouterr().out.splitlines()[:2]] == ["as it was"] * 2
+    assert sorted(file.name for file in directory.iterdir()) == ["config.json", *sorted(files)]
+
+
+def commit_of(text: str) -> str:
+    return text.splitlines()[0].split("commit ")[1].split(";")[0]
+
+
+def test_a_config_that_does_not_name_the_files_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = checkpoint(tmp_path / "of msmodelslim", auto_map=None)
+    assert main(["--arch", "llama3", "--out", str(directory)]) == 0
+    note = capsys.readouterr().out.splitlines()[-1]
+    assert json.loads("{" + note.split("put ")[1].removesuffix(" into it") + "}") == {"auto_map": ARCHITECTURE.auto_map}
+
+
+@pytest.mark.parametrize(("model_type", "way_out"), [("qwen2", "--arch qwen2"), ("gpt2", "no architecture of the zoo")])
+def test_a_directory_of_another_architecture_is_refused(
+    model_type: str, way_out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = checkpoint(tmp_path / "other", model_type=model_type)
+    assert main(["--arch", "llama3", "--out", str(directory)]) == 1
+    assert_one_error_line(capsys.readouterr().err, "config.json", f"{model_type!r}", way_out)
+    assert [file.name for file in directory.iterdir()] == ["config.json"]
+
+
+def test_a_file_of_somebody_else_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = checkpoint(tmp_path / "theirs")
+    (directory / "octavo_runtime.py").write_text("mine = True\n")
+    assert main(["--arch", "llama3", "--out", str(directory)]) == 1
+    assert_one_error_line(capsys.readouterr().err, "octavo_runtime.py", "move it away")
+    assert (directory / "octavo_runtime.py").read_text() == "mine = True\n"
+    assert not (directory / "modeling_llama_fa3.py").exists()
+
+
+def test_what_fails_on_the_way_leaves_the_old_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], files: dict[str, str]
+) -> None:
+    directory = checkpoint(tmp_path / "full disk")
+    for name, text in files.items():
+        (directory / name).write_text(text.replace(digest(files), "0" * 64))
+    before = {file.name: file.read_text() for file in directory.iterdir()}
+    write = Path.write_text
+
+    def fails(file: Path, text: str, **arguments: str) -> int:
+        if "octavo_runtime" in file.name:
+            raise OSError(28, "No space left on device", str(file))
+        return write(file, text, **arguments)
+
+    monkeypatch.setattr(Path, "write_text", fails)
+    assert main(["--arch", "llama3", "--out", str(directory)]) == 1
+    assert "No space left" in capsys.readouterr().err
+    assert {file.name: file.read_text() for file in directory.iterdir()} == before
 
 
 def test_the_files_work_as_a_package_of_another_project(files: dict[str, str], tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from octavo.common.store import SMALLEST_CAPACITY, capacity_for
 from octavo.models.llama3.modeling_llama_fa3 import LlamaForCausalLM
 from octavo.ops.codes import unpack_int4
 
-from ..support import random_ids, randomized, tiny_config, tiny_llama
+from ..support import CACHE_NAME, random_ids, randomized, tiny_config, tiny_llama, with_cache
 from ..tolerances import TOLERANCES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -41,7 +41,7 @@ WAYS_TO_GENERATE: dict[str, dict[str, Any]] = {
 
 
 def two_lines(model: torch.nn.Module) -> torch.nn.Module:
-    """The first of the two lines that make a stock model read codes; the second is the `past_key_values`."""
+    """The first of the two lines that make a stock model read codes; the second is the cache."""
     model.set_attn_implementation("octavo")
     return model
 
@@ -113,14 +113,14 @@ def test_float_cache_generates_what_dynamic_cache_does(
 ) -> None:
     ids = random_ids(2, 20)
     expected = generate(stock, ids, **WAYS_TO_GENERATE[way])
-    assert torch.equal(generate(reader, ids, past_key_values=cache("float"), **WAYS_TO_GENERATE[way]), expected)
+    assert torch.equal(generate(reader, ids, **with_cache(cache("float")), **WAYS_TO_GENERATE[way]), expected)
 
 
 def test_float_cache_with_prompt_lookup(stock: torch.nn.Module, reader: torch.nn.Module, cache: Callable) -> None:
     ids = random_ids(1, 8).repeat(1, 4)
     expected = generate(stock, ids)
     given = cache("float")
-    assert torch.equal(generate(reader, ids, past_key_values=given, prompt_lookup_num_tokens=3), expected)
+    assert torch.equal(generate(reader, ids, **with_cache(given), prompt_lookup_num_tokens=3), expected)
     assert given.get_seq_length() < expected.shape[1], "rejected candidates must be cropped"
 
 
@@ -179,16 +179,16 @@ def test_going_on_from_a_cache_equals_one_generation(quantized: torch.nn.Module)
     ids = random_ids(1, 20)
     expected = generate(quantized, ids)
     cache = quantized.new_cache()
-    first = generate(quantized, ids, past_key_values=cache, max_new_tokens=9)
+    first = generate(quantized, ids, **with_cache(cache), max_new_tokens=9)
     assert cache.get_seq_length() == 28, "the last token is not stored yet"
-    again = generate(quantized, first, past_key_values=cache, max_new_tokens=NEW_TOKENS - 9)
+    again = generate(quantized, first, **with_cache(cache), max_new_tokens=NEW_TOKENS - 9)
     assert torch.equal(again, expected)
 
 
 def test_generate_returns_the_quantized_cache(quantized: torch.nn.Module) -> None:
     result = generate(quantized, random_ids(1, 5), return_dict_in_generate=True)
-    assert isinstance(result.past_key_values, QuantizedCache)
-    assert result.past_key_values.get_seq_length() == 5 + NEW_TOKENS - 1
+    assert isinstance(getattr(result, CACHE_NAME), QuantizedCache)
+    assert getattr(result, CACHE_NAME).get_seq_length() == 5 + NEW_TOKENS - 1
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -219,8 +219,8 @@ def test_logits_do_not_depend_on_how_a_prompt_is_cut(chunk: int, quantized: torc
     ids = random_ids(1, 520)
     with torch.inference_mode():
         one, many = quantized.new_cache(), quantized.new_cache()
-        whole = quantized(ids, past_key_values=one).logits
-        parts = torch.cat([quantized(part, past_key_values=many).logits for part in ids.split(chunk, dim=1)], dim=1)
+        whole = quantized(ids, **with_cache(one)).logits
+        parts = torch.cat([quantized(part, **with_cache(many)).logits for part in ids.split(chunk, dim=1)], dim=1)
     if chunk > 1 or one.scheme.name == "float":
         torch.testing.assert_close(parts, whole, atol=TOLERANCES["logits"], rtol=0)
     for layer in range(LAYERS if one.scheme.key else 0):
@@ -241,9 +241,9 @@ def test_chunks_would_matter_if_the_first_pass_were_in_float(
     scheme = Scheme.from_dict({**load_scheme("ascend-c8").to_dict(), "prefill": "float"})
     ids = random_ids(1, 64)
     with torch.inference_mode():
-        whole = reader(ids, past_key_values=cache(scheme)).logits
-        codes = reader(ids, past_key_values=cache("ascend-c8")).logits
-        plain = reader(ids, past_key_values=cache("float")).logits
+        whole = reader(ids, **with_cache(cache(scheme))).logits
+        codes = reader(ids, **with_cache(cache("ascend-c8"))).logits
+        plain = reader(ids, **with_cache(cache("float"))).logits
     assert torch.equal(whole, plain)
     assert (codes - plain).abs().max() > 1e-3
 
@@ -255,7 +255,7 @@ def test_every_scheme_is_close_to_float_and_none_is_float(
     ids = random_ids(2, 100)
     with torch.inference_mode():
         expected = stock(ids).logits
-        error = (reader(ids, past_key_values=cache(scheme)).logits - expected).square().mean().sqrt() / expected.std()
+        error = (reader(ids, **with_cache(cache(scheme))).logits - expected).square().mean().sqrt() / expected.std()
     assert 1e-4 < error < 5e-2
 
 
@@ -295,11 +295,11 @@ def test_stock_models_with_the_float_scheme_equal_sdpa(build: Callable[[], torch
     tokens = generate(model, ids, attention_mask=mask)
     two_lines(model)
     with torch.inference_mode():
-        logits = model(ids, attention_mask=mask, past_key_values=QuantizedCache(model.config, "float")).logits
+        logits = model(ids, attention_mask=mask, **with_cache(QuantizedCache(model.config, "float"))).logits
     seen = mask.bool()
     torch.testing.assert_close(logits[seen], expected[seen], atol=TOLERANCES["logits"], rtol=1e-4)
     cache = QuantizedCache(model.config, "float")
-    assert torch.equal(generate(model, ids, attention_mask=mask, past_key_values=cache), tokens)
+    assert torch.equal(generate(model, ids, attention_mask=mask, **with_cache(cache)), tokens)
 
 
 @pytest.mark.parametrize("build", [tiny_mistral, tiny_qwen2])
@@ -309,7 +309,7 @@ def test_int8_codes_keep_the_sliding_window(build: Callable[[], torch.nn.Module]
     ids = random_ids(1, 60)
     with torch.inference_mode():
         expected = model(ids).logits
-        logits = two_lines(model)(ids, past_key_values=QuantizedCache(model.config, "int8-token")).logits
+        logits = two_lines(model)(ids, **with_cache(QuantizedCache(model.config, "int8-token"))).logits
     assert (logits - expected).square().mean().sqrt() < 0.05 * expected.std()
 
 

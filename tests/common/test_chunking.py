@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from octavo.common.cache import QuantizedCache
 from octavo.common.calibration import default_texts
 
+from ..support import with_cache
 from ..tolerances import TOLERANCES
 
 TOKENS = {1: 48, 7: 48, 64: 520, 512: 520}
@@ -29,9 +30,9 @@ def test_logits_of_smollm2_do_not_depend_on_how_a_prompt_is_cut(smollm2: Path) -
     assert ids.shape[1] == max(TOKENS.values())
 
     with torch.inference_mode():
-        whole = model(ids, past_key_values=QuantizedCache(model.config, "int8-token")).logits
+        whole = model(ids, **with_cache(QuantizedCache(model.config, "int8-token"))).logits
         for chunk, tokens in TOKENS.items():
             cache = QuantizedCache(model.config, "int8-token")
-            parts = [model(part, past_key_values=cache).logits for part in ids[:, :tokens].split(chunk, dim=1)]
+            parts = [model(part, **with_cache(cache)).logits for part in ids[:, :tokens].split(chunk, dim=1)]
             difference = torch.cat(parts, dim=1) - whole[:, :tokens]
             assert float(difference.abs().max()) < TOLERANCES["logits"], f"chunks of {chunk}"

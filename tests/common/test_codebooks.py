@@ -20,7 +20,7 @@ from octavo.common.rotation import rope_constants, rotated_by_slot
 from octavo.common.scheme import load_scheme
 from octavo.common.statistics import Statistics, load_statistics, scales_of
 
-from ..support import random_ids, randomized, tiny_config, tiny_llama
+from ..support import random_ids, randomized, tiny_config, tiny_llama, with_cache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -211,10 +211,10 @@ def test_presets_generate(fitted: tuple[str, Statistics], preset: str) -> None:
     model, scales = prepare(MODELS[name]()), scales_of(scheme, statistics)
     ids = random_ids(1, 50, seed=7)
     cache = QuantizedCache(model.config, scheme, scales=scales)
-    tokens = model.generate(ids, past_key_values=cache, max_new_tokens=8, do_sample=False, eos_token_id=None,
+    tokens = model.generate(ids, **with_cache(cache), max_new_tokens=8, do_sample=False, eos_token_id=None,
                             output_logits=True, return_dict_in_generate=True)  # fmt: skip
     with torch.inference_mode():
-        whole = model(tokens.sequences, past_key_values=QuantizedCache(model.config, scheme, scales=scales)).logits
+        whole = model(tokens.sequences, **with_cache(QuantizedCache(model.config, scheme, scales=scales))).logits
     torch.testing.assert_close(torch.stack(tokens.logits, dim=1), whole[:, 49:-1], atol=2e-3, rtol=2e-3)
 
 
@@ -228,7 +228,7 @@ def test_more_bits_are_nearer_to_the_float_model(fitted: tuple[str, Statistics])
         result = compare(
             lambda ids: stock(ids).logits,
             lambda ids, scheme=scheme, scales=scales: (
-                model(ids, past_key_values=QuantizedCache(model.config, scheme, scales=scales)).logits
+                model(ids, **with_cache(QuantizedCache(model.config, scheme, scales=scales))).logits
             ),
             [random_ids(1, 200, seed=9)],
         )

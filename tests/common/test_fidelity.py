@@ -14,6 +14,7 @@ from octavo.common.observe import calibrate
 from octavo.common.scheme import load_scheme
 from octavo.common.statistics import scales_of
 
+from ..support import with_cache
 from ..tolerances import TOLERANCES
 
 pytestmark = pytest.mark.slow
@@ -42,7 +43,7 @@ def fidelity(testbed: Path) -> Callable[[str], Fidelity]:
         scales = scales_of(scheme, statistics) if scheme.is_static else None
         return compare(
             lambda _: expected,
-            lambda ids: model(ids, past_key_values=QuantizedCache(model.config, scheme, scales=scales)).logits,
+            lambda ids: model(ids, **with_cache(QuantizedCache(model.config, scheme, scales=scales))).logits,
             window,
         )
 

@@ -23,7 +23,7 @@ from octavo.common.scheme import Scheme, load_scheme
 from octavo.common.statistics import scales_of
 from octavo.models.qwen2.modeling_qwen2_fa3 import Qwen2ForCausalLM as QuantizedQwen2
 
-from ..support import random_ids, randomized, tiny_config
+from ..support import random_ids, randomized, tiny_config, with_cache
 from ..tolerances import TOLERANCES
 from .test_quantize import every_scheme, name_of, seen
 
@@ -87,7 +87,7 @@ def logits(model: torch.nn.Module, ids: torch.Tensor, *sizes: int, **arguments: 
     if cache is None:
         return model(ids, **arguments).logits
     parts = ids.split(sizes or (ids.shape[1],), dim=1)
-    return torch.cat([model(part, past_key_values=cache, **arguments).logits for part in parts], dim=1)
+    return torch.cat([model(part, **with_cache(cache), **arguments).logits for part in parts], dim=1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -128,7 +128,7 @@ def test_rows_of_different_lengths(plain: torch.nn.Module) -> None:
     ids = torch.cat([torch.nn.functional.pad(row, (30 - row.shape[1], 0), value=2) for row in rows])
     mask = torch.stack([(torch.arange(30) >= 30 - row.shape[1]).long() for row in rows])
     arguments = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
-    tokens = model.generate(ids, attention_mask=mask, past_key_values=float_cache(model), **arguments)
+    tokens = model.generate(ids, attention_mask=mask, **with_cache(float_cache(model)), **arguments)
     for row, found in zip(rows, tokens, strict=True):
         assert torch.equal(plain.generate(row, **arguments)[0], found[30 - row.shape[1] :])
 
@@ -143,7 +143,7 @@ def test_positions_that_start_anywhere(start: int, plain: torch.nn.Module) -> No
     cache = float_cache(model)
     with torch.inference_mode():
         parts = [
-            model(ids[:, part], position_ids=positions[:, part], past_key_values=cache).logits
+            model(ids[:, part], position_ids=positions[:, part], **with_cache(cache)).logits
             for part in (slice(0, 25), slice(25, 26), slice(26, 40))
         ]
     torch.testing.assert_close(torch.cat(parts, dim=1), expected, atol=5e-3, rtol=0)
@@ -153,7 +153,7 @@ def test_packed_sequences_are_refused() -> None:
     model = prepare(tiny_qwen2())
     positions = torch.cat((torch.arange(10), torch.arange(10)))[None]
     with pytest.raises(OctavoError, match="packed"):
-        model(random_ids(1, 20), position_ids=positions, past_key_values=float_cache(model))
+        model(random_ids(1, 20), position_ids=positions, **with_cache(float_cache(model)))
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -178,13 +178,13 @@ def test_static_scales_go_with_what_they_were_made_for(is_folded: bool, preset: 
     for model, has_fold in ((same, is_folded), (other, not is_folded)):
         prepare(model) if has_fold else model.set_attn_implementation("octavo")
     with torch.inference_mode():
-        found = same(ids, past_key_values=QuantizedCache(same.config, scheme, scales=scales)).logits
+        found = same(ids, **with_cache(QuantizedCache(same.config, scheme, scales=scales))).logits
     assert torch.isfinite(found).all()
     if is_folded:
         expected = logits(plain, ids)
         assert (found - expected).square().mean().sqrt() < 0.2 * expected.std()
     with pytest.raises(OctavoError, match="prepare" if is_folded else "counts the biases"):
-        other(ids, past_key_values=QuantizedCache(other.config, scheme, scales=scales))
+        other(ids, **with_cache(QuantizedCache(other.config, scheme, scales=scales)))
 
 
 def test_static_scales_of_k_whose_bias_cannot_be_folded_count_it_in() -> None:
@@ -197,7 +197,7 @@ def test_static_scales_of_k_whose_bias_cannot_be_folded_count_it_in() -> None:
     scheme = load_scheme({**scheme.to_dict(), "fold_bias": True})
     cache = QuantizedCache(model.config, scheme, scales=scales_of(scheme, statistics))
     with torch.inference_mode():
-        found = model(ids, past_key_values=cache).logits
+        found = model(ids, **with_cache(cache)).logits
     assert (found - expected).square().mean().sqrt() < 0.3 * expected.std()
 
 
@@ -231,13 +231,13 @@ def test_quantized_linears_leave_their_biases_to_attention(scheme: LinearScheme)
     ids = random_ids(2, 40)
     model = quantized(scheme)
     with torch.inference_mode():
-        expected = model(ids, past_key_values=float_cache(model)).logits
+        expected = model(ids, **with_cache(float_cache(model))).logits
     assert fold_biases(model) == 2 * LAYERS
     attention = model.model.layers[0].self_attn
     assert type(attention.k_proj) is QUANTIZED_LINEARS[scheme.label] and attention.k_proj.folds_bias
     cache = float_cache(model)
     with torch.inference_mode():
-        found = model(ids, past_key_values=cache).logits
+        found = model(ids, **with_cache(cache)).logits
     # The next layer's codes may tip over, of which those of fp8 are far apart.
     limit = 2e-2 if "FP8" in scheme.label else TOLERANCES["logits rmse with codes tipped over"]
     assert (found - expected).square().mean().sqrt() < limit * expected.std()
@@ -271,8 +271,8 @@ def test_a_model_changes_its_dtype_after_its_first_pass() -> None:
 def test_passes_with_and_without_inference_mode_take_turns(scheme: str) -> None:
     model, ids = prepare(tiny_qwen2()), random_ids(1, 20)
     with torch.inference_mode():
-        expected = model(ids, past_key_values=QuantizedCache(model.config, scheme)).logits
-    found = model(ids, past_key_values=QuantizedCache(model.config, scheme)).logits
+        expected = model(ids, **with_cache(QuantizedCache(model.config, scheme))).logits
+    found = model(ids, **with_cache(QuantizedCache(model.config, scheme))).logits
     assert torch.equal(found.detach(), expected)
 
 
@@ -297,12 +297,12 @@ def test_a_compiled_step_over_a_static_cache(scheme: str) -> None:
     model, ids = prepare(tiny_qwen2()), random_ids(2, 24)
     caches = [QuantizedCache(model.config, scheme, max_length=32, compileable=True) for _ in range(2)]
     for cache in caches:
-        model(ids[:, :20], past_key_values=cache)
+        model(ids[:, :20], **with_cache(cache))
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
 
     def steps(forward: Callable, cache: QuantizedCache) -> torch.Tensor:
-        return torch.cat([forward(one, past_key_values=cache).logits for one in ids[:, 20:].split(1, dim=1)], dim=1)
+        return torch.cat([forward(one, **with_cache(cache)).logits for one in ids[:, 20:].split(1, dim=1)], dim=1)
 
     expected = steps(model, caches[0])
     torch.testing.assert_close(steps(compiled, caches[1]), expected, atol=TOLERANCES["logits"], rtol=0)

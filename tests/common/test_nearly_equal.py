@@ -9,7 +9,7 @@ from octavo.common.folds import prepare
 from octavo.common.scheme import load_scheme
 from octavo.common.store import CodeStore
 
-from ..support import tiny_llama
+from ..support import tiny_llama, with_cache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -42,6 +42,6 @@ def test_a_prompt_of_one_token_repeated_is_finite(preset: str) -> None:
     ids = torch.full((1, 300), 7)
     with torch.inference_mode():
         expected = model(ids).logits
-        actual = prepare(model)(ids, past_key_values=QuantizedCache(model.config, preset)).logits
+        actual = prepare(model)(ids, **with_cache(QuantizedCache(model.config, preset))).logits
     assert actual.isfinite().all()
     assert (actual - expected).square().mean() < 0.1 * expected.square().mean()

@@ -17,7 +17,7 @@ from octavo.common.scheme import PRESETS, Scheme, load_scheme
 from octavo.common.segments import SegmentStore
 from octavo.common.statistics import Statistics, scales_of
 
-from ..support import random_ids, randomized, tiny_config, tiny_llama
+from ..support import random_ids, randomized, tiny_config, tiny_llama, with_cache
 from ..tolerances import TOLERANCES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -278,7 +278,7 @@ def readers_config(used: QuantizedCache) -> Any:
 def logits(model: torch.nn.Module, ids: torch.Tensor, used: QuantizedCache, *sizes: int, **more: Any) -> torch.Tensor:
     """Of all tokens, which come in chunks."""
     parts = ids.split(sizes or (ids.shape[1],), dim=1)
-    return torch.cat([model(part, past_key_values=used, **more).logits for part in parts], dim=1)
+    return torch.cat([model(part, **with_cache(used), **more).logits for part in parts], dim=1)
 
 
 @pytest.fixture(scope="module")
@@ -320,7 +320,7 @@ def test_a_left_padded_row_is_as_good_as_the_row_alone(
     mask = torch.ones_like(both)
     mask[1, :pad] = 0
     positions, scheme = (mask.cumsum(1) - 1).clamp_min(0), load_scheme(preset)
-    padded = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache(preset, kind)}
+    padded = {"attention_mask": mask, "position_ids": positions, **with_cache(cache(preset, kind))}
     if scheme.key is not None and scheme.key.before_rope:
         with pytest.raises(OctavoError, match="padding at the left"):
             model(both, **padded)
@@ -348,14 +348,14 @@ def test_generation_and_beams_give_what_one_pass_says(
 ) -> None:
     model, ids = readers[kind], random_ids(2, 150)
     arguments = {"max_new_tokens": 14, "do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
-    greedy = model.generate(ids, past_key_values=cache(preset, kind), **arguments).sequences
+    greedy = model.generate(ids, **with_cache(cache(preset, kind)), **arguments).sequences
     chosen, best = score(model, greedy, 150, cache(preset, kind))
     # Float noise tips a code over now and then, which at 2 bits is a third of the range of its group.
     assert ((best - chosen) < 2e-2).float().mean() > (0.85 if preset.endswith("2") else 0.999)
-    fixed = model.generate(ids, past_key_values=cache(preset, kind, max_length=170), **arguments).sequences
+    fixed = model.generate(ids, **with_cache(cache(preset, kind, max_length=170)), **arguments).sequences
     assert torch.equal(fixed, greedy)
     beams = {**arguments, "num_beams": 3, "length_penalty": 0.0, "output_scores": True}
-    result = model.generate(ids, past_key_values=cache(preset, kind), **beams)
+    result = model.generate(ids, **with_cache(cache(preset, kind)), **beams)
     found = score(model, result.sequences, 150, cache(preset, kind))[0].sum(dim=1)
     tolerance = 1.0 if preset.endswith("2") else 5e-2
     torch.testing.assert_close(result.sequences_scores, found, atol=tolerance, rtol=0)

@@ -13,7 +13,7 @@ from octavo.common.scheme import PRESETS, Scheme, load_scheme
 from octavo.common.statistics import LayerScales
 from octavo.models.llama3.modeling_llama_fa3 import LlamaForCausalLM
 
-from ..support import random_ids, tiny_config, tiny_llama
+from ..support import random_ids, tiny_config, tiny_llama, with_cache
 from ..tolerances import TOLERANCES
 from .test_cache import tiny_mistral, tiny_qwen2
 
@@ -33,7 +33,7 @@ def model(request: pytest.FixtureRequest) -> LlamaForCausalLM:
 
 def steps(forward: Callable, ids: torch.Tensor, cache: QuantizedCache) -> torch.Tensor:
     """Logits of single tokens behind a prompt, `[B, STEPS, vocabulary]`."""
-    return torch.cat([forward(token, past_key_values=cache).logits for token in ids.split(1, dim=1)], dim=1)
+    return torch.cat([forward(token, **with_cache(cache)).logits for token in ids.split(1, dim=1)], dim=1)
 
 
 @torch.inference_mode()
@@ -41,7 +41,7 @@ def test_every_step_equals_that_of_the_growing_cache(model: LlamaForCausalLM) ->
     ids = random_ids(2, 12 + STEPS)
     growing, static = model.new_cache(), model.new_cache(max_length=40, compileable=True)
     for cache in (growing, static):
-        model(ids[:, :12], past_key_values=cache)
+        model(ids[:, :12], **with_cache(cache))
     expected = steps(model, ids[:, 12:], growing)
     torch.testing.assert_close(steps(model, ids[:, 12:], static), expected, atol=TOLERANCES["logits"], rtol=0)
     assert static.get_seq_length() == 12 + STEPS
@@ -52,7 +52,7 @@ def test_one_graph_serves_every_step(model: LlamaForCausalLM) -> None:
     ids = random_ids(1, 12 + STEPS)
     cache, expected_cache = (model.new_cache(max_length=40, compileable=True) for _ in range(2))
     for one in (cache, expected_cache):
-        model(ids[:, :12], past_key_values=one)
+        model(ids[:, :12], **with_cache(one))
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)
@@ -65,7 +65,7 @@ def test_generation_takes_it(model: LlamaForCausalLM) -> None:
     ids = random_ids(2, 9)
     arguments = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
     cache = model.new_cache(max_length=32, compileable=True)
-    assert torch.equal(model.generate(ids, past_key_values=cache, **arguments), model.generate(ids, **arguments))
+    assert torch.equal(model.generate(ids, **with_cache(cache), **arguments), model.generate(ids, **arguments))
     assert cache.is_compileable and not model.new_cache(max_length=32).is_compileable
 
 
@@ -73,14 +73,14 @@ def test_generation_takes_it(model: LlamaForCausalLM) -> None:
 def test_crop_and_reset(model: LlamaForCausalLM) -> None:
     ids = random_ids(1, 20)
     cache = model.new_cache(max_length=40, compileable=True)
-    expected = model(ids, past_key_values=cache).logits
+    expected = model(ids, **with_cache(cache)).logits
     cache.crop(-8)
     assert cache.get_seq_length() == 12
-    again = model(ids[:, 12:], past_key_values=cache).logits
+    again = model(ids[:, 12:], **with_cache(cache)).logits
     torch.testing.assert_close(again, expected[:, 12:], atol=TOLERANCES["logits"], rtol=0)
     cache.reset()
     assert cache.get_seq_length() == 0
-    torch.testing.assert_close(model(ids, past_key_values=cache).logits, expected, atol=TOLERANCES["logits"], rtol=0)
+    torch.testing.assert_close(model(ids, **with_cache(cache)).logits, expected, atol=TOLERANCES["logits"], rtol=0)
 
 
 @torch.inference_mode()
@@ -93,10 +93,10 @@ def test_a_first_pass_in_float_is_the_first_wherever_storage_was_allocated(is_ea
     if is_early:
         static.early_initialization(1, 2, 16, torch.float32, ids.device)
     for part in (ids, ids[:, :3]):
-        found, expected = (model(part, past_key_values=cache).logits for cache in (static, growing))
+        found, expected = (model(part, **with_cache(cache)).logits for cache in (static, growing))
         torch.testing.assert_close(found, expected, atol=TOLERANCES["logits"], rtol=0)
     static.reset(), growing.reset()
-    found, expected = (model(ids, past_key_values=cache).logits for cache in (static, growing))
+    found, expected = (model(ids, **with_cache(cache)).logits for cache in (static, growing))
     torch.testing.assert_close(found, expected, atol=TOLERANCES["logits"], rtol=0)
 
 
@@ -115,8 +115,8 @@ def test_models_with_sliding_windows_generate_with_it(
     growing, static = (
         QuantizedCache(model.config, "int8-token", max_length=32, compileable=flag) for flag in (False, True)
     )
-    expected = model.generate(ids, past_key_values=growing, **arguments)
-    assert torch.equal(model.generate(ids, past_key_values=static, **arguments), expected)
+    expected = model.generate(ids, **with_cache(growing), **arguments)
+    assert torch.equal(model.generate(ids, **with_cache(static), **arguments), expected)
 
 
 @torch.inference_mode()
@@ -128,10 +128,10 @@ def test_a_prompt_is_one_graph(build: Callable[[], torch.nn.Module], has_mask: b
     mask = torch.ones_like(ids) if has_mask else None
     eager, compiled = (QuantizedCache(model.config, "int8-token", max_length=24, compileable=True) for _ in range(2))
     compiled.early_initialization(2, 2, 16, torch.float32, ids.device)
-    expected = model(ids, attention_mask=mask, past_key_values=eager).logits
+    expected = model(ids, attention_mask=mask, **with_cache(eager)).logits
     torch._dynamo.reset()
     forward = torch.compile(model, backend="aot_eager", fullgraph=True)
-    found = forward(ids, attention_mask=mask, past_key_values=compiled).logits
+    found = forward(ids, attention_mask=mask, **with_cache(compiled)).logits
     torch.testing.assert_close(found, expected, atol=TOLERANCES["logits"], rtol=0)
 
 

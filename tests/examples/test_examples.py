@@ -1,7 +1,7 @@
 """The examples run as their docstrings say."""
 
-import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -59,10 +59,20 @@ def test_two_lines_quantize_the_cache_of_a_stock_model(source: Path) -> None:
     assert f"{64 * 3 * 2 * 2 * (16 + 4):,} allocated" in printed
 
 
-def test_chat_answers_until_an_empty_line(converted: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("last", ["Hello\n\n", "Hello\n", ""], ids=["an empty line", "the end", "no input"])
+def test_chat_answers_until_an_empty_line_or_the_end_of_input(last: str, converted: Callable[..., Path]) -> None:
     directory = converted("--use_fa_quant", "True")
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "hub")}
-    printed = run(
-        str(EXAMPLES / "chat.py"), "--model_path", str(directory), standard_input="Hello\n\n", env=environment
-    )
-    assert printed.startswith("> ") and len(printed) > len("> > ")
+    printed = run(str(EXAMPLES / "chat.py"), "--model_path", str(directory), standard_input=last)
+    assert printed.startswith("> ") and (len(printed) > len("> > \n")) == bool(last)
+    assert printed.endswith("> ") == last.endswith("\n\n") and printed.endswith("> \n") != last.endswith("\n\n")
+
+
+def test_an_interrupt_ends_a_chat_without_a_traceback(converted: Callable[..., Path]) -> None:
+    command = [sys.executable, str(EXAMPLES / "chat.py"), "--model_path", str(converted("--use_fa_quant", "True"))]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as chat:
+        assert chat.stdout.read(2) == "> "
+        chat.send_signal(signal.SIGINT)
+        said = chat.communicate(timeout=60)
+    assert chat.returncode == 0 and said[0] == "\n" and "Traceback" not in said[1]

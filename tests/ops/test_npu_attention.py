@@ -12,7 +12,7 @@ from octavo.ops.attention.reference import attention_lse_reference, attention_re
 from octavo.ops.codec.reference import encode_reference
 from octavo.ops.codes import pack_int4
 
-from ..support import random_ids, tiny_llama
+from ..support import random_ids, tiny_llama, with_cache
 from ..tolerances import TOLERANCES
 from .npu_double import EverythingOnNpu, TorchNpu, installed_double, on_npu, relative_rmse
 
@@ -446,8 +446,8 @@ def test_a_model_decodes_as_on_the_cpu(npu: TorchNpu, scheme: str) -> None:
     def logits() -> torch.Tensor:
         scales = static_scales(layers) if scheme.startswith("ascend") else None
         cache = QuantizedCache(model.config, scheme, scales=scales)
-        steps = [model(ids[:, :60], past_key_values=cache).logits]
-        steps += [model(ids[:, n : n + 1], past_key_values=cache).logits for n in range(60, 68)]
+        steps = [model(ids[:, :60], **with_cache(cache)).logits]
+        steps += [model(ids[:, n : n + 1], **with_cache(cache)).logits for n in range(60, 68)]
         return torch.cat(steps, dim=1)
 
     with torch.no_grad():

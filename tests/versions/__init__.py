@@ -1,0 +1,1 @@
+"""The contract with transformers and torch, on other versions than the pinned ones."""

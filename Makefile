@@ -3,12 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARCHITECTURES := $(notdir $(patsubst %/__init__.py,%,$(wildcard models/*/__init__.py)))
 
-.PHONY: help setup setup-test demo test check format bench clean
+.PHONY: help setup setup-test demo test campaign check format bench clean
 
 help:
 	@echo "make setup   make .venv and install everything into it"
 	@echo "make demo    fetch SmolLM2-135M, quantize it, and compare it with the float model (some minutes)"
 	@echo "make test    run the tests"
+	@echo "make campaign TRIES=10000 SEED=0   damage outputs, sources, files, flags and calls of ops (half an hour)"
 	@echo "make check   lint, and check that the code can be bundled"
 	@echo "make bench   time ops and models on this machine"
 
@@ -31,6 +32,11 @@ demo: setup
 
 test: setup-test
 	smollm2="$$($(BIN)/python examples/fetch_smollm2.py)" && OCTAVO_SMOLLM2="$$smollm2" $(BIN)/python -m pytest -q
+
+TRIES ?= 10000
+SEED ?= 0
+campaign: setup-test
+	$(BIN)/python -m tests.campaign --tries $(TRIES) --seed $(SEED)
 
 check: setup-test
 	$(BIN)/ruff check .

@@ -113,7 +113,7 @@ def damage_json(rng: Random, text: bytes, root: tuple[Any, ...] = ()) -> JsonDam
     if way == "text":
         return _damaged_text(rng, text)
     paths = [(*root, *path) for path in paths_of(value_at(data, root))]
-    path = rng.choice([*paths, root] if root else paths)
+    path = rng.choice([*paths, root] if root and way != "unknown" else paths)
     old = value_at(data, path)
     name = ".".join(map(str, path))
     if way == "value":

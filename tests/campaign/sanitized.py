@@ -36,9 +36,9 @@ def _library_of_gcc(name: str) -> str:
     return found if Path(found).is_absolute() else ""
 
 
-def _environment(libraries: str) -> dict[str, str]:
+def environment_of(libraries: str) -> dict[str, str]:
+    """What compiles kernels with sanitizers, and loads what those need."""
     return {
-        **os.environ,
         "CC": "gcc",
         "OCTAVO_CFLAGS": FLAGS,
         "LD_PRELOAD": libraries,
@@ -65,7 +65,7 @@ class Apart:
         command = [sys.executable, "-m", f"{__package__}.apart", str(seed), str(folder / "sanitized"), str(self._found)]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=_environment(libraries)
+                command, stdin=subprocess.PIPE, stdout=log, stderr=log, env={**os.environ, **environment_of(libraries)}
             )
         self._process.stdin.write(json.dumps(list(numbers)).encode())
         self._process.stdin.close()

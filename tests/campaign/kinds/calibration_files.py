@@ -12,26 +12,8 @@ from ..json_damage import wrong_value
 from ..trial import Accepted, Attempt, Expect, Room
 
 ODD = ("\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1e", "\x1f", "\t", "\u00a0", "\u200b", "\ufeff", "\x00",
-       "\x1b[0m", "\U0001f600", "e\u0301", "\\n", '"', "{", "[", "[1] ", "{'a': 1}", "#", "//", "\u202e", "\ufffd")  # fmt: skip
-WORDS = [
-    "the",
-    "sea",
-    "wrote",
-    "back",
-    "at",
-    "night",
-    "and",
-    "nobody",
-    "in",
-    "the",
-    "harbour",
-    "could",
-    "read",
-    "what",
-    "it",
-    "had",
-    "written",
-]
+       "\x1b[0m", "\U0001f600", "e\u0301", "\\n", '"', "{", "[", "[1] ", "{'a': 1}", "\u202e", "\ufffd")  # fmt: skip
+WORDS = ["the", "sea", "wrote", "back", "at", "night", "and", "nobody", "in", "harbour", "could", "read", "it"]
 Form = Callable[[Sequence[str]], str]
 
 

@@ -8,8 +8,10 @@ ARCHITECTURES := $(notdir $(patsubst %/__init__.py,%,$(wildcard models/*/__init_
 VERSIONS ?= floor pinned newest newest-torch
 REPORT ?=
 STEPS ?= 10000
+TRIES ?= 10000
+SEED ?= 0
 
-.PHONY: help setup setup-test demo test test-versions stateful check format bench clean
+.PHONY: help setup setup-test demo test test-versions stateful campaign check format bench clean
 
 help:
 	@echo "make setup          make .venv and install everything into it"
@@ -17,6 +19,7 @@ help:
 	@echo "make test           run the tests"
 	@echo "make test-versions  run the contract with the oldest, the pinned and the newest transformers, and the newest torch"
 	@echo "make stateful       run random sequences of cache operations, STEPS=$(STEPS) of them for each scheme"
+	@echo "make campaign       damage outputs, sources, files, flags and calls of ops, TRIES=$(TRIES) times from SEED=$(SEED) on"
 	@echo "make check          lint, and check that the code can be bundled"
 	@echo "make bench          time ops and models on this machine"
 	@echo "make clean          remove .venv and .cache, and say what is left in the home directory"
@@ -49,6 +52,9 @@ test-versions: setup-test
 
 stateful: setup-test
 	OCTAVO_STATEFUL_STEPS=$(STEPS) $(BIN)/python -m pytest -q -s tests/common/test_cache_stateful.py
+
+campaign: setup-test
+	$(BIN)/python -m tests.campaign --tries $(TRIES) --seed $(SEED)
 
 check: setup-test
 	$(BIN)/ruff check .

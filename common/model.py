@@ -25,7 +25,7 @@ from .checkpoints.buffers import attach_buffers, read_scales
 from .errors import OctavoError
 from .folds import fold_biases
 from .linear import QuantizedLinear
-from .scheme import Scheme, load_scheme
+from .scheme import CROP_ROOM, Scheme, load_scheme
 
 CONFIG_KEY = "octavo"
 NATIVE_LOAD_HINT = "needs-trust_remote_code=True.safetensors"
@@ -194,10 +194,20 @@ class QuantizedCausalLM:
         super().save_pretrained(*args, **kwargs)
 
     def new_cache(
-        self, max_length: int | None = None, offloading: bool = False, compileable: bool = False
+        self,
+        max_length: int | None = None,
+        offloading: bool = False,
+        compileable: bool = False,
+        crop_room: int = CROP_ROOM,
     ) -> QuantizedCache:
         """An empty cache with this model's scheme and scales; arguments as in `QuantizedCache`."""
-        return _new_cache(self.base_model, max_length=max_length, offloading=offloading, compileable=compileable)
+        return _new_cache(
+            self.base_model,
+            max_length=max_length,
+            offloading=offloading,
+            compileable=compileable,
+            crop_room=crop_room,
+        )
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch_size: int, max_length: int

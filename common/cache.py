@@ -190,7 +190,7 @@ class QuantizedLayer(CacheLayerMixin):
                 first pass of a scheme with `smooth_key`. Nothing is changed then.
         """
         self.check_crop(tokens_to_remove)
-        length = max(0, self.get_seq_length() + tokens_to_remove)
+        length = max(0, self.get_seq_length() + int(tokens_to_remove))
         self.key_store.crop(length)
         self.value_store.crop(length)
         if length == 0:
@@ -370,9 +370,10 @@ class QuantizedCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest `-tokens_to_remove` tokens in every layer, or in none, as `QuantizedLayer.crop` says."""
+        amount = int(tokens_to_remove)  # a tensor in some versions of transformers
         for layer in self.layers:
-            layer.check_crop(tokens_to_remove)
-        super().crop(tokens_to_remove)
+            layer.check_crop(amount)
+        super().crop(amount)
 
     def nbytes(self) -> int:
         """Bytes allocated for codes and dynamic scales, unused capacity included."""

@@ -204,11 +204,10 @@ class QuantizedLayer(CacheLayerMixin):
         self.is_initialized = self.max_length is not None and self.is_initialized
 
     def _map_storage(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        if self.is_initialized:
-            with torch.inference_mode(False):  # storage outlives the mode it is changed in
-                self.key_store.map_storage(change)
-                self.value_store.map_storage(change)
-                self._key_mean = None if self._key_mean is None else change(self._key_mean)
+        with torch.inference_mode(False):  # storage outlives the mode it is changed in
+            self.key_store.map_storage(change)
+            self.value_store.map_storage(change)
+            self._key_mean = None if self._key_mean is None else change(self._key_mean)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row `i` of the batch becomes what row `beam_idx[i]` was."""

@@ -70,23 +70,30 @@ class CacheMachine(RuleBasedStateMachine):
     scales: Scales | None
     steps = 0
 
-    @initialize(room=some.sampled_from([0, 5, 64]), is_fixed=some.booleans(), compileable=some.booleans())
-    def start(self, room: int, is_fixed: bool, compileable: bool) -> None:
+    @initialize(
+        room=some.sampled_from([0, 5, 64]),
+        is_fixed=some.booleans(),
+        compileable=some.booleans(),
+        prompt=some.integers(1, 250),
+        rows=some.integers(1, MOST_ROWS),
+    )
+    def start(self, room: int, is_fixed: bool, compileable: bool, prompt: int, rows: int) -> None:
         compileable = compileable and self.scheme.is_compileable
         self.room = room
         self.arguments = {"scales": self.scales, "crop_room": room, "compileable": compileable}
         self.max_length = MOST_TOKENS if is_fixed or compileable else None
         self.used = self.new_cache()
         self.generator = torch.Generator().manual_seed(room)
-        self.tokens: list[Pair] = []
         self.forget(rows=None)
+        self.update(prompt, rows, [])
 
     def new_cache(self) -> QuantizedCache:
         return QuantizedCache(CONFIG, self.scheme, max_length=self.max_length, **self.arguments)
 
     def forget(self, rows: int | None) -> None:
         """There are no tokens; storage is of so many rows, or there is none."""
-        self.rows, self.tokens = rows, []
+        self.rows = rows
+        self.tokens: list[Pair] = []
         self.first = self.newest = self.longest = 0
 
     @property
@@ -122,13 +129,15 @@ class CacheMachine(RuleBasedStateMachine):
                     other.update(key, value, layer)
         return other
 
-    @rule(tokens=some.one_of(some.integers(1, 4), some.integers(1, 90)), rows=some.integers(1, MOST_ROWS),
-          cuts=some.lists(some.integers(1, 120), max_size=3))  # fmt: skip
+    @precondition(lambda self: self.length < MOST_TOKENS)
+    @rule(
+        tokens=some.one_of(some.integers(1, 4), some.integers(1, 90)),
+        rows=some.integers(1, MOST_ROWS),
+        cuts=some.lists(some.integers(1, 120), max_size=3),
+    )
     def update(self, tokens: int, rows: int, cuts: list[int]) -> None:
         """What attention reads is what it would from a cache that is built anew."""
         tokens = min(tokens, MOST_TOKENS - self.length)
-        if tokens == 0:
-            return
         other = self.replayed(cuts) if self.length else self.new_cache()
         self.rows = self.rows or rows
         new = [(self.random(GROUPS, tokens), self.random(GROUPS, tokens)) for _ in range(LAYERS)]
@@ -152,7 +161,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.check_memory()
 
     @precondition(lambda self: self.length)
-    @rule(amount=some.one_of(some.integers(0, 5), some.integers(0, 64), some.integers(0, MOST_TOKENS + 9)))
+    @rule(amount=some.one_of(*(some.integers(0, most) for most in (5, 64, 64, 64, 100, MOST_TOKENS + 9))))
     def crop(self, amount: int) -> None:
         """As if the tokens had never come, or refused, and nothing is changed."""
         left = max(0, self.length - amount)
@@ -206,19 +215,16 @@ class CacheMachine(RuleBasedStateMachine):
         self.used.batch_select_indices(torch.tensor(indices))
         self.choose(torch.tensor(indices))
 
-    @rule()
-    def offload_and_prefetch(self) -> None:
-        for layer in self.used.layers:
-            layer.offload()
-            layer.prefetch()
-        self.check_length()
-
-    @rule(is_wanted=some.integers(0, 3))
-    def reset(self, is_wanted: int) -> None:
-        """Now and then, so that caches grow long between."""
-        if is_wanted == 0:
+    @rule(number=some.integers(0, 9))
+    def offload_or_reset(self, number: int) -> None:
+        """A reset now and then, so that caches grow long between."""
+        if number == 0:
             self.used.reset()
             self.forget(self.rows if self.max_length else None)
+        else:
+            for layer in self.used.layers:
+                layer.offload()
+                layer.prefetch()
         self.check_length()
 
 
@@ -240,5 +246,6 @@ def test_a_cache_is_what_the_tokens_that_are_left_make_of_a_new_one(name: str) -
                 deadline=None,
                 suppress_health_check=list(HealthCheck),
                 print_blob=True,
+                database=None,
             ),
         )

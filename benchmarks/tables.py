@@ -15,11 +15,11 @@ from transformers import LlamaConfig
 from weights import CONDITIONS, PRESET, grid
 
 from models import SHAPES
-from octavo.common.cache import kv_bytes_per_token
+from octavo.common.cache import kv_bits_per_element, kv_bytes_per_token
 from octavo.common.codec import Codec
 from octavo.common.flags import ACT_METHOD_NAMES
 from octavo.common.linear_scheme import W8A8
-from octavo.common.scheme import PRESETS, load_scheme
+from octavo.common.scheme import CROP_ROOM, PRESETS, load_scheme
 
 ROOT = Path(__file__).parents[1]
 QUALITY_MODEL = "smollm2-135m"
@@ -167,16 +167,22 @@ def schemes_table() -> str:
     if not any(found):
         return "No quality is measured yet."
     names = [f"{model}: {what}" for model in MODELS_SCORED for what in ("KL", "perplexity", "top-1")]
-    rows = [("scheme", "K", "V", "calibration", "bits", *names)]
+    rows = [("scheme", "K", "V", "calibration", "bits", "bits stored", *names)]
     presets = [name for name in PRESETS if any(FLOAT_WEIGHTS + name in quality for quality in found)]
     for name in sorted(presets, key=lambda name: -float(_scored(found, FLOAT_WEIGHTS + name)[0])):
         scheme = load_scheme(name)
         needs = "yes" if scheme.is_static else ""
+        stored = f"{kv_bits_per_element(LlamaConfig(**SHAPES[SPEED_MODEL]), scheme, crop_room=CROP_ROOM):.2f}"
         row = (f"`{name}`", _described(scheme.key), _described(scheme.value), needs)
-        rows.append((*row, *_scored(found, FLOAT_WEIGHTS + name)))
+        bits, *scores = _scored(found, FLOAT_WEIGHTS + name)
+        rows.append((*row, bits, stored, *scores))
         if any(FLOAT_WEIGHTS + name + UNFOLDED in quality for quality in found):
-            rows.append(("", "the same, with the bias in", "", "", *_scored(found, FLOAT_WEIGHTS + name + UNFOLDED)))
-    return f"{_markdown(rows, 4)}\n\n{_quality_conditions(found)}"
+            bits, *scores = _scored(found, FLOAT_WEIGHTS + name + UNFOLDED)
+            rows.append(("", "the same, with the bias in", "", "", bits, stored, *scores))
+    return (
+        f"{_markdown(rows, 4)}\n\n{_quality_conditions(found)} Bits stored count as well what a cache keeps in 16 bits "
+        f"beside the codes of its newest {CROP_ROOM} tokens, so that they can be cropped (`crop_room`)."
+    )
 
 
 def options_table() -> str:

@@ -19,6 +19,7 @@ from ..ops.library import NAMESPACE
 from .errors import OctavoError
 from .gradients import refuse_gradient
 from .handles import FOLD, Codes, Piece, PositionTerms, Segments, as_segments, block_size, pieces
+from .precision import without_autocast
 from .rotation import hadamard
 
 DECODED_BLOCK = 4096
@@ -157,6 +158,7 @@ def _tokens_of(handle: Codes | Segments) -> int:
     return handle.total if hasattr(handle, "edges") else handle.codes.shape[2]
 
 
+@without_autocast
 def quantized_attention(
     module: torch.nn.Module,
     query: torch.Tensor,

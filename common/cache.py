@@ -15,8 +15,9 @@ from .codec import Codec
 from .errors import OctavoError
 from .handles import Codes, Segments
 from .model_sizes import attention_sizes, head_dim_of
+from .precision import without_autocast
 from .rotation import hadamard, rope_constants
-from .scheme import Scheme, bits_per_element, load_scheme
+from .scheme import CROP_ROOM, Scheme, bits_per_element, load_scheme
 from .segments import SegmentStore
 from .statistics import LayerScales, Scales, load_statistics, scales_of
 from .store import CodeStore
@@ -40,11 +41,17 @@ def kv_bytes_per_token(config: PreTrainedConfig, scheme: Scheme, float_bytes: in
     return round(total)
 
 
-def kv_bits_per_element(config: PreTrainedConfig, scheme: Scheme, length: int = COUNTED_LENGTH) -> float:
-    """Bits of an element of K and V in sequences of `length` tokens, everything counted, as a mean over the layers."""
+def kv_bits_per_element(
+    config: PreTrainedConfig, scheme: Scheme, length: int = COUNTED_LENGTH, crop_room: int = 0
+) -> float:
+    """Bits of an element of K and V in sequences of `length` tokens, everything counted, as a mean over the layers.
+
+    Args:
+        crop_room: as in `bits_per_element`: 0 counts the scheme alone, that of a `QuantizedCache` what it stores.
+    """
     layers = [scheme.of_layer(index) for index in range(config.num_hidden_layers)]
     width, heads = head_dim_of(config), config.num_key_value_heads
-    return sum(bits_per_element(layer, heads, width, length) for layer in layers) / len(layers)
+    return sum(bits_per_element(layer, heads, width, length, crop_room) for layer in layers) / len(layers)
 
 
 def _wants_gradient(key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
@@ -63,11 +70,13 @@ class QuantizedLayer(CacheLayerMixin):
         scales: LayerScales | None = None,
         max_length: int | None = None,
         frequencies: torch.Tensor | None = None,
+        crop_room: int = CROP_ROOM,
     ) -> None:
         super().__init__()
         scales = scales or LayerScales()
         self.scheme = scheme
         self.max_length = max_length
+        self.crop_room = crop_room
         self.is_folded = scales.folded
         self.key_store = self._store(
             scheme.key, CodeStore(scheme.key, scales.key, max_length, scales.key_levels, frequencies, scheme.sinks)
@@ -79,9 +88,10 @@ class QuantizedLayer(CacheLayerMixin):
         if scheme.query is not None and scheme.query.fixed_scale:
             self.query_scale = torch.full((1, 1, 1), scheme.query.fixed_scale)
         self._key_mean: torch.Tensor | None = None  # [B, G, 1, D], where the scheme smooths K
+        self._mean_of = 0  # tokens that it is the mean of
 
     def _store(self, codec: Codec | None, codes: CodeStore) -> CodeStore | SegmentStore:
-        return SegmentStore(self.scheme, codec, codes) if self.scheme.is_segmented else codes
+        return SegmentStore(self.scheme, codec, codes, self.crop_room) if self.scheme.is_segmented else codes
 
     def __repr__(self) -> str:
         return f"QuantizedLayer(scheme={self.scheme.name!r}, length={self.get_seq_length()})"
@@ -95,6 +105,7 @@ class QuantizedLayer(CacheLayerMixin):
             self.query_scale = self.query_scale.to(self.device)
         self.is_initialized = True
 
+    @without_autocast
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[Codes | Segments, Codes | Segments]:
@@ -119,7 +130,8 @@ class QuantizedLayer(CacheLayerMixin):
         if self.scheme.smooth_key:
             if self._key_mean is None:
                 self._key_mean = states.mean(dim=2, keepdim=True, dtype=torch.float32).to(states.dtype)
-            states = states - self._key_mean
+                self._mean_of = states.shape[2]
+            states = states - self._key_mean.to(states.dtype)
         return hadamard(states) if self.scheme.rotate_key else states
 
     def _prepared_value(self, states: torch.Tensor) -> torch.Tensor:
@@ -145,11 +157,42 @@ class QuantizedLayer(CacheLayerMixin):
         """Length and offset of the keys that a mask for `query_length` new tokens covers."""
         return self.get_seq_length() + query_length, 0
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest `-tokens_to_remove` tokens (a negative number, as in transformers)."""
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raise an `OctavoError` if `crop` could not leave what would be there had those tokens never come."""
         if tokens_to_remove > 0:
-            raise OctavoError("crop takes the number of tokens to remove as a negative integer")
-        length = max(0, self.get_seq_length() + tokens_to_remove)
+            raise OctavoError(
+                f"crop({tokens_to_remove}): takes the number of tokens to remove as a negative integer, "
+                f"crop({-tokens_to_remove})"
+            )
+        present = self.get_seq_length()
+        length = max(0, present + tokens_to_remove)
+        if self._key_mean is not None and 0 < length < self._mean_of:
+            raise OctavoError(
+                f"crop({tokens_to_remove}): scheme {self.scheme.name} stores k less the mean of the first "
+                f"{self._mean_of} tokens ('smooth_key'), of which some would go; remove all, or use a new cache"
+            )
+        stores = [part for part in (self.key_store, self.value_store) if isinstance(part, SegmentStore)]
+        if not all(store.can_crop(length) for store in stores):
+            most = present - max(store.shortest() for store in stores)
+            step = max(self.scheme.step(store.codec) for store in stores)
+            needed = present - length + max(0, self.crop_room + step - 1 - most)
+            raise OctavoError(
+                f"crop({tokens_to_remove}): crop_room={self.crop_room} keeps floats for {most} tokens to be removed, "
+                f"not {present - length}; make the cache with QuantizedCache(..., crop_room={needed}), or give a new "
+                "one the tokens that stay"
+            )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest `-tokens_to_remove` tokens (a negative number, as in transformers).
+
+        What is left is what would be there had they never come.
+
+        Raises:
+            OctavoError: a number above 0; more tokens than `crop_room` keeps floats for; some, but not all, of the
+                first pass of a scheme with `smooth_key`. Nothing is changed then.
+        """
+        self.check_crop(tokens_to_remove)
+        length = max(0, self.get_seq_length() + int(tokens_to_remove))
         self.key_store.crop(length)
         self.value_store.crop(length)
         if length == 0:
@@ -163,7 +206,7 @@ class QuantizedLayer(CacheLayerMixin):
         self.is_initialized = self.max_length is not None and self.is_initialized
 
     def _map_storage(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        if self.is_initialized:
+        with torch.inference_mode(False):  # storage outlives the mode it is changed in
             self.key_store.map_storage(change)
             self.value_store.map_storage(change)
             self._key_mean = None if self._key_mean is None else change(self._key_mean)
@@ -215,6 +258,7 @@ class StaticQuantizedLayer(QuantizedLayer):
             for part in (*self.key_store.parts(), *self.value_store.parts(), self.cumulative_length):
                 torch._dynamo.mark_static_address(part)
 
+    @without_autocast
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[Codes | Segments, Codes | Segments]:
@@ -241,11 +285,17 @@ class StaticQuantizedLayer(QuantizedLayer):
         """Length and offset of the keys that a mask covers: all that there is room for."""
         return self.max_length, 0
 
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raise an `OctavoError` of a number above 0; every other crop can be served."""
+        if tokens_to_remove > 0:
+            super().check_crop(tokens_to_remove)
+
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest `-tokens_to_remove` tokens (a negative number, as in transformers)."""
-        if tokens_to_remove > 0:
-            raise OctavoError("crop takes the number of tokens to remove as a negative integer")
+        self.check_crop(tokens_to_remove)
         self.cumulative_length.add_(tokens_to_remove).clamp_(min=0)
+        if self.scheme.prefill == "float":  # else nothing asks, and the host need not wait for the device
+            self.is_first = not self.cumulative_length.item()
 
     def reset(self) -> None:
         """Forget all tokens."""
@@ -268,6 +318,9 @@ class QuantizedCache(Cache):
         offloading: keep on the accelerator only the layer in use (as in `DynamicCache`).
         compileable: count the tokens on the device, so that `torch.compile` and CUDA graphs serve every step with one
             graph; needs `max_length`, and nobody checks that the tokens fit.
+        crop_room: how many of the newest tokens `crop` can always remove, as speculative decoding does with those that
+            it rejects. Schemes that code tokens later than they come keep the floats of so many beside their codes, in
+            16 bits; the others can be cropped anywhere.
 
     Raises:
         OctavoError: unknown scheme; a static scheme without statistics; statistics of another model; layers that the
@@ -283,7 +336,10 @@ class QuantizedCache(Cache):
         max_length: int | None = None,
         offloading: bool = False,
         compileable: bool = False,
+        crop_room: int = CROP_ROOM,
     ) -> None:
+        if type(crop_room) is not int or crop_room < 0:
+            raise OctavoError(f"crop_room={crop_room!r} is no number of tokens, 0 for none")
         if compileable and (max_length is None or offloading):
             raise OctavoError("compileable=True needs max_length, and excludes offloading")
         model_config, config = config, config.get_text_config(decoder=True)
@@ -312,10 +368,19 @@ class QuantizedCache(Cache):
         layer_class = StaticQuantizedLayer if compileable else QuantizedLayer
         frequencies = rope_constants(config, head_dim_of(config))[0]
         layers = [
-            layer_class(self.scheme.of_layer(index), scales[index] if scales else None, max_length, frequencies)
+            layer_class(
+                self.scheme.of_layer(index), scales[index] if scales else None, max_length, frequencies, crop_room
+            )
             for index in range(count)
         ]
         super().__init__(layers=layers, offloading=offloading)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest `-tokens_to_remove` tokens in every layer, or in none, as `QuantizedLayer.crop` says."""
+        amount = int(tokens_to_remove)  # a tensor in some versions of transformers
+        for layer in self.layers:
+            layer.check_crop(amount)
+        super().crop(amount)
 
     def nbytes(self) -> int:
         """Bytes allocated for codes and dynamic scales, unused capacity included."""

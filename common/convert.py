@@ -22,7 +22,7 @@ from .evaluate import Fidelity
 from .flags import parse_flags, run_script
 from .job import Job, say
 from .plan import HEAD, Plan
-from .scheme import load_scheme
+from .scheme import CROP_ROOM, load_scheme
 from .sensitivity import cost_table, costliest, worst_outliers
 from .source import FLOAT_DTYPES, source_files
 from .source_config import GENERATION_FILE, bearable, carried_generation_config
@@ -192,7 +192,7 @@ def _summary(job: Job, made: Made) -> None:
         ("KV cache, bytes per token", str(kv_bytes_per_token(config, load_scheme("float"), float_bytes)),
          str(kv_bytes_per_token(config, plan.scheme, float_bytes))),
         ("KV cache, bits per element, all counted", str(8 * float_bytes),
-         f"{kv_bits_per_element(config, plan.scheme):.2f}"),
+         f"{kv_bits_per_element(config, plan.scheme, crop_room=CROP_ROOM):.2f}"),
     ]  # fmt: skip
     if fidelity is not None:
         rows.append(("perplexity", f"{fidelity.float_perplexity:.3f}", f"{fidelity.perplexity:.3f}"))

@@ -16,7 +16,7 @@ from .checkpoints.values import check_values
 from .compatibility import cache_argument, check_stand_in, parameter_names, take_cache, without_cache
 from .errors import OctavoError, first_line
 from .folds import fold_biases
-from .scheme import Scheme, load_scheme
+from .scheme import CROP_ROOM, Scheme, load_scheme
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _STATIC_CACHES = ("static", "offloaded_static")
@@ -181,10 +181,20 @@ class QuantizedCausalLM:
         return count + biases + sum(linear.in_features * linear.out_features for linear in linears)
 
     def new_cache(
-        self, max_length: int | None = None, offloading: bool = False, compileable: bool = False
+        self,
+        max_length: int | None = None,
+        offloading: bool = False,
+        compileable: bool = False,
+        crop_room: int = CROP_ROOM,
     ) -> QuantizedCache:
         """An empty cache with this model's scheme and scales; arguments as in `QuantizedCache`."""
-        return _new_cache(self.base_model, max_length=max_length, offloading=offloading, compileable=compileable)
+        return _new_cache(
+            self.base_model,
+            max_length=max_length,
+            offloading=offloading,
+            compileable=compileable,
+            crop_room=crop_room,
+        )
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch_size: int, max_length: int

@@ -8,10 +8,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 
 @lru_cache(maxsize=16)
-def _hadamard(width: int, device: torch.device) -> torch.Tensor:
+def _hadamard(width: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     block = width & -width
     with torch.inference_mode(False):  # it outlives this pass, which may be one without gradients
-        matrix = torch.ones((1, 1), device=device)
+        matrix = torch.ones((1, 1), device=device, dtype=dtype)
         while matrix.shape[0] < block:
             matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)), 0)
         return torch.block_diag(*[matrix / block**0.5] * (width // block))
@@ -22,7 +22,8 @@ def hadamard(x: torch.Tensor) -> torch.Tensor:
 
     Where D is no power of two, blocks of the largest power of two that divides it are rotated on their own.
     """
-    return (x.float() @ _hadamard(x.shape[-1], x.device)).to(x.dtype)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return (x.to(dtype) @ _hadamard(x.shape[-1], x.device, dtype)).to(x.dtype)
 
 
 def rope_constants(config: Any, width: int) -> tuple[torch.Tensor, float]:

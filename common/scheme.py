@@ -52,6 +52,8 @@ KV_CACHE_DTYPES = {"auto": "float", "fp8": "vllm-fp8", "fp8_e4m3": "vllm-fp8"}
 SMALLEST_STEP = 16
 """Tokens leave a float window so many at a time at least, so that a prompt is not cut into single queries."""
 LONGEST_NAME = 100
+CROP_ROOM = 64
+"""How many of the newest tokens a cache can always forget again, unless it is told another number."""
 _PARTS = ("key", "value", "query")
 
 
@@ -206,6 +208,10 @@ class Scheme:
             return 1
         return math.lcm(SMALLEST_STEP, codec.token_group) if self.window else codec.token_group
 
+    def is_delayed(self, codec: Codec | None) -> bool:
+        """Whether tokens become codes later than they come, so that a crop needs floats of tokens that are codes."""
+        return codec is not None and (self.window > 0 or self.step(codec) > 1)
+
     def coded(self, codec: Codec | None, tokens: int) -> int:
         """How many of the first `tokens` tokens, the sinks not counted, are codes and no longer in a float window."""
         step = self.step(codec)
@@ -313,13 +319,15 @@ def load_scheme(scheme: "str | Path | dict[str, Any] | Scheme") -> Scheme:
     return _preset(scheme)
 
 
-def bits_per_element(scheme: Scheme, heads: int, width: int, length: int = 2048) -> float:
+def bits_per_element(scheme: Scheme, heads: int, width: int, length: int = 2048, crop_room: int = 0) -> float:
     """Bits that an element of K and V takes, everything counted, in sequences of `length` tokens.
 
     Codes, scales, zeros, outliers and codebooks; sinks and the float window in 16 bits, the window at its mean size.
 
     Args:
         heads, width: G and D.
+        crop_room: of the cache; 0 counts what the scheme itself needs. Where tokens become codes later than they come,
+            so many are kept in 16 bits beside their codes.
     """
     total = 0.0
     for codec in (scheme.key, scheme.value):
@@ -328,5 +336,6 @@ def bits_per_element(scheme: Scheme, heads: int, width: int, length: int = 2048)
             continue
         floats = min(length, scheme.sinks + scheme.window + (scheme.step(codec) - 1) / 2)
         constants = codec.constant_bits(heads, width) / (length * heads * width)
-        total += (16 * floats + codec.token_bits(width) * (length - floats) / width) / length + constants
+        beside = min(crop_room, length - floats) if scheme.is_delayed(codec) else 0
+        total += (16 * (floats + beside) + codec.token_bits(width) * (length - floats) / width) / length + constants
     return total / 2

@@ -99,13 +99,19 @@ class CodeStore:
             )
 
     def allocate(self, like: torch.Tensor, tokens: int) -> None:
-        """Make room for `tokens` tokens in all, of the batch, heads, width and device of `like` (`[B, G, *, D]`)."""
+        """Make room for `tokens` tokens in all, of the batch, heads, width and device of `like` (`[B, G, *, D]`).
+
+        Without a codec the storage takes the dtype of `like`, so that no pass reads a mixture.
+        """
         self.check_room(tokens)
         if self._codes is not None and self._codes.shape[:2] != like.shape[:2]:
             raise OctavoError(
                 f"the cache holds {self._codes.shape[0]} sequences of {self._codes.shape[1]} heads, and "
                 f"{like.shape[0]} of {like.shape[1]} come; use a new cache"
             )
+        if self.codec is None and self._codes is not None:
+            with torch.inference_mode(False):
+                self._codes = self._codes.to(like.dtype)
         if self._codes is not None and tokens <= self._codes.shape[2]:
             return
         capacity = self.max_length if self.max_length is not None else capacity_for(tokens)
@@ -113,7 +119,8 @@ class CodeStore:
         width = like.shape[-1]
 
         def grown(old: torch.Tensor | None, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-            new = torch.empty((*like.shape[:2], rows, columns), dtype=dtype, device=like.device)
+            with torch.inference_mode(False):  # it outlives this pass, and a later one may write outside of that mode
+                new = torch.empty((*like.shape[:2], rows, columns), dtype=dtype, device=like.device)
             used = self.length // (capacity // rows)
             if old is not None and used > 0:
                 new[:, :, :used] = old[:, :, :used]
@@ -219,11 +226,11 @@ class CodeStore:
     def write(self, values: torch.Tensor, position: torch.Tensor) -> None:
         """Encode new tokens `[B, G, S, D]` at `position`, int64 `[1]`, which stays on the device; storage is allocated.
 
-        `length` does not count them.
+        `length` does not count them. Without a codec they take the dtype of the storage, which does not move.
         """
         if self.codec is None:
             tokens = position + torch.arange(values.shape[2], device=values.device)
-            self._codes.index_copy_(2, tokens, values)
+            self._codes.index_copy_(2, tokens, values.to(self._codes.dtype))
         elif self.codec.dynamic:
             encode_token(values, self._codes, self._scale, self._zero, position=position)
         else:

@@ -13,7 +13,7 @@ from octavo.common.codebooks import fit_codebooks
 from octavo.common.errors import OctavoError
 from octavo.common.folds import prepare
 from octavo.common.observe import calibrate
-from octavo.common.scheme import PRESETS, Scheme, load_scheme
+from octavo.common.scheme import CROP_ROOM, PRESETS, Scheme, load_scheme
 from octavo.common.segments import SegmentStore
 from octavo.common.statistics import Statistics, scales_of
 
@@ -113,7 +113,9 @@ def segments(cache: QuantizedCache, layer: int = 0) -> Iterator[tuple[torch.Tens
     for store in (cache.layers[layer].key_store, cache.layers[layer].value_store):
         body = store.body if isinstance(store, SegmentStore) else store
         decoded = body.decoded(0, body.length)
-        front, tail = (store._front, store._tail) if body is not store else (None, None)
+        front, tail = (None, None) if body is store else (store._front, store._tail[:, :, : store._kept])
+        if body is not store and store._is_delayed:
+            tail = tail[:, :, body.length - store._offset :]
         empty = decoded[:, :, :0]
         yield tuple(empty if part is None else part for part in (front, decoded, tail))
 
@@ -145,28 +147,109 @@ def test_attention_does_not_depend_on_how_tokens_are_cut(preset: str, cache: Mak
     torch.testing.assert_close(attend((1,) * TOKENS), whole, atol=tolerance, rtol=0)
 
 
+def feed(cache: QuantizedCache, states: tuple[torch.Tensor, torch.Tensor], *sizes: int) -> None:
+    """Give the first layer tokens of these numbers, and then the others."""
+    rest = states[0].shape[2] - sum(sizes)
+    for key, value in zip(*(part.split((*sizes, rest), dim=2) for part in states), strict=True):
+        if key.shape[2]:
+            cache.update(key, value, 0)
+
+
+def assert_equal(first: QuantizedCache, second: QuantizedCache) -> None:
+    """The first layers of two caches store the same, bit by bit."""
+    assert first.get_seq_length() == second.get_seq_length()
+    for ours, theirs in zip(segments(first), segments(second), strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("left", [180, 70, 5, 2, 0])
-def test_after_a_crop_codes_are_those_of_a_cache_that_was_never_longer(preset: str, left: int, cache: Make) -> None:
-    """In the float window stand float16 values, and what codes stood for where tokens had become codes before."""
-    long, short = cache(preset), cache(preset)
+@pytest.mark.parametrize("left", [199, 180, 136, 128, 70, 5, 2, 1])
+def test_after_a_crop_all_is_as_if_the_tokens_had_never_come(preset: str, left: int, cache: Make) -> None:
+    cropped, fresh, wrong = cache(preset, crop_room=TOKENS), cache(preset), states(TOKENS, seed=5)
     key, value = states(TOKENS)
-    long.update(key, value, 0)
-    before = stored(long)
-    long.layers[0].crop(left - TOKENS)
-    assert long.get_seq_length() == left
-    if left:
-        short.update(key[:, :, :left], value[:, :, :left], 0)
-        for cropped, fresh, old in zip(segments(long), segments(short), before, strict=True):
-            assert [part.shape for part in cropped] == [part.shape for part in fresh]
-            assert torch.equal(cropped[0], fresh[0]) and torch.equal(cropped[1], fresh[1])
-            start = left - cropped[2].shape[2]
-            assert torch.equal(cropped[2], old[:, :, start:left].to(cropped[2].dtype))
-    long.update(key[:, :, left:], value[:, :, left:], 0)
-    again, rewritten = stored(long), range(max(0, left - 160), TOKENS)
-    for values, old in zip(again, before, strict=True):
-        assert values.shape == old.shape and torch.equal(values[:, :, : rewritten[0]], old[:, :, : rewritten[0]])
-        assert (values - old).abs().max() <= 2 * (old - old.mean(dim=2, keepdim=True)).abs().max()
+    first, rest = (key[:, :, :left], value[:, :, :left]), (key[:, :, left:], value[:, :, left:])
+    feed(cropped, first), feed(fresh, first)
+    for tokens in (TOKENS, 90, 1):
+        feed(cropped, tuple(part[:, :, :tokens] for part in wrong), min(tokens, 33))
+        cropped.layers[0].crop(-tokens)
+        assert_equal(cropped, fresh)
+    feed(cropped, rest), feed(fresh, rest)
+    assert_equal(cropped, fresh)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_newest_tokens_can_always_be_cropped_and_all_of_them(preset: str, cache: Make) -> None:
+    used, fresh = cache(preset), cache(preset)
+    for start in range(0, 3 * TOKENS, 29):
+        feed(used, states(29, seed=start))
+        feed(used, states(CROP_ROOM, seed=1), 1, 1, 37)
+        used.layers[0].crop(-CROP_ROOM)
+        feed(fresh, states(29, seed=start))
+    assert_equal(used, fresh)
+    used.layers[0].crop(-10000)
+    feed(used, states(TOKENS)), fresh.reset(), feed(fresh, states(TOKENS))
+    assert_equal(used, fresh)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_deeper_crop_is_exact_or_refused_and_changes_nothing_then(preset: str, cache: Make) -> None:
+    scheme = load_scheme(preset)
+    is_delayed = any(scheme.is_delayed(codec) for codec in (scheme.key, scheme.value))
+    used, untouched = cache(preset, crop_room=7), cache(preset, crop_room=7)
+    for each in (used, untouched):
+        fill(each, TOKENS)
+    if is_delayed:
+        step = max(scheme.step(codec) for codec in (scheme.key, scheme.value))
+        with pytest.raises(OctavoError, match=r"crop\(-190\): crop_room=7 .* not 190; .*crop_room=\d+\)") as refused:
+            used.crop(-190)
+        assert "\n" not in str(refused.value)
+        needed = int(str(refused.value).split("crop_room=")[2].split(")")[0])
+        assert 190 <= needed < 190 + step
+        for layer in range(LAYERS):
+            assert used.layers[layer].get_seq_length() == TOKENS
+        assert_equal(used, untouched)
+        used = cache(preset, crop_room=needed)
+        fill(used, TOKENS)
+    used.crop(-190)
+    if scheme.rotate_key or scheme.rotate_value:  # rotating 10 tokens and 200 rounds differently
+        assert used.get_seq_length() == 10
+    else:
+        fresh = cache(preset)
+        feed(fresh, tuple(part[:, :, :10] for part in states(TOKENS)))
+        assert_equal(used, fresh)
+
+
+def test_layers_are_cropped_together_or_not_at_all(cache: Make) -> None:
+    """The first layer could be, of which each token has a scale of its own."""
+    scheme = Scheme.from_dict({**load_scheme("octavo-4").to_dict(), "layers": {"0": "int8-token"}})
+    used = cache(scheme)
+    fill(used, TOKENS)
+    with pytest.raises(OctavoError, match="crop_room=64 keeps floats for"):
+        used.crop(-150)
+    assert [layer.get_seq_length() for layer in used.layers] == [TOKENS] * LAYERS
+    used.crop(-CROP_ROOM)
+    assert [layer.get_seq_length() for layer in used.layers] == [TOKENS - CROP_ROOM] * LAYERS
+
+
+def test_a_crop_into_the_first_pass_of_smoothed_keys_is_refused(cache: Make) -> None:
+    scheme = Scheme.from_dict({**load_scheme("int8-token").to_dict(), "smooth_key": True})
+    used, fresh = cache(scheme), cache(scheme)
+    feed(used, states(30), 20), feed(fresh, states(30), 20)
+    for amount in (-11, -29):
+        with pytest.raises(OctavoError, match="first 20 tokens"):
+            used.crop(amount)
+    used.layers[0].crop(-10)
+    feed(used, tuple(part[:, :, 20:] for part in states(30)))
+    assert_equal(used, fresh)
+    used.layers[0].crop(-30)
+    feed(used, states(25, seed=3)), fresh.reset(), feed(fresh, states(25, seed=3))
+    assert_equal(used, fresh)
+
+
+@pytest.mark.parametrize("room", [-1, 1.5, None, True])
+def test_a_room_that_is_no_number_of_tokens_is_refused(room: Any, cache: Make) -> None:
+    with pytest.raises(OctavoError, match="crop_room"):
+        cache("octavo-4", crop_room=room)
 
 
 SELECTIONS: dict[str, tuple[Callable[[Any], None], list[int]]] = {
@@ -250,7 +333,7 @@ def test_counted_bits_are_what_is_stored(preset: str, tokens: int, cache: Make) 
     for layer in used.layers:
         for store in (layer.key_store, layer.value_store):
             body = store.body if isinstance(store, SegmentStore) else store
-            floats = 0 if body is store else store.length - body.length
+            floats = 0 if body is store else store.sinks + store._kept
             rows = body.length // (1 if body.codec is None else body.codec.token_group)
             total += 16 * floats * GROUPS * WIDTH
             parts = [(part, body.length) for part in (body._codes, body._outliers, body._channels)]
@@ -260,7 +343,8 @@ def test_counted_bits_are_what_is_stored(preset: str, tokens: int, cache: Make) 
             is_counted = body.codec is not None and body.codec.is_calibrated
             total += sum(8 * part.nbytes for part in constants if part is not None) if is_counted else 0
             slack += (scheme.step(store.codec) - 1) / 2 * GROUPS * (16 * WIDTH)
-    counted = kv_bits_per_element(readers_config(used), scheme, tokens) * 2 * LAYERS * tokens * GROUPS * WIDTH
+    bits = kv_bits_per_element(readers_config(used), scheme, tokens, crop_room=CROP_ROOM)
+    counted = bits * 2 * LAYERS * tokens * GROUPS * WIDTH
     assert abs(counted - total) <= slack + 1e-6 * total
     if not scheme.is_segmented:
         assert counted == pytest.approx(total)

@@ -16,6 +16,7 @@ from .checkpoints.values import check_values
 from .compatibility import cache_argument, check_stand_in, parameter_names, take_cache, without_cache
 from .errors import OctavoError, first_line
 from .folds import fold_biases
+from .linear import QuantizedLinear
 from .scheme import CROP_ROOM, Scheme, load_scheme
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")

@@ -27,7 +27,7 @@ class Kept(OctavoError):
 
 def new_digest() -> Any:
     """What bytes are summed up with to see later whether they are still the same."""
-    return hashlib.blake2b(digest_size=16)
+    return hashlib.sha256()
 
 
 def _digest_of_json(data: dict[str, Any]) -> str:

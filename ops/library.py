@@ -5,8 +5,11 @@ kernel of every device that has no better one; a device file registers a faster 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+
+from .operands import check_devices
 
 NAMESPACE = "octavo"
 """Namespace of the ops and key of the attention function. A bundle carries its digest here, so that two checkpoints of
@@ -20,6 +23,16 @@ def _is_defined(name: str) -> bool:
     return hasattr(getattr(torch.ops, NAMESPACE), name)
 
 
+def _on_one_device(fake: Callable) -> Callable:
+    """The fake, which also runs where one tensor alone is on the meta device, as after half a load: that is refused."""
+
+    def checked_fake(*args: Any, **kwargs: Any) -> Any:
+        check_devices(*[value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)])
+        return fake(*args, **kwargs)
+
+    return checked_fake
+
+
 def define(schema: str, reference: Callable, fake: Callable) -> Callable:
     """Define an op by its schema, with the reference as the kernel of every device; return the callable op.
 
@@ -29,7 +42,7 @@ def define(schema: str, reference: Callable, fake: Callable) -> Callable:
     if not _is_defined(name):
         _LIBRARY.define(schema)
         _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+        torch.library.register_fake(f"{NAMESPACE}::{name}", _on_one_device(fake), lib=_LIBRARY)
     _KERNELS[name, "every device"] = "reference (PyTorch)"
     return getattr(getattr(torch.ops, NAMESPACE), name)
 

@@ -84,10 +84,10 @@ def check_index(name: str, index: torch.Tensor, batch: int = 1) -> None:
 
 def check_devices(tensor: torch.Tensor, *others: torch.Tensor | None) -> None:
     """Raise ValueError unless all tensors are where the first is."""
-    number = tensor.get_device()
+    device = tensor.device
     for other in others:
-        if other is not None and other.get_device() != number:
-            raise ValueError(f"all tensors must be on {tensor.device}, and one is on {other.device}")
+        if other is not None and other.device != device:
+            raise ValueError(f"all tensors must be on {device}, and one is on {other.device}")
 
 
 def check_written(name: str, tensor: torch.Tensor) -> None:

@@ -55,8 +55,6 @@ def attention_npu(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *
         NotImplementedError: codes in fp8.
         RuntimeError: torch_npu cannot be imported.
     """
-    require_npu_float("q", query)
-    refuse_fp8(key, value)
     output = _attend_by_ops(query, key, value, *others)
     return attention_reference(query, key, value, *others) if output is None else output
 
@@ -107,6 +105,8 @@ def _attend_by_ops(
         query, key, value, key_scale, key_zero, value_scale, value_zero, query_scale, mask, length, window, key_group,
         value_group, position_query, position_table, position_start,
     )  # fmt: skip
+    require_npu_float("q", query)
+    refuse_fp8(key, value)
     if has_positions or query.numel() == 0:
         return None
     operands = _Operand(key, key_scale, key_zero), _Operand(value, value_scale, value_zero)

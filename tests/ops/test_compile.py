@@ -243,7 +243,12 @@ def test_a_broken_library_is_compiled_again_without_a_word(
     assert library_in(cache).read_bytes() == library_in(compiled).read_bytes()
 
 
-SOURCE = "int answer(void *arguments) { return 42; }"
+SOURCE = """
+#ifndef ANSWER
+#define ANSWER 42
+#endif
+__attribute__((visibility("default"))) int answer(void *arguments) { return ANSWER; }
+"""
 
 
 def answer_of(library: Path) -> int:
@@ -298,10 +303,9 @@ def test_a_link_to_another_folder_is_followed_once(tmp_path: Path, monkeypatch: 
 
 def test_kernels_of_other_flags_are_other_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OCTAVO_CACHE", str(tmp_path))
-    source = "int answer(void *arguments) { return ANSWER; }"
     for answer in (1, 2):
         monkeypatch.setenv("OCTAVO_CFLAGS", f"-DANSWER={answer}")
-        assert answer_of(compile_shared("tiny", source)) == answer
+        assert answer_of(compile_shared("tiny", SOURCE)) == answer
 
 
 NOWHERE_TEMPORARY = """

@@ -57,8 +57,9 @@ def test_a_torch_npu_that_cannot_be_imported_is_one_line(
     (tmp_path / "torch_npu.py").write_text(source)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "torch_npu", raising=False)
+    parts = torch.ones(1), torch.zeros(1), torch.zeros(4, dtype=torch.int32), torch.ones(4)
     with pytest.raises(RuntimeError, match=reason) as caught:
-        on_npu(linear_w8a8, torch.ones(2, 32).half(), torch.ones(4, 32, dtype=torch.int8), *[torch.ones(1)] * 4)
+        on_npu(linear_w8a8, torch.ones(2, 32).half(), torch.ones(4, 32, dtype=torch.int8), *parts)
     assert "\n" not in str(caught.value)
 
 

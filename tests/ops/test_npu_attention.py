@@ -410,7 +410,7 @@ def limits() -> dict[str, tuple[dict[str, Any], type[Exception], str]]:
     return {
         "float32": ({**floats, "query": floats["query"].float()}, ValueError, "not torch.float32"),
         "dtype of K": ({**floats, "query": floats["query"].bfloat16()}, ValueError, "the dtype of q"),
-        "shapes": ({**floats, "value": floats["value"][..., :16].contiguous()}, NotImplementedError, "one shape"),
+        "dtypes": ({**floats, "value": floats["value"].bfloat16()}, NotImplementedError, "one shape and dtype"),
         "strides": (strided(head), ValueError, "contiguous"),
         "width of codes": (of_width(head, 16), ValueError, "32 divides"),
         "width of floats": (of_width(floats, 8), ValueError, "16 divides"),

@@ -24,7 +24,7 @@ from .outcomes import (
     Result,
 )
 from .report import failure_line, table
-from .trial import Accepted, Attempt, Expect, Room, Script, judge, run_try
+from .trial import Accepted, Attempt, Expect, Room, Script, does_not_load, judge, run_try
 
 SAME, OTHER = Accepted(True), Accepted(False, "off by 0.3")
 
@@ -43,6 +43,7 @@ def _raising(error: BaseException) -> Callable[[], Accepted]:
         (Expect.EQUAL, OTHER, SILENT),
         (Expect.ANYTHING, SAME, EQUAL),
         (Expect.ANYTHING, OTHER, MEANT),
+        (Expect.ANYTHING, does_not_load(OctavoError("no")), SILENT),
         (Expect.REFUSAL, SAME, SILENT),
         (Expect.REFUSAL, OTHER, SILENT),
     ],

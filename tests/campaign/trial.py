@@ -35,10 +35,22 @@ class Expect(Enum):
 
 @dataclass(frozen=True)
 class Accepted:
-    """What was damaged was taken: whether its result is that of the undamaged one, and if not, how it differs."""
+    """What was damaged was taken.
+
+    Attributes:
+        is_equal: whether its result is that of the undamaged one.
+        difference: how it differs.
+        is_sound: False where the result is wrong whatever the damage may mean.
+    """
 
     is_equal: bool
     difference: str = ""
+    is_sound: bool = True
+
+
+def does_not_load(error: Exception) -> Accepted:
+    """What a conversion wrote without complaint, and a load refuses."""
+    return Accepted(False, f"the output does not load: {type(error).__name__}: {error}", is_sound=False)
 
 
 @dataclass(frozen=True)
@@ -112,6 +124,8 @@ def _of_script(done: Script, attempt: Attempt) -> tuple[str, str]:
 def _of_accepted(accepted: Accepted, attempt: Attempt) -> tuple[str, str]:
     if attempt.expect is Expect.REFUSAL:
         return SILENT, f"accepted, and must be refused; {accepted.difference or 'the result is the same'}"
+    if not accepted.is_sound:
+        return SILENT, accepted.difference
     if accepted.is_equal:
         return EQUAL, ""
     return (MEANT if attempt.expect is Expect.ANYTHING else SILENT), accepted.difference
@@ -137,7 +151,7 @@ def judge(attempt: Attempt) -> tuple[str, str]:
             end, detail = _of_exception(error, attempt)
         else:
             end, detail = (_of_script if isinstance(done, Script) else _of_accepted)(done, attempt)
-    left = [path.name for path in attempt.absent if path.exists()]
+    left = [path.name for path in attempt.absent if os.path.exists(path)]  # of a name too long too
     if left and end in (REFUSED, CAUGHT):
         return LEFT, f"{left[0]} is left behind: {detail}"
     return end, detail

@@ -15,7 +15,7 @@ from ..files import linked_copy, rewrite
 from ..json_damage import damage_json
 from ..safetensors_file import damage_header, file_of, read_stored
 from ..tensor_damage import damage_tensors
-from ..trial import Accepted, Attempt, Expect, Room, Script
+from ..trial import Accepted, Attempt, Expect, Room, Script, does_not_load
 from .outputs import damage_shards, expected_of_config
 
 MADE_OF = {"llama": ("w8a8-c8", "float-int8-sharded"), "qwen2": ("qwen2-sharded",)}
@@ -29,7 +29,10 @@ def _convert(source: Path, target: Path, output: str, bases: Path) -> Script:
     code = convert_quietly(architecture, convert_flags(source, target, *kind.flags))
     if code:
         return Script(code, sys.stderr.getvalue())
-    differs = difference(logits_of(target, architecture), expected_logits(bases, output))
+    try:
+        differs = difference(logits_of(target, architecture), expected_logits(bases, output))
+    except Exception as error:
+        return Script(0, "", does_not_load(error))
     return Script(0, "", Accepted(not differs, differs))
 
 

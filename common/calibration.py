@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..ops.resources import resource
-from .errors import OctavoError
+from .errors import OctavoError, first_line
 
 TEXT_KEY = "inputs_pretokenized"
 _MARK = "\ufeff"
@@ -28,6 +28,8 @@ def _text_of(entry: Any, where: str) -> str:
         entry = entry[TEXT_KEY]
     if not isinstance(entry, str) or not entry.strip():
         raise OctavoError(f"{where}: holds no text; mend or remove it")
+    if "\0" in entry:
+        raise OctavoError(f"{where}: holds NUL, as a file in UTF-16 does; save it in UTF-8")
     try:
         entry.encode()
     except UnicodeEncodeError:
@@ -104,7 +106,13 @@ def tokenize(
     """
     samples = []
     for number, text in enumerate(texts, 1):
-        encoded = tokenizer(text, return_tensors="pt", truncation=True, max_length=longest)
+        try:
+            encoded = tokenizer(text, return_tensors="pt", truncation=True, max_length=longest)
+        except (TypeError, ValueError) as error:  # what tokenizer_config.json says is seen first here
+            raise OctavoError(
+                f"the tokenizer does not encode calibration text {number} ({first_line(error)}): mend "
+                "tokenizer_config.json"
+            ) from None
         for flag, name in (("--input_ids_name", ids_name), ("--attention_mask_name", mask_name)):
             if name not in encoded:
                 raise OctavoError(f"{flag} {name}: the tokenizer returns {', '.join(encoded)}")

@@ -8,6 +8,8 @@ from .errors import OctavoError
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 """Sizes of tensors, by their names in a config; none is larger than the largest tensor is wide."""
+EPSILONS = ("_eps", "_epsilon")
+"""Endings of what norms add to a variance."""
 MOST_LAYERS = 4096
 MOST_SIZE = 2**24
 MOST_TOKENS = 2**40
@@ -44,6 +46,8 @@ def check_sizes(where: str, settings: Mapping[str, Any]) -> None:
     for name, value in settings.items():
         if not _is_finite_data(value):
             raise OctavoError(f"{where}: {name} holds NaN or Infinity; copy it again")
+        if name.endswith(EPSILONS) and type(value) in (int, float) and value < 0:
+            raise OctavoError(f"{where}: {name} is {value}, and a norm adds no negative number; copy it again")
 
 
 def _is_finite_data(data: Any) -> bool:

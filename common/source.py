@@ -42,9 +42,13 @@ def find_source(model_path: str, with_code: bool = False) -> Path:
     Raises:
         OctavoError: it is no directory and no hub id that can be had.
     """
-    if Path(model_path).is_dir():
+    try:
+        is_directory, is_there = Path(model_path).is_dir(), Path(model_path).exists()
+    except OSError as error:  # a name that is too long
+        raise OctavoError(f"--model_path {model_path[:40]}...: no such directory ({error.strerror})") from None
+    if is_directory:
         return Path(model_path)
-    if Path(model_path).exists():
+    if is_there:
         raise OctavoError(f"--model_path {model_path}: is a file; give the directory that holds config.json")
     if model_path.count("/") > 1 or model_path.startswith((".", "/", "~")):
         raise OctavoError(f"--model_path {model_path}: no such directory")
@@ -110,10 +114,10 @@ def source_files(directory: Path) -> list[Path]:
     files = [first]
     if first.name.endswith(".index.json"):
         weight_map = read_json(first).get("weight_map")
-        names = set(weight_map.values()) if isinstance(weight_map, dict) else {None}
+        names = list(weight_map.values()) if isinstance(weight_map, dict) else []
         if not names or not all(isinstance(name, str) for name in names):
             raise OctavoError(f"{first}: maps no tensors to files; copy the checkpoint again")
-        files = [_inside(directory, name, first) for name in sorted(names)]
+        files = [_inside(directory, name, first) for name in sorted(set(names))]
     for file in files:
         if not file.is_file():
             raise OctavoError(f"--model_path {directory}: {file.name} is missing; copy the checkpoint again")
@@ -202,7 +206,7 @@ def load_tokenizer(directory: Path, arguments: dict[str, Any], trust_remote_code
         return AutoTokenizer.from_pretrained(
             directory, local_files_only=True, trust_remote_code=trust_remote_code, **arguments
         )
-    except LOAD_ERRORS as error:
+    except Exception as error:  # the library for tokenizers raises just that of a file that it cannot read
         way_out = "" if trust_remote_code or "trust_remote_code" not in str(error) else _TRUST
         raise OctavoError(
             f"--model_path {directory}: its tokenizer cannot be loaded ({first_line(error)}){way_out}"

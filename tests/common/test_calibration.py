@@ -100,3 +100,10 @@ def test_the_last_texts_are_held_back(count: int, kept: int, held: int) -> None:
 def test_the_text_that_comes_along() -> None:
     texts = default_texts()
     assert len(texts) > 1 and all(text.strip() for text in texts)
+
+
+def test_a_file_in_utf_16_without_a_mark_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "texts"
+    file.write_bytes("one\ntwo\n".encode("utf-16-le"))
+    with pytest.raises(OctavoError, match="holds NUL, as a file in UTF-16 does"):
+        read_calibration_file(file)

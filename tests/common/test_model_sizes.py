@@ -38,3 +38,8 @@ def test_a_cache_of_a_config_that_no_model_has(name: str, value: int) -> None:
     setattr(config, name, value)
     with pytest.raises(OctavoError, match=f"{name} is {value}"):
         QuantizedCache(config)
+
+
+def test_a_negative_epsilon_is_refused() -> None:
+    with pytest.raises(OctavoError, match="rms_norm_eps is -1e-05"):
+        check_sizes("config.json", {"rms_norm_eps": -1e-5})

@@ -52,12 +52,15 @@ def test_what_is_accepted(expect: Expect, accepted: Accepted, end: str) -> None:
     assert judge(Attempt("", lambda: accepted, expect))[0] == end
 
 
+_Bundled = type("OctavoError", (ValueError,), {})  # as the code beside some weights has it, which may let lines pass
+
+
 @pytest.mark.parametrize(
     ("error", "end"),
     [
         (OctavoError("file: is damaged; copy it again"), REFUSED),
-        (OctavoError("two\nlines"), TRACEBACK),
-        (OctavoError("x" * 5000), TRACEBACK),
+        (_Bundled("two\nlines"), TRACEBACK),
+        (_Bundled("x" * 5000), TRACEBACK),
         (OctavoError(""), TRACEBACK),
         (ValueError("not ours"), TRACEBACK),
         (RecursionError(), TRACEBACK),

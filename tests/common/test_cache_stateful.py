@@ -1,12 +1,14 @@
 """Random sequences of all that can be done to a cache, against a cache built anew from the tokens that are left.
 
-OCTAVO_STATEFUL_STEPS=10000 python -m pytest -q tests/common/test_cache_stateful.py
+make stateful STEPS=10000
 
-runs so many steps on every scheme instead of the few that CI does.
+runs so many steps on every scheme instead of the few that CI does, and says how much memory they took.
 """
 
+import gc
 import math
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,6 +32,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 STEPS = int(os.environ.get("OCTAVO_STATEFUL_STEPS", "25"))
 STEPS_AT_A_TIME = 50
+EXAMPLES_AT_A_TIME = 20
 LAYERS, HEADS, GROUPS, WIDTH = 2, 4, 2, 64
 SIZES = {"num_hidden_layers": LAYERS, "hidden_size": 64, "head_dim": WIDTH}
 MOST_TOKENS, MOST_ROWS = 330, 4
@@ -228,6 +231,12 @@ class CacheMachine(RuleBasedStateMachine):
         self.check_length()
 
 
+def resident_megabytes() -> float:
+    """Memory of this process; 0 where Linux does not tell."""
+    file = Path("/proc/self/statm")
+    return int(file.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6 if file.exists() else 0.0
+
+
 @pytest.mark.parametrize("name", SCHEMES)
 def test_a_cache_is_what_the_tokens_that_are_left_make_of_a_new_one(name: str) -> None:
     scheme = SCHEMES[name]
@@ -236,16 +245,21 @@ def test_a_cache_is_what_the_tokens_that_are_left_make_of_a_new_one(name: str) -
         pass
 
     Machine.scheme, Machine.scales, Machine.steps = scheme, scales_for(scheme), 0
-    at_a_time = min(STEPS, STEPS_AT_A_TIME)
+    resident = []
     while Machine.steps < STEPS:
         run_state_machine_as_test(
             Machine,
             settings=settings(
-                max_examples=math.ceil((STEPS - Machine.steps) / at_a_time),
-                stateful_step_count=at_a_time,
+                max_examples=min(EXAMPLES_AT_A_TIME, math.ceil((STEPS - Machine.steps) / STEPS_AT_A_TIME)),
+                stateful_step_count=min(STEPS, STEPS_AT_A_TIME),
+                derandomize=STEPS <= STEPS_AT_A_TIME,  # few are the same each time
                 deadline=None,
                 suppress_health_check=list(HealthCheck),
                 print_blob=True,
                 database=None,
             ),
         )
+        gc.collect()
+        resident.append(resident_megabytes())
+    print(f"{name}: {Machine.steps} steps, resident memory {resident[0]:.0f} MB, in the end {resident[-1]:.0f} MB")
+    assert resident[-1] <= 1.2 * resident[0]

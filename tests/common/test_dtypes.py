@@ -12,7 +12,7 @@ from octavo.common.scheme import PRESETS, Scheme, load_scheme
 from octavo.common.segments import SegmentStore
 from octavo.models.llama3.modeling_llama_fa3 import LlamaForCausalLM
 
-from ..support import random_ids, tiny_config, tiny_llama
+from ..support import random_ids, tiny_config, tiny_llama, with_cache
 from ..tolerances import TOLERANCES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -50,7 +50,7 @@ def logits(models: dict[torch.dtype, torch.nn.Module], used: QuantizedCache, way
     parts = []
     for ids, (dtype, autocast) in zip(random_ids(2, sum(CUTS)).split(CUTS, dim=1), way, strict=True):
         with torch.autocast("cpu", autocast or BFLOAT16, enabled=autocast is not None):
-            parts.append(models[dtype](ids, past_key_values=used).logits.float())
+            parts.append(models[dtype](ids, **with_cache(used)).logits.float())
     return torch.cat(parts, dim=1)
 
 
@@ -123,11 +123,11 @@ def test_a_cache_that_an_inference_mode_made_serves_outside_of_it(
     model, ids = models[FLOAT32], random_ids(2, 230)
     used, wanted = QuantizedCache(model.config, preset), QuantizedCache(model.config, preset)
     with torch.inference_mode():
-        model(ids[:, :190], past_key_values=used)
+        model(ids[:, :190], **with_cache(used))
         used.reorder_cache(torch.tensor([1, 0]))
         used.crop(-5)
     with torch.no_grad():
-        model(ids.flip(0)[:, :190], past_key_values=wanted)
+        model(ids.flip(0)[:, :190], **with_cache(wanted))
         wanted.crop(-5)
-        found, expected = (model(ids.flip(0)[:, 185:], past_key_values=each).logits for each in (used, wanted))
+        found, expected = (model(ids.flip(0)[:, 185:], **with_cache(each)).logits for each in (used, wanted))
     torch.testing.assert_close(found, expected, atol=TOLERANCES["logits"], rtol=0)

@@ -19,7 +19,7 @@ from octavo.common.observe import calibrate
 from octavo.common.scheme import PRESETS, load_scheme
 from octavo.common.statistics import scales_of
 
-from ..support import random_ids, tiny_llama
+from ..support import random_ids, tiny_llama, with_cache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -67,7 +67,7 @@ def cache(model: torch.nn.Module) -> Make:
 def generate(model: torch.nn.Module, ids: torch.Tensor, used: QuantizedCache, **arguments: Any) -> torch.Tensor:
     """Greedily, without stopping early."""
     settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, **arguments}
-    return model.generate(ids, past_key_values=used, **settings)
+    return model.generate(ids, **with_cache(used), **settings)
 
 
 @pytest.fixture(scope="module")

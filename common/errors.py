@@ -1,6 +1,6 @@
 """The one exception that carries a message for the user."""
 
-MOST_CHARACTERS = 2000
+MOST_CHARACTERS = 900
 """Longest message: what it quotes may come out of a damaged file."""
 
 

@@ -22,7 +22,7 @@ from .architecture import Architecture
 from .bundle import code_digest
 from .calibration import default_texts, hold_back, read_calibration_file, tokenize
 from .checkpoints.ascend import TensorHeader, attention_modules
-from .checkpoints.loading import check_stored_sizes
+from .checkpoints.loading import check_settings, check_stored_sizes
 from .checkpoints.writer import check_output
 from .codebooks import fit_codebooks
 from .conversion import Conversion
@@ -163,6 +163,7 @@ class Job:
         self.directory = find_source(flags.model_path, flags.trust_remote_code)
         self.config = read_source_config(self.directory, architecture)
         self.headers = read_source_headers(self.directory)
+        check_settings(f"{self.directory}/config.json", self.config)
         check_stored_sizes(f"{self.directory}/config.json", self.config, self.headers)
         self.texts = _texts(flags)
         tokenizer = load_tokenizer(self.directory, flags.tokenizer_args, flags.trust_remote_code)

@@ -10,6 +10,8 @@ SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"
 """Sizes of tensors, by their names in a config; none is larger than the largest tensor is wide."""
 EPSILONS = ("_eps", "_epsilon")
 """Endings of what norms add to a variance."""
+_STATES_ROPE = "5."
+"""Versions of transformers that write `rope_parameters` into every config.json."""
 MOST_LAYERS = 4096
 MOST_SIZE = 2**24
 MOST_TOKENS = 2**40
@@ -46,8 +48,8 @@ def check_sizes(where: str, settings: Mapping[str, Any]) -> None:
     for name, value in settings.items():
         if not _is_finite_data(value):
             raise OctavoError(f"{where}: {name} holds NaN or Infinity; copy it again")
-        if name.endswith(EPSILONS) and type(value) in (int, float) and value < 0:
-            raise OctavoError(f"{where}: {name} is {value}, and a norm adds no negative number; copy it again")
+        if name.endswith(EPSILONS) and type(value) in (int, float) and value <= 0:
+            raise OctavoError(f"{where}: {name} is {value}, and a norm adds a positive number; copy it again")
 
 
 def _is_finite_data(data: Any) -> bool:
@@ -55,6 +57,20 @@ def _is_finite_data(data: Any) -> bool:
     if isinstance(data, (dict, list)):
         return all(map(_is_finite_data, data.values() if isinstance(data, dict) else data))
     return not isinstance(data, float) or math.isfinite(data)
+
+
+def check_stated(where: str, settings: Mapping[str, Any]) -> None:
+    """Raise an `OctavoError` if config.json leaves out what transformers would put a number of its own for.
+
+    Args:
+        where: the file, for the message.
+        settings: what it holds.
+    """
+    if settings.get("rms_norm_eps") is None:
+        raise OctavoError(f"{where}: rms_norm_eps is missing, and what takes its place need not be right; add it")
+    written_by = str(settings.get("transformers_version"))
+    if written_by.startswith(_STATES_ROPE) and not {"rope_parameters", "rope_theta"} & settings.keys():
+        raise OctavoError(f"{where}: rope_parameters is missing, which transformers {written_by} writes; add it")
 
 
 def check_sizes_stored(where: str, settings: Mapping[str, Any], layers: int, largest: int) -> None:

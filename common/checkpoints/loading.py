@@ -13,7 +13,7 @@ from transformers import AutoConfig, GenerationConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from ..errors import OctavoError, first_line
-from ..model_sizes import check_sizes, check_sizes_stored
+from ..model_sizes import check_sizes, check_sizes_stored, check_stated
 from ..scheme import Scheme, load_scheme
 from .ascend import (
     DESCRIPTION_FILE,
@@ -156,14 +156,14 @@ def _check_config(source: str, config: Any, headers: Mapping[str, TensorHeader])
         raise OctavoError(f"{where}: dtype is {config.dtype!r}, which is none of torch; {_AGAIN}")
 
 
-def _check_rope(file: Path | None) -> None:
-    """Raise an `OctavoError` if the two places where a conversion states the base of RoPE contradict each other."""
-    settings = {} if file is None else read_json(file)
+def check_settings(where: str, settings: Mapping[str, Any]) -> None:
+    """Raise an `OctavoError` if config.json leaves out a number, or states the base of RoPE twice and differently."""
+    check_stated(where, settings)
     parts = settings, settings.get("rope_parameters")
     stated = [part["rope_theta"] for part in parts if isinstance(part, dict) and "rope_theta" in part]
     if stated and stated[0] != stated[-1]:
         raise OctavoError(
-            f"{file}: rope_theta is {stated[0]!r}, and {stated[-1]!r} in rope_parameters; {_AGAIN}, or change both"
+            f"{where}: rope_theta is {stated[0]!r}, and {stated[-1]!r} in rope_parameters; {_AGAIN}, or change both"
         )
 
 
@@ -187,6 +187,9 @@ def describe_checkpoint(
     """
     find = finder(source, hub_arguments)
     check_generation_config(find)
+    config_file = find(CONFIG_FILE)
+    if config_file is not None:
+        check_settings(str(config_file), read_json(config_file))
     description_file = find(DESCRIPTION_FILE)
     if description_file is None:
         if CONFIG_KEY in vars(config) and "auto_map" in vars(config):
@@ -200,7 +203,6 @@ def describe_checkpoint(
     headers = read_headers([file]) if file is not None else _indexed_headers(index_file, find)
     config.transformers_weights = single if file is not None else index
     _check_config(source, config, headers)
-    _check_rope(find(CONFIG_FILE))
     check_description(description, headers, tied if config.tie_word_embeddings else ())
     config.octavo = {
         "scheme": _agreed_scheme(source, config, description).to_dict(),

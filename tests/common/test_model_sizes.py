@@ -6,7 +6,7 @@ import pytest
 
 from octavo.common.cache import QuantizedCache
 from octavo.common.errors import OctavoError
-from octavo.common.model_sizes import MOST_LAYERS, SIZES, check_sizes, check_sizes_stored
+from octavo.common.model_sizes import MOST_LAYERS, SIZES, check_sizes, check_sizes_stored, check_stated
 
 from ..support import tiny_config
 
@@ -30,6 +30,15 @@ def test_sizes_that_the_weights_do_not_bear_out() -> None:
         check_sizes_stored("here", {"num_hidden_layers": 3}, 2, 128)
     with pytest.raises(OctavoError, match="head_dim is 129, and no stored tensor is wider than 128"):
         check_sizes_stored("here", {"head_dim": 129}, 3, 128)
+
+
+def test_numbers_that_transformers_would_make_up() -> None:
+    stated = {"rms_norm_eps": 1e-5, "transformers_version": "5.23.0", "rope_parameters": {"rope_theta": 1e4}}
+    check_stated("here", stated)
+    check_stated("here", {**stated, "transformers_version": "4.31.0", "rope_parameters": None})
+    for name in ("rms_norm_eps", "rope_parameters"):
+        with pytest.raises(OctavoError, match=f"here: {name} is missing"):
+            check_stated("here", {key: value for key, value in stated.items() if key != name})
 
 
 @pytest.mark.parametrize(("name", "value"), [("num_hidden_layers", MOST_LAYERS + 1), ("head_dim", 10**9)])

@@ -96,6 +96,8 @@ def test_files_that_hold_something_else(
         {"rope_parameters": {"rope_type": "nonsense", "rope_theta": 10000.0}},
         {"rope_parameters": [1]},
         {"rope_theta": 500000.0},
+        {"rms_norm_eps": None},
+        {"rms_norm_eps": 0.0},
         {"hidden_act": "nonsense"},
         {"hidden_act": 5},
         {"rms_norm_eps": float("nan")},

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from octavo.common.cache import kv_bytes_per_token
 from octavo.common.calibration import default_texts, hold_back, tokenize
+from octavo.common.checkpoints.ascend import DESCRIPTION_FILE
 from octavo.common.convert import main as convert
 from octavo.common.evaluate import compare
 from octavo.common.scheme import load_scheme
@@ -51,9 +52,11 @@ def main() -> int:
     except FetchError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if output.exists():
+    if (output / DESCRIPTION_FILE).is_file():  # of the demo before; the conversion refuses any other directory
         shutil.rmtree(output)
     flags = ["--model_path", str(source), "--save_directory", str(output), "--anti_method", "m3"]
+    if output.with_name(f".{output.name}.partial").exists():
+        flags.append("--resume")
     if code := convert(ARCHITECTURE, [*flags, "--use_kvcache_quant", "True"]):
         return code
 

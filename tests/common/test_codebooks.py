@@ -123,7 +123,7 @@ def test_one_percent_of_k_lies_outside_its_range(name: str) -> None:
     linear.register_forward_hook(lambda _, args, output: seen.append(output[0, SKIPPED_TOKENS:]))
     with torch.inference_mode():
         for sample in SAMPLES:
-            model(**sample)
+            model(**sample, **with_cache(QuantizedCache(model.config, "float")))
     keys = torch.cat(seen)
     low, high = (statistics.tensors[f"layers.1.k.before.{end}"].flatten() for end in ("low", "high"))
     expected = int(len(keys) * OUTSIDE / 2)

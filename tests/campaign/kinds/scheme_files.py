@@ -14,6 +14,7 @@ from octavo.common.folds import prepare
 from octavo.common.scheme import PRESETS, Scheme, load_scheme
 from octavo.common.statistics import load_statistics, scales_of
 
+from ...support import with_cache
 from ..bases import IDS
 from ..json_damage import damage_json
 from ..trial import Accepted, Attempt, Room
@@ -42,7 +43,7 @@ def _try(file: Path, room: Room) -> Accepted:
     cache = QuantizedCache(model.config, scheme, scales=_scales(scheme, room.bases / "statistics.safetensors"))
     with torch.inference_mode():
         passes = (IDS[:, :FIRST], IDS[:, FIRST:])
-        logits = torch.cat([model(ids, past_key_values=cache).logits for ids in passes], dim=1)
+        logits = torch.cat([model(ids, **with_cache(cache)).logits for ids in passes], dim=1)
     if not torch.isfinite(logits).all():
         return Accepted(False, "logits are not finite")
     return Accepted(True)

@@ -1,9 +1,8 @@
-"""What every version of the linear ops refuses."""
+"""What every version of the linear ops refuses; those that may meet tensors of several devices check these first."""
 
 import torch
 
-from ..codes import code_width
-from ..operands import VALUE_DTYPES, check_devices, dtype_name
+from ..operands import VALUE_DTYPES, dtype_name
 
 WEIGHT_BLOCK = 32
 """Codes of an int4 weight that are packed together: the smallest group, which divides every K."""
@@ -17,14 +16,16 @@ def check_matrix(x: torch.Tensor, weight: torch.Tensor, *dtypes: torch.dtype) ->
     Raises:
         ValueError: it does not, or is of another dtype.
     """
-    fits = x.dim() > 0 and x.dtype in VALUE_DTYPES and weight.dim() == 2 and weight.dtype in dtypes
-    fits = fits and 0 < x.shape[-1] == code_width(weight)
-    if not fits or (weight.dtype == torch.uint8 and x.shape[-1] % WEIGHT_BLOCK):
-        raise ValueError(
-            f"x {dtype_name(x.dtype)} {tuple(x.shape)} and weight {weight.dtype} {tuple(weight.shape)} do not go "
-            f"together: [..., K] in float, and [N, K] in {' or '.join(dtype_name(dtype) for dtype in dtypes)}"
-        )
-    return weight.shape[0], x.shape[-1]
+    shape, sizes, dtype = x.shape, weight.shape, weight.dtype
+    if dtype in dtypes and x.dtype in VALUE_DTYPES and len(sizes) == 2 and len(shape) > 0:
+        depth = shape[-1]
+        is_packed = dtype == torch.uint8
+        if depth == (2 * sizes[1] if is_packed else sizes[1]) > 0 and not (is_packed and depth % WEIGHT_BLOCK):
+            return sizes[0], depth
+    raise ValueError(
+        f"x {dtype_name(x.dtype)} {tuple(shape)} and weight {dtype} {tuple(sizes)} do not go together: [..., K] in "
+        f"float, and [N, K] in {' or '.join(dtype_name(dtype) for dtype in dtypes)}"
+    )
 
 
 def _check_codes_matrix(x: torch.Tensor, weight: torch.Tensor) -> tuple[int, int]:
@@ -58,7 +59,6 @@ def check_w8a8(
 ) -> tuple[int, int]:
     """N and K; raises ValueError as `linear_w8a8` does."""
     columns, depth = _check_codes_matrix(x, weight)
-    check_devices(x, weight, input_scale, input_offset, quant_bias, deq_scale)
     _check_part("quant_bias", quant_bias, torch.int32, columns)
     _check_part("deq_scale", deq_scale, torch.float32, columns)
     _check_part("input_scale", input_scale, torch.float32, 1)
@@ -71,7 +71,6 @@ def check_w8a8_dynamic(
 ) -> tuple[int, int]:
     """N and K; raises ValueError as `linear_w8a8_dynamic` does."""
     columns, depth = _check_codes_matrix(x, weight)
-    check_devices(x, weight, weight_scale, bias)
     _check_part("weight_scale", weight_scale, torch.float32, columns)
     _check_bias(bias, columns)
     return columns, depth
@@ -86,7 +85,6 @@ def check_weight_only(
 ) -> tuple[int, int, int]:
     """N, K and the groups of a row of the weight; raises ValueError as `linear_weight_only` does."""
     columns, depth = check_matrix(x, weight, torch.int8, torch.uint8)
-    check_devices(x, weight, weight_scale, weight_zero, bias)
     groups = weight_scale.shape[1] if weight_scale.dim() == 2 else 0
     if not groups or weight_scale.shape[0] != columns or depth % groups or weight_scale.dtype not in VALUE_DTYPES:
         raise ValueError(
@@ -111,7 +109,6 @@ def check_fp8(
 ) -> tuple[int, int]:
     """N and K; raises ValueError as `linear_fp8` does."""
     columns, depth = check_matrix(x, weight, torch.float8_e4m3fn)
-    check_devices(x, weight, weight_scale, input_scale, bias)
     _check_part("weight_scale", weight_scale, torch.float32, 1 if weight_scale.numel() == 1 else columns)
     if input_scale is not None:
         _check_part("input_scale", input_scale, torch.float32, 1)

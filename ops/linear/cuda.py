@@ -24,6 +24,7 @@ from ..cuda import (
     to_code,
     triton_serves,
 )
+from ..operands import check_devices
 from .arguments import WEIGHT_BLOCK, check_fp8, check_w8a8, check_w8a8_dynamic, check_weight_only
 from .reference import (
     linear_fp8_reference,
@@ -321,6 +322,7 @@ def linear_w8a8_cuda(
     """
     if not triton_serves(x):
         return linear_w8a8_reference(x, weight, input_scale, input_offset, quant_bias, deq_scale)
+    check_devices(x, weight, input_scale, input_offset, quant_bias, deq_scale)
     columns, depth = check_w8a8(x, weight, input_scale, input_offset, quant_bias, deq_scale)
     rows, quant_bias, deq_scale = x.reshape(-1, depth), quant_bias.contiguous(), deq_scale.contiguous()
     if rows.shape[0] == 0 or columns == 0:
@@ -340,6 +342,7 @@ def linear_w8a8_dynamic_cuda(
     """
     if not triton_serves(x):
         return linear_w8a8_dynamic_reference(x, weight, weight_scale, bias)
+    check_devices(x, weight, weight_scale, bias)
     columns, depth = check_w8a8_dynamic(x, weight, weight_scale, bias)
     rows, weight_scale, bias = x.reshape(-1, depth), weight_scale.contiguous(), _contiguous(bias)
     if rows.shape[0] == 0 or columns == 0:
@@ -363,6 +366,7 @@ def linear_fp8_cuda(
     """
     if not triton_serves(x):
         return linear_fp8_reference(x, weight, weight_scale, input_scale, bias)
+    check_devices(x, weight, weight_scale, input_scale, bias)
     columns, depth = check_fp8(x, weight, weight_scale, input_scale, bias)
     rows, bias = x.reshape(-1, depth), _contiguous(bias)
     if rows.shape[0] == 0 or columns == 0:
@@ -389,6 +393,7 @@ def linear_weight_only_cuda(
     """
     if not triton_serves(x):
         return linear_weight_only_reference(x, weight, weight_scale, weight_zero, bias)
+    check_devices(x, weight, weight_scale, weight_zero, bias)
     columns, depth, groups = check_weight_only(x, weight, weight_scale, weight_zero, bias)
     rows, bias = x.reshape(-1, depth), _contiguous(bias)
     smallest = WEIGHT_BLOCK if weight.dtype == torch.uint8 else 16

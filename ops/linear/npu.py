@@ -5,6 +5,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..codes import unpack_int4
 from ..npu import npu_description, require_npu_float, torch_npu_module
+from ..operands import check_devices
 from .arguments import WEIGHT_BLOCK, check_w8a8, check_w8a8_dynamic, check_weight_only
 
 LINEAR_NPU = npu_description("npu_quantize and npu_quant_matmul")
@@ -54,6 +55,7 @@ def linear_w8a8_npu(
         ValueError: x in another dtype, what does not go together, or a matrix wider than the op takes.
         RuntimeError: torch_npu cannot be imported.
     """
+    check_devices(x, weight, input_scale, input_offset, quant_bias, deq_scale)
     columns, depth = check_w8a8(x, weight, input_scale, input_offset, quant_bias, deq_scale)
     _check_matmul("npu_quant_matmul", x, columns, depth)
     shape = (*x.shape[:-1], columns)
@@ -86,6 +88,7 @@ def linear_w8a8_dynamic_npu(
         ValueError: x in another dtype, what does not go together, or a matrix wider than the op takes.
         RuntimeError: torch_npu cannot be imported.
     """
+    check_devices(x, weight, weight_scale, bias)
     columns, depth = check_w8a8_dynamic(x, weight, weight_scale, bias)
     _check_matmul("npu_quant_matmul", x, columns, depth)
     shape = (*x.shape[:-1], columns)
@@ -130,6 +133,7 @@ def linear_weight_only_npu(
         ValueError: x in another dtype, what does not go together, a matrix wider or groups smaller than the op takes.
         RuntimeError: torch_npu cannot be imported.
     """
+    check_devices(x, weight, weight_scale, weight_zero, bias)
     columns, depth, groups = check_weight_only(x, weight, weight_scale, weight_zero, bias)
     _check_matmul("npu_weight_quant_batchmatmul", x, columns, depth)
     if groups > 1 and depth // groups % GROUP_STEP:

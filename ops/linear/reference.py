@@ -6,6 +6,7 @@ N output channels, K input channels.
 import torch
 
 from ..codes import CODE_RANGES, INT8_MAX, dynamic_scale, expand_scale, from_codes
+from ..operands import check_devices
 from .arguments import WEIGHT_BLOCK, check_fp8, check_w8a8, check_w8a8_dynamic, check_weight_only
 
 EXACT_PRODUCTS = 1024
@@ -51,6 +52,7 @@ def linear_w8a8_reference(
     Raises:
         ValueError: dtypes, shapes or devices that do not go together, or a K of more than 131,071.
     """
+    check_devices(x, weight, input_scale, input_offset, quant_bias, deq_scale)
     check_w8a8(x, weight, input_scale, input_offset, quant_bias, deq_scale)
     codes = (x.float().reshape(-1, x.shape[-1]) / input_scale + input_offset).round().clamp(-128, 127)
     total = _int32_matmul(codes, weight) + quant_bias
@@ -77,6 +79,7 @@ def linear_w8a8_dynamic_reference(
     Raises:
         ValueError: as `linear_w8a8_reference`.
     """
+    check_devices(x, weight, weight_scale, bias)
     check_w8a8_dynamic(x, weight, weight_scale, bias)
     rows = x.float().reshape(-1, x.shape[-1])
     scale = dynamic_scale(rows.abs().amax(dim=-1, keepdim=True), INT8_MAX)
@@ -106,6 +109,7 @@ def linear_weight_only_reference(
     Raises:
         ValueError: as `linear_w8a8_reference`.
     """
+    check_devices(x, weight, weight_scale, weight_zero, bias)
     check_weight_only(x, weight, weight_scale, weight_zero, bias)
     codes = from_codes(weight, WEIGHT_BLOCK, torch.float32)
     columns, depth = codes.shape
@@ -137,6 +141,7 @@ def linear_fp8_reference(
     Raises:
         ValueError: as `linear_w8a8_reference`.
     """
+    check_devices(x, weight, weight_scale, input_scale, bias)
     check_fp8(x, weight, weight_scale, input_scale, bias)
     rows = x.float().reshape(-1, x.shape[-1])
     low, high = CODE_RANGES[torch.float8_e4m3fn]

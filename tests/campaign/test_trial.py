@@ -7,7 +7,7 @@ from random import Random
 import pytest
 
 from octavo.common.errors import OctavoError
-from octavo.common.rotation import hadamard
+from octavo.ops.codes import code_range
 
 from . import trial
 from .outcomes import (
@@ -73,7 +73,7 @@ def test_what_is_raised(error: BaseException, end: str) -> None:
 
 def test_what_no_code_of_octavo_has_part_in_is_foreign_where_that_may_be() -> None:
     assert judge(Attempt("", _raising(OSError("no JSON")), may_be_foreign=True))[0] == FOREIGN
-    assert judge(Attempt("", lambda: hadamard(None), may_be_foreign=True))[0] == TRACEBACK
+    assert judge(Attempt("", lambda: code_range("no dtype"), may_be_foreign=True))[0] == TRACEBACK
 
 
 @pytest.mark.parametrize(

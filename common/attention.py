@@ -254,6 +254,18 @@ def _hides_nothing(padding: torch.Tensor | None) -> bool:
     return padding is None or (not torch.compiler.is_compiling() and bool(padding.all()))
 
 
+def _check_covers(mask: Any, past: int | torch.Tensor, new: int) -> None:
+    """Raise an `OctavoError` if a padding mask `[B, S]` ends before the newest token, where the host knows how many.
+
+    `generate` comes to that with a prompt that the cache it is given holds already, all of it or more.
+    """
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2 and isinstance(past, int) and mask.shape[1] < past + new:
+        raise OctavoError(
+            f"attention_mask is of {mask.shape[1]} tokens, and {new} come to the {past} in the cache: call "
+            "cache.reset() before the same prompt, give a new cache, or a mask of all tokens"
+        )
+
+
 def causal_or_explicit_mask(
     *args: Any,
     mask_function: Callable = causal_mask_function,
@@ -262,7 +274,12 @@ def causal_or_explicit_mask(
     allow_is_causal_skip: bool = True,
     **kwargs: Any,
 ) -> torch.Tensor | SlidingWindow | None:
-    """No mask tensor where causality says it all, with a sliding window or without; otherwise SDPA's boolean one."""
+    """No mask tensor where causality says it all, with a sliding window or without; otherwise SDPA's boolean one.
+
+    Raises:
+        OctavoError: a padding mask that does not cover the tokens stored and those that come.
+    """
+    _check_covers(attention_mask, kwargs.get("q_offset", 0), kwargs.get("q_length", 0))
     if isinstance(attention_mask, SlidingWindow):  # made ahead, and asked for again by a model of sliding layers alone
         return attention_mask
     if allow_is_causal_skip and _hides_nothing(attention_mask):

@@ -155,6 +155,11 @@ class QuantizedLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys that a mask for `query_length` new tokens covers."""
+        if query_length == 0:
+            raise OctavoError(
+                f"no token comes that is not in the cache, which holds {self.get_seq_length()}: call cache.reset() "
+                "before the same prompt, or give a new cache"
+            )
         return self.get_seq_length() + query_length, 0
 
     def check_crop(self, tokens_to_remove: int) -> None:

@@ -539,3 +539,25 @@ def test_linear_attention_is_refused() -> None:
     config.layer_types = ["full_attention", "linear_attention", "full_attention"]
     with pytest.raises(OctavoError, match="linear_attention"):
         QuantizedCache(config)
+
+
+@pytest.mark.parametrize("scheme", ["int8-token", "octavo-4"])
+def test_a_cache_that_holds_more_than_the_prompt_is_refused_in_one_line(
+    scheme: str, reader: torch.nn.Module, cache: Callable[..., QuantizedCache]
+) -> None:
+    ids, used = random_ids(1, 10), cache(scheme)
+    expected = generate(reader, ids, **with_cache(used))
+    with pytest.raises(OctavoError, match=r"no token comes .* which holds 20: call cache\.reset\(\)"):
+        used.crop(20 - used.get_seq_length())
+        generate(reader, ids, **with_cache(used))
+    used.reset()
+    assert torch.equal(generate(reader, ids, **with_cache(used)), expected)
+
+
+def test_a_mask_that_does_not_cover_the_cache_is_refused(
+    reader: torch.nn.Module, cache: Callable[..., QuantizedCache]
+) -> None:
+    used = cache("int8-token")
+    reader(random_ids(1, 10), **with_cache(used))
+    with pytest.raises(OctavoError, match="attention_mask is of 5 tokens, and 5 come to the 10 in the cache"):
+        reader(random_ids(1, 5), attention_mask=torch.ones((1, 5), dtype=torch.long), **with_cache(used))

@@ -98,7 +98,7 @@ class LayerwiseModel:
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
             self.model = with_real_rotary(model, self.device)
-        except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, AssertionError) as error:
             raise OctavoError(f"{self._where}: cannot be loaded ({first_line(error)})") from None
         finally:
             logging.set_verbosity(verbosity)

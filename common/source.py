@@ -21,6 +21,7 @@ from .checkpoints.ascend import TensorHeader, read_headers, read_json
 from .checkpoints.shards import TensorFiles
 from .errors import OctavoError, first_line
 from .layerwise import LayerwiseModel
+from .model_sizes import MOST_SIZE
 from .source_config import LOAD_ERRORS, load_source_config
 
 PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
@@ -203,7 +204,7 @@ def load_tokenizer(directory: Path, arguments: dict[str, Any], trust_remote_code
         OctavoError: it cannot be loaded.
     """
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             directory, local_files_only=True, trust_remote_code=trust_remote_code, **arguments
         )
     except Exception as error:  # the library for tokenizers raises just that of a file that it cannot read
@@ -211,6 +212,11 @@ def load_tokenizer(directory: Path, arguments: dict[str, Any], trust_remote_code
         raise OctavoError(
             f"--model_path {directory}: its tokenizer cannot be loaded ({first_line(error)}){way_out}"
         ) from None
+    if not isinstance(tokenizer.model_max_length, (int, float)):
+        raise OctavoError(f"{directory}/tokenizer_config.json: model_max_length is no number; mend or remove it")
+    if max(tokenizer.get_vocab().values(), default=0) >= MOST_SIZE:  # its library makes lists as long as that
+        raise OctavoError(f"--model_path {directory}: its tokenizer has an id beyond {MOST_SIZE}; copy it again")
+    return tokenizer
 
 
 def check_device(device: str) -> None:

@@ -16,6 +16,9 @@ from safetensors import SafetensorError
 from ..errors import OctavoError
 from .stage import PROGRESS, Kept, Stage, is_made_by_us, read_record, remove_progress, sync
 
+LONGEST_FILE_NAME = 255
+"""Bytes of a name that file systems take."""
+
 
 def _place(directory: Path) -> Path:
     """Where an output really is: behind all links."""
@@ -30,6 +33,8 @@ def stage_path(directory: Path) -> Path:
 
 def check_output(directory: Path, flag: str) -> None:
     """Raise an `OctavoError` if `directory` holds something already, or could not be made or put in its place."""
+    if len(os.fsencode(stage_path(directory).name)) > LONGEST_FILE_NAME:
+        raise Kept(f"{flag} {directory.name[:40]}...: is a name too long for a directory; choose a shorter one")
     place = _place(directory)
     if place.is_symlink():
         raise Kept(f"{flag} {directory}: is a link that leads nowhere; choose another directory or remove it")

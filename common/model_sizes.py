@@ -68,9 +68,12 @@ def check_stated(where: str, settings: Mapping[str, Any]) -> None:
     """
     if settings.get("rms_norm_eps") is None:
         raise OctavoError(f"{where}: rms_norm_eps is missing, and what takes its place need not be right; add it")
-    written_by = str(settings.get("transformers_version"))
-    if written_by.startswith(_STATES_ROPE) and not {"rope_parameters", "rope_theta"} & settings.keys():
-        raise OctavoError(f"{where}: rope_parameters is missing, which transformers {written_by} writes; add it")
+    written_by, parameters = str(settings.get("transformers_version")), settings.get("rope_parameters")
+    has_base = any(isinstance(part, dict) and "rope_theta" in part for part in (settings, parameters))
+    if written_by.startswith(_STATES_ROPE) and not has_base:
+        raise OctavoError(
+            f"{where}: rope_theta is missing in rope_parameters, where transformers {written_by} writes it; add it"
+        )
 
 
 def check_sizes_stored(where: str, settings: Mapping[str, Any], layers: int, largest: int) -> None:

@@ -36,9 +36,10 @@ def test_numbers_that_transformers_would_make_up() -> None:
     stated = {"rms_norm_eps": 1e-5, "transformers_version": "5.23.0", "rope_parameters": {"rope_theta": 1e4}}
     check_stated("here", stated)
     check_stated("here", {**stated, "transformers_version": "4.31.0", "rope_parameters": None})
-    for name in ("rms_norm_eps", "rope_parameters"):
-        with pytest.raises(OctavoError, match=f"here: {name} is missing"):
-            check_stated("here", {key: value for key, value in stated.items() if key != name})
+    check_stated("here", {**stated, "rope_parameters": None, "rope_theta": 1e4})
+    for name, value in (("rms_norm_eps", None), ("rope_parameters", None), ("rope_parameters", {"a": {}})):
+        with pytest.raises(OctavoError, match=r"^here: .* is missing.*; add it"):
+            check_stated("here", {**stated, name: value})
 
 
 @pytest.mark.parametrize(("name", "value"), [("num_hidden_layers", MOST_LAYERS + 1), ("head_dim", 10**9)])

@@ -69,7 +69,7 @@ def read_config(source: str, hub_arguments: dict[str, Any]) -> Any:
     if file is not None:
         check_sizes(str(file), read_json(file))
     try:
-        return AutoConfig.from_pretrained(source, **hub_arguments)
+        return AutoConfig.from_pretrained(source, trust_remote_code=False, **hub_arguments)
     except Exception as error:  # a damaged config can make transformers raise anything
         if file is None:
             raise

@@ -56,8 +56,20 @@ def test_code_beside_a_checkpoint_is_not_run(source: Path, converted: Callable[.
         assert "this code ran" not in done.stderr and "custom code" not in done.stdout + done.stderr
 
 
+OWN_CLASS = """
+import sys
+from octavo.models.llama3.modeling_llama_fa3 import LlamaForCausalLM
+try:
+    LlamaForCausalLM.from_pretrained(sys.argv[1])
+except ValueError as error:
+    sys.exit(f"error: {error}")
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("command", "said"), [(RUN, "no script of the zoo"), (DOCTOR, "is not run")])
+@pytest.mark.parametrize(
+    ("command", "said"), [(RUN, "no script of the zoo"), (DOCTOR, "is not run"), (["-c", OWN_CLASS], "custom code")]
+)
 def test_a_checkpoint_that_only_its_own_code_knows_is_refused(
     command: list[str], said: str, source: Path, tmp_path: Path
 ) -> None:
@@ -65,7 +77,7 @@ def test_a_checkpoint_that_only_its_own_code_knows_is_refused(
     edit_json(directory / "config.json", model_type="custom")
     done = run(*command, str(directory))
     assert done.returncode == 1 and not done.stdout
-    assert_one_error_line(done.stderr, "config.json", "'custom'", said)
+    assert_one_error_line(done.stderr, "config.json", "custom", said)
     assert "this code ran" not in done.stderr
 
 

@@ -275,6 +275,8 @@ def damage_arguments(rng: Random, arguments: Arguments) -> str:
     way = rng.choice(("number", "number", "shape", "dtype")) if is_number else rng.choice(
         ("shape", "shape", "dtype", "special", "strided", "missing")
     )  # fmt: skip
+    if way == "special" and name == "levels":  # which are to ascend, and no op looks whether they do
+        way = "strided"
     if way == "number":
         values[name] = torch.full_like(value, rng.choice(NUMBERS))
         return f"{name} {value.tolist()} -> {values[name].tolist()}"

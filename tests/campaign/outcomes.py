@@ -11,10 +11,9 @@ Good ends:
               more, is listed below.
 
 What is meant, of a config: another base or factor of RoPE, epsilon of norms or size of a sliding window that is a
-positive number (an epsilon may be 0), or none, for which transformers has one of its own; a sliding window switched on
-or off; a prefill in float. Of tensors: a bit of a code, of a bias in int32, or of a float that stays finite (and of a
-scale positive); floats of 16 bits read as the other type of 16 bits; a zero among maxima. Of a tokenizer: one that
-loads and gives other tokens.
+positive number; a sliding window switched on or off; a prefill in float. Of tensors: a bit of a code, of a bias in
+int32, or of a float that stays finite (and of a scale positive); floats of 16 bits read as the other type of 16 bits; a
+zero among maxima. Of a tokenizer: one that loads and gives other tokens.
 
 Two kinds have no right result to compare with, and end as "equal" if what comes out is sound. A scheme file with other
 values may be another valid scheme: it has to run with finite logits, and to be itself when written and read. A command

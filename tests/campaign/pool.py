@@ -22,6 +22,7 @@ KILLED_MEGABYTES = 3072
 """Above what was resident before, where a worker is ended at once."""
 TRIES_PER_WORKER = 500
 LOOK_EVERY = 0.05
+LOOK_FOR_PARENT = 5.0
 DUMP_SIGNAL = signal.SIGUSR1
 
 
@@ -33,9 +34,12 @@ def _serve(connection: Connection, work: Work, folder: Path) -> None:
     faulthandler.enable(sys.stderr)
     faulthandler.register(DUMP_SIGNAL, sys.stderr)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    while (number := connection.recv()) is not None:
-        os.ftruncate(log, 0)
-        connection.send(work(number, folder / "scratch", connection.send))
+    parent = os.getppid()
+    while os.getppid() == parent:  # the other workers hold the pipe open too, so that its end says nothing
+        if connection.poll(LOOK_FOR_PARENT):
+            number = connection.recv()
+            os.ftruncate(log, 0)
+            connection.send(work(number, folder / "scratch", connection.send))
 
 
 class Worker:

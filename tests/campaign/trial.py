@@ -19,8 +19,8 @@ from .outcomes import BROKEN, CAUGHT, EQUAL, FOREIGN, LEFT, MEANT, MEMORY, REFUS
 
 MOST_MEGABYTES = 1024
 """By which a try may raise the peak of resident memory."""
-LONGEST_LINE = 2100
-"""Characters of a line that is still one: a message of Octavo has 2,000 at most, and scripts put a few before it."""
+LONGEST_LINE = 1000
+"""Characters of a line that is still one: a message of Octavo has 900 at most, to which scripts add."""
 OWN_CODE = ("octavo_runtime", "modeling_", "/common/", "/ops/", "/models/llama3/", "/models/qwen2/")
 LAST_RESORT = "(OCTAVO_TRACEBACK=1 shows where)"
 

@@ -52,10 +52,15 @@ def _texts(rng: Random) -> list[str]:
     return texts
 
 
+def _bare(texts: Sequence[str]) -> list[str]:
+    """Texts without what a file may have around them: a byte order mark, and spaces or a carriage return at the end."""
+    return [text.removeprefix("\ufeff").rstrip() for text in texts]
+
+
 def _read(file: Path, *expected: Sequence[str]) -> Accepted:
     """Read a file; `expected` are the texts that it may hold, one list or another."""
-    found = [text.rstrip() for text in read_calibration_file(file)]
-    is_right = any(found == [text.rstrip() for text in texts] for texts in expected)
+    found = _bare(read_calibration_file(file))
+    is_right = any(found == _bare(texts) for texts in expected)
     return Accepted(is_right, "" if is_right else f"{len(found)} texts {str(found)[:300]}")
 
 

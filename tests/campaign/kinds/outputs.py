@@ -8,15 +8,13 @@ from typing import Any
 
 from ..bases import OUTPUTS, architecture_of, compute, difference, expected_logits, logits_of
 from ..files import linked_copy, rewrite
-from ..json_damage import MISSING, JsonDamage, damage_json
+from ..json_damage import JsonDamage, damage_json
 from ..safetensors_file import damage_header, file_of, read_stored
 from ..tensor_damage import damage_tensors
 from ..trial import Accepted, Attempt, Expect, Room, Script
 
 FREE_NUMBERS = ("rope_theta", "rms_norm_eps", "factor", "sliding_window", "max_window_layers")
 """Fields of a config of which any positive number makes another model, and the user's own choice."""
-MAY_BE_MISSING = (*FREE_NUMBERS, "rope_parameters")
-"""Fields for which transformers has a value where a config has none, as many a checkpoint's has."""
 PROMPT = ("--prompt", "The harbour", "--max_new_tokens", "3")
 
 
@@ -27,8 +25,6 @@ def expected_of_config(damage: JsonDamage) -> Expect:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     is_meant = (
         (key in FREE_NUMBERS and is_number and 0 < value < float("inf"))
-        or (key == "rms_norm_eps" and is_number and value == 0)
-        or (key in MAY_BE_MISSING and value in (MISSING, None))
         or (key == "use_sliding_window" and value in (True, False))
         or (key == "prefill" and value == "float")
     )

@@ -74,8 +74,8 @@ class SegmentStore:
         """Store new tokens `[B, G, S, D]`; return what this pass's queries read."""
         self.allocate(values, self.length + values.shape[2])
         values = values.detach()  # storage outlives the pass, and would hold its graph
-        if self._front is not None:
-            missing = self.scheme.sinks - self._front.shape[2]
+        missing = self.scheme.sinks - self.sinks
+        if self._front is not None and missing > 0:
             self._front = torch.cat((self._front, values[:, :, :missing].to(self._front.dtype)), dim=2)
             values = values[:, :, missing:]
         tail = self._tail[:, :, : self._kept]
@@ -95,7 +95,7 @@ class SegmentStore:
         else:
             tail = torch.cat((self._tail[:, :, : self._kept], values.to(self._tail.dtype)), dim=2)
         self._kept = stop
-        total, done = self.length, self.body.length
+        total, done = self.sinks + self._offset + stop, self.body.length
         due = self.scheme.coded(self.codec, total)
         if due > done:
             self.body.append(tail[:, :, done - self._offset : due - self._offset])

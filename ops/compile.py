@@ -7,7 +7,7 @@ Environment variables:
                                under the system's temporary one serves.
     CC=COMMAND                 the C compiler, instead of the first of cc, gcc and clang.
     OCTAVO_CFLAGS=FLAGS        more flags for it, behind those below; kernels of other flags are other files. With
-                               sanitizers, which must be in the process before Python is:
+                               sanitizers, whose libraries must be in the process before Python is, both of them:
 
         OCTAVO_CFLAGS="-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
         LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)" \

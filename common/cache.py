@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from .codec import Codec
 from .errors import OctavoError
 from .handles import Codes, Segments
-from .model_sizes import attention_sizes, head_dim_of
+from .model_sizes import check_cache_sizes, head_dim_of, kv_heads_of
 from .precision import without_autocast
 from .rotation import hadamard, rope_constants
 from .scheme import CROP_ROOM, Scheme, bits_per_element, load_scheme
@@ -31,13 +31,13 @@ def kv_bytes_per_token(config: PreTrainedConfig, scheme: Scheme, float_bytes: in
 
     Sinks and windows, of which there are no more in a longer sequence, are in `kv_bits_per_element`.
     """
-    width = head_dim_of(config)
+    width, heads = head_dim_of(config), kv_heads_of(config)
     total = 0.0
     for index in range(config.num_hidden_layers):
         part = scheme.of_layer(index)
         for codec in (part.key, part.value):
             each = width * float_bytes if codec is None else codec.token_bits(width) / 8
-            total += config.num_key_value_heads * each
+            total += heads * each
     return round(total)
 
 
@@ -50,7 +50,7 @@ def kv_bits_per_element(
         crop_room: as in `bits_per_element`: 0 counts the scheme alone, that of a `QuantizedCache` what it stores.
     """
     layers = [scheme.of_layer(index) for index in range(config.num_hidden_layers)]
-    width, heads = head_dim_of(config), config.num_key_value_heads
+    width, heads = head_dim_of(config), kv_heads_of(config)
     return sum(bits_per_element(layer, heads, width, length, crop_room) for layer in layers) / len(layers)
 
 
@@ -113,6 +113,8 @@ class QuantizedLayer(CacheLayerMixin):
 
         With `prefill="float"` the first call hands out the states themselves, and only later ones the codes.
         """
+        wants_gradient = _wants_gradient(key_states, value_states)
+        key_states, value_states = key_states.detach(), value_states.detach()  # storage would hold the graph
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         is_first = self.key_store.length == 0
@@ -122,7 +124,7 @@ class QuantizedLayer(CacheLayerMixin):
             keys, values = Codes(key_states), Codes(value_states)
         else:
             keys, values = self._handles(keys, values)
-        keys.wants_gradient = _wants_gradient(key_states, value_states)
+        keys.wants_gradient = wants_gradient
         return keys, values
 
     def _prepared_key(self, states: torch.Tensor) -> torch.Tensor:
@@ -179,12 +181,10 @@ class QuantizedLayer(CacheLayerMixin):
         stores = [part for part in (self.key_store, self.value_store) if isinstance(part, SegmentStore)]
         if not all(store.can_crop(length) for store in stores):
             most = present - max(store.shortest() for store in stores)
-            step = max(self.scheme.step(store.codec) for store in stores)
-            needed = present - length + max(0, self.crop_room + step - 1 - most)
             raise OctavoError(
                 f"crop({tokens_to_remove}): crop_room={self.crop_room} keeps floats for {most} tokens to be removed, "
-                f"not {present - length}; make the cache with QuantizedCache(..., crop_room={needed}), or give a new "
-                "one the tokens that stay"
+                f"not {present - length}; make the cache with crop_room={present - length} (QuantizedCache, or "
+                "model.new_cache of a converted model), or give a new one the tokens that stay"
             )
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -258,7 +258,8 @@ class StaticQuantizedLayer(QuantizedLayer):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """As in `QuantizedLayer`; addresses of storage and count are marked as constant for CUDA graphs."""
         super().lazy_initialization(key_states, value_states)
-        self.cumulative_length = self.cumulative_length.to(self.device)
+        with torch.inference_mode(False):  # it outlives this pass, and a later one may count outside of that mode
+            self.cumulative_length = self.cumulative_length.to(self.device)
         if not torch.compiler.is_compiling():
             for part in (*self.key_store.parts(), *self.value_store.parts(), self.cumulative_length):
                 torch._dynamo.mark_static_address(part)
@@ -268,6 +269,8 @@ class StaticQuantizedLayer(QuantizedLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[Codes | Segments, Codes | Segments]:
         """Encode and append new `[B, G, S, D]` states; return handles to the whole storage with its length."""
+        wants_gradient = _wants_gradient(key_states, value_states)
+        key_states, value_states = key_states.detach(), value_states.detach()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.key_store.write(self._prepared_key(key_states), self.cumulative_length)
@@ -279,7 +282,7 @@ class StaticQuantizedLayer(QuantizedLayer):
             keys, values = Codes(key_states), Codes(value_states)
         else:
             keys, values = self._handles(self.key_store.codes(length), self.value_store.codes(length))
-        keys.wants_gradient = _wants_gradient(key_states, value_states)
+        keys.wants_gradient = wants_gradient
         return keys, values
 
     def get_seq_length(self) -> int | torch.Tensor:
@@ -354,7 +357,7 @@ class QuantizedCache(Cache):
             raise OctavoError(
                 f"QuantizedCache serves attention over k and v; this model has {', '.join(sorted(others))}"
             )
-        attention_sizes(config)
+        check_cache_sizes(config)
         count = config.num_hidden_layers
         if self.scheme.layers_named > count:
             raise OctavoError(

@@ -75,7 +75,12 @@ def check_stand_in(build: Callable[[], torch.nn.Module], layers: int, tokens: in
         tokens: how many to give it.
     """
     try:
-        with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
+        with (
+            torch.random.fork_rng(devices=[]),
+            torch.device("cpu"),
+            torch.inference_mode(False),
+            torch.no_grad(),
+        ):
             model = build().eval()
             output = model(torch.zeros((1, tokens), dtype=torch.long), use_cache=True)
         cache = next(output[name] for name in CACHE_ARGUMENTS if name in output.keys())  # noqa: SIM118, keys as they are

@@ -7,18 +7,25 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from ..ops.library import NAMESPACE
+from .errors import OctavoError
 
 FOLD = "octavo_fold"
 """Attribute of an attention module whose biases are folded (`folds.py`)."""
 NO_TENSOR = (
     "a quantized cache hands out codes, which have no {!r}; call octavo.common.folds.prepare(model) first, or "
-    f"model.set_attn_implementation({NAMESPACE!r}), which leaves biases of k in the cache"
+    f"model.set_attn_implementation({NAMESPACE!r}), which leaves biases of k in the cache; a model for which that was "
+    "done computes with keys and values by itself, and is not served"
 )
+
+
+def _refuse_function(function: Callable) -> NoReturn:
+    """What a function of torch runs into that takes codes for a tensor."""
+    raise OctavoError(NO_TENSOR.format(getattr(function, "__name__", function)))
 
 
 @dataclass
@@ -53,6 +60,11 @@ class Codes:
     def __getattr__(self, name: str) -> Any:
         """What another attention function runs into when it takes codes for a tensor."""
         raise AttributeError(NO_TENSOR.format(name))
+
+    @classmethod
+    def __torch_function__(cls, function: Callable, *_: Any, **__: Any) -> NoReturn:
+        """Likewise by a function of torch."""
+        _refuse_function(function)
 
     def part(self, start: int, stop: int) -> "Codes":
         """Tokens `start:stop`, of which `start` is a multiple of the group."""
@@ -91,6 +103,11 @@ class Segments:
     def __getattr__(self, name: str) -> Any:
         """As in `Codes`."""
         raise AttributeError(NO_TENSOR.format(name))
+
+    @classmethod
+    def __torch_function__(cls, function: Callable, *_: Any, **__: Any) -> NoReturn:
+        """As in `Codes`."""
+        _refuse_function(function)
 
     @property
     def query_scale(self) -> torch.Tensor | None:

@@ -20,6 +20,8 @@ from .linear import QuantizedLinear
 from .scheme import CROP_ROOM, Scheme, load_scheme
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+ASSISTED_ROOM = 256
+"""Tokens that a cache can forget again where `generate` verifies candidates, whose number some assistants raise."""
 _STATIC_CACHES = ("static", "offloaded_static")
 _GROWING_CACHES = (None, "dynamic", "offloaded")
 _NO_PAGES = (
@@ -27,8 +29,8 @@ _NO_PAGES = (
     "a batch that is padded at the left"
 )
 _NO_ADAPTERS = (
-    "adapters are not served on quantized linears: merge the adapter into the float model (PEFT's merge_and_unload), "
-    "save that, and convert it"
+    "adapters are not served on a converted model: merge the adapter into the float model (PEFT's merge_and_unload), "
+    "save that, and convert it; load this model again if PEFT has changed it"
 )
 
 
@@ -61,8 +63,8 @@ def _provide_cache(decoder: torch.nn.Module, args: tuple, kwargs: dict[str, Any]
     if cache is None:
         if _starts_anew(arguments):
             raise OctavoError(
-                "position_ids start anew within a row, as of packed sequences, which a quantized cache does not keep "
-                "apart: give the sequences as rows of a batch, padded, with attention_mask"
+                "position_ids do not follow one another within a row, as of packed sequences, which a quantized cache "
+                "does not keep apart: give the sequences as rows of a batch, padded, with attention_mask"
             )
         cache = _new_cache(decoder)
     elif not hasattr(cache, "scheme"):
@@ -121,6 +123,8 @@ class QuantizedCausalLM:
         config._attn_implementation = NAMESPACE
         try:
             super().__init__(config, *args, **kwargs)
+        except (OctavoError, ImportError, MemoryError, torch.OutOfMemoryError):
+            raise
         except Exception as error:  # a damaged config can make transformers raise anything
             raise OctavoError(
                 f"{config.name_or_path or 'config'}: no model is of this config ({first_line(error)})"
@@ -211,8 +215,25 @@ class QuantizedCausalLM:
         offloading = bool(kind) and "offloaded" in kind
         # generate compiles the steps over such a cache where that pays, which transformers says is on CUDA
         compileable = kind == "static" and self.device.type == "cuda" and self.scheme.is_compileable
-        model_kwargs[name] = self.new_cache(length, offloading, compileable)
+        room = CROP_ROOM
+        if getattr(mode, "value", mode) == "assisted_generation":
+            self._check_assisted()
+            given = (generation_config.prompt_lookup_num_tokens, generation_config.num_assistant_tokens)
+            room = max(ASSISTED_ROOM, *(number or 0 for number in given))
+        model_kwargs[name] = self.new_cache(length, offloading, compileable, room)
         return None
+
+    def _check_assisted(self) -> None:
+        """Raise an `OctavoError` if the first pass, the prompt and candidates in one, decides what later ones read."""
+        for field, is_set in (
+            ("prefill 'float'", self.scheme.prefill == "float"),
+            ("smooth_key", self.scheme.smooth_key),
+        ):
+            if is_set:
+                raise OctavoError(
+                    f"scheme {self.scheme.name}: speculative decoding with {field} would not give what plain decoding "
+                    "does; leave out the assistant and prompt lookup, or convert with another scheme"
+                )
 
     @property
     def peft_config(self) -> Any:

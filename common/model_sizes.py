@@ -22,23 +22,30 @@ def head_dim_of(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def attention_sizes(config: Any) -> tuple[int, int, int]:
-    """H, G and D of a model.
+def kv_heads_of(config: Any) -> int:
+    """G of a model: what its config says, or a KV head for each query head."""
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
-    Raises:
-        OctavoError: one is no size; see `check_sizes`.
-    """
-    check_sizes("config", vars(config))
-    heads = config.num_attention_heads
-    return heads, getattr(config, "num_key_value_heads", None) or heads, head_dim_of(config)
+
+def attention_sizes(config: Any) -> tuple[int, int, int]:
+    """H, G and D of a model."""
+    return config.num_attention_heads, kv_heads_of(config), head_dim_of(config)
+
+
+def check_cache_sizes(config: Any) -> None:
+    """Raise an `OctavoError` if a config states sizes by which no cache can be made."""
+    for name, bound in (("num_hidden_layers", MOST_LAYERS), ("hidden_size", MOST_SIZE), ("head_dim", MOST_SIZE)):
+        value = getattr(config, name, None)
+        if value is not None and (type(value) is not int or not 0 < value <= bound):
+            raise OctavoError(f"config: {name} is {value!r}, no integer from 1 to {bound}; mend it")
 
 
 def check_sizes(where: str, settings: Mapping[str, Any]) -> None:
-    """Raise an `OctavoError` that names the first size of a config that no model has.
+    """Raise an `OctavoError` that names the first size of a config.json that no model has.
 
     Args:
         where: the file, for the message.
-        settings: what config.json holds, or the attributes of a config; sizes may be missing or None.
+        settings: what it holds; sizes may be missing or None.
     """
     most = {"num_hidden_layers": MOST_LAYERS, **dict.fromkeys(SIZES, MOST_SIZE), "max_position_embeddings": MOST_TOKENS}
     for name, bound in most.items():

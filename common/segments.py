@@ -73,7 +73,6 @@ class SegmentStore:
     def append(self, values: torch.Tensor) -> Segments:
         """Store new tokens `[B, G, S, D]`; return what this pass's queries read."""
         self.allocate(values, self.length + values.shape[2])
-        values = values.detach()  # storage outlives the pass, and would hold its graph
         missing = self.scheme.sinks - self.sinks
         if self._front is not None and missing > 0:
             self._front = torch.cat((self._front, values[:, :, :missing].to(self._front.dtype)), dim=2)

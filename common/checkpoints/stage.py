@@ -77,9 +77,9 @@ def is_made_by_us(path: Path) -> bool:
     progress = path / PROGRESS
     if progress.is_symlink() or not progress.is_dir():
         return not any(path.iterdir())
-    if (progress / RECORD).is_file():
-        return True
     names = [entry.name for entry in progress.iterdir()]
+    if RECORD in names:  # which may have come to harm, and so may a state
+        return b'"job"' in (progress / RECORD).read_bytes() or any(name.startswith("state-") for name in names)
     return os.listdir(path) == [PROGRESS] and all(name.startswith(("state-", "progress.")) for name in names)
 
 

@@ -148,8 +148,9 @@ def whole_directory(directory: Path, flag: str, job: dict[str, Any], resumes: bo
         if isinstance(error, (OSError, SafetensorError)):
             raise OctavoError(f"{where}: cannot be written ({error}); nothing was kept") from None
         raise
-    with contextlib.suppress(OSError):  # the output is whole, and the next run tidies it
+    with contextlib.suppress(OSError):  # a directory that may not be read
         sync(place.parent)
+    with contextlib.suppress(OSError):  # the output is whole, and the next run tidies it
         remove_progress(place)
 
 

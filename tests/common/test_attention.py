@@ -29,7 +29,7 @@ KEY, VALUE = (torch.randn((2, 2, 11, 16), generator=GENERATOR) for _ in range(2)
 
 def attend(**changes: Any) -> torch.Tensor:
     arguments = {"query": QUERY, "key": Codes(KEY), "value": Codes(VALUE), "attention_mask": None, **changes}
-    return quantized_attention(torch.nn.Module().eval(), **arguments)[0]
+    return quantized_attention(torch.nn.Module().eval(), arguments.pop("query"), **arguments)[0]
 
 
 def sdpa(mask: torch.Tensor | None, **arguments: Any) -> torch.Tensor:

@@ -13,11 +13,12 @@ from transformers import DynamicCache, StaticCache
 
 from octavo.common import compatibility
 from octavo.common import model as model_module
-from octavo.common.cache import QuantizedCache
+from octavo.common.cache import QuantizedCache, kv_bits_per_element, kv_bytes_per_token
 from octavo.common.compatibility import CACHE_ARGUMENTS, cache_argument, take_cache
 from octavo.common.errors import OctavoError
 from octavo.common.folds import prepare
 from octavo.common.model import check_transformers
+from octavo.common.scheme import Scheme, load_scheme
 from octavo.models.llama3.modeling_llama_fa3 import LlamaForCausalLM
 
 from ..support import random_ids, randomized, tiny_config, tiny_llama
@@ -277,3 +278,64 @@ def test_the_tested_versions_are_those_of_the_requirements() -> None:
     ranges = (support.REPOSITORY / "pyproject.toml").read_text()
     assert re.search(rf"^transformers=={re.escape(newest)}$", pinned, re.MULTILINE), pinned
     assert f'"transformers>={oldest.removesuffix(".0")}' in ranges
+
+
+@torch.no_grad()
+def test_a_model_that_computes_with_keys_and_values_by_itself_is_refused() -> None:
+    model = prepare(tiny("DiffLlama"))
+    with pytest.raises(OctavoError, match="codes, which have no 'chunk'"):
+        model(IDS, **{cache_argument(model): QuantizedCache(model.config, "octavo-4")})
+    with pytest.raises(OctavoError, match="is not served"):
+        model(IDS, **{cache_argument(model): QuantizedCache(model.config, "int8-token")})
+
+
+# What a cache keeps.
+
+
+def test_no_storage_holds_the_graph_of_a_pass() -> None:
+    model = prepare(tiny_llama())
+    scheme = Scheme.from_dict({**load_scheme("octavo-4").to_dict(), "smooth_key": True, "float_layers": [0]})
+    cache = QuantizedCache(model.config, scheme)
+    for part in IDS.split(6, dim=1):
+        model(part, **{cache_argument(model): cache})
+    parts = [part for layer in cache.layers for store in (layer.key_store, layer.value_store) for part in store.parts()]
+    assert not any(part.requires_grad for part in (*parts, cache.layers[1]._key_mean))
+
+
+def test_bits_and_bytes_are_counted_for_models_that_name_no_kv_heads() -> None:
+    config = transformers.GPT2Config(n_embd=64, n_head=4, n_layer=2)
+    scheme = load_scheme("int8-token")
+    assert kv_bytes_per_token(config, scheme, 4) == 2 * 2 * 4 * (16 + 4)
+    assert kv_bits_per_element(config, scheme) == pytest.approx(8 * (16 + 4) / 16)
+
+
+def test_a_list_of_sizes_that_no_cache_needs_is_no_matter() -> None:
+    config = tiny_config()
+    vars(config)["intermediate_size"] = [64, 128, 64]  # as in models whose layers differ
+    assert len(QuantizedCache(config, "int8-token").layers) == 3
+
+
+# Candidates that are verified.
+
+
+def own_llama(scheme: str | dict[str, Any]) -> LlamaForCausalLM:
+    config = tiny_config()
+    config.octavo = {"scheme": scheme}
+    model = LlamaForCausalLM(config)
+    model.load_state_dict(tiny_llama().state_dict())
+    return model.eval()
+
+
+def test_more_candidates_than_a_cache_can_forget_by_itself() -> None:
+    model = own_llama("octavo-4")
+    arguments = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    prompt = random_ids(1, 150).repeat(1, 3)
+    wanted = model.generate(prompt, **arguments)
+    assert torch.equal(model.generate(prompt, prompt_lookup_num_tokens=120, **arguments), wanted)
+
+
+@pytest.mark.parametrize("field", [{"prefill": "float"}, {"smooth_key": True}])
+def test_schemes_whose_first_pass_decides_what_follows_verify_no_candidates(field: dict[str, Any]) -> None:
+    model = own_llama({**load_scheme("int8-token").to_dict(), **field})
+    with pytest.raises(OctavoError, match="would not give what plain decoding does"):
+        model.generate(IDS, max_new_tokens=3, prompt_lookup_num_tokens=3)

@@ -362,3 +362,17 @@ with whole_directory(Path(sys.argv[1]), "--out", {}):
 def test_json_is_readable(tmp_path: Path) -> None:
     write_json(tmp_path / "file", {"b": 1, "a": "Ü"})
     assert (tmp_path / "file").read_text(encoding="utf-8") == '{\n  "b": 1,\n  "a": "Ü"\n}\n'
+
+
+def test_a_directory_of_others_with_a_record_of_theirs_is_not_emptied(tmp_path: Path) -> None:
+    stage = stage_path(tmp_path / "out")
+    (stage / ".progress").mkdir(parents=True)
+    (stage / ".progress" / "progress.json").write_text("{}")
+    (stage / "precious").write_text("kept")
+    for resumes in (False, True):
+        with (
+            pytest.raises(OctavoError, match="holds files of no conversion"),
+            whole_directory(tmp_path / "out", "--out", JOB, resumes),
+        ):
+            pass
+    assert (stage / "precious").read_text() == "kept"

@@ -13,7 +13,7 @@ from .loading import environment
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.usefixtures("one_thread"),
-    pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads resident memory from /proc"),
+    pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="reads resident memory from /proc"),
 ]
 
 SHAPE = {"num_hidden_layers": 10, "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16}
@@ -27,7 +27,7 @@ MOST = 1.1
 """Resident memory, against the weights on disk, of which embeddings are a part in their own dtype."""
 
 LOAD = """
-import ctypes, json, sys
+import ctypes, json, re, sys
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -35,7 +35,13 @@ def resident():
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)  # what is freed is no part of the model, and how much glibc keeps of it is chance
     fields = dict(line.split(":") for line in open("/proc/self/status"))
-    return 1024 * (int(fields["RssAnon"].split()[0]) + int(fields["RssFile"].split()[0]))
+    total, of_weights = int(fields["RssAnon"].split()[0]), False
+    for line in open("/proc/self/smaps"):
+        if re.match("[0-9a-f]+-[0-9a-f]+ ", line):
+            of_weights = line.rstrip().endswith(".safetensors")
+        elif of_weights and line.startswith("Rss:"):
+            total += int(line.split()[1])
+    return 1024 * total
 
 def loaded(source):
     model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True).eval()
@@ -48,8 +54,8 @@ before = resident()
 model = loaded(sys.argv[2])
 print(json.dumps(resident() - before))
 """
-"""Pages of a file that are mapped count as anonymous ones do: weights that are read from the mapped file in place are
-no less in memory. The tiny model is loaded first, so that libraries and kernels are there already."""
+"""Pages of mapped weights count as anonymous ones do: what is read from the file in place is no less in memory. Pages of
+libraries do not count. The tiny model is loaded first, so that what libraries allocate is there already."""
 
 
 @pytest.fixture(scope="module")

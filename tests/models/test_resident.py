@@ -54,8 +54,8 @@ before = resident()
 model = loaded(sys.argv[2])
 print(json.dumps(resident() - before))
 """
-"""Pages of mapped weights count as anonymous ones do: what is read from the file in place is no less in memory. Those of
-libraries do not. The tiny model is loaded first, so that what libraries allocate is there already."""
+"""Pages of mapped weights count as anonymous ones do: what is read from the file in place is no less in memory. Those
+of libraries do not. The tiny model is loaded first, so that what libraries allocate is there already."""
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from scoring import add_scoring_flags, load_float, read_windows
 from transformers import PreTrainedModel
 
 from octavo.common.cache import QuantizedCache
+from octavo.common.compatibility import cache_argument
 from octavo.common.folds import prepare
 from octavo.common.scheme import PRESETS, load_scheme
 
@@ -32,7 +33,7 @@ def greedy(model: PreTrainedModel, ids: torch.Tensor, cache: QuantizedCache, new
     """Text `[1, S + new]` of plain decoding, and the logits `[new, vocabulary]` that chose its new tokens."""
     logits, step = [], ids
     for _ in range(new):
-        logits.append(model(step, past_key_values=cache).logits[0, -1])
+        logits.append(model(step, **{cache_argument(model): cache}).logits[0, -1])
         step = logits[-1].argmax()[None, None]
         ids = torch.cat((ids, step), dim=1)
     return ids, torch.stack(logits)
@@ -41,13 +42,13 @@ def greedy(model: PreTrainedModel, ids: torch.Tensor, cache: QuantizedCache, new
 def speculative(model: PreTrainedModel, text: torch.Tensor, prompt: int, cache: QuantizedCache) -> Logits:
     """The logits of `greedy`, of a text that is known, in passes of several tokens of which some are cropped."""
     draw = random.Random(SEED)
-    logits = [model(text[:, :prompt], past_key_values=cache).logits[0, -1:]]
+    logits = [model(text[:, :prompt], **{cache_argument(model): cache}).logits[0, -1:]]
     while cache.get_seq_length() < text.shape[1] - 1:
         start = cache.get_seq_length()
         right = text[:, start : min(start + draw.randint(1, MOST_RIGHT), text.shape[1] - 1)]
         wrong = torch.tensor([[draw.randrange(model.config.vocab_size) for _ in range(draw.randint(0, MOST_WRONG))]])
         step = torch.cat((right, wrong.long()), dim=1)
-        logits.append(model(step, past_key_values=cache).logits[0, : right.shape[1]])
+        logits.append(model(step, **{cache_argument(model): cache}).logits[0, : right.shape[1]])
         cache.crop(-wrong.shape[1])
     return torch.cat(logits)
 
@@ -67,9 +68,9 @@ def row(model: PreTrainedModel, stock: PreTrainedModel, ids: torch.Tensor, new: 
     prompt = ids.shape[1]
     text, plain = greedy(model, ids, cache(), new)
     reference = stock(text[:, :-1]).logits[0, prompt - 1 :]
-    at_once = model(text[:, :-1], past_key_values=cache()).logits[0, prompt - 1 :]
+    at_once = model(text[:, :-1], **{cache_argument(model): cache()}).logits[0, prompt - 1 :]
     settings = {"max_new_tokens": new, "do_sample": False, "eos_token_id": None, "prompt_lookup_num_tokens": MOST_WRONG}
-    looked_up = model.generate(ids, past_key_values=cache(), **settings)
+    looked_up = model.generate(ids, **{cache_argument(model): cache()}, **settings)
     differs = (looked_up != text)[0].nonzero()
     where, gap = "never", ""
     if len(differs):

@@ -32,7 +32,9 @@ def main() -> None:
     output = model.generate(**inputs, cache=cache, max_new_tokens=40, do_sample=False)
     print(tokenizer.decode(output[0], skip_special_tokens=True))
     used = cache.get_seq_length() * kv_bytes_per_token(model.config, cache.scheme, model.dtype.itemsize)
-    print(f"KV cache of {cache.get_seq_length()} tokens: {used:,} bytes if all were codes, {cache.nbytes():,} allocated")
+    print(
+        f"KV cache of {cache.get_seq_length()} tokens: {used:,} bytes if all were codes, {cache.nbytes():,} allocated"
+    )
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .checkpoints.ascend import TensorHeader, read_headers, read_json
 from .checkpoints.shards import TensorFiles
+from .checkpoints.writer import LONGEST_FILE_NAME
 from .errors import OctavoError, first_line
 from .layerwise import LayerwiseModel
 from .model_sizes import MOST_SIZE
@@ -116,7 +117,7 @@ def source_files(directory: Path) -> list[Path]:
     if first.name.endswith(".index.json"):
         weight_map = read_json(first).get("weight_map")
         names = list(weight_map.values()) if isinstance(weight_map, dict) else []
-        if not names or not all(isinstance(name, str) for name in names):
+        if not names or not all(isinstance(name, str) and len(name) <= LONGEST_FILE_NAME for name in names):
             raise OctavoError(f"{first}: maps no tensors to files; copy the checkpoint again")
         files = [_inside(directory, name, first) for name in sorted(set(names))]
     for file in files:

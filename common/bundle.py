@@ -22,7 +22,7 @@ from .architecture import REPOSITORY, Architecture
 from .checkpoints.ascend import read_json
 from .errors import OctavoError
 from .flags import OneLineParser
-from .source_config import stated_architectures
+from .source_config import check_model_type
 
 RUNTIME = "octavo_runtime"
 TEXTS = ("common/presets/*.json", "ops/**/*.c", "ops/**/*.h")
@@ -222,14 +222,8 @@ def _check_target(architecture: Architecture, directory: Path, names: Iterable[s
     """Raise an `OctavoError` if a directory is of another architecture, or has files of these names of others."""
     config = directory / "config.json"
     if config.is_file():
-        model_type = read_json(config).get("model_type")
-        if model_type != architecture.model_type:
-            other = stated_architectures().get(str(model_type))
-            way_out = f"give --arch {other}" if other else "no architecture of the zoo serves it"
-            raise OctavoError(
-                f"{config}: model_type is {model_type!r} and --arch {architecture.name} serves "
-                f"{architecture.model_type!r}; {way_out}"
-            )
+        model_type, who = read_json(config).get("model_type"), f"--arch {architecture.name} serves"
+        check_model_type(config, model_type, architecture, who, "give --arch {}")
     for name in names:
         if (directory / name).exists() and _header(directory / name) is None:
             raise OctavoError(f"{directory / name}: was not written by this command; move it away first")

@@ -18,7 +18,7 @@ from .errors import OctavoError, first_line
 from .flags import DEVICES, OneLineParser, run_script
 from .scheme import load_scheme
 from .source import check_device, load_tokenizer
-from .source_config import stated_architectures
+from .source_config import check_model_type
 
 
 def _parse(name: str, argv: list[str] | None) -> argparse.Namespace:
@@ -50,14 +50,9 @@ def _parse(name: str, argv: list[str] | None) -> argparse.Namespace:
 
 def _check_architecture(architecture: Architecture, directory: Path) -> None:
     """Raise an `OctavoError` that names the right script if config.json is of another architecture."""
-    model_type = read_json(directory / "config.json").get("model_type")
-    if model_type != architecture.model_type:
-        other = stated_architectures().get(str(model_type))
-        way_out = f"use models/{other}/run.py" if other else "no script of the zoo runs it"
-        raise OctavoError(
-            f"{directory / 'config.json'}: model_type is {model_type!r} and models/{architecture.name}/run.py runs "
-            f"{architecture.model_type!r}; {way_out}"
-        )
+    config = directory / "config.json"
+    who = f"models/{architecture.name}/run.py runs"
+    check_model_type(config, read_json(config).get("model_type"), architecture, who, "use models/{}/run.py")
 
 
 def _load(architecture: Architecture, flags: argparse.Namespace) -> tuple[Any, Any]:

@@ -72,12 +72,21 @@ def stated_architectures(models: Path = REPOSITORY / "models") -> dict[str, str]
     return {model_type: name for text in texts for name, model_type in _STATED.findall(text)}
 
 
-def _way_out(model_type: Any) -> str:
-    """What to do with a checkpoint of another architecture."""
+def check_model_type(config: Path, model_type: Any, architecture: Architecture, who: str, way_out: str) -> None:
+    """Raise an `OctavoError` if a config.json is of another architecture than the one that is to serve it.
+
+    Args:
+        config: the file, for the message.
+        model_type: what it says.
+        who: what serves the architecture, and that it does: "models/llama3 converts".
+        way_out: what serves the other one, with `{}` for its folder under `models/`.
+    """
+    if model_type == architecture.model_type:
+        return
     known = stated_architectures()
-    if isinstance(model_type, str) and model_type in known:
-        return f"run models/{known[model_type]}/convert_quant_weights.py"
-    return f"no script of the zoo converts this one (they convert {', '.join(sorted(known))})"
+    other = known.get(model_type) if isinstance(model_type, str) else None
+    mend = way_out.format(other) if other else f"the zoo has none for it (it has {', '.join(sorted(known))})"
+    raise OctavoError(f"{config}: model_type is {model_type!r} and {who} {architecture.model_type!r}; {mend}")
 
 
 def read_source_config(directory: Path, architecture: Architecture) -> dict[str, Any]:
@@ -89,12 +98,8 @@ def read_source_config(directory: Path, architecture: Architecture) -> dict[str,
     if not (directory / "config.json").is_file():
         raise OctavoError(f"--model_path {directory}: holds no config.json, so it is no Hugging Face checkpoint")
     config = read_json(directory / "config.json")
-    model_type = config.get("model_type")
-    if model_type != architecture.model_type:
-        raise OctavoError(
-            f"{directory}/config.json: model_type is {model_type!r} and models/{architecture.name} converts "
-            f"{architecture.model_type!r}; {_way_out(model_type)}"
-        )
+    who, way_out = f"models/{architecture.name} converts", "run models/{}/convert_quant_weights.py"
+    check_model_type(directory / "config.json", config.get("model_type"), architecture, who, way_out)
     if config.get("quantization_config") is not None or (directory / DESCRIPTION_FILE).exists():
         raise OctavoError(f"--model_path {directory}: is quantized already; give the float checkpoint")
     if config.get("is_causal") is False:

@@ -9,7 +9,6 @@ import torch
 from .errors import OctavoError
 from .model_sizes import MOST_LAYERS, attention_sizes
 
-_MOST_BITS = 4
 _NAME = re.compile(
     r"layers\.(?P<layer>[0-9]{1,6})\.(?:"
     r"(?P<part>q|k)\.(?P<bound>max|radius)|(?P<folded>k\.folded)\.radius|"

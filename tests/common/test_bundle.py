@@ -239,7 +239,7 @@ def test_a_config_that_does_not_name_the_files_is_told(tmp_path: Path, capsys: p
     assert json.loads("{" + note.split("put ")[1].removesuffix(" into it") + "}") == {"auto_map": ARCHITECTURE.auto_map}
 
 
-@pytest.mark.parametrize(("model_type", "way_out"), [("qwen2", "--arch qwen2"), ("gpt2", "no architecture of the zoo")])
+@pytest.mark.parametrize(("model_type", "way_out"), [("qwen2", "--arch qwen2"), ("gpt2", "the zoo has none for it")])
 def test_a_directory_of_another_architecture_is_refused(
     model_type: str, way_out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -68,7 +68,7 @@ except ValueError as error:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("command", "said"), [(RUN, "no script of the zoo"), (DOCTOR, "is not run"), (["-c", OWN_CLASS], "custom code")]
+    ("command", "said"), [(RUN, "the zoo has none for it"), (DOCTOR, "is not run"), (["-c", OWN_CLASS], "custom code")]
 )
 def test_a_checkpoint_that_only_its_own_code_knows_is_refused(
     command: list[str], said: str, source: Path, tmp_path: Path

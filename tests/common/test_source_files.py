@@ -235,7 +235,8 @@ def test_a_dtype_that_no_model_has_is_refused(dtype: str, made: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model_type", "part"), [("qwen3", "run models/qwen3/convert_quant_weights.py"), ("gpt2", "they convert llama, ")]
+    ("model_type", "part"),
+    [("qwen3", "run models/qwen3/convert_quant_weights.py"), ("gpt2", "the zoo has none for it")],
 )
 def test_the_wrong_script_names_the_right_one(model_type: str, part: str, made: Path) -> None:
     edit_json(made / "config.json", model_type=model_type)

@@ -51,7 +51,7 @@ test-versions: setup-test
 	$(BIN)/python tests/versions/environments.py $(VERSIONS) $(addprefix --report ,$(REPORT))
 
 stateful: setup-test
-	OCTAVO_STATEFUL_STEPS=$(STEPS) $(BIN)/python -m pytest -q -s tests/common/test_cache_stateful.py
+	OCTAVO_STATEFUL_STEPS=$(STEPS) $(BIN)/python -m pytest -q -s tests/common/runtime/cache/test_stateful.py
 
 campaign: setup-test
 	$(BIN)/python -m tests.campaign --tries $(TRIES) --seed $(SEED)
@@ -59,7 +59,7 @@ campaign: setup-test
 check: setup-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	for arch in $(ARCHITECTURES); do $(BIN)/python -m octavo.common.bundle --arch $$arch --out .cache/bundle || exit 1; done
+	for arch in $(ARCHITECTURES); do $(BIN)/python -m octavo.common.convert.output.bundle --arch $$arch --out .cache/bundle || exit 1; done
 
 format: setup-test
 	$(BIN)/ruff check --fix .

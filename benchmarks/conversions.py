@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from octavo.common.architecture import Architecture
-from octavo.common.convert import main
+from octavo.common.convert.api import main
 
 INTERRUPTED = 130
 

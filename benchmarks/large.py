@@ -28,12 +28,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from octavo.common.calibration import read_calibration_file, tokenize
-from octavo.common.checkpoints.ascend import TensorHeader
-from octavo.common.checkpoints.shards import SAFETENSORS_DTYPES, PlannedFiles
-from octavo.common.checkpoints.writer import write_json
-from octavo.common.source import layerwise_source, load_tokenizer
-from octavo.common.streams import Stream
+from octavo.common.convert.calibration.streams import Stream
+from octavo.common.convert.calibration.texts import read_calibration_file, tokenize
+from octavo.common.convert.output.shards import SAFETENSORS_DTYPES, PlannedFiles
+from octavo.common.convert.output.writer import write_json
+from octavo.common.convert.source.checkpoint import layerwise_source, load_tokenizer
+from octavo.common.runtime.checkpoint.files import TensorHeader
 
 SCRIPT = Path(__file__).parents[1] / "models" / "llama3" / "convert_quant_weights.py"
 LLAMA_3_8B = {

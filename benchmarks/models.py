@@ -20,10 +20,12 @@ from tokenizers import models as token_models
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
-from octavo.common.cache import QuantizedCache, head_dim_of, kv_bits_per_element
-from octavo.common.compatibility import cache_argument
+from octavo.common.runtime.cache.quantized_cache import QuantizedCache
+from octavo.common.runtime.cache.sizes import kv_bits_per_element
+from octavo.common.runtime.compatibility import cache_argument
+from octavo.common.runtime.model_sizes import head_dim_of
 from octavo.models.llama3 import ARCHITECTURE
-from octavo.ops.library import NAMESPACE
+from octavo.ops.shared.registry import NAMESPACE
 
 SMOLLM2 = {
     "vocab_size": 49152,

@@ -28,12 +28,13 @@ from scoring import add_scoring_flags, load_float, read_windows
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from octavo.common.bundle import commit
-from octavo.common.cache import QuantizedCache, kv_bits_per_element
-from octavo.common.compatibility import cache_argument
-from octavo.common.evaluate import Fidelity, compare
-from octavo.common.folds import prepare
-from octavo.common.scheme import load_scheme
+from octavo.common.convert.measure.fidelity import Fidelity, compare
+from octavo.common.convert.output.bundle import commit
+from octavo.common.runtime.bias_fold import prepare
+from octavo.common.runtime.cache.quantized_cache import QuantizedCache
+from octavo.common.runtime.cache.sizes import kv_bits_per_element
+from octavo.common.runtime.compatibility import cache_argument
+from octavo.common.runtime.schemes.kv_scheme import load_scheme
 
 CHUNK = 64
 GROUP, RESIDUAL = 64, 128

@@ -18,17 +18,18 @@ from scoring import Reference, add_scoring_flags, load_float, read_windows
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from octavo.common.bundle import commit
-from octavo.common.cache import QuantizedCache, kv_bits_per_element
-from octavo.common.calibration import read_calibration_file, tokenize
-from octavo.common.codebooks import fit_codebooks
-from octavo.common.compatibility import cache_argument
+from octavo.common.convert.calibration.codebooks import fit_codebooks
+from octavo.common.convert.calibration.observe import calibrate
+from octavo.common.convert.calibration.texts import read_calibration_file, tokenize
+from octavo.common.convert.output.bundle import commit
 from octavo.common.errors import OctavoError
-from octavo.common.folds import prepare
-from octavo.common.observe import calibrate
-from octavo.common.scheme import PRESETS, Scheme, load_scheme
-from octavo.common.statistics import Statistics, load_statistics, scales_of
-from octavo.ops.library import NAMESPACE
+from octavo.common.runtime.bias_fold import prepare
+from octavo.common.runtime.cache.quantized_cache import QuantizedCache
+from octavo.common.runtime.cache.sizes import kv_bits_per_element
+from octavo.common.runtime.compatibility import cache_argument
+from octavo.common.runtime.schemes.kv_scheme import PRESETS, Scheme, load_scheme
+from octavo.common.runtime.static_scales import Statistics, load_statistics, scales_of
+from octavo.ops.shared.registry import NAMESPACE
 
 COLUMNS = ("commit", "model", "what", "bits", "windows", "length", "kl", "perplexity", "float_perplexity", "top1")
 FLOAT_WEIGHTS = "float weights + "

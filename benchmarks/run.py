@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from models import MODEL_CASES
 from octavo import ops
-from octavo.common.bundle import commit
+from octavo.common.convert.output.bundle import commit
 
 CASES = {kind: [*OP_CASES[kind], *MODEL_CASES[kind]] for kind in OP_CASES}
 COLUMNS = (

@@ -9,7 +9,7 @@ from rows import Row
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from octavo.common.evaluate import compare, windows
+from octavo.common.convert.measure.fidelity import compare, windows
 
 
 def add_scoring_flags(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,6 @@ from torch.nn import functional
 from octavo import ops
 from octavo.ops.attention.reference import attention_reference
 from octavo.ops.codec.reference import encode_reference, encode_token_reference
-from octavo.ops.codes import pack_int4
 from octavo.ops.linear.reference import (
     WEIGHT_BLOCK,
     linear_fp8_reference,
@@ -18,6 +17,7 @@ from octavo.ops.linear.reference import (
     linear_w8a8_reference,
     linear_weight_only_reference,
 )
+from octavo.ops.shared.codes import pack_int4
 
 LIMITS = {"cpu": 1e-5, "cuda": 2e-2}
 """Relative error from the reference, as in tests/tolerances.py: of float32 on the CPU, of bfloat16 on a GPU."""

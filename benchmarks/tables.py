@@ -15,11 +15,11 @@ from transformers import LlamaConfig
 from weights import CONDITIONS, PRESET, grid
 
 from models import SHAPES
-from octavo.common.cache import kv_bits_per_element, kv_bytes_per_token
-from octavo.common.codec import Codec
-from octavo.common.flags import ACT_METHOD_NAMES
-from octavo.common.linear_scheme import W8A8
-from octavo.common.scheme import CROP_ROOM, PRESETS, load_scheme
+from octavo.common.convert.flags import ACT_METHOD_NAMES
+from octavo.common.runtime.cache.sizes import kv_bits_per_element, kv_bytes_per_token
+from octavo.common.runtime.schemes.kv_scheme import CROP_ROOM, PRESETS, load_scheme
+from octavo.common.runtime.schemes.linear_scheme import W8A8
+from octavo.common.runtime.schemes.tensor_codec import Codec
 
 ROOT = Path(__file__).parents[1]
 QUALITY_MODEL = "smollm2-135m"

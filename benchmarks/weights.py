@@ -26,11 +26,11 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from octavo.common.architecture import Architecture
-from octavo.common.bundle import code_digest, commit
-from octavo.common.calibration import read_calibration_file
-from octavo.common.flags import ACT_METHOD_NAMES, ANTI_METHODS, END_TO_END, parse_flags
-from octavo.common.job import chosen_scheme
-from octavo.common.linear_scheme import W8A8, WEIGHT_METHODS
+from octavo.common.convert.calibration.texts import read_calibration_file
+from octavo.common.convert.flags import ACT_METHOD_NAMES, ANTI_METHODS, END_TO_END, parse_flags
+from octavo.common.convert.job import chosen_scheme
+from octavo.common.convert.output.bundle import code_digest, commit
+from octavo.common.runtime.schemes.linear_scheme import W8A8, WEIGHT_METHODS
 
 FILE = "weights.csv"
 COLUMNS = ("commit", "code", "model", "case", "kind", "anti_method", "act_method", "w_method", "cache", "linears",

@@ -1,11 +1,15 @@
 """What the shared scripts need to know of an architecture; each `models/` folder states one."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from .errors import OctavoError
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -46,3 +50,45 @@ class Architecture:
     def auto_map(self) -> dict[str, str]:
         """What makes transformers load the modeling file that lies beside the weights."""
         return {"AutoModelForCausalLM": f"{self.module}.{self.model_class.__name__}"}
+
+
+def _folders() -> list[str]:
+    """The folders of architectures."""
+    return sorted(file.parent.name for file in REPOSITORY.glob("models/*/modeling_*_fa3.py"))
+
+
+def load_architecture(name: str) -> Architecture:
+    """The architecture of a folder under `models/`.
+
+    Raises:
+        OctavoError: there is no such folder; the message lists those there are.
+    """
+    if name not in _folders():
+        raise OctavoError(f"--arch {name}: is none of {', '.join(_folders())}")
+    return import_module(f"..models.{name}", __package__).ARCHITECTURE
+
+
+_STATED = re.compile(r'^ARCHITECTURE = Architecture\("(\w+)", "(\w+)"', re.MULTILINE)
+
+
+def stated_architectures(models: Path = REPOSITORY / "models") -> dict[str, str]:
+    """Folder under `models/` by the model_type that it converts, as the folders state it; none is imported."""
+    texts = [file.read_text(encoding="utf-8") for file in sorted(models.glob("*/__init__.py"))]
+    return {model_type: name for text in texts for name, model_type in _STATED.findall(text)}
+
+
+def check_model_type(config: Path, model_type: Any, architecture: Architecture, who: str, way_out: str) -> None:
+    """Raise an `OctavoError` if a config.json is of another architecture than the one that is to serve it.
+
+    Args:
+        config: the file, for the message.
+        model_type: what it says.
+        who: what serves the architecture, and that it does: "models/llama3 converts".
+        way_out: what serves the other one, with `{}` for its folder under `models/`.
+    """
+    if model_type == architecture.model_type:
+        return
+    known = stated_architectures()
+    other = known.get(model_type) if isinstance(model_type, str) else None
+    mend = way_out.format(other) if other else f"the zoo has none for it (it has {', '.join(sorted(known))})"
+    raise OctavoError(f"{config}: model_type is {model_type!r} and {who} {architecture.model_type!r}; {mend}")

@@ -15,12 +15,12 @@ from fetch_smollm2 import FetchError, default_directory, fetch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from octavo.common.cache import kv_bytes_per_token
-from octavo.common.calibration import default_texts, hold_back, tokenize
-from octavo.common.checkpoints.ascend import DESCRIPTION_FILE
-from octavo.common.convert import main as convert
-from octavo.common.evaluate import compare
-from octavo.common.scheme import load_scheme
+from octavo.common.convert.api import main as convert
+from octavo.common.convert.calibration.texts import default_texts, hold_back, tokenize
+from octavo.common.convert.measure.fidelity import compare
+from octavo.common.runtime.cache.sizes import kv_bytes_per_token
+from octavo.common.runtime.checkpoint.ascend import DESCRIPTION_FILE
+from octavo.common.runtime.schemes.kv_scheme import load_scheme
 from octavo.models.llama3 import ARCHITECTURE
 
 PROMPT = "Explain in two sentences why the sky is blue."

@@ -9,9 +9,10 @@ import argparse
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from octavo.common.cache import QuantizedCache, kv_bytes_per_token
-from octavo.common.folds import prepare
-from octavo.common.scheme import PRESETS, load_scheme
+from octavo.common.runtime.bias_fold import prepare
+from octavo.common.runtime.cache.quantized_cache import QuantizedCache
+from octavo.common.runtime.cache.sizes import kv_bytes_per_token
+from octavo.common.runtime.schemes.kv_scheme import PRESETS, load_scheme
 
 
 def main() -> None:

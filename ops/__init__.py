@@ -2,8 +2,8 @@
 
 from .attention import attention, attention_lse
 from .codec import decode, encode, encode_token
-from .library import report
 from .linear import linear_fp8, linear_w8a8, linear_w8a8_dynamic, linear_weight_only
+from .shared.registry import report
 
 __all__ = [
     "attention",

@@ -59,7 +59,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def converted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`converted(*flags)`: the tiny Llama converted with these flags, once per session; read only."""
-    from octavo.common.convert import main
+    from octavo.common.convert.api import main
     from octavo.models.llama3 import ARCHITECTURE
 
     made: dict[tuple[str, ...], Path] = {}

@@ -6,7 +6,7 @@ import tomllib
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from octavo.common.compatibility import TESTED_TRANSFORMERS
+from octavo.common.runtime.compatibility import TESTED_TRANSFORMERS
 
 from .support import REPOSITORY
 

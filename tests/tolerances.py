@@ -24,7 +24,7 @@ TOLERANCES = {
     "linear": 2e-6,
     "linear in half": 2e-3,
     "logits": 1e-4,
-    # A token at a time: rounding of the linears tips some codes over (see tests/common/test_cache.py).
+    # A token at a time: rounding of the linears tips some codes over (see test_quantized_cache.py).
     "codes tipped over": 5e-3,
     "logits rmse with codes tipped over": 1e-3,
     # Directories of msmodelslim against a simulation in float64; quantization itself is 0.22 away from the float model.

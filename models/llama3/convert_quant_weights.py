@@ -3,7 +3,7 @@
 import sys
 
 try:
-    from octavo.common.convert import main
+    from octavo.common.convert.api import main
     from octavo.models.llama3 import ARCHITECTURE
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error}; run 'make setup' once and then .venv/bin/python instead of python")

@@ -13,7 +13,7 @@ its attention and nothing else that quantization must know of, so this file only
 
 import transformers
 
-from ...common.model import QuantizedCausalLM
+from ...common.runtime.model import QuantizedCausalLM
 
 
 class LlamaForCausalLM(QuantizedCausalLM, transformers.LlamaForCausalLM):

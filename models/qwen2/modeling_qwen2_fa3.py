@@ -9,13 +9,13 @@
       -> o_proj
 
 "fa3" is Ascend's word for 8-bit per-head attention quantization (FAQuant), not FlashAttention-3. K biases reach 200 on
-single channels: one scale per token or head would lose what lies beside them, so `common/folds.py` keeps them out of
-the cache. Ascend's own schemes count them in: a scale per channel (C8) holds them, one per head does not.
+single channels: one scale per token or head would lose what lies beside them, so `bias_fold.py` keeps them out of the
+cache. Ascend's own schemes count them in: a scale per channel (C8) holds them, one per head does not.
 """
 
 import transformers
 
-from ...common.model import QuantizedCausalLM
+from ...common.runtime.model import QuantizedCausalLM
 
 
 class Qwen2ForCausalLM(QuantizedCausalLM, transformers.Qwen2ForCausalLM):

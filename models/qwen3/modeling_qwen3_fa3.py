@@ -12,7 +12,7 @@
 
 import transformers
 
-from ...common.model import QuantizedCausalLM
+from ...common.runtime.model import QuantizedCausalLM
 
 
 class Qwen3ForCausalLM(QuantizedCausalLM, transformers.Qwen3ForCausalLM):

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..library import define, implement
+from ..shared.registry import define, implement
 from .cpu import attention_cpu, attention_cpu_description, attention_lse_cpu
 from .cuda import ATTENTION_CUDA, attention_cuda, attention_lse_cuda
 from .npu import ATTENTION_NPU, attention_lse_npu, attention_npu

@@ -2,8 +2,8 @@
 
 import torch
 
-from ..codes import code_width
-from ..operands import (
+from ..shared.codes import code_width
+from ..shared.operands import (
     STORED_DTYPES,
     VALUE_DTYPES,
     broadcast_strides,

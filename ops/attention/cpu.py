@@ -5,15 +5,15 @@ from typing import Any
 
 import torch
 
-from ..codes import FP8_DTYPES
-from ..compile import CKernel
-from ..operands import KINDS, broadcast_strides, part_strides
+from ..shared.codes import FP8_DTYPES
+from ..shared.compile import CKernel
+from ..shared.operands import KINDS, broadcast_strides, part_strides
 from .arguments import check_attention, check_operands, check_query_scale, has_position_scores
 from .reference import attention_lse_reference, attention_reference, quantized_query
 
 ATTENTION_KERNEL = CKernel(
     "attention",
-    ("ops/vector.h", "ops/attention/micro.h", "ops/attention/integer.h", "ops/attention/attention.c"),
+    ("ops/shared/vector.h", "ops/attention/micro.h", "ops/attention/integer.h", "ops/attention/attention.c"),
     ("attention",),
 )
 _pack_attention = struct.Struct("84q1d").pack

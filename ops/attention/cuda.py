@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..codes import FP8_DTYPES
-from ..cuda import (
+from ..shared.codes import FP8_DTYPES
+from ..shared.operands import broadcast_strides, part_strides
+from ..shared.triton_helpers import (
     CODE_KINDS,
     FP8_CAPABILITY,
     codes_as_float,
@@ -30,7 +31,6 @@ from ..cuda import (
     to_code,
     triton_serves,
 )
-from ..operands import broadcast_strides, part_strides
 from .arguments import LARGEST_COUNT, check_attention
 from .reference import attention_lse_reference, attention_reference
 

@@ -10,7 +10,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..npu import npu_description, quantize_static, refuse_fp8, require_npu_float, torch_npu_module, whole_storage
+from ..shared.npu_helpers import (
+    npu_description,
+    quantize_static,
+    refuse_fp8,
+    require_npu_float,
+    torch_npu_module,
+    whole_storage,
+)
 from .arguments import LARGEST_COUNT, check_attention
 from .reference import attention_lse_reference, attention_reference
 

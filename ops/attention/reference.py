@@ -1,4 +1,4 @@
-"""The attention op: softmax(q k^T) v where k and v are codes; `ops/codes.py` says how codes are stored.
+"""The attention op: softmax(q k^T) v where k and v are codes; `ops/shared/codes.py` says how codes are stored.
 
 B batch, Q query tokens, S stored tokens, H query heads, G KV heads, D head_dim. Query head h reads KV head
 `h // (H // G)`.
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..codes import CODE_RANGES, FP8_DTYPES, expand_scale, from_codes
+from ..shared.codes import CODE_RANGES, FP8_DTYPES, expand_scale, from_codes
 from .arguments import LARGEST_COUNT, check_attention
 
 KEY_BLOCK = 1024

@@ -2,8 +2,8 @@
 
 import torch
 
-from ..codes import code_width
-from ..library import define, implement
+from ..shared.codes import code_width
+from ..shared.registry import define, implement
 from .cpu import CODEC_KERNEL, decode_cpu, encode_cpu, encode_token_cpu
 from .cuda import CODEC_CUDA, decode_cuda, encode_cuda, encode_token_cuda
 from .npu import DECODE_NPU, ENCODE_NPU, ENCODE_TOKEN_NPU, decode_npu, encode_npu, encode_token_npu

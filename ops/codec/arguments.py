@@ -2,8 +2,8 @@
 
 import torch
 
-from ..codes import CODE_RANGES, check_levels, code_width, stored_width
-from ..operands import (
+from ..shared.codes import CODE_RANGES, check_levels, code_width, stored_width
+from ..shared.operands import (
     STORED_DTYPES,
     VALUE_DTYPES,
     check_devices,

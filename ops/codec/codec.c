@@ -30,7 +30,7 @@ typedef struct {
     int64_t b, g, s, at; /* `at`: the token in storage */
 } Row;
 
-/* The smallest and largest code, as code_range of ops/codes.py. */
+/* The smallest and largest code, as code_range of ops/shared/codes.py. */
 INLINE float largest_code(const CodecArguments *a) {
     switch (a->code_kind) {
     case KIND_INT8: return 127.0f;

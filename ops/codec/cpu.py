@@ -4,15 +4,15 @@ import struct
 
 import torch
 
-from ..codes import check_levels
-from ..compile import CKernel
-from ..operands import FLOAT_KINDS, KINDS, part_strides
+from ..shared.codes import check_levels
+from ..shared.compile import CKernel
+from ..shared.operands import FLOAT_KINDS, KINDS, part_strides
 from .arguments import check_rope, check_stored, check_target, check_token_parts
 from .reference import decode_reference, encode_reference, encode_token_reference
 
 CODEC_KERNEL = CKernel(
     "codec",
-    ("ops/vector.h", "ops/rounding.h", "ops/codec/packed.h", "ops/codec/codec.c"),
+    ("ops/shared/vector.h", "ops/shared/rounding.h", "ops/codec/packed.h", "ops/codec/codec.c"),
     ("encode", "encode_token", "decode"),
 )
 _pack_codec = struct.Struct("41q").pack

@@ -7,8 +7,9 @@ rounds as the references do, without fused multiply-adds, so the codes are their
 
 import torch
 
-from ..codes import LARGEST_ZERO, SMALLEST_SCALE, code_range
-from ..cuda import (
+from ..shared.codes import LARGEST_ZERO, SMALLEST_SCALE, code_range
+from ..shared.operands import broadcast_strides, part_strides
+from ..shared.triton_helpers import (
     CODE_KINDS,
     FP8_CAPABILITY,
     codes_as_float,
@@ -25,7 +26,6 @@ from ..cuda import (
     to_code,
     triton_serves,
 )
-from ..operands import broadcast_strides, part_strides
 from .arguments import check_decode, check_encode, check_encode_token
 from .reference import decode_reference, encode_reference, encode_token_reference
 

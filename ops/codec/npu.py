@@ -2,8 +2,8 @@
 
 import torch
 
-from ..codes import INT8_MIN, SMALLEST_SCALE, code_range, pack_codes
-from ..npu import (
+from ..shared.codes import INT8_MIN, SMALLEST_SCALE, code_range, pack_codes
+from ..shared.npu_helpers import (
     is_static,
     npu_description,
     position_in_storage,

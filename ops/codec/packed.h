@@ -1,4 +1,4 @@
-/* Codes of 2, 3 and 4 bits in bytes, as ops/codes.py packs them. Stands behind rounding.h.
+/* Codes of 2, 3 and 4 bits in bytes, as ops/shared/codes.py packs them. Stands behind rounding.h.
  *
  * An index is the code plus half the number of codes; a table says what each index stands for, whether these are whole
  * numbers or the levels of a codebook. */

@@ -1,11 +1,11 @@
-"""The codec ops: float values to codes and back, `x = (code - zero) * scale`; `ops/codes.py` says how codes are stored.
+"""The codec ops: float values to codes and back, `x = (code - zero) * scale`; `codes.py` says how codes are stored.
 
 B batch, G KV heads, S new tokens, C capacity of a storage, D head_dim.
 """
 
 import torch
 
-from ..codes import (
+from ..shared.codes import (
     FP8_DTYPES,
     code_range,
     dynamic_scale,

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..library import define, implement
+from ..shared.registry import define, implement
 from .cpu import (
     LINEAR_KERNEL,
     linear_fp8_cpu,

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..operands import VALUE_DTYPES, dtype_name
+from ..shared.operands import VALUE_DTYPES, dtype_name
 
 WEIGHT_BLOCK = 32
 """Codes of an int4 weight that are packed together: the smallest group, which divides every K."""

@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import torch
 
-from ..compile import CKernel
-from ..operands import FLOAT_KINDS, KINDS
+from ..shared.compile import CKernel
+from ..shared.operands import FLOAT_KINDS, KINDS
 from .arguments import WEIGHT_BLOCK, check_fp8, check_w8a8, check_w8a8_dynamic, check_weight_only
 from .reference import (
     linear_fp8_reference,
@@ -17,7 +17,13 @@ from .reference import (
 
 LINEAR_KERNEL = CKernel(
     "linear",
-    ("ops/vector.h", "ops/rounding.h", "ops/linear/linear.h", "ops/linear/integer.c", "ops/linear/float.c"),
+    (
+        "ops/shared/vector.h",
+        "ops/shared/rounding.h",
+        "ops/linear/linear.h",
+        "ops/linear/integer.c",
+        "ops/linear/float.c",
+    ),
     ("linear_w8a8", "linear_w8a8_dynamic", "linear_weight_only", "linear_fp8"),
 )
 _pack_linear = struct.Struct("19q").pack

@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 import torch
 
-from ..codes import CODE_RANGES, SMALLEST_SCALE
-from ..cuda import (
+from ..shared.codes import CODE_RANGES, SMALLEST_SCALE
+from ..shared.operands import check_devices
+from ..shared.triton_helpers import (
     FP8_CAPABILITY,
     codes_as_float,
     codes_as_half,
@@ -24,7 +25,6 @@ from ..cuda import (
     to_code,
     triton_serves,
 )
-from ..operands import check_devices
 from .arguments import WEIGHT_BLOCK, check_fp8, check_w8a8, check_w8a8_dynamic, check_weight_only
 from .reference import (
     linear_fp8_reference,

@@ -75,7 +75,7 @@ INLINE f32x8 x_at(const LinearArguments *a, int64_t row, int64_t k) {
     return load_any(a->x, row * a->depth + k, a->depth - k, a->kind);
 }
 
-/* max|x| / largest of a row, at least SMALLEST_SCALE of ops/codes.py; NaN if the row has one. */
+/* max|x| / largest of a row, at least SMALLEST_SCALE of ops/shared/codes.py; NaN if the row has one. */
 static float dynamic_scale(const LinearArguments *a, int64_t row, float largest_code) {
     f32x8 largest = splat(0.0f);
     i32x8 is_nan = {0};

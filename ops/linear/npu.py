@@ -3,9 +3,9 @@
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..codes import unpack_int4
-from ..npu import npu_description, require_npu_float, torch_npu_module
-from ..operands import check_devices
+from ..shared.codes import unpack_int4
+from ..shared.npu_helpers import npu_description, require_npu_float, torch_npu_module
+from ..shared.operands import check_devices
 from .arguments import WEIGHT_BLOCK, check_w8a8, check_w8a8_dynamic, check_weight_only
 
 LINEAR_NPU = npu_description("npu_quantize and npu_quant_matmul")

@@ -1,12 +1,12 @@
-"""The linear ops: `x W^T + bias` where W, and for some x too, is in codes; `ops/codes.py` says how codes are stored.
+"""The linear ops: `x W^T + bias` where W, and for some x too, is in codes; `codes.py` says how codes are stored.
 
 N output channels, K input channels.
 """
 
 import torch
 
-from ..codes import CODE_RANGES, INT8_MAX, dynamic_scale, expand_scale, from_codes
-from ..operands import check_devices
+from ..shared.codes import CODE_RANGES, INT8_MAX, dynamic_scale, expand_scale, from_codes
+from ..shared.operands import check_devices
 from .arguments import WEIGHT_BLOCK, check_fp8, check_w8a8, check_w8a8_dynamic, check_weight_only
 
 EXACT_PRODUCTS = 1024

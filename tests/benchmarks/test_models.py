@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from octavo.common.cache import QuantizedCache
+from octavo.common.runtime.cache.quantized_cache import QuantizedCache
 
 from ..support import REPOSITORY
 

@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from octavo.common.cache import QuantizedCache
+from octavo.common.runtime.cache.quantized_cache import QuantizedCache
 
 from ..support import REPOSITORY, random_ids, tiny_llama
 

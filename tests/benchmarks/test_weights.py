@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from octavo.common.flags import parse_flags
+from octavo.common.convert.flags import parse_flags
 from octavo.models.llama3 import ARCHITECTURE
 
 from ..support import REPOSITORY, TEXTS, save_source, tiny_llama

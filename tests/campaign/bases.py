@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, LlamaForCausalLM, PreTrainedConfig, Qwen2Config, Qwen2ForCausalLM
 
 from octavo.common.architecture import Architecture
-from octavo.common.convert import main
+from octavo.common.convert.api import main
 from octavo.models.llama3 import ARCHITECTURE as LLAMA
 from octavo.models.qwen2 import ARCHITECTURE as QWEN2
 
@@ -90,7 +90,7 @@ def convert_quietly(architecture: Architecture, argv: list[str], is_sharded: boo
     """Run the conversion script in this process; its exit code. Sharded: gigabytes are a few KB."""
     with contextlib.ExitStack() as stack:
         if is_sharded:
-            stack.enter_context(mock.patch("octavo.common.convert.GIGABYTE", SHARD_BYTES))
+            stack.enter_context(mock.patch("octavo.common.convert.api.GIGABYTE", SHARD_BYTES))
         return main(architecture, argv)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from octavo.ops.codes import stored_width
+from octavo.ops.shared.codes import stored_width
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 CODES = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)

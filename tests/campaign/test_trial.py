@@ -7,7 +7,7 @@ from random import Random
 import pytest
 
 from octavo.common.errors import OctavoError
-from octavo.ops.codes import code_range
+from octavo.ops.shared.codes import code_range
 
 from . import trial
 from .outcomes import (

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from octavo.common.bundle import main as bundle_main
+from octavo.common.convert.output.bundle import main as bundle_main
 
 from ..support import REPOSITORY
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 import transformers
 
-from octavo.common import convert as conversion
 from octavo.common.architecture import Architecture
+from octavo.common.convert import api as conversion
 from octavo.models import mistral, qwen2, qwen3
 
 from ..support import convert_flags, random_ids, randomized, save_source, tiny_config

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from octavo.common import convert as conversion
+from octavo.common.convert import api as conversion
 from octavo.models.llama3 import ARCHITECTURE, float_linears
 from octavo.models.llama3.modeling_llama_fa3 import LlamaForCausalLM
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from octavo.common.convert import main
+from octavo.common.convert.api import main
 from octavo.models.llama3 import ARCHITECTURE
 
 from ..support import convert_flags, run_python, save_source, tiny_llama

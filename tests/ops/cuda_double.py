@@ -14,9 +14,14 @@ import numpy as np
 import pytest
 import torch
 
-from octavo.ops.cuda import GPUS, Gpu, tl, triton
+from octavo.ops.shared.triton_helpers import GPUS, Gpu, tl, triton
 
-MODULES = ("octavo.ops.cuda", "octavo.ops.attention.cuda", "octavo.ops.codec.cuda", "octavo.ops.linear.cuda")
+MODULES = (
+    "octavo.ops.shared.triton_helpers",
+    "octavo.ops.attention.cuda",
+    "octavo.ops.codec.cuda",
+    "octavo.ops.linear.cuda",
+)
 LANGUAGE = ("triton.language", "triton.language.standard")
 """Where Triton keeps functions of its language that are kernels themselves, as `tl.sum`."""
 CPU = torch.device("cpu")

@@ -23,7 +23,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from octavo.ops.library import NAMESPACE
+from octavo.ops.shared.registry import NAMESPACE
 
 from .npu_models import DTYPE_CODES, MODELS
 

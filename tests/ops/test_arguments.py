@@ -15,7 +15,6 @@ from octavo.ops.attention.reference import attention_lse_reference, attention_re
 from octavo.ops.codec.cuda import decode_cuda, encode_cuda, encode_token_cuda
 from octavo.ops.codec.npu import decode_npu, encode_npu, encode_token_npu
 from octavo.ops.codec.reference import decode_reference, encode_reference, encode_token_reference
-from octavo.ops.cuda import triton
 from octavo.ops.linear.arguments import LARGEST_DEPTH
 from octavo.ops.linear.cuda import linear_fp8_cuda, linear_w8a8_cuda, linear_w8a8_dynamic_cuda, linear_weight_only_cuda
 from octavo.ops.linear.npu import linear_w8a8_dynamic_npu, linear_w8a8_npu, linear_weight_only_npu
@@ -25,6 +24,7 @@ from octavo.ops.linear.reference import (
     linear_w8a8_reference,
     linear_weight_only_reference,
 )
+from octavo.ops.shared.triton_helpers import triton
 
 from .cuda_double import interpreted, needs_triton
 

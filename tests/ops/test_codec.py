@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from octavo.ops import decode, encode, encode_token
 from octavo.ops.codec.reference import decode_reference, encode_reference, encode_token_reference
-from octavo.ops.codes import FP8_DTYPES, WIDTH_STEPS, stored_width
+from octavo.ops.shared.codes import FP8_DTYPES, WIDTH_STEPS, stored_width
 
 pytestmark = pytest.mark.usefixtures("build")
 TOKENS, CAPACITY = 33, 64

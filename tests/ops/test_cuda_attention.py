@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from octavo.ops import attention, attention_lse
 from octavo.ops.attention.cuda import attention_cuda, attention_lse_cuda
 from octavo.ops.attention.reference import attention_lse_reference, attention_reference
-from octavo.ops.codes import to_codes
+from octavo.ops.shared.codes import to_codes
 
 from ..tolerances import TOLERANCES
 from .cuda_double import SHARED_MEMORY, compiled, interpreted, needs_gpu, needs_triton

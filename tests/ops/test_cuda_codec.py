@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from octavo.ops import decode, encode, encode_token
 from octavo.ops.codec.cuda import decode_cuda, encode_cuda, encode_token_cuda
 from octavo.ops.codec.reference import decode_reference, encode_reference, encode_token_reference
-from octavo.ops.codes import stored_width
+from octavo.ops.shared.codes import stored_width
 
 from ..tolerances import TOLERANCES
 from .cuda_double import compiled, interpreted, needs_gpu, needs_triton

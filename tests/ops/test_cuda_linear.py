@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octavo.ops import linear_fp8, linear_w8a8, linear_w8a8_dynamic, linear_weight_only
-from octavo.ops.codes import pack_int4
 from octavo.ops.linear.cuda import (
     linear_fp8_cuda,
     linear_w8a8_cuda,
@@ -22,6 +21,7 @@ from octavo.ops.linear.reference import (
     linear_w8a8_reference,
     linear_weight_only_reference,
 )
+from octavo.ops.shared.codes import pack_int4
 
 from ..tolerances import TOLERANCES
 from .cuda_double import SHARED_MEMORY, compiled, interpreted, needs_gpu, needs_triton

@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octavo.ops import linear_fp8, linear_w8a8, linear_w8a8_dynamic, linear_weight_only
-from octavo.ops.codes import pack_int4
 from octavo.ops.linear.reference import (
     linear_fp8_reference,
     linear_w8a8_dynamic_reference,
     linear_w8a8_reference,
     linear_weight_only_reference,
 )
+from octavo.ops.shared.codes import pack_int4
 
 from ..tolerances import TOLERANCES
 

@@ -5,12 +5,12 @@ from typing import Any
 import pytest
 import torch
 
-from octavo.common.cache import QuantizedCache
-from octavo.common.statistics import LayerScales
+from octavo.common.runtime.cache.quantized_cache import QuantizedCache
+from octavo.common.runtime.static_scales import LayerScales
 from octavo.ops import attention, attention_lse
 from octavo.ops.attention.reference import attention_lse_reference, attention_reference
 from octavo.ops.codec.reference import encode_reference
-from octavo.ops.codes import pack_int4
+from octavo.ops.shared.codes import pack_int4
 
 from ..support import random_ids, tiny_llama, with_cache
 from ..tolerances import TOLERANCES

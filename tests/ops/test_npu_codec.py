@@ -5,7 +5,7 @@ import torch
 
 from octavo.ops import decode, encode, encode_token
 from octavo.ops.codec.reference import decode_reference, encode_reference, encode_token_reference
-from octavo.ops.codes import SMALLEST_SCALE, WIDTH_STEPS, from_codes, stored_width
+from octavo.ops.shared.codes import SMALLEST_SCALE, WIDTH_STEPS, from_codes, stored_width
 
 from ..tolerances import TOLERANCES
 from .npu_double import TorchNpu, installed_double, on_npu

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from octavo.ops import linear_w8a8, linear_w8a8_dynamic, linear_weight_only
-from octavo.ops.codes import pack_int4
 from octavo.ops.linear import npu as kernels
 from octavo.ops.linear.npu import linear_w8a8_npu
 from octavo.ops.linear.reference import (
@@ -16,6 +15,7 @@ from octavo.ops.linear.reference import (
     linear_w8a8_reference,
     linear_weight_only_reference,
 )
+from octavo.ops.shared.codes import pack_int4
 
 from ..tolerances import TOLERANCES
 from .npu_double import TorchNpu, installed_double, on_npu, relative_rmse

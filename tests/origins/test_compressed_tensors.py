@@ -6,10 +6,10 @@ from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
 from compressed_tensors.quantization.utils import calculate_qparams
 
-from octavo.common.scheme import load_scheme
-from octavo.common.statistics import static_scale, symmetric_scale
-from octavo.common.store import CodeStore
-from octavo.ops.codes import SMALLEST_SCALE
+from octavo.common.runtime.cache.code_store import CodeStore
+from octavo.common.runtime.schemes.kv_scheme import load_scheme
+from octavo.common.runtime.static_scales import static_scale, symmetric_scale
+from octavo.ops.shared.codes import SMALLEST_SCALE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

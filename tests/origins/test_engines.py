@@ -7,11 +7,11 @@ the tests say by how much.
 import pytest
 import torch
 
-from octavo.common.codec import Codec
-from octavo.common.scheme import load_scheme
-from octavo.common.statistics import static_scale, symmetric_scale
-from octavo.common.store import CodeStore
-from octavo.ops.codes import unpack_int4
+from octavo.common.runtime.cache.code_store import CodeStore
+from octavo.common.runtime.schemes.kv_scheme import load_scheme
+from octavo.common.runtime.schemes.tensor_codec import Codec
+from octavo.common.runtime.static_scales import static_scale, symmetric_scale
+from octavo.ops.shared.codes import unpack_int4
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

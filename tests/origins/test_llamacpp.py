@@ -11,10 +11,10 @@ from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
 from gguf.quants import dequantize, quantize
 
-from octavo.common.ranges import llamacpp_codes
-from octavo.common.scheme import load_scheme
-from octavo.common.store import CodeStore
-from octavo.ops.codes import unpack_int4
+from octavo.common.runtime.cache.code_store import CodeStore
+from octavo.common.runtime.cache.dynamic_scales import llamacpp_codes
+from octavo.common.runtime.schemes.kv_scheme import load_scheme
+from octavo.ops.shared.codes import unpack_int4
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")]
 

@@ -14,10 +14,10 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from octavo.common import convert as conversion
 from octavo.common.architecture import Architecture
-from octavo.common.cache import QuantizedCache
-from octavo.common.folds import prepare
+from octavo.common.convert import api as conversion
+from octavo.common.runtime.bias_fold import prepare
+from octavo.common.runtime.cache.quantized_cache import QuantizedCache
 from octavo.models import llama3, mistral, qwen2, qwen3
 
 from ..support import CACHE_NAME, convert_flags, random_ids, randomized, save_source, tiny_config, with_cache

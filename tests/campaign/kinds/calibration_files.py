@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 
-from octavo.common.calibration import TEXT_KEY, read_calibration_file
+from octavo.common.convert.calibration.texts import TEXT_KEY, read_calibration_file
 
 from ..json_damage import wrong_value
 from ..trial import Accepted, Attempt, Expect, Room

@@ -7,8 +7,8 @@ from random import Random
 
 import torch
 
-from octavo.common.checkpoints.writer import stage_path
-from octavo.common.scheme import PRESETS
+from octavo.common.convert.output.writer import stage_path
+from octavo.common.runtime.schemes.kv_scheme import PRESETS
 from octavo.models.llama3 import ARCHITECTURE
 
 from ...support import TEXTS

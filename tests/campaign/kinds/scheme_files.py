@@ -9,10 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from octavo.common.architecture import REPOSITORY
-from octavo.common.cache import QuantizedCache, kv_bits_per_element
-from octavo.common.folds import prepare
-from octavo.common.scheme import PRESETS, Scheme, load_scheme
-from octavo.common.statistics import load_statistics, scales_of
+from octavo.common.runtime.bias_fold import prepare
+from octavo.common.runtime.cache.quantized_cache import QuantizedCache
+from octavo.common.runtime.cache.sizes import kv_bits_per_element
+from octavo.common.runtime.schemes.kv_scheme import PRESETS, Scheme, load_scheme
+from octavo.common.runtime.static_scales import load_statistics, scales_of
 
 from ...support import with_cache
 from ..bases import IDS
@@ -52,7 +53,9 @@ def _try(file: Path, room: Room) -> Accepted:
 def scheme(rng: Random, room: Room) -> Attempt:
     """A preset's file with damage; what is accepted has to run, and to be itself when written and read."""
     preset = rng.choice([name for name in PRESETS if not name.startswith("kvquant")])
-    damaged = damage_json(rng, (REPOSITORY / "common" / "presets" / f"{preset}.json").read_bytes())
+    damaged = damage_json(
+        rng, (REPOSITORY / "common" / "runtime" / "schemes" / "presets" / f"{preset}.json").read_bytes()
+    )
     file = room.scratch / "scheme.json"
     file.write_bytes(damaged.text)
     return Attempt(f"{preset}: {damaged.what}", functools.partial(_try, file, room))

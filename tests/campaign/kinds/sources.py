@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
-from octavo.common.checkpoints.writer import stage_path
+from octavo.common.convert.output.writer import stage_path
 
 from ...support import convert_flags
 from ..bases import ARCHITECTURES, OUTPUTS, convert_quietly, difference, expected_logits, logits_of

@@ -7,8 +7,8 @@ from random import Random
 
 import torch
 
-from octavo.common.scheme import load_scheme
-from octavo.common.statistics import LayerScales, load_statistics, scales_of
+from octavo.common.runtime.schemes.kv_scheme import load_scheme
+from octavo.common.runtime.static_scales import LayerScales, load_statistics, scales_of
 
 from ..bases import load_config
 from ..safetensors_file import damage_header, file_of, read_stored

@@ -1,0 +1,243 @@
+"""Calibration: run the float model over texts and keep what scales are derived from (see `statistics`)."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from ....ops.shared.registry import NAMESPACE
+from ...runtime.bias_fold import folds_key_bias, large_key_bias, norm_before
+from ...runtime.checkpoint.ascend import attention_modules
+from ...runtime.rotary import rope_constants, rotated_by_slot
+from ...runtime.schemes.linear_scheme import LinearInputs
+from ...runtime.static_scales import Statistics, rotary_radius, statistics_facts
+
+OBSERVING = f"{NAMESPACE}_observe"
+MOST_BYTES = 2**26
+"""Of rows that are kept of the inputs of a linear layer."""
+INPUT_PARTS = ("low", "high", "mean_abs", "mean_square")
+
+
+def left_out_biases(
+    attention: nn.Module, norm: nn.Module | None, has_key_fold: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """What folding leaves out of the k and v of an attention, float32 `[G, 1, D]` each, or None.
+
+    Args:
+        norm: the norm before it.
+        has_key_fold: whether the bias of k can be folded.
+    """
+    key = value = None
+    if has_key_fold and attention.k_proj.bias is not None:
+        bias = large_key_bias(attention.k_proj, norm, attention.head_dim)
+        key = bias.float().view(-1, 1, attention.head_dim)
+    if attention.v_proj.bias is not None:
+        value = attention.v_proj.bias.detach().float().view(-1, 1, attention.head_dim)
+    return key, value
+
+
+class AttentionObserver:
+    """Extremes of q, k and v of one attention: per channel, and for q and k the length of each rotary pair.
+
+    Args:
+        attention: the module, for the biases of its projections.
+        norm: the norm before it.
+        frequencies, factor: angles per token of the rotary pairs, `[D / 2]`, and the factor of cos and sin.
+        has_key_fold: whether the bias of k can be folded.
+    """
+
+    def __init__(
+        self,
+        attention: nn.Module,
+        norm: nn.Module | None,
+        frequencies: torch.Tensor,
+        factor: float,
+        has_key_fold: bool = True,
+    ) -> None:
+        self.found: dict[str, torch.Tensor] = {}
+        self._frequencies, self._factor = frequencies, factor
+        self._key_bias, self._value_bias = left_out_biases(attention, norm, has_key_fold)
+
+    def _keep(self, name: str, values: torch.Tensor) -> None:
+        """Fold `[1, heads, S, width]` into the running maximum `[heads, width]`."""
+        largest = values.float().amax(dim=(0, 2))
+        self.found[name] = torch.maximum(self.found.get(name, largest), largest)
+
+    def _keep_range(self, name: str, values: torch.Tensor) -> None:
+        self._keep(f"{name}.high", values)
+        self._keep(f"{name}.negative_low", -values)
+
+    def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        """See `[1, H or G, S, D]` states after RoPE, of tokens from the first on."""
+        for name, states in (("q", query), ("k", key)):
+            self._keep(f"{name}.max", states.abs())
+            self._keep(f"{name}.radius", rotary_radius(states.float()))
+        self._keep_range("v", value)
+        if self._key_bias is not None:
+            before = rotated_by_slot(key.float(), self._frequencies, 0, backwards=True)
+            self._keep("k.folded.radius", rotary_radius(before - self._factor * self._key_bias))
+        if self._value_bias is not None:
+            self._keep_range("v.folded", value.float() - self._value_bias)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What was found, by the names of `statistics.py` within a layer."""
+        return {
+            name.replace("negative_low", "low"): (-found if "negative" in name else found).cpu()
+            for name, found in self.found.items()
+        }
+
+
+class InputObserver:
+    """What the inputs of one linear layer are like: extremes and means of each channel, and some rows.
+
+    Rows are kept evenly: once they take more than `MOST_BYTES`, every second one goes, and from then on every second
+    one that comes is kept.
+
+    Args:
+        keeps_moments: whether the mean of x x^T is worked out too, `[K, K]`.
+    """
+
+    def __init__(self, keeps_moments: bool = False) -> None:
+        self.count = 0
+        self._moments: torch.Tensor | None = None
+        self._keeps_moments = keeps_moments
+        self._stride = 1
+        self._rows: list[torch.Tensor] = []
+        self._bytes = 0
+
+    def __call__(self, x: torch.Tensor) -> None:
+        """See inputs `[..., K]`."""
+        values = x.detach().float().reshape(-1, x.shape[-1])
+        low, high = values.amin(dim=0), values.amax(dim=0)
+        sums = values.abs().sum(dim=0, dtype=torch.float64), values.square().sum(dim=0, dtype=torch.float64)
+        if not self.count:
+            self.low, self.high, (self._abs, self._squares) = low, high, sums
+        else:
+            self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
+            self._abs, self._squares = self._abs + sums[0], self._squares + sums[1]
+        if self._keeps_moments:
+            if self._moments is None:
+                self._moments = values.new_zeros(values.shape[1], values.shape[1])
+            self._moments.addmm_(values.T, values)
+        self._rows.append(values[-self.count % self._stride :: self._stride].clone())
+        self._bytes += self._rows[-1].nbytes
+        self.count += len(values)
+        while self._bytes > MOST_BYTES:
+            self._stride *= 2
+            self._rows = [torch.cat(self._rows)[::2].clone()]
+            self._bytes = self._rows[0].nbytes
+
+    def inputs(self) -> LinearInputs:
+        """What was found."""
+        means = (self._abs / self.count).float(), (self._squares / self.count).float()
+        moments = None if self._moments is None else self._moments / self.count
+        return LinearInputs(self.low, self.high, *means, torch.cat(self._rows), moments)
+
+
+class InputObservers:
+    """The observers of some linear layers; layers that are given the same tensor (q, k and v; gate and up) share one.
+
+    Args:
+        linears: by name.
+        keeps_moments: see `InputObserver`.
+    """
+
+    def __init__(self, linears: dict[str, nn.Module], keeps_moments: bool = False) -> None:
+        self._keeps_moments = keeps_moments
+        self._of: dict[str, InputObserver] = {}
+        self._last: tuple[torch.Tensor | None, InputObserver | None] = (None, None)
+        self._hooks = [
+            linear.register_forward_pre_hook(lambda _, args, name=name: self._see(name, args[0]))
+            for name, linear in linears.items()
+        ]
+
+    def _see(self, name: str, x: torch.Tensor) -> None:
+        if x is self._last[0]:
+            self._of.setdefault(name, self._last[1])
+            return
+        observer = self._of.setdefault(name, InputObserver(self._keeps_moments))
+        observer(x)
+        self._last = (x, observer)
+
+    def inputs(self) -> dict[str, LinearInputs]:
+        """What was found, by name; layers that share an observer hold the same object."""
+        found = {id(observer): observer.inputs() for observer in self._of.values()}
+        return {name: found[id(observer)] for name, observer in self._of.items()}
+
+    def remove(self) -> None:
+        """Stop observing."""
+        self._last = (None, None)
+        for hook in self._hooks:
+            hook.remove()
+
+
+def _observing_attention(module: nn.Module, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+    module.attention_observer(query, key, value)
+    return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
+
+
+@contextmanager
+def observing_attention(model: nn.Module, attentions: list[tuple[str, nn.Module]]) -> Iterator[None]:
+    """Within it, passes of the model show q, k and v to an `attention_observer` of each of some attention modules.
+
+    Args:
+        attentions: names and modules, as `attention_modules` gives them.
+    """
+    AttentionInterface.register(OBSERVING, _observing_attention)
+    AttentionMaskInterface.register(OBSERVING, sdpa_mask)
+    for name, attention in attentions:
+        frequencies, factor = rope_constants(model.config, attention.head_dim)
+        device = attention.k_proj.weight.device
+        attention.attention_observer = AttentionObserver(
+            attention, norm_before(model, name), frequencies.to(device), factor, folds_key_bias(model)
+        )
+    before = model.config._attn_implementation
+    model.set_attn_implementation(OBSERVING)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+        for _, attention in attentions:
+            del attention.attention_observer
+
+
+def attention_tensors(attention: nn.Module) -> dict[str, torch.Tensor]:
+    """What the observer of an attention module found, by the names of `statistics.py`."""
+    found = attention.attention_observer.tensors()
+    return {f"layers.{attention.layer_idx}.{name}": tensor for name, tensor in found.items()}
+
+
+def input_tensors(inputs: dict[str, LinearInputs]) -> dict[str, torch.Tensor]:
+    """What is kept of the inputs of linear layers, by the names of `statistics.py`."""
+    return {
+        f"linears.{name}.{part}": getattr(found, part).cpu().clone()
+        for name, found in inputs.items()
+        for part in INPUT_PARTS
+    }
+
+
+def calibrate(model: nn.Module, linears: Iterable[str], samples: Iterable[dict[str, torch.Tensor]]) -> Statistics:
+    """Run a float model of transformers over samples and collect statistics; the model is left as it was.
+
+    Args:
+        model: a causal language model.
+        linears: names of the linear layers whose inputs are observed.
+        samples: keyword arguments of the model, `[1, S]` ids and mask each.
+    """
+    attentions = attention_modules(model)
+    tokens = 0
+    inputs = InputObservers({name: model.get_submodule(name) for name in linears})
+    try:
+        with torch.inference_mode(), observing_attention(model, attentions):
+            for sample in samples:
+                tokens += sample["input_ids"].shape[1]
+                model(**{name: part.to(model.device) for name, part in sample.items()}, use_cache=False)
+            tensors = {k: v for _, attention in attentions for k, v in attention_tensors(attention).items()}
+    finally:
+        inputs.remove()
+    return Statistics(tensors | input_tensors(inputs.inputs()), statistics_facts(model.config, tokens))

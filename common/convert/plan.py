@@ -1,0 +1,86 @@
+"""What a conversion is to make of a model."""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedConfig
+
+from ..errors import OctavoError
+from ..runtime.checkpoint.loading import CONFIG_KEY
+from ..runtime.schemes.kv_scheme import Scheme
+from ..runtime.schemes.linear_scheme import LinearScheme
+from .outliers.smooth import NORMS
+from .source.layerwise import LayerwiseModel
+
+HEAD = "lm_head"
+OFFSETS = "m2"
+"""The treatment of outliers that shifts inputs."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to make of a model.
+
+    Attributes:
+        scheme: of attention and cache.
+        linear: of the linear layers that are quantized.
+        linears: their names.
+        anti_method: treatment of outliers: "", "m1", "m2", "m3", "m4" or "m6".
+        dtype: of the source, as safetensors spells it.
+    """
+
+    scheme: Scheme
+    linear: LinearScheme
+    linears: tuple[str, ...]
+    anti_method: str
+    dtype: str
+
+    @property
+    def deq_scale_dtype(self) -> torch.dtype:
+        """See `W8A8Linear`."""
+        return torch.float32 if self.dtype == "BF16" else torch.int64
+
+    def of(self, module: str) -> list[str]:
+        """Names within a module of its linears that are quantized."""
+        return [name.removeprefix(f"{module}.") for name in self.linears if name.startswith(f"{module}.")]
+
+
+def _added_biases(source: LayerwiseModel, plan: Plan) -> list[str]:
+    """Modules to which the treatment of outliers gives a bias that they may not have."""
+    if plan.anti_method != OFFSETS:
+        return []
+    names = []
+    for index in range(len(source)):
+        layer = source.layer_name(index)
+        quantized = plan.of(layer)
+        for subgraph in NORMS:
+            if any(part in quantized for part in subgraph.consumers):
+                names += [f"{layer}.{part}" for part in (subgraph.producer, *subgraph.consumers)]
+    return names
+
+
+def quantized_config(source: LayerwiseModel, plan: Plan) -> PreTrainedConfig:
+    """The config with which the architecture's class makes room for the quantized model."""
+    config = copy.deepcopy(source.config)
+    config._attn_implementation = None
+    modules = dict(source.model.named_modules())
+    scales = {}
+    for name in plan.linears:
+        try:
+            groups = plan.linear.groups(modules[name].in_features)
+        except OctavoError as error:
+            raise OctavoError(
+                f"{name}: {error}; leave it in float by --disable_names, or give --group_size 0"
+            ) from None
+        if plan.linear.per_tensor or groups > 1:
+            scales[name] = [1 if plan.linear.per_tensor else modules[name].out_features, groups]
+    layout = {
+        "quantized_linears": dict.fromkeys(plan.linears, plan.linear.label),
+        "weight_scales": scales,
+        "deq_scale": "I64" if plan.deq_scale_dtype == torch.int64 else "F32",
+        "biases": _added_biases(source, plan),
+    }
+    setattr(config, CONFIG_KEY, {"scheme": plan.scheme.to_dict(), **layout})
+    config.tie_word_embeddings = bool(source.tied) and HEAD not in plan.linears
+    return config

@@ -1,0 +1,241 @@
+"""A float model of which one decoder layer is in memory at a time, so that models larger than memory can be converted.
+
+B = 1: texts are not batched. S tokens, E hidden size, V vocabulary.
+"""
+
+import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.utils import logging
+
+from ...errors import OctavoError, first_line
+from ..output.shards import TensorFiles
+
+MOST_LOGITS = 2**23
+"""Logits that are held at a time."""
+MOST_HEAD = 2**23
+"""Elements of the last linear's weight that are in float32 at a time."""
+IGNORED = ("rotary_emb.inv_freq",)
+"""Endings of tensors in old checkpoints that models compute themselves."""
+
+
+class _Recorder(nn.Module):
+    """Stands in for a decoder layer, and keeps what it is called with."""
+
+    def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
+        self.arguments = arguments
+        return hidden_states
+
+
+def layer_arguments(model: nn.Module, hidden: torch.Tensor, **arguments: Any) -> list[dict[str, Any]]:
+    """What a decoder calls each of its layers with: masks, rotary embedding, positions.
+
+    Args:
+        model: a causal language model; only its rotary embedding need be in memory.
+        hidden: `[1, S, E]`, whose shape, dtype and device matter.
+        arguments: of the decoder, as `attention_mask`.
+    """
+    decoder = model.base_model
+    layers, norm = decoder.layers, decoder.norm
+    recorders = [_Recorder() for _ in layers]
+    decoder.layers, decoder.norm = nn.ModuleList(recorders), nn.Identity()
+    try:
+        decoder(inputs_embeds=hidden, **arguments)
+    finally:
+        decoder.layers, decoder.norm = layers, norm
+    return [recorder.arguments for recorder in recorders]
+
+
+def with_real_rotary(model: nn.Module, device: torch.device) -> nn.Module:
+    """A model on the meta device with its rotary embedding, whose buffers are in no file, in memory."""
+    rotary = model.base_model.rotary_emb
+    vars(rotary).update(vars(type(rotary)(model.config).to(device)))
+    return model.eval().requires_grad_(False)
+
+
+def assign_state(module: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Put tensors in the place of all parameters and buffers of a module that a state dict has."""
+    module.load_state_dict(state, assign=True)
+    module.requires_grad_(False)
+
+
+def give_back_freed() -> None:
+    """Give memory that is freed back to the system, which glibc keeps in pieces as large as the codes of a layer."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
+
+
+class LayerwiseModel:
+    """A float model whose decoder layers are loaded one by one, in float32.
+
+    Args:
+        directory: of the checkpoint, for messages.
+        config: of the model.
+        files: its tensors.
+        device: where layers are computed.
+
+    Attributes:
+        tied: names of tensors that are another one, and that one's.
+
+    Raises:
+        OctavoError: config and tensors do not fit together.
+    """
+
+    def __init__(self, directory: Path, config: PreTrainedConfig, files: TensorFiles, device: str) -> None:
+        self._where = f"--model_path {directory}"
+        self.files, self.device = files, torch.device(device)
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()
+        try:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            self.model = with_real_rotary(model, self.device)
+        except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, AssertionError) as error:
+            raise OctavoError(f"{self._where}: cannot be loaded ({first_line(error)})") from None
+        finally:
+            logging.set_verbosity(verbosity)
+        self.decoder = self.model.base_model
+        self.layers_name = next(name for name, part in self.model.named_modules() if part is self.decoder.layers)
+        self.tied: dict[str, str] = {}
+        self._file_names = self._matched()
+
+    def _stored_names(self) -> dict[str, str]:
+        """The name in the files of each tensor of the model, as it is or without the model's prefix."""
+        prefix = f"{self.model.base_model_prefix}."
+        stored = self.files.placed
+        return {name: name if name in stored else name.removeprefix(prefix) for name in self.model.state_dict()}
+
+    def _equal(self, name: str, other: str) -> bool:
+        """Whether two tensors of the files hold the same values."""
+        shape, other_shape = (self.files.placed[part].header.shape for part in (name, other))
+        if shape != other_shape or len(shape) != 2:
+            return False
+        count, step = shape[0], max(1, MOST_HEAD // max(1, shape[1]))
+        for first in range(0, count, step):
+            rows = [self.files.rows(part, first, min(count, first + step)).float() for part in (name, other)]
+            if not torch.equal(*rows):
+                return False
+        return True
+
+    def _tie(self, names: dict[str, str]) -> None:
+        """Decide what is tied as a load by transformers does, and say in `names` where it lies.
+
+        A tensor that is stored and differs from what config.json ties it to is not tied; where only one of two is
+        stored, it is both.
+        """
+        if not self.config.tie_word_embeddings:
+            return
+        stored = self.files.placed
+        for target, origin in self.model.all_tied_weights_keys.items():
+            if names[target] in stored and names[origin] in stored:
+                if not self._equal(names[target], names[origin]):
+                    continue
+            elif names[target] in stored:
+                names[origin] = names[target]
+            self.tied[target] = origin
+
+    def _matched(self) -> dict[str, str]:
+        """The name in the files of each tensor of the model, those tied to another left out."""
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
+        stored = self.files.placed
+        names = self._stored_names()
+        known = set(names.values())
+        self._tie(names)
+        names = {name: file_name for name, file_name in names.items() if name not in self.tied}
+        missing = sorted(name for name, file_name in names.items() if file_name not in stored)
+        unexpected = sorted(name for name in stored if name not in known and not name.endswith(IGNORED))
+        for problem, found in (("missing", missing), ("unexpected", unexpected)):
+            if found:
+                raise OctavoError(f"{self._where}: {problem} keys: {found[0]}; the checkpoint is not whole")
+        for name, file_name in sorted(names.items()):
+            shape = stored[file_name].header.shape
+            if shape != shapes[name]:
+                raise OctavoError(
+                    f"{self._where}: mismatched keys: {name} is {list(shape)} and config.json makes it "
+                    f"{list(shapes[name])}; the checkpoint is not whole"
+                )
+        return names
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The model's."""
+        return self.model.config
+
+    def __len__(self) -> int:
+        """Number of decoder layers."""
+        return len(self.decoder.layers)
+
+    def layer_name(self, index: int) -> str:
+        """Name of a decoder layer, as `model.layers.3`."""
+        return f"{self.layers_name}.{index}"
+
+    def file_name(self, name: str) -> str:
+        """Name in the files of a tensor of the model; of one that is tied, that of what it is tied to."""
+        return self._file_names[self.tied.get(name, name)]
+
+    def source_dtype(self, name: str) -> str | None:
+        """The dtype that a tensor has in the files, as spelled there; None if there is none of that name."""
+        name = self.tied.get(name, name)
+        return self.files.placed[self._file_names[name]].header.dtype if name in self._file_names else None
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A tensor of the model, in the files' dtype.
+
+        Raises:
+            OctavoError: it holds NaN or Inf.
+        """
+        found = self.files.read(self.file_name(name))
+        self.check_finite(name, found)
+        return found
+
+    def check_finite(self, name: str, tensor: torch.Tensor) -> None:
+        """Raise an `OctavoError` if (a part of) the tensor of that name holds NaN or Inf."""
+        ends = torch.stack(torch.aminmax(tensor)) if tensor.numel() else tensor  # NaN is both; no room of its size
+        if not torch.isfinite(ends).all():
+            raise OctavoError(f"{self._where}: {name} holds NaN or Inf; the checkpoint is damaged")
+
+    def _filled(self, module: nn.Module, name: str) -> nn.Module:
+        give_back_freed()
+        state = {part: self.tensor(f"{name}.{part}").to(self.device).float() for part in module.state_dict()}
+        assign_state(module, state)
+        return module
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        """A decoder layer in memory, in its place in the model; whatever is done to it is forgotten afterwards."""
+        empty = self.decoder.layers[index]
+        with torch.device("meta"):
+            fresh = type(empty)(self.config, index)
+        self.decoder.layers[index] = self._filled(fresh.eval(), self.layer_name(index))
+        try:
+            yield fresh
+        finally:
+            self.decoder.layers[index] = empty
+
+    def embedded(self, ids: torch.Tensor) -> torch.Tensor:
+        """`[1, S]` token ids to `[1, S, E]`."""
+        size = self.config.vocab_size
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
+            raise OctavoError(f"{self._where}: the tokenizer has more than the {size} tokens that config.json counts")
+        name = f"{self.model.base_model_prefix}.embed_tokens.weight"
+        return self.files.gathered(self.file_name(name), ids[0])[None].to(self.device).float()
+
+    def final_norm(self) -> nn.Module:
+        """The norm behind the last layer, in memory."""
+        name = f"{self.model.base_model_prefix}.norm"
+        self.decoder.norm = self._filled(self.decoder.norm, name)
+        return self.decoder.norm
+
+    def logits(self, hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+        """Float32 logits `[S, V]` of normed states `[S, E]`, by parts of the `[V, E]` head in any dtype."""
+        step = max(1, MOST_HEAD // hidden.shape[-1])
+        parts = [hidden @ part.to(self.device).float().T for part in head.split(step)]
+        return torch.cat(parts, dim=-1)

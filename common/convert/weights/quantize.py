@@ -1,0 +1,122 @@
+"""From float weights, and what calibration saw of their inputs, to the tensors of quantized linear layers.
+
+R rows of inputs, N output channels, K input channels.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from ....ops.linear.reference import WEIGHT_BLOCK
+from ...errors import OctavoError
+from ...runtime.quantized_linear import encode_deq_scale
+from ...runtime.schemes.linear_scheme import FP8_LABELS, W4A16, W8A8, LinearInputs, LinearScheme
+from .input_range import coded_rows, input_range, static_input_scale
+from .weight_quantizer import ROWS, WeightQuantizer
+
+
+def _check_inputs(inputs: LinearInputs | None, scheme: LinearScheme) -> None:
+    if inputs is None and scheme.needs_inputs:
+        raise OctavoError(f"linear layers: {scheme.label} by {scheme.w_method} needs inputs from calibration")
+    if scheme.w_method == "GPTQ" and inputs.moments is None:
+        raise OctavoError("linear layers: GPTQ needs the mean of x x^T; observe inputs with keeps_moments")
+
+
+def _weight_parts(weight: torch.Tensor, inputs: LinearInputs | None, scheme: LinearScheme) -> dict[str, torch.Tensor]:
+    """`weight` and its scales as on disk, on the CPU."""
+    quantizer = WeightQuantizer(weight, inputs, scheme)
+    columns, depth = weight.shape
+    if scheme.label == W4A16 and depth % WEIGHT_BLOCK:
+        raise OctavoError(f"linear layers: W4A16 takes a multiple of {WEIGHT_BLOCK} input channels, not {depth}")
+    width = depth // 2 if quantizer.codes.dtype == torch.uint8 else depth
+    codes = torch.empty((columns, width), dtype=quantizer.codes.dtype)
+    scales, zeros = torch.empty((columns, quantizer.groups)), torch.empty((columns, quantizer.groups))
+    for rows in quantizer.blocks():
+        found, scales[rows], zeros[rows] = quantizer(quantizer.block(rows))
+        codes[rows] = quantizer.codes.stored(found).cpu()
+    parts = {"weight": codes, "weight_scale": scales[:1].clone() if scheme.per_tensor else scales}
+    if scheme.label not in FP8_LABELS:
+        parts["weight_offset"] = zeros
+    if quantizer.columns is not None:
+        parts["outlier_columns"] = quantizer.columns.to(torch.int32)
+        parts["outlier_weight"] = weight.detach()[:, quantizer.columns]
+    return parts
+
+
+def _static_parts(
+    parts: dict[str, torch.Tensor], bias: torch.Tensor | None, bounds: tuple[float, float], deq_scale_dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """What W8A8 adds for inputs within `bounds` (reference: msmodelslim's W8A8)."""
+    input_scale, input_offset = static_input_scale(bounds, W8A8)
+    deq_scale = input_scale * parts["weight_scale"].squeeze(1)
+    bias = torch.zeros_like(deq_scale) if bias is None else bias.float().cpu()
+    sums = torch.cat([codes.sum(dim=1, dtype=torch.float64) for codes in parts["weight"].split(ROWS)])
+    quant_bias = (bias.double() / deq_scale - input_offset * sums).round()
+    int32 = torch.iinfo(torch.int32)  # out of reach but for a bias on a row of zeros, whose scale is the smallest
+    return {
+        "input_scale": input_scale,
+        "input_offset": input_offset,
+        "quant_bias": quant_bias.clamp(int32.min, int32.max).to(torch.int32),
+        "deq_scale": encode_deq_scale(deq_scale, deq_scale_dtype),
+    }
+
+
+def quantize_linear(
+    linear: nn.Linear,
+    inputs: LinearInputs | None,
+    scheme: LinearScheme,
+    deq_scale_dtype: torch.dtype = torch.float32,
+) -> dict[str, torch.Tensor]:
+    """The tensors of a quantized linear layer of a scheme's label, on the CPU and contiguous.
+
+    Args:
+        linear: the float layer; the bias keeps its dtype.
+        inputs: what calibration saw; None where `scheme.needs_inputs` does not say that they are needed.
+        scheme: how.
+        deq_scale_dtype: see `W8A8Linear`.
+
+    Raises:
+        OctavoError: inputs, or their moments for GPTQ, are missing, or the layer has no number of channels that the
+            scheme serves.
+    """
+    _check_inputs(inputs, scheme)
+    bias = None if linear.bias is None else linear.bias.detach()
+    parts = _weight_parts(linear.weight, inputs, scheme)
+    if scheme.is_static:
+        bounds = input_range(inputs, scheme.act_method, linear.weight.detach(), scheme.label)
+        if scheme.label == W8A8:
+            parts |= _static_parts(parts, bias, bounds, deq_scale_dtype)
+        else:
+            parts["input_scale"] = static_input_scale(bounds, scheme.label)[0]
+    if bias is not None:
+        parts["bias"] = bias
+    return {name: tensor.cpu().contiguous() for name, tensor in parts.items()}
+
+
+def output_error(weight: torch.Tensor, inputs: LinearInputs, scheme: LinearScheme, exact: torch.Tensor) -> torch.Tensor:
+    """Squared error of a quantized layer's output over rows, `||X W^T - Q(X) Q(W)^T||^2`, of no dimension.
+
+    Made for searches, so that weights have the scales of "MinMax" whatever their method, as in AWQ, and the range of
+    static inputs by "mse" is that by "histogram".
+
+    Args:
+        weight: `[N, K]`, any float dtype.
+        inputs: what calibration saw, on the device of the weight.
+        scheme: how.
+        exact: `X W^T`, float32 `[R, N]`.
+    """
+    quantizer = WeightQuantizer(weight, inputs, replace(scheme, w_method="MinMax"))
+    rows, bounds = inputs.rows, None
+    if scheme.is_static:
+        act_method = "histogram" if scheme.act_method == "mse" else scheme.act_method
+        bounds = input_range(inputs, act_method, label=scheme.label)
+    if quantizer.columns is not None:
+        exact = exact - rows[:, quantizer.columns] @ weight[:, quantizer.columns].float().T  # they stay in float
+        rows = rows.index_fill(1, quantizer.columns, 0)
+    coded = coded_rows(rows, scheme.label, bounds)
+    total = torch.zeros((), device=weight.device)
+    for part in quantizer.blocks():
+        decoded = quantizer.decoded(quantizer.block(part))
+        total += torch.addmm(exact[:, part], coded, decoded.T, beta=-1).square().sum()
+    return total

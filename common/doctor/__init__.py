@@ -1,0 +1,1 @@
+"""Which layers of a checkpoint break which schemes, and why; what to choose instead."""

@@ -1,0 +1,267 @@
+"""What a checkpoint tells of quantizing its keys: biases, norms and one `k_proj.weight` at a time, never the model.
+
+RMSNorm hands attention inputs of unit root mean square (rms) times its weight g. If they prefer no direction, the rms
+of channel d of a key, before its bias b, is
+
+    s_d = sqrt(sum_j (W_dj g_j)^2)        or, where keys are normalized themselves (Qwen3), |g_d| of k_norm
+
+RoPE turns channels d and d + D/2 into one another, so both count as the mean of their pair, r_d = sqrt((s_d^2 +
+s_{d+D/2}^2) / 2), and the bias of both as the pair's radius c_d = sqrt(b_d^2 + b_{d+D/2}^2). A channel then reaches
+`reach_d = c_d + 3 r_d`, 3 rms being about the largest of 64 to 128 Gaussian values; calibration statistics, if there
+are any, replace it by the radius that was seen. With s the mean of a head's s_d, which an outlier hardly moves:
+
+    token    an integer scale per token or head grows with max_d reach_d, and so does the error of every channel, next
+             to the 3 s of a Gaussian key of the same size: log2(max_d reach_d / 3s) bits are lost
+    tensor   the same with the largest reach of all heads
+    block    the same with the rms of the largest reaches of each 32 channels of a token
+    fp8      the error of a value is a share of the value (e4m3: at most 2^-4), whatever the scale: next to a key
+             without bias, log2(sqrt(1 + |b|^2 / |s_d|^2)) bits are lost
+    channel  0: the error of a channel is its own. (With few bits a large bias in a fast pair costs something even so,
+             unless it is folded; this is left out.)
+
+A layer counts by its worst head. How that compares with Qwen2.5-Coder-0.5B, K of one layer quantized at a time (KL from
+the float model over 256 tokens, bits lost as of "token"):
+
+    layer                      0      1      2      8      4      3    the 18 others
+    bits lost                8.4    6.2    4.6    6.2    3.9    3.4    at most 2.4
+    int8 per token         0.049   7e-4   3e-4   3e-3   1e-4   3e-5    3e-6 to 3e-5
+    int4 per token         0.297  0.034  0.052  0.037  0.025  0.003    5e-4 to 0.006
+    fp8 per token          0.043  0.003  0.002   5e-4   6e-4   3e-4    5e-5 to 3e-4
+    int8 per channel        2e-4   3e-5   3e-5   3e-5   2e-5   2e-5    6e-6 to 5e-5
+
+These are orders of magnitude: inputs do have directions, and a layer may matter more than another.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..convert.source.checkpoint import FLOAT_DTYPES, read_source_headers, source_files
+from ..errors import OctavoError, first_line
+from ..runtime.model_sizes import head_dim_of
+from ..runtime.static_scales import Statistics, rotary_radius
+
+PEAK = 3.0
+"""The largest of a head's channels in units of their rms, for a Gaussian key."""
+BLOCK = 32
+TINY = torch.finfo(torch.float32).tiny
+STRAINED = 3.0
+"""Bits lost from which less than a bit of int4 is left."""
+KINDS = {
+    "token": "one integer scale per token or head",
+    "tensor": "one integer scale for all heads",
+    "block": "integer scales per block of 32 channels",
+    "fp8": "floating-point codes",
+    "channel": "scales per channel",
+}
+BROKEN = {kind: 3.0 if kind == "fp8" else 4.0 for kind in KINDS}
+"""Bits lost from which a layer breaks a scheme: int8 is no better than int4 then, of int4 nothing is left, and of the
+three bits of an e4m3 mantissa neither."""
+ATTENTIONS = ("full_attention", "sliding_attention")
+"""Layer types whose keys the cache can hold."""
+OTHER_NORMS = ("gemma", "cohere")
+"""Model types, by how they begin, whose norms or rotary pairs are not those of Llama."""
+
+
+class LazyWeights:
+    """The tensors of a float checkpoint, read one at a time from safetensors files.
+
+    Attributes:
+        headers: dtype and shape of each tensor, by name.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.headers = read_source_headers(directory)
+        self._places: dict[str, tuple[Path, int, int]] = {}
+        for path in source_files(directory):
+            with path.open("rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(size))
+            for name in header.keys() - {"__metadata__"}:
+                first, last = header[name]["data_offsets"]
+                self._places[name] = (path, 8 + size + first, last - first)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.headers
+
+    def read(self, name: str, *shape: int) -> torch.Tensor:
+        """A tensor in float32.
+
+        Raises:
+            OctavoError: it is missing, of another shape, or holds NaN or Inf.
+        """
+        if name not in self:
+            raise OctavoError(
+                f"--model_path {self.directory}: {name} is missing; the doctor reads whole decoders whose tensors are "
+                "named model.layers.N.self_attn.{q,k,v}_proj"
+            )
+        if self.headers[name].shape != shape:
+            stored = list(self.headers[name].shape)
+            raise OctavoError(
+                f"--model_path {self.directory}: {name} is {stored} and config.json makes it {list(shape)}"
+            )
+        path, start, size = self._places[name]
+        try:
+            # torch maps whole files copy-on-write, which fails for a file larger than memory
+            with path.open("rb") as file:
+                file.seek(start)
+                data = bytearray(file.read(size))
+        except OSError as error:
+            raise OctavoError(f"--model_path {self.directory}: {name} cannot be read ({first_line(error)})") from None
+        tensor = torch.frombuffer(data, dtype=FLOAT_DTYPES[self.headers[name].dtype]).view(shape).float()
+        if not torch.isfinite(tensor).all():
+            raise OctavoError(f"--model_path {self.directory}: {name} holds NaN or Inf; the checkpoint is damaged")
+        return tensor
+
+
+@dataclass(frozen=True)
+class LayerDiagnosis:
+    """What one layer's keys are like.
+
+    Attributes:
+        layer: its index.
+        key_bias, value_bias: norms of the biases of k_proj and v_proj, 0 where there are none.
+        bias_pair: largest rotary pair of the key's bias in units of the mean rms of its head's channels without bias.
+        key_size: that mean, of the head in which the bias is largest in its units.
+        outlier: largest channel of a key without bias over the median channel of its head.
+        lost: bits lost by kind of scale (`KINDS`), the bias being in the key.
+        lost_folded: the same with the bias kept out of the cache.
+    """
+
+    layer: int
+    key_bias: float
+    value_bias: float
+    bias_pair: float
+    key_size: float
+    outlier: float
+    lost: dict[str, float]
+    lost_folded: dict[str, float]
+
+
+def is_broken(kind: str, lost: dict[str, float]) -> bool:
+    """Whether a layer that loses so many bits breaks schemes of a kind of scale."""
+    return lost[kind] >= BROKEN[kind]
+
+
+def bits_lost(reach: torch.Tensor, bias: torch.Tensor, rms: torch.Tensor) -> dict[str, float]:
+    """Bits that each kind of scale loses in the worst head (see the module).
+
+    Args:
+        reach: `[G, D]`, how large each channel gets.
+        bias: `[G, D]`.
+        rms: `[G, D]`, of each channel without bias.
+    """
+    size = rms.mean(dim=-1).clamp_min(TINY)
+    blocks = torch.stack([block.amax(dim=-1) for block in reach.split(BLOCK, dim=-1)], dim=-1)
+    ratios = {
+        "token": reach.amax(dim=-1) / (PEAK * size),
+        "tensor": reach.amax() / (PEAK * size),
+        "block": blocks.square().mean(dim=-1).sqrt() / (PEAK * size),
+        "fp8": (1 + bias.square().sum(dim=-1) / rms.square().sum(dim=-1).clamp_min(TINY)).sqrt(),
+        "channel": torch.ones_like(size),
+    }
+    return {kind: max(0.0, float(ratio.amax().log2())) for kind, ratio in ratios.items()}
+
+
+def _seen_radius(statistics: Statistics | None, name: str, shape: tuple[int, int]) -> torch.Tensor | None:
+    """Radius of each pair from statistics for both its channels, `[G, D]`; None if they do not have it."""
+    if statistics is None or name not in statistics.tensors:
+        return None
+    radius = statistics.tensors[name].repeat(1, 2)
+    if radius.shape != shape:
+        raise OctavoError(f"--statistics: {name} is of another model, {list(radius.shape)} and not {list(shape)}")
+    return radius
+
+
+def _channel_rms(weights: LazyWeights, config: Any, layer: int) -> torch.Tensor:
+    """The rms of each channel of a key without bias, `[G, D]`."""
+    heads, width, hidden = config.num_key_value_heads, head_dim_of(config), config.hidden_size
+    prefix = f"model.layers.{layer}"
+    if f"{prefix}.self_attn.k_norm.weight" in weights:
+        return weights.read(f"{prefix}.self_attn.k_norm.weight", width).abs().expand(heads, width)
+    norm = weights.read(f"{prefix}.input_layernorm.weight", hidden)
+    weight = weights.read(f"{prefix}.self_attn.k_proj.weight", heads * width, hidden)
+    return torch.linalg.vector_norm(weight * norm, dim=-1).view(heads, width)
+
+
+def _bias(weights: LazyWeights, name: str, heads: int, width: int) -> torch.Tensor:
+    return weights.read(name, heads * width).view(heads, width) if name in weights else torch.zeros(heads, width)
+
+
+def diagnose_layer(weights: LazyWeights, config: Any, layer: int, statistics: Statistics | None) -> LayerDiagnosis:
+    """Judge one layer.
+
+    Raises:
+        OctavoError: a tensor is missing, damaged or of another shape than the config's.
+    """
+    heads, width = config.num_key_value_heads, head_dim_of(config)
+    prefix = f"model.layers.{layer}.self_attn"
+    rms = _channel_rms(weights, config, layer)
+    # a key that is normalized has its bias inside, and no more reaches the cache than the norm lets through
+    is_normalized = f"{prefix}.k_norm.weight" in weights
+    stored_bias = _bias(weights, f"{prefix}.k_proj.bias", heads, width)
+    bias = torch.zeros_like(stored_bias) if is_normalized else stored_bias
+    pair = rotary_radius(rms).repeat(1, 2) / 2**0.5
+    radius = rotary_radius(bias).repeat(1, 2)
+    seen = _seen_radius(statistics, f"layers.{layer}.k.radius", rms.shape)
+    seen_folded = _seen_radius(statistics, f"layers.{layer}.k.folded.radius", rms.shape)
+    if seen_folded is None and not bias.any():
+        seen_folded = seen
+    reach = radius + PEAK * pair if seen is None else seen
+    reach_folded = PEAK * pair if seen_folded is None else seen_folded
+    channels = rms if seen_folded is None else seen_folded
+    size = rms.mean(dim=-1).clamp_min(TINY)
+    in_units = radius.amax(dim=-1) / size
+    return LayerDiagnosis(
+        layer=layer,
+        key_bias=float(stored_bias.norm()),
+        value_bias=float(_bias(weights, f"{prefix}.v_proj.bias", heads, width).norm()),
+        bias_pair=float(in_units.amax()),
+        key_size=float(size[in_units.argmax()]),
+        outlier=float((channels.amax(dim=-1) / channels.median(dim=-1).values.clamp_min(TINY)).amax()),
+        lost=bits_lost(reach, bias, rms),
+        lost_folded=bits_lost(reach_folded, torch.zeros_like(bias), rms),
+    )
+
+
+def layer_types(config: Any) -> list[str]:
+    """The kind of each layer: as the config lists them, or else all sliding or all full."""
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    default = "sliding_attention" if window else "full_attention"
+    return list(getattr(config, "layer_types", None) or [default] * config.num_hidden_layers)
+
+
+def check_decoder(weights: LazyWeights, config: Any) -> None:
+    """Raise an `OctavoError` if the formulas do not hold for this decoder, as far as config and names tell."""
+    where = f"--model_path {weights.directory}: model_type {config.model_type!r}"
+    for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads"):
+        if not getattr(config, name, None):
+            raise OctavoError(f"{where} has no {name} in its config; the doctor reads decoders such as Llama and Qwen")
+    if config.model_type.startswith(OTHER_NORMS):
+        raise OctavoError(f"{where} has norms or rotary pairs unlike Llama's, which the doctor's formulas rest on")
+    if (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0) != 1.0:
+        raise OctavoError(f"{where} turns a part of each head only; the doctor's formulas take RoPE on all channels")
+    if "model.layers.0.input_layernorm.bias" in weights:
+        raise OctavoError(f"{where} has norms with a bias; the doctor's formulas rest on RMSNorm")
+    first = next((i for i, kind in enumerate(layer_types(config)) if kind in ATTENTIONS), None)
+    if first is None:
+        raise OctavoError(f"{where} has no layer of full or sliding attention; there is no K to judge")
+    for part in "qkv":
+        name = f"model.layers.{first}.self_attn.{part}_proj.weight"
+        if name not in weights:
+            raise OctavoError(
+                f"{where}: {name} is missing; the doctor reads decoders whose tensors are named "
+                "model.layers.N.self_attn.{q,k,v}_proj"
+            )
+
+
+def diagnose(weights: LazyWeights, config: Any, statistics: Statistics | None) -> Iterator[LayerDiagnosis]:
+    """The diagnoses of all layers of full or sliding attention, one by one."""
+    for layer, kind in enumerate(layer_types(config)):
+        if kind in ATTENTIONS:
+            yield diagnose_layer(weights, config, layer, statistics)

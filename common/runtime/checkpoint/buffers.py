@@ -1,0 +1,208 @@
+"""The modules and buffers in which a model holds a quantized checkpoint, as `ascend.py` names their tensors."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...errors import OctavoError
+from ..linear_values import are_offsets, are_scales
+from ..norm_bias import add_norm_bias
+from ..quantized_linear import empty_linear
+from ..schemes.kv_scheme import Scheme
+from ..schemes.linear_scheme import WEIGHT_ONLY
+from ..static_scales import LayerScales, Scales
+from .ascend import DESCRIPTION_FILE, FA_PARTS, SCALAR_DTYPES, attention_modules, is_c8, is_fa
+
+MOST_VALUE = 2**24
+"""No value of K or V is as large, and so none that a zero point stands for."""
+
+
+class StaticScale(nn.Module):
+    """`fa_q`, `fa_k` and `fa_v` of an attention module: one scale and one offset per head, `[heads, 1]`."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.empty((heads, 1), dtype=torch.float32))
+        self.register_buffer("offset", torch.empty((heads, 1), dtype=torch.int8))
+
+
+class CacheConstants(nn.Module):
+    """`octavo_cache` of an attention module: static scales, zeros and codebooks of a layer, float32."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        super().__init__()
+        for part, shape in shapes.items():
+            self.register_buffer(part, torch.empty(shape, dtype=torch.float32))
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "CacheConstants":
+        """They follow the model to another device, and stay what they are when it changes its dtype."""
+        before = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for part, tensor in before.items():
+            if getattr(self, part).dtype != tensor.dtype:
+                setattr(self, part, tensor.to(getattr(self, part).device))
+        return self
+
+
+def constant_shapes(scheme: Scheme, heads: int, groups: int, width: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of a layer's `CacheConstants`: H query heads, G KV heads, D head_dim; empty where there are none."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for part, codec, count in (
+        ("key", scheme.key, groups),
+        ("value", scheme.value, groups),
+        ("query", scheme.query, heads),
+    ):
+        if codec is None or not codec.is_calibrated:
+            continue
+        if not codec.dynamic:
+            shape = {"tensor": (1, 1, 1), "head": (count, 1, 1), "channel": (count, 1, width)}[codec.granularity]
+            shapes[f"{part}_scale"] = shape
+            if codec.has_zero:
+                shapes[f"{part}_zero"] = shape
+        if codec.levels == "calibrated":
+            shapes[f"{part}_levels"] = (2**codec.bits,)
+    return shapes
+
+
+def _named_module(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise OctavoError(f"{DESCRIPTION_FILE} names {name}, which config.json gives the model no room for") from None
+
+
+def _attach_linears(model: nn.Module, layout: Mapping[str, Any]) -> None:
+    """Put quantized linear layers in the place of float ones."""
+    scales, biases = layout.get("weight_scales", {}), set(layout.get("biases", ()))
+    for name, label in layout.get("quantized_linears", {}).items():
+        linear = _named_module(model, name)
+        if not isinstance(linear, nn.Linear):
+            raise OctavoError(f"{DESCRIPTION_FILE}: {name} is labelled {label} and is no linear layer; convert again")
+        columns, depth = linear.out_features, linear.in_features
+        rows, groups = scales.get(name, (columns, 1))
+        if (label not in WEIGHT_ONLY and groups > 1) or depth % groups:
+            raise OctavoError(f"{name}: {label} with {groups} scales for {depth} input channels; convert again")
+        layer = empty_linear(
+            label,
+            depth,
+            columns,
+            linear.bias is not None or name in biases,
+            groups=groups,
+            per_tensor=rows == 1 < columns,
+            is_packed=name not in layout.get("unpacked", ()),
+            deq_scale_dtype=SCALAR_DTYPES[layout.get("deq_scale", "F32")],
+        )
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)
+
+
+def _attach_biases(model: nn.Module, names: Iterable[str]) -> None:
+    """Give float modules the biases that a checkpoint has and their architecture has not."""
+    for name in names:
+        module = _named_module(model, name)
+        if getattr(module, "bias", None) is not None:
+            continue
+        weight = getattr(module, "weight", None)
+        if isinstance(module, nn.Linear):
+            module.bias = nn.Parameter(torch.empty_like(weight[:, 0]), requires_grad=False)
+        elif weight is not None and weight.dim() == 1:
+            add_norm_bias(module, torch.empty_like(weight))
+        else:
+            raise OctavoError(f"{DESCRIPTION_FILE} names a bias of {name}, which is no linear layer and no norm")
+
+
+def _attach_scales(model: nn.Module, scheme: Scheme) -> None:
+    """Give attention modules the buffers of static scales."""
+    for _, attention in attention_modules(model):
+        layer_scheme = scheme.of_layer(attention.layer_idx)
+        groups = attention.k_proj.out_features // attention.head_dim
+        if is_c8(layer_scheme):
+            for projection in (attention.k_proj, attention.v_proj):
+                for part in ("kv_cache_scale", "kv_cache_offset"):
+                    projection.register_buffer(part, torch.empty(projection.out_features, dtype=torch.float32))
+        elif is_fa(layer_scheme):
+            attention.fa_q = StaticScale(attention.q_proj.out_features // attention.head_dim)
+            attention.fa_k, attention.fa_v = StaticScale(groups), StaticScale(groups)
+        else:
+            heads = attention.q_proj.out_features // attention.head_dim
+            if shapes := constant_shapes(layer_scheme, heads, groups, attention.head_dim):
+                attention.octavo_cache = CacheConstants(shapes)
+
+
+def attach_buffers(model: nn.Module, scheme: Scheme, layout: Mapping[str, Any]) -> None:
+    """Give a float model the modules and buffers that hold a quantized checkpoint, empty.
+
+    Args:
+        model: a decoder as transformers builds it, changed in place.
+        scheme: what attention and cache store; its static scales get buffers.
+        layout: of the linear layers, see `linear_layout`; what it leaves out is as W8A8 has it.
+
+    Raises:
+        OctavoError: the layout names modules or shapes that the model has no room for.
+    """
+    _attach_linears(model, layout)
+    _attach_biases(model, layout.get("biases", ()))
+    _attach_scales(model, scheme)
+
+
+def _scale_and_zero(
+    name: str, scale: torch.Tensor, offset: torch.Tensor, heads: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Stored scale and offset as `[heads, 1, D or 1]` float32; no zero where every offset is 0."""
+    if not are_scales(scale):
+        raise OctavoError(f"checkpoint: {name} holds a scale that is not a positive number; convert the model again")
+    if not are_offsets(offset):
+        raise OctavoError(
+            f"checkpoint: {name} holds an offset that is no whole number from -128 to 127; convert the model again"
+        )
+    zero = offset.float().view(heads, 1, -1) if bool((offset != 0).any()) else None
+    return scale.float().view(heads, 1, -1), zero
+
+
+def read_scales(model: nn.Module, scheme: Scheme) -> Scales:
+    """The static scales out of the buffers that `attach_buffers` made and a checkpoint filled."""
+    result = []
+    for name, attention in attention_modules(model):
+        layer_scheme = scheme.of_layer(attention.layer_idx)
+        groups = attention.k_proj.out_features // attention.head_dim
+        if is_c8(layer_scheme):
+            k, v = attention.k_proj, attention.v_proj
+            key = _scale_and_zero(f"{name}.k_proj", k.kv_cache_scale, k.kv_cache_offset, groups)
+            value = _scale_and_zero(f"{name}.v_proj", v.kv_cache_scale, v.kv_cache_offset, groups)
+            result.append(LayerScales(key, value))
+        elif is_fa(layer_scheme):
+            stored = {part: getattr(attention, f"fa_{part}") for part in FA_PARTS}
+            q, k, v = (
+                _scale_and_zero(f"{name}.fa_{part}", m.scale, m.offset, m.scale.shape[0]) for part, m in stored.items()
+            )
+            if q[1] is not None:
+                raise OctavoError(f"checkpoint: {name}.fa_q has an offset, which int8 attention does not serve")
+            result.append(LayerScales(k, v, q[0]))
+        else:
+            result.append(_read_constants(name, attention, layer_scheme))
+    return result
+
+
+def _read_constants(name: str, attention: nn.Module, scheme: Scheme) -> LayerScales:
+    """The scales of a layer out of its `CacheConstants`, if it has any."""
+    if not hasattr(attention, "octavo_cache"):
+        return LayerScales()
+    found = dict(attention.octavo_cache.named_buffers())
+    for part, tensor in found.items():
+        if not (are_scales(tensor) if part.endswith("scale") else torch.isfinite(tensor).all()):
+            raise OctavoError(f"checkpoint: {name}.octavo_cache.{part} is no positive number; convert the model again")
+        if part.endswith("levels") and not (tensor.diff() >= 0).all():
+            raise OctavoError(f"checkpoint: {name}.octavo_cache.{part} do not ascend; convert the model again")
+        if part.endswith("zero") and bool((tensor.abs() * found[part.replace("zero", "scale")] > MOST_VALUE).any()):
+            raise OctavoError(f"checkpoint: {name}.octavo_cache.{part} is out of all range; convert the model again")
+    has_bias = any(linear.bias is not None for linear in (attention.k_proj, attention.v_proj))
+    key, value = (
+        (found[f"{part}_scale"], found.get(f"{part}_zero")) if f"{part}_scale" in found else None
+        for part in ("key", "value")
+    )
+    return LayerScales(
+        key, value, found.get("query_scale"), found.get("key_levels"), found.get("value_levels"),
+        scheme.fold_bias and has_bias,
+    )  # fmt: skip

@@ -1,0 +1,261 @@
+"""What turns a causal language model of transformers into one that loads and runs a quantized checkpoint."""
+
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...ops.shared.registry import NAMESPACE
+from ..errors import OctavoError, first_line
+from .bias_fold import fold_biases
+from .cache.quantized_cache import QuantizedCache
+from .checkpoint.buffers import attach_buffers, read_scales
+from .checkpoint.files import TensorHeader
+from .checkpoint.loading import CONFIG_KEY, check_shapes, describe_checkpoint, read_config
+from .checkpoint.values import check_values
+from .compatibility import cache_argument, check_stand_in, parameter_names, take_cache, without_cache
+from .quantized_linear import QuantizedLinear
+from .schemes.kv_scheme import CROP_ROOM, Scheme, load_scheme
+
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+ASSISTED_ROOM = 256
+"""Tokens that a cache can forget again where `generate` verifies candidates, whose number some assistants raise."""
+_STATIC_CACHES = ("static", "offloaded_static")
+_GROWING_CACHES = (None, "dynamic", "offloaded")
+_NO_PAGES = (
+    "continuous batching keeps pages of float keys and values, and this model's cache is quantized; call generate with "
+    "a batch that is padded at the left"
+)
+_NO_ADAPTERS = (
+    "adapters are not served on a converted model: merge the adapter into the float model (PEFT's merge_and_unload), "
+    "save that, and convert it; load this model again if PEFT has changed it"
+)
+
+
+def _new_cache(decoder: torch.nn.Module, **arguments: Any) -> QuantizedCache:
+    scheme = decoder.octavo_scheme
+    return QuantizedCache(decoder.config, scheme, scales=read_scales(decoder, scheme), **arguments)
+
+
+def _starts_anew(arguments: dict[str, Any]) -> bool:
+    """Whether positions say that several sequences lie behind one another, as transformers finds it out.
+
+    It does so in passes without a cache and without a mask, which those that are given one of ours are no longer.
+    """
+    positions = arguments.get("position_ids")
+    if positions is None or arguments.get("attention_mask") is not None or torch.compiler.is_compiling():
+        return False
+    return bool((positions.diff(dim=-1) != 1).any())
+
+
+def _provide_cache(decoder: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+    """Every pass reads codes: give one without a cache a new one, and refuse what cannot read or store codes."""
+    if decoder.config._attn_implementation != NAMESPACE:
+        raise OctavoError(
+            f"attn_implementation {decoder.config._attn_implementation!r} cannot read a quantized cache; "
+            f"call set_attn_implementation({NAMESPACE!r})"
+        )
+    name = decoder.octavo_cache_argument
+    arguments = {**dict(zip(decoder.octavo_parameters, args, strict=False)), **kwargs}
+    cache = take_cache(arguments)
+    if cache is None:
+        if _starts_anew(arguments):
+            raise OctavoError(
+                "position_ids do not follow one another within a row, as of packed sequences, which a quantized cache "
+                "does not keep apart: give the sequences as rows of a batch, padded, with attention_mask"
+            )
+        cache = _new_cache(decoder)
+    elif not hasattr(cache, "scheme"):
+        raise OctavoError(f"{name} is a {type(cache).__name__}; pass model.new_cache() or leave it out")
+    return (), {**arguments, name: cache}
+
+
+def _withdraw_cache(decoder: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+    """Do not hand out a cache that the caller said it does not want."""
+    is_unwanted = kwargs.get("use_cache") is False
+    return without_cache(output, kwargs[decoder.octavo_cache_argument]) if is_unwanted else output
+
+
+@lru_cache
+def check_transformers(model_class: type) -> None:
+    """Raise an `OctavoError` unless this transformers hands the decoder of a model the cache that stores codes.
+
+    A model of random weights, as small as they come, makes one pass; it is known then for the life of the process.
+    """
+    layers, tokens = 1, 3
+    config = model_class.config_class(
+        vocab_size=8,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        pad_token_id=None,
+    )
+    config.octavo = {"scheme": "int8-token"}
+    check_stand_in(lambda: model_class(config), layers, tokens)
+
+
+class QuantizedCausalLM:
+    """Mixin placed before a `...ForCausalLM` of transformers.
+
+    What is quantized stands in `config.octavo`: `scheme` (name of a preset or its fields), and, set by
+    `from_pretrained`, the layout of the quantized linears. Without that key the model is the float one.
+
+    Args:
+        config: of the model.
+        stored: headers by name of the tensors that will be loaded, whose shapes are checked before any is allocated.
+
+    Raises:
+        OctavoError: no model can be built of the config, or its shapes are not those of `stored`.
+    """
+
+    def __init__(
+        self, config: Any, *args: Any, stored: Mapping[str, TensorHeader] | None = None, **kwargs: Any
+    ) -> None:
+        if config._attn_implementation not in (None, NAMESPACE):
+            raise OctavoError(
+                f"attn_implementation={config._attn_implementation!r} cannot read a quantized cache; leave it out"
+            )
+        config._attn_implementation = NAMESPACE
+        try:
+            super().__init__(config, *args, **kwargs)
+        except (OctavoError, ImportError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # a damaged config can make transformers raise anything
+            raise OctavoError(
+                f"{config.name_or_path or 'config'}: no model is of this config ({first_line(error)})"
+            ) from error
+        recipe = getattr(config, CONFIG_KEY, None) or {}
+        self.scheme: Scheme = load_scheme(recipe.get("scheme", "float"))
+        attach_buffers(self, self.scheme, recipe)
+        if self.scheme.is_quantized:
+            fold_biases(self, self.scheme)
+        check_shapes(config.name_or_path, self, stored or {})
+        decoder = self.base_model
+        decoder.octavo_scheme = self.scheme
+        decoder.octavo_parameters, decoder.octavo_cache_argument = parameter_names(decoder), cache_argument(decoder)
+        decoder.register_forward_pre_hook(_provide_cache, with_kwargs=True)
+        decoder.register_forward_hook(_withdraw_cache, with_kwargs=True)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+        """As in transformers, from a quantized directory or hub id, or from an ordinary checkpoint.
+
+        Raises:
+            OctavoError: the directory is incomplete, damaged, or not one whole.
+        """
+        hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+        if config is None or isinstance(config, (str, Path)):
+            config = read_config(str(source if config is None else config), hub_arguments)
+        if not isinstance(config, cls.config_class):
+            raise OctavoError(f"{source}: model_type is {config.model_type!r}, not {cls.config_class.model_type!r}")
+        stored = describe_checkpoint(config, str(source), cls._tied_weights_keys or (), hub_arguments)
+        check_transformers(cls)
+        wants_info = kwargs.pop("output_loading_info", False)
+        kwargs["ignore_mismatched_sizes"] = True  # reported below, by name
+        model, info = super().from_pretrained(
+            source, *args, config=config, output_loading_info=True, stored=stored, **kwargs
+        )
+        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if info[problem]:
+                first = sorted(map(str, info[problem]))[0]
+                raise OctavoError(f"{source}: {problem.replace('_', ' ')}: {first}; config and weights disagree")
+        check_values(str(source), model, model.scheme)
+        return (model, info) if wants_info else model
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers for a float model; a quantized one is its directory, which can be copied."""
+        if self.scheme != load_scheme("float") or getattr(self.config, CONFIG_KEY, {}).get("quantized_linears"):
+            raise OctavoError(f"save_pretrained: copy the directory that was loaded instead ({self.name_or_path})")
+        super().save_pretrained(*args, **kwargs)
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """As of the float model: a code of a quantized linear counts as the weight it stands for, however it is packed.
+
+        Codes are not trainable, so that `only_trainable` leaves them out.
+        """
+        count = super().num_parameters(only_trainable, exclude_embeddings)
+        if only_trainable:
+            return count
+        linears = [module for module in self.modules() if isinstance(module, QuantizedLinear)]
+        biases = sum(linear.out_features for linear in linears if linear.bias is not None)
+        return count + biases + sum(linear.in_features * linear.out_features for linear in linears)
+
+    def new_cache(
+        self,
+        max_length: int | None = None,
+        offloading: bool = False,
+        compileable: bool = False,
+        crop_room: int = CROP_ROOM,
+    ) -> QuantizedCache:
+        """An empty cache with this model's scheme and scales; arguments as in `QuantizedCache`."""
+        return _new_cache(
+            self.base_model,
+            max_length=max_length,
+            offloading=offloading,
+            compileable=compileable,
+            crop_room=crop_room,
+        )
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch_size: int, max_length: int
+    ) -> None:
+        """`generate` uses the quantized cache by default; `cache_implementation` chooses its storage."""
+        name = cache_argument(self)
+        if model_kwargs.get(name) is not None or generation_config.use_cache is False:
+            return super()._prepare_cache_for_generation(generation_config, model_kwargs, mode, batch_size, max_length)
+        kind = generation_config.cache_implementation
+        if kind not in _STATIC_CACHES + _GROWING_CACHES:
+            raise OctavoError(f"cache_implementation={kind!r}: this model's cache is quantized already; leave it out")
+        length = max(max_length, generation_config.max_cache_len or 0) if kind in _STATIC_CACHES else None
+        offloading = bool(kind) and "offloaded" in kind
+        # generate compiles the steps over such a cache where that pays, which transformers says is on CUDA
+        compileable = kind == "static" and self.device.type == "cuda" and self.scheme.is_compileable
+        room = CROP_ROOM
+        if getattr(mode, "value", mode) == "assisted_generation":
+            self._check_assisted()
+            given = (generation_config.prompt_lookup_num_tokens, generation_config.num_assistant_tokens)
+            room = max(ASSISTED_ROOM, *(number or 0 for number in given))
+        model_kwargs[name] = self.new_cache(length, offloading, compileable, room)
+        return None
+
+    def _check_assisted(self) -> None:
+        """Raise an `OctavoError` if the first pass, the prompt and candidates in one, decides what later ones read."""
+        for field, is_set in (
+            ("prefill 'float'", self.scheme.prefill == "float"),
+            ("smooth_key", self.scheme.smooth_key),
+        ):
+            if is_set:
+                raise OctavoError(
+                    f"scheme {self.scheme.name}: speculative decoding with {field} would not give what plain decoding "
+                    "does; leave out the assistant and prompt lookup, or convert with another scheme"
+                )
+
+    @property
+    def peft_config(self) -> Any:
+        """Adapters, of which there are none; PEFT sets it when it has put some in, which raises an `OctavoError`."""
+        raise AttributeError("peft_config")
+
+    @peft_config.setter
+    def peft_config(self, adapters: Any) -> None:
+        raise OctavoError(_NO_ADAPTERS)
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Not served: raises an `OctavoError` that says what to do instead."""
+        raise OctavoError(_NO_PAGES)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Not served, as `generate_batch`."""
+        raise OctavoError(_NO_PAGES)
+
+    def add_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Not served: raises an `OctavoError` that says what to do instead."""
+        raise OctavoError(_NO_ADAPTERS)
+
+    def load_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Not served, as `add_adapter`."""
+        raise OctavoError(_NO_ADAPTERS)

@@ -1,0 +1,341 @@
+"""What is quantized, and how: the numeric definition that everything else derives from.
+
+Everywhere in this project a code stands for `x = (code - zero) * scale`.
+"""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ....ops.shared.resources import resource
+from ...errors import OctavoError
+from ..model_sizes import MOST_LAYERS
+from ..strict_json import parse_json
+from .tensor_codec import Codec, check_types
+
+PREFILLS = ("codes", "float")
+PRESETS = (
+    "ascend-c8",
+    "ascend-fa",
+    "float",
+    "fp8-token",
+    "fp8_e5m2",
+    "int4-token",
+    "int8-token",
+    "k4v2",
+    "k8v4",
+    "kivi-2",
+    "kivi-4",
+    "kvquant-2",
+    "kvquant-3",
+    "kvquant-4",
+    "llamacpp-q4_0",
+    "llamacpp-q4_1",
+    "llamacpp-q8_0",
+    "lmdeploy-int4",
+    "lmdeploy-int8",
+    "lmdeploy-int8-ptq",
+    "octavo-2",
+    "octavo-3",
+    "octavo-4",
+    "octavo-8",
+    "vllm-fp8",
+    "vllm-fp8-head",
+)
+KV_CACHE_DTYPES = {"auto": "float", "fp8": "vllm-fp8", "fp8_e4m3": "vllm-fp8"}
+"""Values of vLLM's `kv_cache_dtype` that are not the name of a preset themselves, as fp8_e5m2 is."""
+SMALLEST_STEP = 16
+"""Tokens leave a float window so many at a time at least, so that a prompt is not cut into single queries."""
+LONGEST_NAME = 100
+CROP_ROOM = 64
+"""How many of the newest tokens a cache can always forget again, unless it is told another number."""
+_PARTS = ("key", "value", "query")
+
+
+def _layers_of(text: str) -> range:
+    """The layers that "3" or "0-1" names."""
+    found = re.fullmatch(r"([0-9]{1,6})(?:-([0-9]{1,6}))?", text) if isinstance(text, str) else None
+    if found is None:
+        raise OctavoError(f"scheme: layers {text!r} is no layer number and no range such as 0-1")
+    first, last = int(found[1]), int(found[2] or found[1])
+    if last < first:
+        raise OctavoError(f"scheme: layers {text!r} end before they begin")
+    return range(first, last + 1)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """The codecs of q, k and v, and what goes with them; a codec of None leaves a tensor in float.
+
+    Attributes:
+        name: name of the preset, or any name of your own.
+        key, value: codecs of what the cache stores.
+        query: codec of the queries; static per head or tensor, so that the attention itself runs in int8 or fp8.
+        prefill: "codes": every query attends to what is stored, its own tokens included, so that logits do not depend
+            on how a prompt is cut. "float": the first pass attends to the float k and v, as Ascend's runtime does.
+        float_layers: decoder layers whose attention and cache stay in float.
+        layers: other schemes for some layers, by "3" or "0-1": name of a preset, or the fields that differ.
+        sinks: tokens at the start of a sequence that stay in 16-bit floats; padding at the left counts as such.
+        window: at least this many of the newest tokens stay in 16-bit floats (residual window).
+        rotate_key: q and k are multiplied by a Hadamard matrix, which leaves q . k and spreads outlier channels.
+        rotate_value: likewise v; the output is rotated back.
+        smooth_key: k is stored less the mean of the first pass of each sequence, which no softmax notices; so codes
+            depend on how long that pass is.
+        fold_bias: where the model allows, biases of k and v are left out of the cache and come back exactly in
+            attention (`folds.py`). Ascend's formats count them in.
+        origin: which system the scheme comes from, and what it rests on.
+    """
+
+    name: str
+    key: Codec | None = None
+    value: Codec | None = None
+    query: Codec | None = None
+    prefill: str = "codes"
+    float_layers: tuple[int, ...] = field(default=())
+    layers: tuple[tuple[str, Any], ...] = field(default=())
+    sinks: int = 0
+    window: int = 0
+    rotate_key: bool = False
+    rotate_value: bool = False
+    smooth_key: bool = False
+    fold_bias: bool = True
+    origin: str = ""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name.isprintable() or len(self.name) > LONGEST_NAME:
+            raise OctavoError(f"scheme: name {self.name!r} is no text of {LONGEST_NAME} characters at most")
+        check_types(f"scheme {self.name}", self)
+        for index in self.float_layers:
+            if type(index) is not int or not 0 <= index < MOST_LAYERS:
+                raise OctavoError(f"scheme {self.name}: float_layers {index!r} is no layer number")
+        if self.prefill not in PREFILLS:
+            raise OctavoError(f"scheme {self.name}: prefill {self.prefill!r} is none of {', '.join(PREFILLS)}")
+        if self.sinks < 0 or self.window < 0:
+            raise OctavoError(f"scheme {self.name}: sinks and window are numbers of tokens, 0 for none")
+        if self.query is not None and self.query.granularity not in ("head", "tensor"):
+            raise OctavoError(
+                f"scheme {self.name}: q is quantized per head or tensor with static scales, or not at all"
+            )
+        if self.query is not None:
+            key_dtype = self.key.dtype if self.key else ""
+            if self.query.dtype != (key_dtype if key_dtype.startswith("fp8") else "int8"):
+                raise OctavoError(f"scheme {self.name}: q is quantized to the fp8 type of K, or else to int8")
+        if self.value is not None and self.value.before_rope:
+            raise OctavoError(f"scheme {self.name}: V is not rotated by RoPE; 'before_rope' is for K")
+        if self.key is not None and self.key.levels == "calibrated" and not self._has_key_range:
+            raise OctavoError(
+                f"scheme {self.name}: 'levels' calibrated of K is of static scales per channel before RoPE"
+            )
+        if self.key is not None and self.key.before_rope and self.rotate_key:
+            raise OctavoError(f"scheme {self.name}: 'rotate_key' and a K stored before RoPE exclude each other")
+        if self.prefill == "float" and self.is_segmented:
+            raise OctavoError(f"scheme {self.name}: prefill 'float' excludes sinks, a window and groups of tokens")
+        if self.smooth_key and self.key is not None and self.key.is_calibrated:
+            raise OctavoError(
+                f"scheme {self.name}: 'smooth_key' is of dynamic scales; those from calibration count it in"
+            )
+        if self.rotate_value and self.value is not None and self.value.levels == "calibrated":
+            raise OctavoError(f"scheme {self.name}: 'rotate_value' and a calibrated codebook of V exclude each other")
+        steps = sorted((self.step(self.key), self.step(self.value)))
+        if steps[1] % steps[0]:
+            raise OctavoError(
+                f"scheme {self.name}: groups of {steps[0]} and {steps[1]} tokens do not fit into one another"
+            )
+        for text, other in self.layers:
+            _layers_of(text)
+            if isinstance(other, str):
+                _preset(other)
+            elif isinstance(other, dict) and not {"layers", "float_layers"} & other.keys():
+                self._changed(other)
+            else:
+                raise OctavoError(
+                    f"scheme {self.name}: layers {text}: a preset's name or an object of fields without layers of its "
+                    f"own, not {other!r}"
+                )
+
+    @property
+    def _has_key_range(self) -> bool:
+        """Whether the ranges that go with codebooks of K are of what this scheme stores."""
+        return self.key.before_rope and not self.key.dynamic and self.key.granularity == "channel"
+
+    def _some_codec(self, holds: Callable[[Codec], bool]) -> bool:
+        """Whether something holds of a codec of any layer."""
+        if any(codec is not None and holds(codec) for codec in (self.key, self.value, self.query)):
+            return True
+        return any(self.of_layer(_layers_of(text)[0])._some_codec(holds) for text, _ in self.layers)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the scheme quantizes anything."""
+        return self._some_codec(lambda codec: True)
+
+    @property
+    def is_static(self) -> bool:
+        """Whether the scheme needs a calibration."""
+        return self._some_codec(lambda codec: codec.is_calibrated)
+
+    @property
+    def has_codebooks(self) -> bool:
+        """Whether the calibration has to fit codebooks."""
+        return self._some_codec(lambda codec: codec.levels == "calibrated")
+
+    @property
+    def is_segmented(self) -> bool:
+        """Whether some tokens are stored in float beside the codes: sinks, a window, groups of tokens not yet full."""
+        return bool(self.sinks or self.window) or self.step(self.key) > 1 or self.step(self.value) > 1
+
+    @property
+    def layers_named(self) -> int:
+        """How many layers a model must have for `layers` and `float_layers` to mean something."""
+        return 1 + max([-1, *self.float_layers, *(_layers_of(text)[-1] for text, _ in self.layers)])
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether single ops write and read what a layer stores, so that one graph serves every step."""
+        layers = [self, *(self.of_layer(_layers_of(text)[0]) for text, _ in self.layers)]
+        codecs = [codec for layer in layers for codec in (layer.key, layer.value) if codec is not None]
+        is_whole = not any(layer.is_segmented or layer.smooth_key for layer in layers)
+        return is_whole and all(codec.is_native and codec.rule == "range" for codec in codecs)
+
+    def step(self, codec: Codec | None) -> int:
+        """How many tokens become codes at a time; 1 where they do at once."""
+        if codec is None:
+            return 1
+        return math.lcm(SMALLEST_STEP, codec.token_group) if self.window else codec.token_group
+
+    def is_delayed(self, codec: Codec | None) -> bool:
+        """Whether tokens become codes later than they come, so that a crop needs floats of tokens that are codes."""
+        return codec is not None and (self.window > 0 or self.step(codec) > 1)
+
+    def coded(self, codec: Codec | None, tokens: int) -> int:
+        """How many of the first `tokens` tokens, the sinks not counted, are codes and no longer in a float window."""
+        step = self.step(codec)
+        return max(0, tokens - self.sinks - self.window) // step * step
+
+    def _changed(self, fields: dict[str, Any]) -> "Scheme":
+        return Scheme.from_dict({**self.to_dict(), "layers": {}, "float_layers": [], **fields})
+
+    def of_layer(self, layer: int) -> "Scheme":
+        """The scheme of one layer: this one, float where `float_layers` lists it, or what `layers` says of it."""
+        if layer in self.float_layers:
+            return Scheme(name="float")
+        for text, other in self.layers:
+            if layer in _layers_of(text):
+                return _preset(other) if isinstance(other, str) else self._changed(other)
+        return self if not (self.layers or self.float_layers) else self._changed({})
+
+    def with_scales_of_one(self) -> "Scheme":
+        """This scheme with 1 for every static scale, which needs no calibration.
+
+        Raises:
+            OctavoError: a codec whose codes are no fp8, or one with a codebook; static scales of single layers.
+        """
+        changed = {}
+        for part in _PARTS:
+            codec = getattr(self, part)
+            if codec is not None and codec.is_calibrated:
+                if not codec.dtype.startswith("fp8"):
+                    raise OctavoError(
+                        f"scheme {self.name}: scales of 1 make sense for fp8, and {part} is {codec.dtype}"
+                    )
+                changed[part] = dataclasses.replace(codec, granularity="tensor", fixed_scale=1.0)
+        result = dataclasses.replace(self, **changed)
+        if result.is_static:
+            raise OctavoError(f"scheme {self.name}: 'layers' names static scales of its own; say 'fixed_scale' there")
+        return result
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as it stands in a preset file or under `octavo.scheme` in a config.json; defaults left out."""
+        result: dict[str, Any] = {"name": self.name}
+        for part in dataclasses.fields(self)[1:]:
+            value = getattr(self, part.name)
+            if value == part.default:
+                continue
+            is_codec = part.name in _PARTS
+            result[part.name] = value.to_dict() if is_codec else dict(value) if part.name == "layers" else value
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in result.items()}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Scheme":
+        """The inverse of `to_dict`.
+
+        Raises:
+            OctavoError: an unknown field or an unsupported value, named.
+        """
+        if not isinstance(data, dict) or "name" not in data:
+            raise OctavoError("scheme: expected an object with at least a 'name'")
+        unknown = set(data) - {part.name for part in dataclasses.fields(cls)}
+        if unknown:
+            raise OctavoError(f"scheme {data['name']}: unknown field {sorted(unknown)[0]!r}")
+        codecs = {}
+        for part in _PARTS:
+            try:
+                codecs[part] = Codec(**data[part]) if data.get(part) is not None else None
+            except TypeError as error:
+                raise OctavoError(f"scheme {data['name']}: {part}: {error}") from None
+        layers = data.get("layers", {})
+        if not isinstance(layers, dict):
+            raise OctavoError(f'scheme {data["name"]}: \'layers\' is an object such as {{"0-1": "int8-token"}}')
+        floats = data.get("float_layers", [])
+        if not isinstance(floats, (list, tuple)):
+            raise OctavoError(f"scheme {data['name']}: 'float_layers' is a list of layer numbers, not {floats!r}")
+        return cls(**{**data, **codecs, "layers": tuple(layers.items()), "float_layers": tuple(floats)})
+
+
+def _preset(name: Any) -> Scheme:
+    """The scheme of the name of a preset, or of a `kv_cache_dtype` of vLLM."""
+    known = KV_CACHE_DTYPES.get(name, name) if isinstance(name, str) else None
+    if known not in PRESETS:
+        raise OctavoError(f"scheme {name!r} is no preset; choose one of {', '.join(PRESETS)}, or FILE.json")
+    return Scheme.from_dict(json.loads(resource(f"common/runtime/schemes/presets/{known}.json")))
+
+
+def _read_scheme(file: Path) -> Scheme:
+    """A scheme from a JSON file."""
+    try:
+        data = parse_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OctavoError(f"scheme {file}: is no JSON file that can be read ({error})") from None
+    return Scheme.from_dict(data)
+
+
+def load_scheme(scheme: "str | Path | dict[str, Any] | Scheme") -> Scheme:
+    """A scheme from the name of a preset, a `kv_cache_dtype` of vLLM or a JSON file, from plain data, or as it is.
+
+    Raises:
+        OctavoError: the name is no preset; the message lists them. The file holds no scheme.
+    """
+    if isinstance(scheme, Scheme):
+        return scheme
+    if isinstance(scheme, dict):
+        return Scheme.from_dict(scheme)
+    if str(scheme).endswith(".json"):
+        return _read_scheme(Path(scheme))
+    return _preset(scheme)
+
+
+def bits_per_element(scheme: Scheme, heads: int, width: int, length: int = 2048, crop_room: int = 0) -> float:
+    """Bits that an element of K and V takes, everything counted, in sequences of `length` tokens.
+
+    Codes, scales, zeros, outliers and codebooks; sinks and the float window in 16 bits, the window at its mean size.
+
+    Args:
+        heads, width: G and D.
+        crop_room: of the cache; 0 counts what the scheme itself needs. Where tokens become codes later than they come,
+            so many are kept in 16 bits beside their codes.
+    """
+    total = 0.0
+    for codec in (scheme.key, scheme.value):
+        if codec is None:
+            total += 16.0
+            continue
+        floats = min(length, scheme.sinks + scheme.window + (scheme.step(codec) - 1) / 2)
+        constants = codec.constant_bits(heads, width) / (length * heads * width)
+        beside = min(crop_room, length - floats) if scheme.is_delayed(codec) else 0
+        total += (16 * (floats + beside) + codec.token_bits(width) * (length - floats) / width) / length + constants
+    return total / 2

@@ -1,0 +1,198 @@
+"""How one tensor is coded: the type of its codes, and which values share a scale."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ....ops.shared.codes import code_range
+from ...errors import OctavoError
+
+CODE_DTYPES = {
+    "int8": torch.int8,
+    "int4": torch.uint8,
+    "int3": torch.uint8,
+    "int2": torch.uint8,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
+"""Types of codes, and the dtype of the tensors that hold them (`ops/shared/codes.py`)."""
+CODE_BITS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2, "fp8_e4m3": 8, "fp8_e5m2": 8}
+SCALE_DTYPES = {"float32": torch.float32, "float16": torch.float16}
+GRANULARITIES = ("channel", "head", "tensor", "token")
+RULES = ("range", "mse", "llamacpp")
+LEVELS = ("uniform", "gaussian", "calibrated")
+OUTLIER_BITS = 16 + 8
+"""An outlier is a float16 and the number of its channel."""
+MOST_NUMBER = 2**24
+"""Largest number of a scheme, of tokens or channels or a fixed scale."""
+MOST_CHANNELS = 256
+"""Channels of a head that such a number of 8 bits tells apart."""
+
+
+def check_types(what: str, instance: Any) -> None:
+    """Raise an `OctavoError` if a number, flag or text of a dataclass, as its default is, is of another type."""
+    for part in dataclasses.fields(instance):
+        value, kind = getattr(instance, part.name), type(part.default)
+        if kind in (bool, int, float, str) and type(value) not in ((int, float) if kind is float else (kind,)):
+            raise OctavoError(f"{what}: {part.name} {value!r} is no {kind.__name__}")
+        if kind in (int, float) and not abs(value) <= MOST_NUMBER:
+            raise OctavoError(f"{what}: {part.name} {value!r} is beyond all reason")
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How one tensor of shape `[B, G, S, D]` is coded.
+
+    Attributes:
+        dtype: type of the codes: "int8", "int4", "int3", "int2", "fp8_e4m3" or "fp8_e5m2".
+        granularity: what shares one scale: "tensor", "head", "channel" (a channel of a head), or "token" (of a head).
+        dynamic: scales come from the values themselves, per token, or per channel in groups of tokens; otherwise they
+            are static, from calibration.
+        symmetric: zero is 0; otherwise each scale has a zero point beside it (integers only).
+        group_size: of granularity "token", the channels that share a scale, 0 for all of a head; of dynamic "channel",
+            the tokens that do.
+        scale_dtype: what dynamic scales and zeros are stored in, "float32" or "float16".
+        rule: how a dynamic scale follows from the values: "range" takes in all of them, or with gaussian levels their
+            standard deviation; "mse" looks near that for the least squared error; "llamacpp" is ggml's for blocks of 32
+            (Q8_0, Q4_0, Q4_1).
+        levels: "uniform"; "gaussian", the best levels of a normal distribution (Lloyd-Max), with scale and zero from
+            the standard deviation and mean of a group; "calibrated", a codebook per layer from calibration.
+        outliers: values per token and head that are kept in float16 beside the codes, those farthest out.
+        before_rope: K is coded as it was before RoPE, which is applied where it is read.
+        fixed_scale: a static scale of this value, which needs no calibration; 0 for one from calibration.
+    """
+
+    dtype: str = "int8"
+    granularity: str = "channel"
+    dynamic: bool = False
+    symmetric: bool = True
+    group_size: int = 0
+    scale_dtype: str = "float32"
+    rule: str = "range"
+    levels: str = "uniform"
+    outliers: int = 0
+    before_rope: bool = False
+    fixed_scale: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_types("codec", self)
+        choices = {"dtype": CODE_DTYPES, "granularity": GRANULARITIES, "scale_dtype": SCALE_DTYPES, "rule": RULES,
+                   "levels": LEVELS}  # fmt: skip
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise OctavoError(f"codec: {name} {getattr(self, name)!r} is none of {', '.join(known)}")
+        for is_wrong, message in self._contradictions():
+            if is_wrong:
+                raise OctavoError(f"codec: {message}")
+
+    def _contradictions(self) -> list[tuple[bool, str]]:
+        """What fields exclude each other, and how to say so."""
+        is_fp8, is_token = self.dtype.startswith("fp8"), self.granularity == "token"
+        has_levels = self.levels != "uniform"
+        return [
+            (is_token and not self.dynamic, "scales per token are dynamic; set 'dynamic'"),
+            (self.dynamic and self.granularity in ("head", "tensor"), "scales per head or tensor are static"),
+            (self.group_size < 0 or bool(self.group_size and not self.dynamic), "'group_size' is of dynamic scales"),
+            (self.dynamic and self.granularity == "channel" and self.group_size < 2,
+             "dynamic scales per channel serve groups of tokens; set 'group_size'"),
+            (is_fp8 and not self.symmetric, "fp8 has no zero points; leave 'symmetric' at true"),
+            (self.rule != "range" and (not self.dynamic or is_fp8), "'rule' is of dynamic scales of integers"),
+            (self.rule == "llamacpp" and not (is_token and self.group_size and self.dtype in ("int8", "int4")),
+             "'rule' llamacpp is of int8 and int4 per token in groups of channels"),
+            (has_levels and self.bits > 4, "'levels' are of 4 bits and fewer"),
+            (self.levels == "calibrated" and self.rule != "range", "'rule' mse is of levels uniform and gaussian"),
+            (has_levels and self.rule == "llamacpp", "'rule' llamacpp is of uniform levels"),
+            (self.levels == "gaussian" and not self.dynamic, "'levels' gaussian is of dynamic scales"),
+            (self.levels == "calibrated" and self.symmetric, "'levels' calibrated has zeros; set 'symmetric' to false"),
+            (self.outliers < 0 or bool(self.outliers and self.token_group > 1),
+             "'outliers' is a number per token, which groups of tokens exclude"),
+            (self.fixed_scale < 0 or bool(self.fixed_scale and (self.dynamic or not self.symmetric or has_levels)),
+             "'fixed_scale' is of static symmetric codecs"),
+        ]  # fmt: skip
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return CODE_BITS[self.dtype]
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """What the smallest and largest code stand for before scale and zero: -1 and 1 with a calibrated codebook."""
+        return (-1.0, 1.0) if self.levels == "calibrated" else code_range(self.stored_dtype, self.bits)
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """The dtype of the tensor that holds the codes."""
+        return CODE_DTYPES[self.dtype]
+
+    @property
+    def stored_scale_dtype(self) -> torch.dtype:
+        """The dtype of dynamic scales and zeros."""
+        return SCALE_DTYPES[self.scale_dtype]
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether it needs statistics of a calibration."""
+        return self.levels == "calibrated" or not (self.dynamic or self.fixed_scale)
+
+    @property
+    def has_zero(self) -> bool:
+        """Whether dynamic scales have zero points beside them."""
+        return not self.symmetric
+
+    @property
+    def is_native(self) -> bool:
+        """Whether the attention op reads the codes as they are; others are decoded block by block."""
+        return self.bits >= 4 and self.levels == "uniform" and not self.outliers and not self.before_rope
+
+    @property
+    def token_group(self) -> int:
+        """Consecutive tokens that share a scale and so become codes together."""
+        return self.group_size if self.dynamic and self.granularity == "channel" else 1
+
+    def stored_width(self, width: int) -> int:
+        """Columns of the tensor that holds codes of `width` channels.
+
+        Raises:
+            OctavoError: so many channels do not fill whole bytes, or are too few or too many for the outliers.
+        """
+        if self.outliers and not self.outliers < width <= MOST_CHANNELS:
+            raise OctavoError(f"codec: {self.outliers} outliers are of heads of more channels, up to 256, not {width}")
+        fraction = {4: 2, 3: 8, 2: 4}.get(self.bits, 1)
+        if width % fraction:
+            raise OctavoError(f"codec: {self.dtype} needs heads of a multiple of {fraction} channels, not {width}")
+        return width * self.bits // 8
+
+    def channel_groups(self, width: int) -> int:
+        """Dynamic scales of one token, or group of tokens, and head of `width` channels.
+
+        Raises:
+            OctavoError: the group size does not divide the head.
+        """
+        if self.granularity == "channel":
+            return width
+        if self.group_size and width % self.group_size:
+            raise OctavoError(f"codec: groups of {self.group_size} channels do not divide a head of {width}")
+        return width // self.group_size if self.group_size else 1
+
+    def token_bits(self, width: int) -> float:
+        """Bits of one token of one head of `width` channels, dynamic scales, zeros and outliers included."""
+        total = float(self.bits * width + OUTLIER_BITS * self.outliers)
+        if self.dynamic:
+            each = 8 * self.stored_scale_dtype.itemsize * (1 + self.has_zero)
+            total += each * self.channel_groups(width) / self.token_group
+        return total
+
+    def constant_bits(self, heads: int, width: int) -> int:
+        """Bits of a layer that do not grow with the tokens: static scales and zeros, and a codebook, in float32."""
+        shared = {"tensor": 1, "head": heads, "channel": heads * width, "token": 0}[self.granularity]
+        scales = 0 if self.dynamic or self.fixed_scale else shared * (1 + self.has_zero)
+        return 32 * (scales + (2**self.bits if self.levels == "calibrated" else 0))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; defaults, but for type and granularity, left out."""
+        fields = {part.name: part.default for part in dataclasses.fields(self)}
+        own = dataclasses.asdict(self)
+        return {k: v for k, v in own.items() if k in ("dtype", "granularity") or v != fields[k]}

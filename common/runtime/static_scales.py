@@ -1,0 +1,222 @@
+"""What calibration leaves, saved once: every static scheme and every dialect derives its scales from it.
+
+Tensors, for decoder layer `i` (H query heads, G KV heads, D head_dim), all float32:
+
+    layers.{i}.{q,k}.max          [H or G, D]    largest |x| of each channel after RoPE
+    layers.{i}.{q,k}.radius       [H or G, D/2]  largest sqrt(x_d^2 + x_{d+D/2}^2) of each rotary pair
+    layers.{i}.v.{low,high}       [G, D]         smallest and largest x of each channel
+    layers.{i}.k.folded.radius, layers.{i}.v.folded.{low,high}: the same without the bias of the projection, if any
+    layers.{i}.k.before.{low,high}  [G, D]       ends of the codebook of each channel before RoPE (`codebooks.py`)
+    layers.{i}.{k,v}.levels.{bits}  [2**bits]    codebooks (`codebooks.py`)
+    linears.{name}.{low,high,mean_abs,mean_square}  [K]  of each input channel of a linear layer
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ...ops.shared.codes import SMALLEST_SCALE, code_range
+from ..errors import OctavoError, first_line
+from .schemes.kv_scheme import Scheme
+from .schemes.tensor_codec import Codec
+from .statistics_checks import check_statistics, check_statistics_of, layer_count
+
+STATISTICS_FORMAT = "octavo-statistics-2"
+
+
+@dataclass(frozen=True)
+class LayerScales:
+    """The static scales of one layer's attention.
+
+    Attributes:
+        key, value: scale and zero, each broadcastable to `[G, 1, D]`, float32; zero is None where symmetric. The
+            pair is None where the codec is dynamic or none.
+        query: `[H or 1, 1, 1]` float32, or None.
+        key_levels, value_levels: codebooks, float32 `[2**bits]`, where the levels are calibrated.
+        folded: whether key and value are for states without the biases of their projections.
+    """
+
+    key: tuple[torch.Tensor, torch.Tensor | None] | None = None
+    value: tuple[torch.Tensor, torch.Tensor | None] | None = None
+    query: torch.Tensor | None = None
+    key_levels: torch.Tensor | None = None
+    value_levels: torch.Tensor | None = None
+    folded: bool = False
+
+
+Scales = list[LayerScales]
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Named tensors (see the module) and where they come from.
+
+    Attributes:
+        tensors: name to tensor.
+        metadata: `model_type`, `num_hidden_layers`, `tokens` calibrated on, as text.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    metadata: dict[str, str]
+
+    @property
+    def layers(self) -> int:
+        """Number of decoder layers."""
+        return layer_count(self.metadata)
+
+    def check_finite(self) -> None:
+        """Raise an `OctavoError` that names the first tensor with a NaN or Inf."""
+        for name, tensor in self.tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise OctavoError(
+                    f"calibration statistics: {name} holds NaN or Inf; the model overflows on the calibration text"
+                )
+
+    def check_model(self, config: Any) -> None:
+        """Raise an `OctavoError` that names what is not of the model of a config: type, layers, heads, their width."""
+        check_statistics_of(self.tensors, self.metadata, config)
+
+    def save(self, file: str | Path) -> None:
+        """Write a safetensors file.
+
+        Raises:
+            OctavoError: it cannot be written.
+        """
+        try:
+            save_file(self.tensors, file, metadata={**self.metadata, "format": STATISTICS_FORMAT})
+        except (OSError, SafetensorError) as error:
+            raise OctavoError(f"statistics file {file}: cannot be written ({first_line(error)})") from None
+
+
+def statistics_facts(config: Any, tokens: int) -> dict[str, str]:
+    """The metadata of the statistics of a model calibrated on so many tokens."""
+    facts = {"model_type": config.model_type, "num_hidden_layers": config.num_hidden_layers, "tokens": tokens}
+    return {name: str(value) for name, value in facts.items()}
+
+
+def load_statistics(file: str | Path) -> Statistics:
+    """Read what `Statistics.save` wrote.
+
+    Raises:
+        OctavoError: the file is missing, no statistics file or damaged: a tensor, named, that no statistics hold, of
+            another shape, out of range, or missing.
+    """
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118, it is no dict
+    except (OSError, SafetensorError) as error:
+        raise OctavoError(
+            f"statistics file {file}: cannot be read ({error}); write it with --save_statistics"
+        ) from None
+    if metadata.get("format") != STATISTICS_FORMAT:
+        raise OctavoError(f"statistics file {file}: no Octavo statistics; write it with --save_statistics")
+    statistics = Statistics(tensors, metadata)
+    statistics.check_finite()
+    check_statistics(tensors, metadata)
+    return statistics
+
+
+def rotary_radius(x: torch.Tensor) -> torch.Tensor:
+    """The length of each rotary pair, `[..., D] -> [..., D/2]`, which RoPE leaves the same at every position."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.hypot(first, second)
+
+
+def symmetric_scale(largest: torch.Tensor, dtype: torch.dtype = torch.int8) -> torch.Tensor:
+    """The scale at which values up to `largest` fill the range of a code, stored as `dtype`, without clipping."""
+    return (largest.float() / code_range(dtype)[1]).clamp_min(SMALLEST_SCALE)
+
+
+def _shared(codec: Codec, bound: torch.Tensor, largest: bool = True) -> torch.Tensor:
+    """Bounds of each channel `[heads, D]` as those of what shares a scale: `[heads or 1, 1, D or 1]`."""
+    if codec.granularity == "channel":
+        return bound[:, None]
+    dims = (0, 1) if codec.granularity == "tensor" else (1,)
+    return (bound.amax(dim=dims) if largest else bound.amin(dim=dims)).view(-1, 1, 1)
+
+
+def static_scale(
+    codec: Codec | None, low: torch.Tensor, high: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """Scale and zero of a codec from the smallest and largest value of each channel, `[heads, D]`.
+
+    Affine: the middle of the range is code 0 and its width 255 steps (LMDeploy's zp = (min + max) / 2 and
+    scale = (max - min) / 255, the zero point in units of codes), or with a codebook 2, from -1 to 1.
+    """
+    if codec is None or codec.dynamic or codec.fixed_scale:
+        return None
+    if codec.symmetric:
+        return symmetric_scale(_shared(codec, torch.maximum(-low, high)), codec.stored_dtype), None
+    least, most = _shared(codec, low, largest=False), _shared(codec, high)
+    first, last = codec.ends
+    scale = ((most - least) / (last - first)).clamp_min(SMALLEST_SCALE)
+    return scale, -(most + least) / 2 / scale
+
+
+def _levels(codec: Codec | None, statistics: Statistics, name: str) -> torch.Tensor | None:
+    if codec is None or codec.levels != "calibrated":
+        return None
+    found = statistics.tensors.get(f"{name}.levels.{codec.bits}")
+    if found is None:
+        raise OctavoError("these statistics hold no codebooks; convert again with a kvquant scheme to make them")
+    return found
+
+
+def _bound(parts: torch.Tensor, channels: int, is_rotated: bool) -> torch.Tensor:
+    """What no channel exceeds, `[heads, D]`, from the largest of each part of a head, `[heads, D / channels]`.
+
+    After a rotation that is no more than the length of all parts together. For fp8, whose codes are floats, a bound
+    that is hardly reached costs nothing; int8 loses bits to it.
+    """
+    bound = parts.norm(dim=-1, keepdim=True).expand_as(parts) if is_rotated else parts
+    return bound.repeat(1, channels)
+
+
+def scales_of_layer(scheme: Scheme, statistics: Statistics, index: int) -> LayerScales:
+    """Derive the static scales of a scheme for one layer.
+
+    K and q take the radius of each rotary pair as the bound of both its channels: a range observed after RoPE holds
+    only for the positions that were observed, since RoPE turns one channel of a pair into the other as they grow.
+
+    Raises:
+        OctavoError: the statistics lack what the scheme needs.
+    """
+    tensors = statistics.tensors
+    part, name = scheme.of_layer(index), f"layers.{index}"
+    folded = part.fold_bias and any(f"{name}.{side}" in tensors for side in ("k.folded.radius", "v.folded.low"))
+    of_key, of_value = (
+        f"{name}.{side}.folded" if folded and f"{name}.{side}.folded.{kind}" in tensors else f"{name}.{side}"
+        for side, kind in (("k", "radius"), ("v", "low"))
+    )
+    key_levels, value_levels = (
+        _levels(part.key, statistics, f"{name}.k"),
+        _levels(part.value, statistics, f"{name}.v"),
+    )
+    if key_levels is not None and f"{name}.k.folded.radius" in tensors and not folded:
+        raise OctavoError(f"scheme {part.name}: codebooks are for K without its bias; leave 'fold_bias' at true")
+    low, high = tensors[f"{of_value}.low"], tensors[f"{of_value}.high"]
+    bound, query_bound, value_bound = (
+        _bound(tensors[f"{of_key}.radius"], 2, part.rotate_key),
+        _bound(tensors[f"{name}.q.radius"], 2, part.rotate_key),
+        _bound(torch.maximum(-low, high), 1, part.rotate_value),
+    )
+    key_range = (-bound, bound)
+    if key_levels is not None:
+        key_range = tensors[f"{name}.k.before.low"], tensors[f"{name}.k.before.high"]
+    value_range = (-value_bound, value_bound) if part.rotate_value else (low, high)
+    query = static_scale(part.query, -query_bound, query_bound)
+    value = static_scale(part.value, *value_range)
+    is_folded = folded and part.is_static
+    return LayerScales(
+        static_scale(part.key, *key_range), value, query[0] if query else None, key_levels, value_levels, is_folded
+    )
+
+
+def scales_of(scheme: Scheme, statistics: Statistics) -> Scales:
+    """Derive the static scales of a scheme for all layers; raises as `scales_of_layer`."""
+    return [scales_of_layer(scheme, statistics, index) for index in range(statistics.layers)]

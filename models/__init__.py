@@ -1,0 +1,1 @@
+"""Only what differs between architectures: a folder each."""

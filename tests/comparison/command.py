@@ -5,10 +5,12 @@ import json
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 
 from ..support import REPOSITORY
 from .compare import compare, extent
+from .layout import LAID_OUT, LAYOUT_FILE, layout_text
 from .record import Record, make_record
 
 
@@ -20,10 +22,11 @@ def _parser() -> argparse.ArgumentParser:
     record.add_argument("--out", type=Path, required=True)
     pair = commands.add_parser("compare", help="say every difference of two records")
     pair.add_argument("files", type=Path, nargs=2)
+    commands.add_parser("layout", help="write layout.json anew")
     since = commands.add_parser("since", help="compare a commit with this tree")
     since.add_argument("commit")
     for each in (record, since):
-        each.add_argument("--only", default="*", help="glob of the names of conversions")
+        each.add_argument("--only", nargs="+", default=("*",), help="globs of the names of conversions")
     return parser
 
 
@@ -34,10 +37,12 @@ def _say(first: Record, second: Record) -> int:
     return 1 if found else 0
 
 
-def _record_of_commit(commit: str, only: str) -> Record:
+def _record_of_commit(commit: str, only: Collection[str]) -> Record:
     with tempfile.TemporaryDirectory(prefix="comparison-tree-") as place:
         archive, tree = Path(place, "tree.tar"), Path(place, "tree")
-        subprocess.run(["git", "-C", str(REPOSITORY), "archive", "--output", str(archive), commit], check=True)
+        command = ["git", "-C", str(REPOSITORY), "archive", "--output", str(archive), commit]
+        if subprocess.run(command).returncode:
+            raise SystemExit(f"error: {commit}: is no commit whose files can be had")
         shutil.unpack_archive(archive, tree, filter="data")
         return make_record(tree, only)
 
@@ -50,6 +55,9 @@ def main(argv: list[str] | None = None) -> int:
         return _say(first, second)
     if arguments.command == "since":
         return _say(_record_of_commit(arguments.commit, arguments.only), make_record(REPOSITORY, arguments.only))
+    if arguments.command == "layout":
+        LAYOUT_FILE.write_text(layout_text(make_record(REPOSITORY, LAID_OUT)), encoding="utf-8")
+        return 0
     record = make_record(arguments.tree, arguments.only)
     arguments.out.write_text(json.dumps(record, indent=1), encoding="utf-8")
     print(f"{arguments.out}: {len(record['conversions'])} conversions")

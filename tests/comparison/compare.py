@@ -1,5 +1,6 @@
 """The differences of two records."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,17 +24,21 @@ def differences(first: Any, second: Any, where: str = "") -> Iterator[str]:
                 yield f"{inner}: only in the {'second' if name not in first else 'first'}"
             else:
                 yield from differences(first[name], second[name], inner)
-    elif isinstance(first, list) and isinstance(second, list) and len(first) == len(second):
-        for index, (one, other) in enumerate(zip(first, second, strict=True)):
-            yield from differences(one, other, f"{where}[{index}]")
+    elif isinstance(first, list) and isinstance(second, list):
+        if len(first) != len(second):
+            yield f"{where}: {len(first)} lines or values -> {len(second)}, the first that differs:"
+        pairs = enumerate(zip(first, second, strict=False))
+        found = (line for index, pair in pairs for line in differences(*pair, f"{where}[{index}]"))
+        yield from found if len(first) == len(second) else itertools.islice(found, 1)
     elif first != second or type(first) is not type(second):
         yield f"{where}: {_short(first)} -> {_short(second)}"
 
 
 def compare(first: Record, second: Record) -> list[str]:
     """The lines on two records; none if they are equal."""
-    parts = ("made with", first["made with"], second["made with"]), ("", first["conversions"], second["conversions"])
-    return [line for where, one, other in parts for line in differences(one, other, where)]
+    named = ({**record, **record["conversions"]} for record in (first, second))
+    one, other = ({name: part for name, part in record.items() if name != "conversions"} for record in named)
+    return list(differences(one, other))
 
 
 def extent(first: Record, second: Record) -> str:
@@ -42,7 +47,7 @@ def extent(first: Record, second: Record) -> str:
     both = [(first["conversions"][name], second["conversions"][name]) for name in names]
 
     def count(*parts: str) -> int:
-        return sum(len(one[part].keys() & other[part].keys()) for one, other in both for part in parts)
+        return sum(len(one.get(part, {}).keys() & other.get(part, {}).keys()) for one, other in both for part in parts)
 
     return (
         f"{len(both)} conversions, {count('tensors', 'statistics')} tensors, {count('files')} files, "

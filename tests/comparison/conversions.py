@@ -1,5 +1,6 @@
 """What is converted: every kind of linear, every scheme, and each flag that changes what is written."""
 
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,25 @@ WITH_HEAD = ("--disable_last_linear", "False")
 QUANTIZATIONS = ("w8a8", "w8a8_dynamic", "w8a16", "w4a16", "wfp8afp8", "wfp8afp8_dynamic", "w8a8_mixed", "fp8")
 ANTI_METHODS = ("m1", "m2", "m3", "m4", "m6")
 RECIPES = ("memory-first", "speed-first", "balanced", "ascend", "ascend-fa")
-KEY_BIAS_SCHEMES = ("ascend-c8", "ascend-fa", "int8-token", "octavo-4", "kvquant-2", "kivi-2")
+KEY_BIAS_SCHEMES = ("int8-token", "octavo-8", "octavo-4", "kvquant-2", "kivi-2", "vllm-fp8-head")
 ARCHITECTURES = ("mistral", "mistral bf16", "qwen2", "qwen2 bf16 tied", "qwen3", "qwen3 bf16")
+
+
+FOLDER = "FOLDER"
+"""In flags, and in what was said: the folder of the whole work."""
+INPUTS = {
+    "texts.txt": "A text of the file.\nAnother one, a little longer than the first.\nThe third is held back.\n",
+    "texts.jsonl": "".join(f'{{"inputs_pretokenized": "Text {index} of the file, as JSON."}}\n' for index in range(4)),
+    "scheme.json": json.dumps(
+        {
+            "name": "mine",
+            "key": {"dtype": "int8", "granularity": "channel"},
+            "value": {"dtype": "int4", "granularity": "token", "dynamic": True, "symmetric": False},
+            "layers": {"0": "ascend-c8", "1": {"window": 16, "rotate_value": True}},
+        }
+    ),
+}
+"""Files in the folder that flags name."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +44,14 @@ class Conversion:
         source: one of `SOURCES`.
         flags: of the script, beside source, target and texts.
         scheme: the preset that the two lines on the stock source are recorded with, too; it takes its statistics.
+        has_texts: whether the texts of all tests are given to it.
     """
 
     name: str
     source: str
     flags: tuple[str, ...]
     scheme: str | None = None
+    has_texts: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         """For the processes that do the work."""
@@ -64,6 +84,8 @@ def _of_flags() -> dict[str, tuple[str, tuple[str, ...]]]:
         "fp8 scales from random tokens": (llama, ("--kv_cache_dtype", "fp8", "--kv_scales", "random", *FLOAT_LINEARS)),
         "fp8 scales of one": (llama, ("--kv_cache_dtype", "fp8", "--kv_scales", "none", *FLOAT_LINEARS)),
         "c8 of fp16": (odd, C8),
+        "a scheme of one's own": (llama, ("--scheme", f"{FOLDER}/scheme.json", *FLOAT_LINEARS)),
+        "nothing to resume": (llama, ("--resume", *C8)),
         "help": (llama, ("--help",)),
         "refused: no such scheme": (llama, ("--scheme", "int7")),
         "refused: two schemes": (llama, (*C8, *FA)),
@@ -77,6 +99,11 @@ def _of_flags() -> dict[str, tuple[str, tuple[str, ...]]]:
 def all_conversions(presets: list[str]) -> list[Conversion]:
     """Everything to convert, of a tree that has these presets; names say what is in them."""
     found = [Conversion(name, source, flags) for name, (source, flags) in _of_flags().items()]
+    found += [
+        Conversion("texts that come with Octavo", "llama", ("--is_dynamic", "True", *C8), has_texts=False),
+        Conversion("texts of a file", "llama", ("--calib_file", f"{FOLDER}/texts.txt", *C8), has_texts=False),
+        Conversion("texts in JSON", "llama", ("--calib_file", f"{FOLDER}/texts.jsonl", *C8), has_texts=False),
+    ]
     found += [
         Conversion(f"{kind} of {source}", source, ("--quantization", kind))
         for source in ("llama", "llama bf16 tied biased")

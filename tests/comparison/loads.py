@@ -9,13 +9,13 @@ sys.modules["octavo"] = None  # type: ignore[assignment]
 import torch  # noqa: E402
 from transformers import AutoModelForCausalLM, logging  # noqa: E402
 
-from .logits import logits_or_error  # noqa: E402
+from .logits import Model, logits_of  # noqa: E402
 
 
-def _load(directory: str) -> tuple[torch.nn.Module]:
+def _load(directory: str) -> Model:
     model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True).eval()
     assert type(model).__module__.startswith("transformers_modules."), type(model)
-    return (model,)
+    return model, dict  # its own cache
 
 
 def main(task: Path, answer: Path) -> None:
@@ -23,7 +23,7 @@ def main(task: Path, answer: Path) -> None:
     logging.set_verbosity_error()
     torch.set_num_threads(1)
     directories = json.loads(task.read_text(encoding="utf-8"))
-    found = {name: logits_or_error(lambda path=path: _load(path)) for name, path in directories.items()}
+    found = {name: logits_of(lambda path=path: _load(path)) for name, path in directories.items()}
     answer.write_text(json.dumps(found), encoding="utf-8")
 
 

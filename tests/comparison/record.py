@@ -4,6 +4,7 @@ import hashlib
 import json
 import platform
 import tempfile
+from collections.abc import Collection
 from fnmatch import fnmatchcase
 from importlib.metadata import version
 from pathlib import Path
@@ -53,40 +54,38 @@ def _files(directory: Path) -> dict[str, Any]:
     return found
 
 
-def _output(name: str, outputs: Path) -> dict[str, Any]:
+def _output(directory: Path) -> dict[str, Any]:
     """What a record holds of the files that a conversion wrote."""
-    directory, statistics = outputs / name, outputs / f"{name}.statistics.safetensors"
+    statistics = directory.with_name(f"{directory.name}.statistics.safetensors")
     tensors = {name: t for file in sorted(directory.glob("*.safetensors")) for name, t in _tensors(file).items()}
     calibrated = _tensors(statistics) if statistics.is_file() else {}
     return {"files": _files(directory), "tensors": tensors, "statistics": calibrated}
 
 
-def make_record(tree: Path, only: str = "*") -> Record:
+def make_record(tree: Path, only: Collection[str] = ("*",)) -> Record:
     """Convert everything with the scripts of a tree, load it, and describe what came of it.
 
     Args:
         tree: root of a checkout.
-        only: glob of the names of conversions.
+        only: globs of the names of conversions.
 
     Raises:
         ValueError: no conversion has such a name.
     """
     tree = tree.resolve()
-    wanted = [c.to_dict() for c in all_conversions(presets_of(tree)) if fnmatchcase(c.name, only)]
+    wanted = [c.to_dict() for c in all_conversions(presets_of(tree)) if any(fnmatchcase(c.name, glob) for glob in only)]
     if not wanted:
-        raise ValueError(f"--only {only}: no conversion has such a name")
+        raise ValueError(f"--only {' '.join(only)}: no conversion has such a name")
     with tempfile.TemporaryDirectory(prefix="comparison-") as place:
         folder = Path(place).resolve()
         task = {"tree": str(tree), "folder": str(folder), "conversions": wanted}
         found = run_module("converts", task, folder, import_root(tree, folder))
         outputs = folder / "outputs"
-        made = {name: str(outputs / name) for name, result in found.items() if result["code"] == 0}
-        made = {name: path for name, path in made.items() if Path(path).is_dir()}
+        made = {name: str(outputs / name) for name in found["conversions"] if (outputs / name).is_dir()}
         logits = run_module("loads", made, folder)
-        conversions = {
-            name: {**result, **_output(name, outputs), "logits": logits.get(name, {})} for name, result in found.items()
-        }
-    return {"made with": _versions(), "conversions": conversions}
+        for name, path in made.items():
+            found["conversions"][name] |= {**_output(Path(path)), "logits": logits[name]}
+    return {"made with": _versions(), **found}
 
 
 def _versions() -> dict[str, str]:

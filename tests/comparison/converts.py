@@ -61,7 +61,7 @@ class Work:
         (self.folder / "outputs").mkdir()
 
     def _ran(self, program: str, arguments: list[str], work: Callable[[], int]) -> dict[str, Any]:
-        """Exit code and words of a program that runs in this process."""
+        """Exit code and words of a program that runs in this process; an exception takes the place of the code."""
         sys.argv = [program, *arguments]
         torch.manual_seed(0)  # so that it does the same whatever ran before it
         words = io.StringIO()
@@ -70,6 +70,8 @@ class Work:
                 code = work()
             except SystemExit as stop:
                 code = stop.code
+            except Exception as error:
+                code = f"{type(error).__name__}: {error}"
         said = words.getvalue().replace(str(self.folder), FOLDER)
         for pattern, instead in _NOT_COMPARED:
             said = pattern.sub(instead, said)
@@ -79,9 +81,9 @@ class Work:
         parts = runpy.run_path(str(self.tree / "models" / folder / name), run_name="a script")
         return self._ran(name, arguments, lambda: parts["main"](parts["ARCHITECTURE"], arguments))
 
-    def doctor(self, source: str) -> dict[str, Any]:
+    def doctor(self, source: str, *flags: str) -> dict[str, Any]:
         """What the doctor says of a source."""
-        arguments = ["--model_path", str(self.folder / "sources" / source), "--json"]
+        arguments = ["--model_path", str(self.folder / "sources" / source), *flags]
         return self._ran("doctor", arguments, lambda: runpy.run_module("octavo.common.doctor", run_name="__main__"))
 
     def convert(self, conversion: dict[str, Any]) -> dict[str, Any]:
@@ -99,6 +101,7 @@ class Work:
         prompt = ["--model_path", str(target), "--prompt", "Rain fell on", "--max_new_tokens", "4"]
         found["run"] = self._script(conversion["folder"], "run.py", prompt)
         if conversion["scheme"]:
+            found["doctor"] = self.doctor(conversion["source"], "--statistics", str(statistics))
             found["logits of the stock model"] = logits_of(lambda: _stock(source, conversion["scheme"], statistics))
         return found
 
@@ -122,7 +125,7 @@ def main(task: Path, answer: Path) -> None:
     work.make_sources(sources)
     _check_imports(tree)
     found = {
-        "sources": {name: {"doctor": work.doctor(name)} for name in sources},
+        "sources": {name: {"doctor": work.doctor(name), "as data": work.doctor(name, "--json")} for name in sources},
         "conversions": {conversion["name"]: work.convert(conversion) for conversion in asked["conversions"]},
     }
     answer.write_text(json.dumps(found), encoding="utf-8")

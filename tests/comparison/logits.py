@@ -10,6 +10,8 @@ from ..support import CACHE_NAME, random_ids, with_cache
 
 PARTS = {"prompt": 150, "chunk": 7, "first step": 1, "second step": 1, "third step": 1}
 """Tokens of each pass; the prompt is longer than every window that stays in float."""
+DIGITS = 16
+"""Of a digest that are kept, so that a line on a difference can be read."""
 PADDING = 5
 """Tokens on the left of one row that are masked where an answer is generated."""
 
@@ -19,7 +21,7 @@ Model = tuple[torch.nn.Module, Callable[[], dict[str, Any]]]
 
 def _digest(tensor: torch.Tensor) -> str:
     data = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-    return hashlib.sha256(data + str(tuple(tensor.shape)).encode()).hexdigest()
+    return hashlib.sha256(data + str(tuple(tensor.shape)).encode()).hexdigest()[:DIGITS]
 
 
 @torch.inference_mode()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .conversions import all_conversions, presets_of
+from .logits import DIGITS
 from .tree import import_root, run_module
 
 Record = dict[str, Any]
@@ -20,7 +21,7 @@ WHOLE = ("config.json", "generation_config.json", "quant_model_description.json"
 
 
 def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+    return hashlib.sha256(data).hexdigest()[:DIGITS]
 
 
 def _tensors(file: Path) -> dict[str, dict[str, Any]]:

@@ -10,8 +10,10 @@ REPORT ?=
 STEPS ?= 10000
 TRIES ?= 10000
 SEED ?= 0
+# The commit that compare compares with: the newest, for what is not committed yet.
+BASE ?= HEAD
 
-.PHONY: help setup setup-test demo test test-versions stateful campaign check format bench clean
+.PHONY: help setup setup-test demo test test-versions stateful campaign compare check format bench clean
 
 help:
 	@echo "make setup          make .venv and install everything into it"
@@ -20,6 +22,7 @@ help:
 	@echo "make test-versions  run the contract with the oldest, the pinned and the newest transformers, and the newest torch"
 	@echo "make stateful       run random sequences of cache operations, STEPS=$(STEPS) of them for each scheme"
 	@echo "make campaign       damage outputs, sources, files, flags and calls of ops, TRIES=$(TRIES) times from SEED=$(SEED) on"
+	@echo "make compare        convert tiny models with the scripts of a commit, BASE=COMMIT, and of this tree, and say what differs"
 	@echo "make check          lint, and check that the code can be bundled"
 	@echo "make bench          time ops and models on this machine"
 	@echo "make clean          remove .venv and .cache, and say what is left in the home directory"
@@ -55,6 +58,9 @@ stateful: setup-test
 
 campaign: setup-test
 	$(BIN)/python -m tests.campaign --tries $(TRIES) --seed $(SEED)
+
+compare: setup-test
+	$(BIN)/python -m tests.comparison since $(BASE)
 
 check: setup-test
 	$(BIN)/ruff check .

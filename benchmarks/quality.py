@@ -23,7 +23,7 @@ from octavo.common.convert.calibration.observe import calibrate
 from octavo.common.convert.calibration.texts import read_calibration_file, tokenize
 from octavo.common.convert.output.bundle import commit
 from octavo.common.errors import OctavoError
-from octavo.common.runtime.bias_fold import prepare
+from octavo.common.prepare import prepare
 from octavo.common.runtime.cache.quantized_cache import QuantizedCache
 from octavo.common.runtime.cache.sizes import kv_bits_per_element
 from octavo.common.runtime.compatibility import cache_argument

@@ -18,7 +18,7 @@ import torch
 from scoring import add_scoring_flags, load_float, read_windows
 from transformers import PreTrainedModel
 
-from octavo.common.runtime.bias_fold import prepare
+from octavo.common.prepare import prepare
 from octavo.common.runtime.cache.quantized_cache import QuantizedCache
 from octavo.common.runtime.compatibility import cache_argument
 from octavo.common.runtime.schemes.kv_scheme import PRESETS, load_scheme

@@ -13,7 +13,7 @@ PUBLIC = {
     "QuantizedCache": "runtime.cache.quantized_cache",
     "kv_bits_per_element": "runtime.cache.sizes",
     "kv_bytes_per_token": "runtime.cache.sizes",
-    "prepare": "runtime.bias_fold",
+    "prepare": "prepare",
     "Scheme": "runtime.schemes.kv_scheme",
     "PRESETS": "runtime.schemes.kv_scheme",
     "load_scheme": "runtime.schemes.kv_scheme",

@@ -8,15 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from .errors import OctavoError
+from .runtime.decoder import STATED, Decoder, check_anatomy, state_decoder, stated_decoder
 
 REPOSITORY = Path(__file__).parents[1]
-
-
-def down_and_head(config: Any, dtype: torch.dtype) -> list[str]:
-    """The recipe of MindIE-LLM (qwen/convert_quant_weights_72b.py) and msmodelslim for static W8A8, for most models."""
-    return ["*.mlp.down_proj", "lm_head"]
 
 
 @dataclass(frozen=True)
@@ -28,13 +25,28 @@ class Architecture:
         model_type: as in the config.json of the checkpoints it converts.
         model_class: the quantized model class, in `models/{name}/{module}.py`.
         float_linears: from a config and the dtype of the checkpoint, globs of the linear layers that the recipe leaves
-            in float.
+            in float; see `floats`.
     """
 
     name: str
     model_type: str
     model_class: type
-    float_linears: Callable[[Any, torch.dtype], list[str]] = down_and_head
+    float_linears: Callable[[Any, torch.dtype], list[str]] | None = None
+
+    def floats(self, config: Any, dtype: torch.dtype) -> list[str]:
+        """Globs of the linears that Ascend's recipe for static W8A8 leaves in float.
+
+        Where an architecture has no recipe of its own, that of MindIE-LLM (qwen/convert_quant_weights_72b.py) and
+        msmodelslim for most models: the last linear of each MLP, and that of the model.
+        """
+        if self.float_linears is not None:
+            return self.float_linears(config, dtype)
+        return [f"*.{self.decoder.mlp.down}", self.decoder.head]
+
+    @property
+    def decoder(self) -> Decoder:
+        """Its anatomy, which the modeling file states, since it travels with that file."""
+        return getattr(self.model_class, STATED)
 
     @property
     def module(self) -> str:
@@ -66,6 +78,38 @@ def load_architecture(name: str) -> Architecture:
     if name not in _folders():
         raise OctavoError(f"--arch {name}: is none of {', '.join(_folders())}")
     return import_module(f"..models.{name}", __package__).ARCHITECTURE
+
+
+def known_decoders() -> list[Decoder]:
+    """The anatomies that the zoo states, each once."""
+    found = (load_architecture(name).decoder for name in _folders())
+    return list(dict.fromkeys(found))
+
+
+def architecture_of(config: Any) -> Architecture:
+    """The architecture that converts models of a config.
+
+    Raises:
+        OctavoError: the zoo has none for its model type.
+    """
+    known = stated_architectures()
+    if config.model_type not in known:
+        has = ", ".join(sorted(known))
+        raise OctavoError(f"model_type {config.model_type!r}: the zoo states no anatomy of it (it has {has})")
+    return load_architecture(known[config.model_type])
+
+
+def stated_or_known(model: nn.Module) -> Decoder:
+    """The anatomy of a model of transformers: what it says itself, or else, once checked, what the zoo states.
+
+    Raises:
+        OctavoError: the zoo states none for its model type, or the model is not as stated.
+    """
+    if not hasattr(model, STATED):
+        architecture = architecture_of(model.base_model.config)
+        check_anatomy(model, architecture.decoder, f"models/{architecture.name}")
+        state_decoder(model, architecture.decoder)
+    return stated_decoder(model)
 
 
 _STATED = re.compile(r'^ARCHITECTURE = Architecture\("(\w+)", "(\w+)"', re.MULTILINE)

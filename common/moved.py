@@ -15,7 +15,7 @@ MOVED = {
     "calibration": ("convert.calibration.texts",),
     "codec": ("runtime.schemes.tensor_codec",),
     "evaluate": ("convert.measure.fidelity",),
-    "folds": ("runtime.bias_fold",),
+    "folds": ("prepare", "runtime.bias_fold"),
     "run": ("generate",),
     "scheme": ("runtime.schemes.kv_scheme",),
     "statistics": ("runtime.static_scales",),

@@ -9,7 +9,7 @@ import argparse
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from octavo.common.runtime.bias_fold import prepare
+from octavo.common.prepare import prepare
 from octavo.common.runtime.cache.quantized_cache import QuantizedCache
 from octavo.common.runtime.cache.sizes import kv_bytes_per_token
 from octavo.common.runtime.schemes.kv_scheme import PRESETS, load_scheme

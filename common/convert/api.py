@@ -25,7 +25,7 @@ from .output.bundle import bundle
 from .output.shards import PlannedFiles, digest_of
 from .output.writer import Stage, whole_directory, write_json
 from .pipeline import Cost
-from .plan import HEAD, Plan
+from .plan import Plan
 from .source.checkpoint import FLOAT_DTYPES, source_files
 from .source.config import GENERATION_FILE, bearable, carried_generation_config
 from .source.tokenizer import carry_tokenizer
@@ -54,7 +54,7 @@ def output_config(
         CONFIG_KEY: {"scheme": plan.scheme.to_dict()},
         "transformers_weights": NATIVE_LOAD_HINT,
     }
-    if HEAD in plan.linears or not ties_head:
+    if architecture.decoder.head in plan.linears or not ties_head:
         config["tie_word_embeddings"] = False
     if "dtype" in config:
         config.setdefault("torch_dtype", config["dtype"])

@@ -20,9 +20,9 @@ from transformers import PreTrainedConfig
 
 from ..architecture import Architecture
 from ..errors import OctavoError
-from ..runtime.checkpoint.ascend import attention_modules
 from ..runtime.checkpoint.files import TensorHeader
 from ..runtime.checkpoint.loading import check_settings, check_stored_sizes
+from ..runtime.decoder import attention_modules
 from ..runtime.schemes.kv_scheme import Scheme, load_scheme
 from ..runtime.schemes.linear_scheme import W8A8, LinearScheme
 from .calibration.codebooks import fit_codebooks
@@ -87,7 +87,7 @@ def random_samples(config: PreTrainedConfig) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
 
 
-def choose_linears(model: nn.Module, flags: argparse.Namespace, recipe: list[str]) -> list[str]:
+def choose_linears(model: nn.Module, flags: argparse.Namespace, recipe: list[str], head: str) -> list[str]:
     """Names of the linear layers to quantize, before `--disable_level` and `--fa_amp`.
 
     Raises:
@@ -97,13 +97,13 @@ def choose_linears(model: nn.Module, flags: argparse.Namespace, recipe: list[str
         return []
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     # The recipe is for static int8: inputs with scales of their own, or in floats, bear the outliers of a few layers.
-    recipe = [glob for glob in recipe if glob != "lm_head"] if flags.linear.label == W8A8 else []
+    recipe = [glob for glob in recipe if glob != head] if flags.linear.label == W8A8 else []
     patterns = list(flags.disable_names or recipe)
     for pattern in flags.disable_names or ():
         if not any(fnmatchcase(name, pattern) for name in names):
             raise OctavoError(f"--disable_names {pattern}: matches no linear layer; they are named as {names[0]}")
     if flags.disable_last_linear:
-        patterns.append("lm_head")
+        patterns.append(head)
     return [name for name in names if not any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
@@ -173,9 +173,9 @@ class Job:
         samples, self.held_back = hold_back(samples)
         if flags.max_kl is not None and all(sample["input_ids"].shape[1] < 2 for sample in self.held_back):
             raise OctavoError(f"--max_kl {flags.max_kl}: the held-back texts have one token each; give longer ones")
-        self.source = layerwise_source(self.directory, flags.device_type)
-        recipe = architecture.float_linears(self.source.config, FLOAT_DTYPES[source_dtype(self.headers)])
-        self.linears = choose_linears(self.source.model, flags, recipe)
+        self.source = layerwise_source(self.directory, flags.device_type, architecture)
+        recipe = architecture.floats(self.source.config, FLOAT_DTYPES[source_dtype(self.headers)])
+        self.linears = choose_linears(self.source.model, flags, recipe, architecture.decoder.head)
         if flags.anti_method and not self.linears:
             raise OctavoError(f"--anti_method {flags.anti_method}: --disable_names leaves every linear in float")
         self.samples = samples if _needs_texts(flags, self.scheme, self.linears) else samples[:1]
@@ -211,7 +211,7 @@ class Job:
         """Statistics that only the whole model in memory can give, if the scheme needs any."""
         if not self.scheme.has_codebooks:
             return {}
-        model = load_source(self.directory, self.flags.device_type)
+        model = load_source(self.directory, self.flags.device_type, self.architecture)
         found = fit_codebooks(model, self.samples, calibrate(model, [], tqdm(self.samples, desc="calibrating")))
         return {name: tensor for name, tensor in found.tensors.items() if ".levels." in name or ".before." in name}
 

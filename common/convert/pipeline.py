@@ -13,10 +13,11 @@ from torch import nn
 
 from ..architecture import Architecture
 from ..runtime.cache.quantized_cache import QuantizedCache
-from ..runtime.checkpoint.ascend import attention_modules, in_file_order, scale_tensors
+from ..runtime.checkpoint.ascend import in_file_order, scale_tensors
 from ..runtime.checkpoint.buffers import read_scales
 from ..runtime.checkpoint.files import TensorHeader
 from ..runtime.compatibility import cache_argument
+from ..runtime.decoder import attention_modules, decoder_layers
 from ..runtime.quantized_linear import QuantizedLinear
 from ..runtime.schemes.kv_scheme import Scheme, load_scheme
 from ..runtime.schemes.linear_scheme import LinearInputs
@@ -32,7 +33,7 @@ from .calibration.streams import Stream, Texts
 from .measure.fidelity import Comparison, Fidelity
 from .outliers.smooth import smooth_head, smooth_layer
 from .output.shards import SAFETENSORS_DTYPES, header_of
-from .plan import HEAD, Plan, quantized_config
+from .plan import Plan, quantized_config
 from .source.layerwise import MOST_LOGITS, LayerwiseModel, assign_state, layer_arguments, with_real_rotary
 from .weights.input_range import outlier_score
 from .weights.quantize import output_error, quantize_linear
@@ -167,7 +168,7 @@ class Conversion:
         found, _ = self._observed(layer, index, every)
         smaller = {id(inputs): inputs.thinned(SEARCH_ROWS) for inputs in found.values()}
         found = {part: smaller[id(inputs)] for part, inputs in found.items()}
-        smooth_layer(layer, found, self.plan.anti_method, quantized, self._output_error)
+        smooth_layer(layer, found, self.plan.anti_method, quantized, self._output_error, self.source.facts)
 
     def _calibrated(self, layer: nn.Module, index: int, quantized: list[str]) -> dict[str, LinearInputs]:
         """Statistics of a layer's attention and of the inputs of its linears; calibration texts go through it."""
@@ -205,7 +206,8 @@ class Conversion:
         tensors = {part: tensor for part, tensor in layer.state_dict().items() if part not in replaced}
         for part, parts in linears.items():
             tensors |= {f"{part}.{end}": tensor for end, tensor in parts.items()}
-        tensors |= scale_tensors(layer, self.plan.scheme, [scales])
+        attention = [(self.source.facts.attention.name, layer.get_submodule(self.source.facts.attention.name))]
+        tensors |= scale_tensors(attention, self.plan.scheme, [scales])
         for part, tensor in self.quantized.get_submodule(name).state_dict().items():
             if part not in tensors and part.endswith(".bias"):  # not every shift pays
                 tensors[part] = torch.zeros(tensor.shape)
@@ -215,7 +217,7 @@ class Conversion:
 
     def _coded_layer(self, index: int, name: str, tensors: dict[str, torch.Tensor]) -> nn.Module:
         """The layer that a load of the output gives, in float32."""
-        layer = self.quantized.base_model.layers[index]
+        layer = decoder_layers(self.quantized)[index][1]
         assign_state(layer, {part.removeprefix(f"{name}."): self._computed(part, t) for part, t in tensors.items()})
         return layer
 
@@ -233,7 +235,9 @@ class Conversion:
         """What a quantized layer makes of states, each text with a new cache of a scheme; see `Stream.through`."""
         stored: Scales = [LayerScales()] * len(self.source)
         if scheme.is_static:
-            stored[index] = read_scales(layer, scheme)[0]
+            facts = self.source.facts
+            attention = [(facts.attention.name, layer.get_submodule(facts.attention.name))]
+            stored[index] = read_scales(attention, scheme, facts)[0]
         outputs, tokens = [], 0
         for state, mask in zip(hidden, self._coded.masks, strict=True):
             if most_tokens is not None and tokens >= most_tokens:
@@ -279,7 +283,7 @@ class Conversion:
     def others(self) -> Iterator[tuple[str, torch.Tensor, int]]:
         """Tensors outside of the layers that stay in float: name, rows, number of the first of them."""
         for name in self.planned():
-            is_made = name == self._norm_name() and HEAD in self.plan.linears
+            is_made = name == self.source.norm_name and self.source.facts.head in self.plan.linears
             if (
                 is_made
                 or name.startswith(f"{self.source.layers_name}.")
@@ -301,28 +305,32 @@ class Conversion:
         """
         with torch.no_grad():
             norm = self.source.final_norm()
-            weight = self.source.tensor(f"{HEAD}.weight")
-            if HEAD not in self.plan.linears:
+            weight = self.source.tensor(f"{self.source.facts.head}.weight")
+            if self.source.facts.head not in self.plan.linears:
                 return {}, self._fidelity(norm, weight, norm, None)
             linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
             assign_state(linear, {"weight": weight.to(self.source.device, torch.float32, copy=True)})
             coded_norm = copy.deepcopy(norm)
             if self.plan.anti_method:
                 seen = self._head_inputs(norm).thinned(SEARCH_ROWS)
-                smooth_head(coded_norm, linear, seen, self.plan.anti_method, self._output_error)
+                smooth_head(
+                    coded_norm, linear, seen, self.plan.anti_method, self._output_error, self.source.facts.norm_offset
+                )
             inputs = self._head_inputs(coded_norm, self._keeps_moments)
             parts = quantize_linear(linear, inputs, self.plan.linear, self.plan.deq_scale_dtype)
-            self.statistics |= input_tensors({HEAD: inputs})
-            name = self._norm_name()
-            tensors = {f"{HEAD}.{part}": self._as_stored(f"{HEAD}.{part}", t) for part, t in parts.items()}
+            self.statistics |= input_tensors({self.source.facts.head: inputs})
+            name = self.source.norm_name
+            tensors = {
+                f"{self.source.facts.head}.{part}": self._as_stored(f"{self.source.facts.head}.{part}", t)
+                for part, t in parts.items()
+            }
             tensors |= {name: self._as_stored(name, coded_norm.weight)}
             assign_state(coded_norm, {"weight": tensors[name].to(self.source.device).float()})
-            coded = self.quantized.get_submodule(HEAD)
-            assign_state(coded, {part: self._computed(f"{HEAD}.{part}", t) for part, t in parts.items()})
+            coded = self.quantized.get_submodule(self.source.facts.head)
+            assign_state(
+                coded, {part: self._computed(f"{self.source.facts.head}.{part}", t) for part, t in parts.items()}
+            )
             return tensors, self._fidelity(norm, weight, coded_norm, coded)
-
-    def _norm_name(self) -> str:
-        return f"{self.source.model.base_model_prefix}.norm.weight"
 
     def _head_inputs(self, norm: nn.Module, keeps_moments: bool = False) -> LinearInputs:
         """What the inputs of the last linear are like behind a norm."""

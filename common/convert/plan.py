@@ -10,10 +10,9 @@ from ..errors import OctavoError
 from ..runtime.checkpoint.loading import CONFIG_KEY
 from ..runtime.schemes.kv_scheme import Scheme
 from ..runtime.schemes.linear_scheme import LinearScheme
-from .outliers.smooth import NORMS
+from .outliers.subgraphs import norm_subgraphs
 from .source.layerwise import LayerwiseModel
 
-HEAD = "lm_head"
 OFFSETS = "m2"
 """The treatment of outliers that shifts inputs."""
 
@@ -54,7 +53,7 @@ def _added_biases(source: LayerwiseModel, plan: Plan) -> list[str]:
     for index in range(len(source)):
         layer = source.layer_name(index)
         quantized = plan.of(layer)
-        for subgraph in NORMS:
+        for subgraph in norm_subgraphs(source.facts):
             if any(part in quantized for part in subgraph.consumers):
                 names += [f"{layer}.{part}" for part in (subgraph.producer, *subgraph.consumers)]
     return names
@@ -82,5 +81,5 @@ def quantized_config(source: LayerwiseModel, plan: Plan) -> PreTrainedConfig:
         "biases": _added_biases(source, plan),
     }
     setattr(config, CONFIG_KEY, {"scheme": plan.scheme.to_dict(), **layout})
-    config.tie_word_embeddings = bool(source.tied) and HEAD not in plan.linears
+    config.tie_word_embeddings = bool(source.tied) and source.facts.head not in plan.linears
     return config

@@ -9,8 +9,6 @@ Weights of attention sum to 1, so that the bias of v is added once to the output
 B batch, Q query tokens, H query heads, G KV heads, D head_dim, P positions.
 """
 
-import sys
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,11 +17,11 @@ import torch
 from torch import nn
 
 from ...ops.shared.registry import NAMESPACE
-from ..errors import OctavoError, first_line
-from .attention import register_attention
+from ..errors import OctavoError
 from .cache.views import FOLD, PositionTerms
-from .checkpoint.ascend import attention_modules
+from .decoder import attention_modules, decoder_layers, linear_of, stated_decoder
 from .quantized_linear import FoldableLinear, QuantizedLinear
+from .rotary import is_rotated, partial_rotary_factor
 from .schemes.kv_scheme import Scheme
 
 STEADY_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -72,7 +70,7 @@ class RotaryTable:
         return max(self._needed, tokens)
 
 
-def large_key_bias(linear: nn.Module, norm: nn.Module | None, width: int) -> torch.Tensor:
+def large_key_bias(linear: nn.Module, norm: nn.Module | None, width: int, norm_offset: float = 0.0) -> torch.Tensor:
     """The bias of a k_proj `[N]` in those rotary pairs where it exceeds the usual size of the key, and 0 elsewhere.
 
     That size is what the weights make of an input of unit variance, times the weights of the norm before it: the root
@@ -82,24 +80,31 @@ def large_key_bias(linear: nn.Module, norm: nn.Module | None, width: int) -> tor
         linear: k_proj, float or quantized.
         norm: RMSNorm before it; None, or one that is elsewhere just now, counts as ones.
         width: D.
+        norm_offset: what the norm adds to its weight.
     """
     bias = linear.bias.detach().float().view(-1, 2, width // 2)
     weight = linear.float_weight() if isinstance(linear, QuantizedLinear) else linear.weight.detach().float()
     gains = getattr(norm, "weight", None)
     if gains is not None and not gains.is_meta:
-        weight = weight * gains.detach().float()
+        weight = weight * (gains.detach().float() + norm_offset)
     usual = weight.square().sum(dim=1).mean().sqrt()
     is_large = (bias.square().sum(dim=1) > usual.square()).any(dim=0)
     return (bias * is_large).reshape(-1).to(linear.bias.dtype)
 
 
 class BiasFold:
-    """The folded biases of one attention module."""
+    """The folded biases of one attention module.
 
-    def __init__(self, attention: nn.Module, table: RotaryTable | None, has_value: bool) -> None:
-        self._key = attention.k_proj if table is not None else None
-        self._value = attention.v_proj if has_value else None
-        self._width = attention.head_dim
+    Args:
+        key, value: the projections whose biases are folded, or None.
+        width: D.
+        table: of the rotary embedding; None without `key`.
+    """
+
+    def __init__(self, key: nn.Module | None, value: nn.Module | None, width: int, table: RotaryTable | None) -> None:
+        self._key = key
+        self._value = value
+        self._width = width
         self._table = table
         self._bias: torch.Tensor | None = None  # what self._columns and self._rows are for
         self._columns: torch.Tensor | None = None
@@ -154,7 +159,7 @@ class BiasFold:
         return output + bias.repeat_interleave(output.shape[2] // bias.shape[0], dim=0)
 
 
-def _is_foldable(linear: nn.Module) -> bool:
+def _is_foldable(linear: nn.Module | None) -> bool:
     is_known = type(linear) is nn.Linear or isinstance(linear, QuantizedLinear)
     return is_known and linear.bias is not None
 
@@ -173,44 +178,22 @@ def _refuse_other_attention(decoder: nn.Module, *_: Any) -> None:
         )
 
 
-def norm_before(model: nn.Module, attention: str) -> nn.Module | None:
-    """The norm whose output goes into an attention module, by the module's name."""
-    return getattr(model.get_submodule(attention.rpartition(".")[0]), "input_layernorm", None)
+def folds_key_bias(model: nn.Module, index: int = 0) -> bool:
+    """Whether K of a layer is the rotation of `W x + b`, by angles that stay, so that a bias of k can be folded.
 
-
-def folds_key_bias(model: nn.Module) -> bool:
-    """Whether K is the rotation of `W x + b`, by angles that stay, so that a bias of k can be folded.
-
-    Not where angles change with the length (dynamic scaling, LongRoPE), and not where k is normed behind k_proj.
+    Not where angles change with the length (dynamic scaling, LongRoPE) or with the kind of layer, where RoPE turns a
+    part of the channels or none, and not where k is normed behind its projection.
     """
-    decoder = model.base_model
-    parameters = getattr(decoder.config, "rope_parameters", None) or {}
-    if parameters.get("rope_type", "default") not in STEADY_ROPE_TYPES or not hasattr(decoder, "rotary_emb"):
-        return False
-    return not any(
-        "norm" in name for _, attention in attention_modules(model) for name, _ in attention.named_children()
-    )
-
-
-def _turns_halves(model: nn.Module) -> bool:
-    """Whether a model's own RoPE turns channel d with d + D / 2, all of them, as `folds.py` takes it to."""
-    attention = attention_modules(model)[0][1]
-    rotate = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
-    x = torch.arange(1.0, attention.head_dim + 1, device=model.device).view(1, 1, 1, -1)
-    try:
-        cos, sin = model.base_model.rotary_emb(x[0], torch.tensor([[3]], device=model.device))
-        found = rotate(x, x, cos, sin)[1]
-    except (TypeError, RuntimeError, AttributeError):
-        return False
-    (first, second), half = x.chunk(2, dim=-1), cos.shape[-1] // 2
-    c, s = cos[..., :half], sin[..., :half]
-    if 2 * c.shape[-1] != x.shape[-1]:
-        return False
-    return torch.allclose(found, torch.cat((first * c - second * s, second * c + first * s), dim=-1), atol=1e-4)
+    decoder, config = stated_decoder(model), model.base_model.config
+    parameters = getattr(config, "rope_parameters", None) or {}
+    is_one = not any(isinstance(part, dict) for part in parameters.values())
+    is_steady = is_one and parameters.get("rope_type", "default") in STEADY_ROPE_TYPES
+    is_whole = is_rotated(config, index) and partial_rotary_factor(config, index) == 1.0
+    return is_steady and is_whole and decoder.attention.key_norm is None
 
 
 def fold_biases(model: nn.Module, scheme: Scheme | None = None, has_keys: bool = True) -> int:
-    """Fold the biases of k and v of a decoder that has any, in place; return how many there were.
+    """Fold the biases of k and v of a stated decoder that has any, in place; return how many there were.
 
     Those of k stay where `folds_key_bias` says so, or without `has_keys`. With `scheme`, only layers are folded in
     which it says `fold_bias`.
@@ -218,74 +201,30 @@ def fold_biases(model: nn.Module, scheme: Scheme | None = None, has_keys: bool =
     Raises:
         OctavoError: another library has put its own forward in the place of a projection's.
     """
-    decoder = model.base_model
-    table = RotaryTable(decoder.rotary_emb) if has_keys and folds_key_bias(model) else None
+    decoder, facts = model.base_model, stated_decoder(model)
+    table = RotaryTable(decoder.get_submodule(facts.rotary)) if has_keys else None
     count = 0
-    for name, attention in attention_modules(model):
-        has_key, has_value = table is not None and _is_foldable(attention.k_proj), _is_foldable(attention.v_proj)
-        is_wanted = scheme is None or scheme.of_layer(attention.layer_idx).fold_bias
-        if hasattr(attention, FOLD) or not (is_wanted and (has_key or has_value)):
+    for (_, layer), (name, attention) in zip(decoder_layers(model), attention_modules(model), strict=True):
+        index = attention.layer_idx
+        key, value = (linear_of(facts, attention, part) for part in ("key", "value"))
+        key = key if has_keys and folds_key_bias(model, index) and _is_foldable(key) else None
+        value = value if _is_foldable(value) else None
+        is_wanted = scheme is None or scheme.of_layer(index).fold_bias
+        if hasattr(attention, FOLD) or not is_wanted or (key is None and value is None):
             continue
-        setattr(attention, FOLD, BiasFold(attention, table if has_key else None, has_value))
-        key_part = partial(large_key_bias, norm=norm_before(model, name), width=attention.head_dim)
-        for linear, is_folded in ((attention.k_proj, has_key), (attention.v_proj, has_value)):
-            if is_folded and "forward" in vars(linear):
+        setattr(attention, FOLD, BiasFold(key, value, attention.head_dim, table if key is not None else None))
+        norm, offset = dict(layer.named_children()).get(facts.attention_norm), facts.norm_offset
+        key_part = partial(large_key_bias, norm=norm, width=attention.head_dim, norm_offset=offset)
+        for linear in (key, value):
+            if linear is None:
+                continue
+            if "forward" in vars(linear):
                 raise OctavoError(
                     f"{name}: another library wraps the forward of a projection whose bias is to be folded; call "
                     "prepare before (of a model with device_map, that is not possible: use set_attn_implementation)"
                 )
-            if is_folded:
-                _leave_bias(linear, key_part if linear is attention.k_proj else None)
-                count += 1
+            _leave_bias(linear, key_part if linear is key else None)
+            count += 1
     if count:
         decoder.register_forward_pre_hook(_refuse_other_attention)
     return count
-
-
-def _bias_left_in(model: nn.Module) -> str | None:
-    """The first projection whose bias goes into the cache, by name; None if there is none."""
-    attentions = attention_modules(model)
-    for name, attention in attentions:
-        for part in ("k_proj", "v_proj"):
-            linear = getattr(attention, part)
-            if getattr(linear, "bias", None) is not None and not getattr(linear, "folds_bias", False):
-                return f"{name}.{part}"
-    if attentions:
-        return None
-    fused = [f"{name}.{child}" for name, module in model.named_modules() if hasattr(module, "layer_idx")
-             for child, linear in module.named_children() if getattr(linear, "bias", None) is not None
-             and "norm" not in child]  # fmt: skip
-    return next(iter(fused), None)
-
-
-def prepare(model: nn.Module) -> nn.Module:
-    """Make a stock model of transformers ready for a `QuantizedCache`: its attention reads codes, biases are folded.
-
-    A bias of k or v that cannot be folded stays in the cache, and a warning says so; so does that of a projection
-    which makes q, k and v in one.
-
-    Raises:
-        OctavoError: the model's attention is its own and not transformers' `AttentionInterface`; see `fold_biases`.
-    """
-    register_attention()
-    try:
-        model.set_attn_implementation(NAMESPACE)
-    except (ValueError, AttributeError) as error:
-        raise OctavoError(f"{type(model).__name__} is not served: {first_line(error)}") from None
-    decoder = model.base_model
-    if decoder.config.get_text_config(decoder=True)._attn_implementation != NAMESPACE:
-        raise OctavoError(
-            f"{type(model).__name__} is not served: its attention is its own code and not that of transformers' "
-            "AttentionInterface, so that it cannot read codes"
-        )
-    if attention_modules(model):
-        fold_biases(model, has_keys=_turns_halves(model))
-    left = _bias_left_in(model)
-    if left is not None:
-        kind = type(model.get_submodule(left)).__name__
-        warnings.warn(
-            f"{left}: the bias of a {kind} stays in the cache, where it may cost much; "
-            "schemes whose K is per channel, as octavo-8 and octavo-4, bear it best",
-            stacklevel=2,
-        )
-    return model

@@ -9,6 +9,7 @@ import torch
 
 from ...ops.shared.registry import NAMESPACE
 from ..errors import OctavoError, first_line
+from .attention import register_attention
 from .bias_fold import fold_biases
 from .cache.quantized_cache import QuantizedCache
 from .checkpoint.buffers import attach_buffers, read_scales
@@ -16,6 +17,7 @@ from .checkpoint.files import TensorHeader
 from .checkpoint.loading import CONFIG_KEY, check_shapes, describe_checkpoint, read_config
 from .checkpoint.values import check_values
 from .compatibility import cache_argument, check_stand_in, parameter_names, take_cache, without_cache
+from .decoder import Decoder, attention_modules, state_decoder, stated_decoder
 from .quantized_linear import QuantizedLinear
 from .schemes.kv_scheme import CROP_ROOM, Scheme, load_scheme
 
@@ -36,7 +38,8 @@ _NO_ADAPTERS = (
 
 def _new_cache(decoder: torch.nn.Module, **arguments: Any) -> QuantizedCache:
     scheme = decoder.octavo_scheme
-    return QuantizedCache(decoder.config, scheme, scales=read_scales(decoder, scheme), **arguments)
+    scales = read_scales(attention_modules(decoder), scheme, stated_decoder(decoder))
+    return QuantizedCache(decoder.config, scheme, scales=scales, **arguments)
 
 
 def _starts_anew(arguments: dict[str, Any]) -> bool:
@@ -102,6 +105,9 @@ def check_transformers(model_class: type) -> None:
 class QuantizedCausalLM:
     """Mixin placed before a `...ForCausalLM` of transformers.
 
+    Attributes:
+        octavo_decoder: the anatomy, which each class states.
+
     What is quantized stands in `config.octavo`: `scheme` (name of a preset or its fields), and, set by
     `from_pretrained`, the layout of the quantized linears. Without that key the model is the float one.
 
@@ -113,6 +119,8 @@ class QuantizedCausalLM:
         OctavoError: no model can be built of the config, or its shapes are not those of `stored`.
     """
 
+    octavo_decoder: Decoder
+
     def __init__(
         self, config: Any, *args: Any, stored: Mapping[str, TensorHeader] | None = None, **kwargs: Any
     ) -> None:
@@ -120,6 +128,7 @@ class QuantizedCausalLM:
             raise OctavoError(
                 f"attn_implementation={config._attn_implementation!r} cannot read a quantized cache; leave it out"
             )
+        register_attention()
         config._attn_implementation = NAMESPACE
         try:
             super().__init__(config, *args, **kwargs)
@@ -130,6 +139,7 @@ class QuantizedCausalLM:
                 f"{config.name_or_path or 'config'}: no model is of this config ({first_line(error)})"
             ) from error
         recipe = getattr(config, CONFIG_KEY, None) or {}
+        state_decoder(self, self.octavo_decoder)
         self.scheme: Scheme = load_scheme(recipe.get("scheme", "float"))
         attach_buffers(self, self.scheme, recipe)
         if self.scheme.is_quantized:

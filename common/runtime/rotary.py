@@ -26,25 +26,54 @@ def hadamard(x: torch.Tensor) -> torch.Tensor:
     return (x.to(dtype) @ _hadamard(x.shape[-1], x.device, dtype)).to(x.dtype)
 
 
-def rope_constants(config: Any, width: int) -> tuple[torch.Tensor, float]:
-    """Angles per token of the rotary pairs of a model, float32 `[D / 2]`, and the factor of its cos and sin.
+def is_rotated(config: Any, index: int) -> bool:
+    """Whether RoPE turns q and k of a layer, by what a config says of layers without it."""
+    marks = getattr(config, "no_rope_layers", None)
+    return not marks or bool(marks[index])
 
-    A model may use other angles at some positions (dynamic scaling): what is rotated back by the slot is rotated forth
-    by it, so that they need only be near.
-    """
+
+def _rope_parameters(config: Any, index: int) -> tuple[dict[str, Any], dict[str, str]]:
+    """The parameters of RoPE in a layer, and what transformers has to be told to take these."""
     parameters = getattr(config, "rope_parameters", None) or {}
+    if not any(isinstance(part, dict) for part in parameters.values()):
+        return parameters, {}
+    layer_type = config.layer_types[index]
+    return parameters[layer_type], {"layer_type": layer_type}
+
+
+def partial_rotary_factor(config: Any, index: int = 0) -> float:
+    """The part of the channels of a head that RoPE turns in a layer, if it does so."""
+    return float(_rope_parameters(config, index)[0].get("partial_rotary_factor", 1.0))
+
+
+def rope_constants(config: Any, width: int, index: int = 0) -> tuple[torch.Tensor, float]:
+    """Angles per token of the rotary pairs of a layer, float32 `[R / 2]`, and the factor of its cos and sin.
+
+    R of the D = `width` channels of a head are turned, the first: none in layers without RoPE, all unless the config
+    says that they are fewer. A model may use other angles at some positions (dynamic scaling): what is rotated back by
+    the slot is rotated forth by it, so that they need only be near.
+    """
+    if not is_rotated(config, index):
+        return torch.zeros(0), 1.0
+    parameters, of_layer = _rope_parameters(config, index)
     kind = parameters.get("rope_type", "default")
     if kind in ROPE_INIT_FUNCTIONS:
-        frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+        frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), **of_layer)
         return frequencies.float(), float(factor)
-    base = parameters.get("rope_theta", 10000.0)
-    return base ** -(torch.arange(0, width, 2, dtype=torch.float32) / width), 1.0
+    base, turned = parameters.get("rope_theta", 10000.0), int(width * partial_rotary_factor(config, index))
+    return base ** -(torch.arange(0, turned, 2, dtype=torch.float32) / turned), 1.0
 
 
 def rotated_by_slot(x: torch.Tensor, frequencies: torch.Tensor, start: int, backwards: bool = False) -> torch.Tensor:
-    """`[B, G, S, D]` float32 rotated by RoPE as if its tokens stood at the positions from `start` on, or back."""
+    """`[B, G, S, D]` float32 rotated by RoPE as if its tokens stood at the positions from `start` on, or back.
+
+    Args:
+        frequencies: `[R / 2]`; channels behind the first R stay as they are.
+    """
     slots = torch.arange(start, start + x.shape[2], device=x.device, dtype=torch.float32)
     angles = slots[:, None] * frequencies
     cos, sin = angles.cos(), -angles.sin() if backwards else angles.sin()
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    turned = 2 * len(frequencies)
+    first, second = x[..., :turned].chunk(2, dim=-1)
+    parts = (first * cos - second * sin, second * cos + first * sin)
+    return torch.cat(parts if turned == x.shape[-1] else (*parts, x[..., turned:]), dim=-1)

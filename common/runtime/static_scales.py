@@ -121,10 +121,23 @@ def load_statistics(file: str | Path) -> Statistics:
     return statistics
 
 
-def rotary_radius(x: torch.Tensor) -> torch.Tensor:
-    """The length of each rotary pair, `[..., D] -> [..., D/2]`, which RoPE leaves the same at every position."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.hypot(first, second)
+def rotary_radius(x: torch.Tensor, pairs: int | None = None) -> torch.Tensor:
+    """The length of each rotary pair, `[..., D] -> [..., D / 2]`, which RoPE leaves the same at every position.
+
+    Args:
+        pairs: R / 2, where RoPE turns the first R channels only; the others, as they are turned by nothing, follow with
+            their sizes: `[..., D - R / 2]`.
+    """
+    turned = x.shape[-1] if pairs is None else 2 * pairs
+    first, second = x[..., :turned].chunk(2, dim=-1)
+    radius = torch.hypot(first, second)
+    return radius if turned == x.shape[-1] else torch.cat((radius, x[..., turned:].abs()), dim=-1)
+
+
+def of_channels(radius: torch.Tensor, width: int) -> torch.Tensor:
+    """What `rotary_radius` found of each of D = `width` channels: `[..., D - R / 2] -> [..., D]`."""
+    pairs = width - radius.shape[-1]
+    return torch.cat((radius[..., :pairs], radius[..., :pairs], radius[..., pairs:]), dim=-1)
 
 
 def symmetric_scale(largest: torch.Tensor, dtype: torch.dtype = torch.int8) -> torch.Tensor:
@@ -167,14 +180,13 @@ def _levels(codec: Codec | None, statistics: Statistics, name: str) -> torch.Ten
     return found
 
 
-def _bound(parts: torch.Tensor, channels: int, is_rotated: bool) -> torch.Tensor:
-    """What no channel exceeds, `[heads, D]`, from the largest of each part of a head, `[heads, D / channels]`.
+def _bound(parts: torch.Tensor, width: int, is_turned: bool) -> torch.Tensor:
+    """What no channel exceeds, `[heads, D]`, from the largest of each part of a head, as `rotary_radius` gives them.
 
     After a rotation that is no more than the length of all parts together. For fp8, whose codes are floats, a bound
     that is hardly reached costs nothing; int8 loses bits to it.
     """
-    bound = parts.norm(dim=-1, keepdim=True).expand_as(parts) if is_rotated else parts
-    return bound.repeat(1, channels)
+    return of_channels(parts.norm(dim=-1, keepdim=True).expand_as(parts) if is_turned else parts, width)
 
 
 def scales_of_layer(scheme: Scheme, statistics: Statistics, index: int) -> LayerScales:
@@ -201,9 +213,9 @@ def scales_of_layer(scheme: Scheme, statistics: Statistics, index: int) -> Layer
         raise OctavoError(f"scheme {part.name}: codebooks are for K without its bias; leave 'fold_bias' at true")
     low, high = tensors[f"{of_value}.low"], tensors[f"{of_value}.high"]
     bound, query_bound, value_bound = (
-        _bound(tensors[f"{of_key}.radius"], 2, part.rotate_key),
-        _bound(tensors[f"{name}.q.radius"], 2, part.rotate_key),
-        _bound(torch.maximum(-low, high), 1, part.rotate_value),
+        _bound(tensors[f"{of_key}.radius"], low.shape[-1], part.rotate_key),
+        _bound(tensors[f"{name}.q.radius"], low.shape[-1], part.rotate_key),
+        _bound(torch.maximum(-low, high), low.shape[-1], part.rotate_value),
     )
     key_range = (-bound, bound)
     if key_levels is not None:

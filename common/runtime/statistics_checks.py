@@ -8,6 +8,7 @@ import torch
 
 from ..errors import OctavoError
 from .model_sizes import MOST_LAYERS, attention_sizes
+from .rotary import rope_constants
 
 _NAME = re.compile(
     r"layers\.(?P<layer>[0-9]{1,6})\.(?:"
@@ -89,7 +90,10 @@ def check_statistics_of(tensors: Mapping[str, torch.Tensor], metadata: Mapping[s
         if found is None or found["layer"] is None or found["bits"]:
             continue
         is_pair = found["bound"] == "radius" or found["folded"]
-        wanted = (heads if found["part"] == "q" else groups, width // 2 if is_pair else width)
+        wanted = (
+            heads if found["part"] == "q" else groups,
+            width - len(rope_constants(config, width, int(found["layer"]))[0]) if is_pair else width,
+        )
         if tuple(tensor.shape) != wanted:
             shape = list(tensor.shape)
             raise OctavoError(f"{where} {name} is of shape {shape}, and this model's of {list(wanted)}; {_WAY_OUT}")

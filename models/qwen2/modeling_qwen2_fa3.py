@@ -15,8 +15,27 @@ cache. Ascend's own schemes count them in: a scale per channel (C8) holds them, 
 
 import transformers
 
+from ...common.runtime.decoder import AttentionFacts, Decoder, MlpFacts
 from ...common.runtime.model import QuantizedCausalLM
 
 
 class Qwen2ForCausalLM(QuantizedCausalLM, transformers.Qwen2ForCausalLM):
     """`transformers.Qwen2ForCausalLM` whose `config.octavo` says what is quantized."""
+
+    octavo_decoder = Decoder(
+        layers="layers",
+        embedding="embed_tokens",
+        norm="norm",
+        rotary="rotary_emb",
+        head="lm_head",
+        attention=AttentionFacts(
+            name="self_attn",
+            query="self_attn.q_proj",
+            key="self_attn.k_proj",
+            value="self_attn.v_proj",
+            output="self_attn.o_proj",
+        ),
+        mlp=MlpFacts(gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj"),
+        attention_norm="input_layernorm",
+        mlp_norm="post_attention_layernorm",
+    )

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from octavo.common.architecture import Architecture
 from octavo.common.convert import api as conversion
-from octavo.common.runtime.bias_fold import prepare
+from octavo.common.prepare import prepare
 from octavo.common.runtime.cache.quantized_cache import QuantizedCache
 from octavo.models import llama3, mistral, qwen2, qwen3
 

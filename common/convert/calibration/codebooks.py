@@ -21,11 +21,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ....ops.shared.registry import NAMESPACE
+from ...architecture import stated_or_known
 from ...errors import OctavoError
-from ...runtime.bias_fold import folds_key_bias, norm_before
 from ...runtime.cache.code_store import split_outliers
 from ...runtime.cache.dynamic_scales import group_scale
-from ...runtime.checkpoint.ascend import attention_modules
+from ...runtime.decoder import attention_modules
 from ...runtime.rotary import rope_constants, rotated_by_slot
 from ...runtime.schemes.tensor_codec import Codec
 from ...runtime.static_scales import Statistics, static_scale
@@ -227,7 +227,7 @@ def fit_codebooks(
     The model is left as it was. On top of a forward pass it needs memory for the activations of one sample.
 
     Args:
-        model: a causal language model of transformers.
+        model: a causal language model of an architecture of the zoo.
         samples: keyword arguments of the model, `[1, S]` ids and mask each; those of fewer than three tokens are left
             out.
         statistics: what `observe.calibrate` found.
@@ -242,11 +242,12 @@ def fit_codebooks(
     tokens = sum(sample["input_ids"].shape[1] - SKIPPED_TOKENS for sample in samples)
     AttentionInterface.register(FITTING, _sampled_attention)
     AttentionMaskInterface.register(FITTING, sdpa_mask)
+    stated_or_known(model)
     attentions = attention_modules(model)
-    for name, attention in attentions:
-        frequencies, factor = rope_constants(model.config, attention.head_dim)
-        biases = left_out_biases(attention, norm_before(model, name), folds_key_bias(model))
-        device = attention.k_proj.weight.device
+    for _, attention in attentions:
+        frequencies, factor = rope_constants(model.config, attention.head_dim, attention.layer_idx)
+        biases = left_out_biases(model, attention.layer_idx)
+        device = next(attention.parameters()).device
         attention.state_sampler = _StateSampler(biases, frequencies.to(device), factor, tokens)
     before, was_training = model.config._attn_implementation, model.training
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

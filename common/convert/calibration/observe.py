@@ -11,8 +11,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ....ops.shared.registry import NAMESPACE
-from ...runtime.bias_fold import folds_key_bias, large_key_bias, norm_before
-from ...runtime.checkpoint.ascend import attention_modules
+from ...architecture import stated_or_known
+from ...runtime.bias_fold import folds_key_bias, large_key_bias
+from ...runtime.decoder import attention_modules, decoder_layers, linear_of, stated_decoder
 from ...runtime.rotary import rope_constants, rotated_by_slot
 from ...runtime.schemes.linear_scheme import LinearInputs
 from ...runtime.static_scales import Statistics, rotary_radius, statistics_facts
@@ -23,45 +24,35 @@ MOST_BYTES = 2**26
 INPUT_PARTS = ("low", "high", "mean_abs", "mean_square")
 
 
-def left_out_biases(
-    attention: nn.Module, norm: nn.Module | None, has_key_fold: bool
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """What folding leaves out of the k and v of an attention, float32 `[G, 1, D]` each, or None.
-
-    Args:
-        norm: the norm before it.
-        has_key_fold: whether the bias of k can be folded.
-    """
-    key = value = None
-    if has_key_fold and attention.k_proj.bias is not None:
-        bias = large_key_bias(attention.k_proj, norm, attention.head_dim)
-        key = bias.float().view(-1, 1, attention.head_dim)
-    if attention.v_proj.bias is not None:
-        value = attention.v_proj.bias.detach().float().view(-1, 1, attention.head_dim)
-    return key, value
+def left_out_biases(model: nn.Module, index: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """What folding leaves out of the k and v of a layer of a stated model, float32 `[G, 1, D]` each, or None."""
+    decoder, layer = stated_decoder(model), decoder_layers(model)[index][1]
+    attention = layer.get_submodule(decoder.attention.name)
+    key, value = (linear_of(decoder, attention, part) for part in ("key", "value"))
+    shape = -1, 1, attention.head_dim
+    key_bias = value_bias = None
+    if key is not None and key.bias is not None and folds_key_bias(model, index):
+        norm = layer.get_submodule(decoder.attention_norm)
+        key_bias = large_key_bias(key, norm, attention.head_dim, decoder.norm_offset).float().view(shape)
+    if value is not None and value.bias is not None:
+        value_bias = value.bias.detach().float().view(shape)
+    return key_bias, value_bias
 
 
 class AttentionObserver:
     """Extremes of q, k and v of one attention: per channel, and for q and k the length of each rotary pair.
 
     Args:
-        attention: the module, for the biases of its projections.
-        norm: the norm before it.
-        frequencies, factor: angles per token of the rotary pairs, `[D / 2]`, and the factor of cos and sin.
-        has_key_fold: whether the bias of k can be folded.
+        biases: of k and v, which the cache leaves out, `[G, 1, D]` each, or None.
+        frequencies, factor: angles per token of the rotary pairs, `[D / 2]` or fewer, and the factor of cos and sin.
     """
 
     def __init__(
-        self,
-        attention: nn.Module,
-        norm: nn.Module | None,
-        frequencies: torch.Tensor,
-        factor: float,
-        has_key_fold: bool = True,
+        self, biases: tuple[torch.Tensor | None, torch.Tensor | None], frequencies: torch.Tensor, factor: float
     ) -> None:
         self.found: dict[str, torch.Tensor] = {}
         self._frequencies, self._factor = frequencies, factor
-        self._key_bias, self._value_bias = left_out_biases(attention, norm, has_key_fold)
+        self._key_bias, self._value_bias = biases
 
     def _keep(self, name: str, values: torch.Tensor) -> None:
         """Fold `[1, heads, S, width]` into the running maximum `[heads, width]`."""
@@ -76,11 +67,11 @@ class AttentionObserver:
         """See `[1, H or G, S, D]` states after RoPE, of tokens from the first on."""
         for name, states in (("q", query), ("k", key)):
             self._keep(f"{name}.max", states.abs())
-            self._keep(f"{name}.radius", rotary_radius(states.float()))
+            self._keep(f"{name}.radius", rotary_radius(states.float(), len(self._frequencies)))
         self._keep_range("v", value)
         if self._key_bias is not None:
             before = rotated_by_slot(key.float(), self._frequencies, 0, backwards=True)
-            self._keep("k.folded.radius", rotary_radius(before - self._factor * self._key_bias))
+            self._keep("k.folded.radius", rotary_radius(before - self._factor * self._key_bias, len(self._frequencies)))
         if self._value_bias is not None:
             self._keep_range("v.folded", value.float() - self._value_bias)
 
@@ -190,12 +181,12 @@ def observing_attention(model: nn.Module, attentions: list[tuple[str, nn.Module]
     """
     AttentionInterface.register(OBSERVING, _observing_attention)
     AttentionMaskInterface.register(OBSERVING, sdpa_mask)
-    for name, attention in attentions:
-        frequencies, factor = rope_constants(model.config, attention.head_dim)
-        device = attention.k_proj.weight.device
-        attention.attention_observer = AttentionObserver(
-            attention, norm_before(model, name), frequencies.to(device), factor, folds_key_bias(model)
-        )
+    for _, attention in attentions:
+        index = attention.layer_idx
+        frequencies, factor = rope_constants(model.config, attention.head_dim, index)
+        device = next(attention.parameters()).device
+        biases = left_out_biases(model, index)
+        attention.attention_observer = AttentionObserver(biases, frequencies.to(device), factor)
     before = model.config._attn_implementation
     model.set_attn_implementation(OBSERVING)
     try:
@@ -225,10 +216,11 @@ def calibrate(model: nn.Module, linears: Iterable[str], samples: Iterable[dict[s
     """Run a float model of transformers over samples and collect statistics; the model is left as it was.
 
     Args:
-        model: a causal language model.
+        model: a causal language model of an architecture of the zoo.
         linears: names of the linear layers whose inputs are observed.
         samples: keyword arguments of the model, `[1, S]` ids and mask each.
     """
+    stated_or_known(model)
     attentions = attention_modules(model)
     tokens = 0
     inputs = InputObservers({name: model.get_submodule(name) for name in linears})

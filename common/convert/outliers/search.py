@@ -12,6 +12,7 @@ from itertools import product
 import torch
 from torch import nn
 
+from ...runtime.norm_bias import add_norm_bias
 from ...runtime.schemes.linear_scheme import LinearInputs
 
 OutputError = Callable[[torch.Tensor, LinearInputs, torch.Tensor], torch.Tensor]
@@ -46,18 +47,59 @@ class Smoothing:
 
 
 @dataclass(frozen=True)
+class Producer:
+    """What makes the inputs of some linears.
+
+    Attributes:
+        module: a norm with a weight `[P]`, or a linear `[..., K]`.
+        first_row: from which on rows of the linear are read; those before make other things.
+        offset: what the norm adds to its weight.
+    """
+
+    module: nn.Module
+    first_row: int = 0
+    offset: float = 0.0
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """What channels are multiplied by, or made with: `[P]` or `[P, ...]`."""
+        weight = self.module.weight[self.first_row :]
+        return weight + self.offset if self.offset else weight
+
+    @property
+    def channels(self) -> int:
+        """P."""
+        return len(self.module.weight[self.first_row :])
+
+    def subtract(self, shift: torch.Tensor) -> None:
+        """Take `[P]` off what a norm makes."""
+        if getattr(self.module, "bias", None) is None:
+            add_norm_bias(self.module, torch.zeros_like(self.module.weight))
+        self.module.bias.copy_(self.module.bias.to(shift.dtype) - shift)
+
+    def divide(self, scale: torch.Tensor) -> None:
+        """Divide what it makes by `[P]`; each parameter is rounded to its dtype."""
+        for parameter, offset in ((self.module.weight, self.offset), (getattr(self.module, "bias", None), 0.0)):
+            if parameter is None:
+                continue
+            part = parameter[self.first_row :]
+            wide = part.to(scale.dtype) + offset if offset else part.to(scale.dtype)
+            part.copy_(wide / scale.view(-1, *[1] * (part.dim() - 1)) - offset)
+
+
+@dataclass(frozen=True)
 class Site:
     """A subgraph in a layer, before it is rewritten.
 
     Attributes:
-        producer: a norm `[P]` or a linear `[P, ...]`.
+        producer: of their inputs.
         consumers: linears `[N, K]`.
         quantized: those that will be quantized.
         inputs: what they are given.
         width: consecutive channels of P that lie together in K: D of v_proj, all P elsewhere.
     """
 
-    producer: nn.Module
+    producer: Producer
     consumers: list[nn.Module]
     quantized: list[nn.Module]
     inputs: LinearInputs
@@ -70,7 +112,7 @@ class Site:
 
     def grouped(self, values: torch.Tensor) -> torch.Tensor:
         """`[K] -> [K / P, P]`: each channel of P beside the others of K that share its scale."""
-        heads = len(self.producer.weight) // self.width
+        heads = self.producer.channels // self.width
         return values.view(heads, -1, self.width).transpose(0, 1).flatten(1)
 
     @cached_property
@@ -121,18 +163,12 @@ class Search:
     def __init__(self, site: Site, error: OutputError) -> None:
         self._site, self._error = site, error
         self._unchanged = self.best = Smoothing(torch.ones_like(site.largest_input))
-        self._first: float | None = None
-        self._least = 0.0
+        self._least: float | None = None  # error, once one is worked out
 
     @property
     def changes(self) -> bool:
         """Whether something is better than no change."""
         return self.best is not self._unchanged
-
-    @property
-    def remaining(self) -> float | None:
-        """The least error as a share of that without a change; None where no error was worked out."""
-        return self._least / self._first if self._first else None
 
     def _cost(self, smoothing: Smoothing) -> float:
         scale = self._site.spread(smoothing.scale)
@@ -146,8 +182,8 @@ class Search:
 
     def consider(self, scale: torch.Tensor, shift: torch.Tensor | None = None, **parameters: float) -> None:
         """Keep it if its error is less than that of all before."""
-        if self._first is None:
-            self._first = self._least = self._cost(self._unchanged)
+        if self._least is None:
+            self._least = self._cost(self._unchanged)
         smoothing = Smoothing(self._site.usable(scale), shift, parameters)
         cost = self._cost(smoothing)
         if cost < self._least:

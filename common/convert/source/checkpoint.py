@@ -17,8 +17,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from ...architecture import Architecture, architecture_of
 from ...errors import OctavoError, first_line
 from ...runtime.checkpoint.files import TensorHeader, read_headers, read_json
+from ...runtime.decoder import state_decoder
 from ...runtime.model_sizes import MOST_SIZE
 from ..output.shards import TensorFiles
 from ..output.writer import LONGEST_FILE_NAME
@@ -154,7 +156,7 @@ def _check_spread(model: nn.Module, directory: Path) -> None:
         raise OctavoError(f"--model_path {directory}: does not fit on the devices as a whole, which codebooks need")
 
 
-def load_source(directory: Path, device: str) -> nn.Module:
+def load_source(directory: Path, device: str, architecture: Architecture | None = None) -> nn.Module:
     """The whole float model in memory: fp32 on the CPU, its own dtype elsewhere, over several devices if there are.
 
     Raises:
@@ -186,16 +188,19 @@ def load_source(directory: Path, device: str) -> nn.Module:
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise OctavoError(f"--model_path {directory}: {name} holds NaN or Inf; the checkpoint is damaged")
+    state_decoder(model, (architecture or architecture_of(model.config)).decoder)
     return model.eval() if device_map else model.eval().to(device)
 
 
-def layerwise_source(directory: Path, device: str) -> LayerwiseModel:
+def layerwise_source(directory: Path, device: str, architecture: Architecture | None = None) -> LayerwiseModel:
     """The float model, one decoder layer at a time.
 
     Raises:
         OctavoError: config and weights disagree.
     """
-    return LayerwiseModel(directory, load_source_config(directory), TensorFiles(source_files(directory)), device)
+    files = TensorFiles(source_files(directory))
+    config = load_source_config(directory)
+    return LayerwiseModel(directory, config, files, device, architecture or architecture_of(config))
 
 
 def load_tokenizer(directory: Path, arguments: dict[str, Any], trust_remote_code: bool) -> Any:

@@ -15,15 +15,17 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import logging
 
+from ...architecture import Architecture
 from ...errors import OctavoError, first_line
+from ...runtime.decoder import check_anatomy, state_decoder, stated_decoder
 from ..output.shards import TensorFiles
 
 MOST_LOGITS = 2**23
 """Logits that are held at a time."""
 MOST_HEAD = 2**23
 """Elements of the last linear's weight that are in float32 at a time."""
-IGNORED = ("rotary_emb.inv_freq",)
-"""Endings of tensors in old checkpoints that models compute themselves."""
+IGNORED = "inv_freq"
+"""A buffer of rotary embeddings in old checkpoints, which models compute themselves."""
 
 
 class _Recorder(nn.Module):
@@ -42,20 +44,22 @@ def layer_arguments(model: nn.Module, hidden: torch.Tensor, **arguments: Any) ->
         hidden: `[1, S, E]`, whose shape, dtype and device matter.
         arguments: of the decoder, as `attention_mask`.
     """
-    decoder = model.base_model
-    layers, norm = decoder.layers, decoder.norm
+    decoder, facts = model.base_model, stated_decoder(model)
+    layers, norm = decoder.get_submodule(facts.layers), decoder.get_submodule(facts.norm)
     recorders = [_Recorder() for _ in layers]
-    decoder.layers, decoder.norm = nn.ModuleList(recorders), nn.Identity()
+    decoder.set_submodule(facts.layers, nn.ModuleList(recorders))
+    decoder.set_submodule(facts.norm, nn.Identity())
     try:
         decoder(inputs_embeds=hidden, **arguments)
     finally:
-        decoder.layers, decoder.norm = layers, norm
+        decoder.set_submodule(facts.layers, layers)
+        decoder.set_submodule(facts.norm, norm)
     return [recorder.arguments for recorder in recorders]
 
 
 def with_real_rotary(model: nn.Module, device: torch.device) -> nn.Module:
-    """A model on the meta device with its rotary embedding, whose buffers are in no file, in memory."""
-    rotary = model.base_model.rotary_emb
+    """A stated model on the meta device with its rotary embedding, whose buffers are in no file, in memory."""
+    rotary = model.base_model.get_submodule(stated_decoder(model).rotary)
     vars(rotary).update(vars(type(rotary)(model.config).to(device)))
     return model.eval().requires_grad_(False)
 
@@ -81,6 +85,7 @@ class LayerwiseModel:
         config: of the model.
         files: its tensors.
         device: where layers are computed.
+        architecture: what states the model's anatomy.
 
     Attributes:
         tied: names of tensors that are another one, and that one's.
@@ -89,7 +94,14 @@ class LayerwiseModel:
         OctavoError: config and tensors do not fit together.
     """
 
-    def __init__(self, directory: Path, config: PreTrainedConfig, files: TensorFiles, device: str) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        config: PreTrainedConfig,
+        files: TensorFiles,
+        device: str,
+        architecture: Architecture,
+    ) -> None:
         self._where = f"--model_path {directory}"
         self.files, self.device = files, torch.device(device)
         verbosity = logging.get_verbosity()
@@ -97,15 +109,23 @@ class LayerwiseModel:
         try:
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            state_decoder(model, architecture.decoder)
+            check_anatomy(model, architecture.decoder, f"models/{architecture.name}")
             self.model = with_real_rotary(model, self.device)
         except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, AssertionError) as error:
             raise OctavoError(f"{self._where}: cannot be loaded ({first_line(error)})") from None
         finally:
             logging.set_verbosity(verbosity)
+        self.facts = architecture.decoder
         self.decoder = self.model.base_model
-        self.layers_name = next(name for name, part in self.model.named_modules() if part is self.decoder.layers)
+        self.layers = self.decoder.get_submodule(self.facts.layers)
+        self.layers_name = self._outer_name(self.facts.layers)
         self.tied: dict[str, str] = {}
         self._file_names = self._matched()
+
+    def _outer_name(self, name: str) -> str:
+        """Name in the model of a module of its decoder."""
+        return f"{self.model.base_model_prefix}.{name}"
 
     def _stored_names(self) -> dict[str, str]:
         """The name in the files of each tensor of the model, as it is or without the model's prefix."""
@@ -151,7 +171,8 @@ class LayerwiseModel:
         self._tie(names)
         names = {name: file_name for name, file_name in names.items() if name not in self.tied}
         missing = sorted(name for name, file_name in names.items() if file_name not in stored)
-        unexpected = sorted(name for name in stored if name not in known and not name.endswith(IGNORED))
+        ignored = f"{self.facts.rotary}.{IGNORED}"
+        unexpected = sorted(name for name in stored if name not in known and not name.endswith(ignored))
         for problem, found in (("missing", missing), ("unexpected", unexpected)):
             if found:
                 raise OctavoError(f"{self._where}: {problem} keys: {found[0]}; the checkpoint is not whole")
@@ -171,7 +192,7 @@ class LayerwiseModel:
 
     def __len__(self) -> int:
         """Number of decoder layers."""
-        return len(self.decoder.layers)
+        return len(self.layers)
 
     def layer_name(self, index: int) -> str:
         """Name of a decoder layer, as `model.layers.3`."""
@@ -211,28 +232,32 @@ class LayerwiseModel:
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
         """A decoder layer in memory, in its place in the model; whatever is done to it is forgotten afterwards."""
-        empty = self.decoder.layers[index]
+        empty = self.layers[index]
         with torch.device("meta"):
             fresh = type(empty)(self.config, index)
-        self.decoder.layers[index] = self._filled(fresh.eval(), self.layer_name(index))
+        self.layers[index] = self._filled(fresh.eval(), self.layer_name(index))
         try:
             yield fresh
         finally:
-            self.decoder.layers[index] = empty
+            self.layers[index] = empty
 
     def embedded(self, ids: torch.Tensor) -> torch.Tensor:
         """`[1, S]` token ids to `[1, S, E]`."""
         size = self.config.vocab_size
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
             raise OctavoError(f"{self._where}: the tokenizer has more than the {size} tokens that config.json counts")
-        name = f"{self.model.base_model_prefix}.embed_tokens.weight"
-        return self.files.gathered(self.file_name(name), ids[0])[None].to(self.device).float()
+        name = self._outer_name(f"{self.facts.embedding}.weight")
+        found = self.files.gathered(self.file_name(name), ids[0])[None].to(self.device).float()
+        return found if self.facts.embedding_scale is None else found * self.facts.embedding_scale(self.config)
 
     def final_norm(self) -> nn.Module:
         """The norm behind the last layer, in memory."""
-        name = f"{self.model.base_model_prefix}.norm"
-        self.decoder.norm = self._filled(self.decoder.norm, name)
-        return self.decoder.norm
+        return self._filled(self.decoder.get_submodule(self.facts.norm), self._outer_name(self.facts.norm))
+
+    @property
+    def norm_name(self) -> str:
+        """Name of the weight of that norm."""
+        return self._outer_name(f"{self.facts.norm}.weight")
 
     def logits(self, hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
         """Float32 logits `[S, V]` of normed states `[S, E]`, by parts of the `[V, E]` head in any dtype."""

@@ -343,10 +343,13 @@ class QuantizedCache(Cache):
         if scales is not None and len(scales) != count:
             raise OctavoError(f"there are scales for {len(scales)} layers and the model has {count}: another model's?")
         layer_class = StaticQuantizedLayer if compileable else QuantizedLayer
-        frequencies = rope_constants(config, head_dim_of(config))[0]
         layers = [
             layer_class(
-                self.scheme.of_layer(index), scales[index] if scales else None, max_length, frequencies, crop_room
+                self.scheme.of_layer(index),
+                scales[index] if scales else None,
+                max_length,
+                rope_constants(config, head_dim_of(config), index)[0],
+                crop_room,
             )
             for index in range(count)
         ]

@@ -62,6 +62,8 @@ STORED_AS = {
 }
 """Labels and dtypes of parts of other modules; the labels of the KV cache were W8A8 before they were C8."""
 FA_PARTS = ("q", "k", "v")
+C8_MODULES = ("k_proj", "v_proj")
+"""Modules of an attention that the scales of K and V are named for, whatever its projections are called."""
 SCALE_MODULES = (*(f"fa_{part}" for part in FA_PARTS), "octavo_cache")
 FILE_ORDER = (
     *CACHE_PARTS,
@@ -73,12 +75,6 @@ FILE_ORDER = (
     "bias",
     *LINEAR_DTYPES,
 )
-
-
-def attention_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Names and modules of the attentions of a decoder, in the order of its layers."""
-    found = [(n, m) for n, m in model.named_modules() if hasattr(m, "k_proj") and hasattr(m, "layer_idx")]
-    return sorted(found, key=lambda item: item[1].layer_idx)
 
 
 def _is_ascend(scheme: Scheme, preset: str) -> bool:
@@ -111,13 +107,15 @@ def _constant_tensors(name: str, layer: LayerScales) -> dict[str, torch.Tensor]:
     return {f"{name}.octavo_cache.{part}": tensor for part, tensor in parts.items() if tensor is not None}
 
 
-def scale_tensors(model: nn.Module, scheme: Scheme, scales: Scales) -> dict[str, torch.Tensor]:
+def scale_tensors(
+    attentions: Iterable[tuple[str, nn.Module]], scheme: Scheme, scales: Scales
+) -> dict[str, torch.Tensor]:
     """The inverse of `read_scales`: static scales as tensors named for the file."""
     tensors = {}
-    for (name, attention), layer in zip(attention_modules(model), scales, strict=True):
+    for (name, attention), layer in zip(attentions, scales, strict=True):
         layer_scheme = scheme.of_layer(attention.layer_idx)
         if is_c8(layer_scheme):
-            for part, (scale, _) in (("k_proj", layer.key), ("v_proj", layer.value)):
+            for part, (scale, _) in zip(C8_MODULES, (layer.key, layer.value), strict=True):
                 tensors[f"{name}.{part}.kv_cache_scale"] = scale.flatten()
                 tensors[f"{name}.{part}.kv_cache_offset"] = torch.zeros_like(scale.flatten())
         elif is_fa(layer_scheme):
@@ -211,12 +209,14 @@ def described_scheme(description: dict[str, Any], layers: int) -> Scheme | None:
     if description.get("octavo_scheme"):
         return Scheme.from_dict(description["octavo_scheme"])
     if description.get("fa_quant_type"):
-        preset, present = "ascend-fa", "model.layers.{}.self_attn.fa_k.scale"
+        preset, ending = "ascend-fa", ".fa_k.scale"
     elif description.get("kv_cache_type") or description.get("kv_quant_type"):
-        preset, present = "ascend-c8", "model.layers.{}.self_attn.k_proj.kv_cache_scale"
+        preset, ending = "ascend-c8", f".{C8_MODULES[0]}.kv_cache_scale"
     else:
         return None
-    absent = [index for index in range(layers) if present.format(index) not in description]
+    matches = (re.search(rf"\.(\d+)\.\w+{re.escape(ending)}$", tensor) for tensor in description)
+    present = {int(match[1]) for match in matches if match}
+    absent = [index for index in range(layers) if index not in present]
     return Scheme.from_dict({**load_scheme(preset).to_dict(), "float_layers": absent})
 
 

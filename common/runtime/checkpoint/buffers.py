@@ -7,13 +7,15 @@ import torch
 from torch import nn
 
 from ...errors import OctavoError
+from ..decoder import Decoder, attention_modules, has_foldable_bias
 from ..linear_values import are_offsets, are_scales
+from ..model_sizes import attention_sizes
 from ..norm_bias import add_norm_bias
 from ..quantized_linear import empty_linear
 from ..schemes.kv_scheme import Scheme
 from ..schemes.linear_scheme import WEIGHT_ONLY
 from ..static_scales import LayerScales, Scales
-from .ascend import DESCRIPTION_FILE, FA_PARTS, SCALAR_DTYPES, attention_modules, is_c8, is_fa
+from .ascend import C8_MODULES, DESCRIPTION_FILE, FA_PARTS, SCALAR_DTYPES, is_c8, is_fa
 
 MOST_VALUE = 2**24
 """No value of K or V is as large, and so none that a zero point stands for."""
@@ -115,20 +117,22 @@ def _attach_biases(model: nn.Module, names: Iterable[str]) -> None:
 
 def _attach_scales(model: nn.Module, scheme: Scheme) -> None:
     """Give attention modules the buffers of static scales."""
+    heads, groups, width = attention_sizes(model.config)
     for _, attention in attention_modules(model):
         layer_scheme = scheme.of_layer(attention.layer_idx)
-        groups = attention.k_proj.out_features // attention.head_dim
         if is_c8(layer_scheme):
-            for projection in (attention.k_proj, attention.v_proj):
+            for name in C8_MODULES:
+                holder = getattr(attention, name, None)
+                if holder is None:  # one linear makes q, k and v, so that nothing has the dialect's name
+                    holder = nn.Module()
+                    attention.add_module(name, holder)
                 for part in ("kv_cache_scale", "kv_cache_offset"):
-                    projection.register_buffer(part, torch.empty(projection.out_features, dtype=torch.float32))
+                    holder.register_buffer(part, torch.empty(groups * width, dtype=torch.float32))
         elif is_fa(layer_scheme):
-            attention.fa_q = StaticScale(attention.q_proj.out_features // attention.head_dim)
+            attention.fa_q = StaticScale(heads)
             attention.fa_k, attention.fa_v = StaticScale(groups), StaticScale(groups)
-        else:
-            heads = attention.q_proj.out_features // attention.head_dim
-            if shapes := constant_shapes(layer_scheme, heads, groups, attention.head_dim):
-                attention.octavo_cache = CacheConstants(shapes)
+        elif shapes := constant_shapes(layer_scheme, heads, groups, width):
+            attention.octavo_cache = CacheConstants(shapes)
 
 
 def attach_buffers(model: nn.Module, scheme: Scheme, layout: Mapping[str, Any]) -> None:
@@ -161,17 +165,23 @@ def _scale_and_zero(
     return scale.float().view(heads, 1, -1), zero
 
 
-def read_scales(model: nn.Module, scheme: Scheme) -> Scales:
-    """The static scales out of the buffers that `attach_buffers` made and a checkpoint filled."""
+def read_scales(attentions: Iterable[tuple[str, nn.Module]], scheme: Scheme, decoder: Decoder) -> Scales:
+    """The static scales out of the buffers that `attach_buffers` made and a checkpoint filled.
+
+    Args:
+        attentions: names and modules, as `attention_modules` gives them.
+        scheme: of the model.
+        decoder: what the modules are.
+    """
     result = []
-    for name, attention in attention_modules(model):
+    for name, attention in attentions:
         layer_scheme = scheme.of_layer(attention.layer_idx)
-        groups = attention.k_proj.out_features // attention.head_dim
         if is_c8(layer_scheme):
-            k, v = attention.k_proj, attention.v_proj
-            key = _scale_and_zero(f"{name}.k_proj", k.kv_cache_scale, k.kv_cache_offset, groups)
-            value = _scale_and_zero(f"{name}.v_proj", v.kv_cache_scale, v.kv_cache_offset, groups)
-            result.append(LayerScales(key, value))
+            parts = [(f"{name}.{part}", attention.get_submodule(part)) for part in C8_MODULES]
+            groups = parts[0][1].kv_cache_scale.numel() // attention.head_dim
+            result.append(
+                LayerScales(*[_scale_and_zero(n, m.kv_cache_scale, m.kv_cache_offset, groups) for n, m in parts])
+            )
         elif is_fa(layer_scheme):
             stored = {part: getattr(attention, f"fa_{part}") for part in FA_PARTS}
             q, k, v = (
@@ -181,12 +191,13 @@ def read_scales(model: nn.Module, scheme: Scheme) -> Scales:
                 raise OctavoError(f"checkpoint: {name}.fa_q has an offset, which int8 attention does not serve")
             result.append(LayerScales(k, v, q[0]))
         else:
-            result.append(_read_constants(name, attention, layer_scheme))
+            folds = layer_scheme.fold_bias and has_foldable_bias(decoder, attention)
+            result.append(_read_constants(name, attention, folds))
     return result
 
 
-def _read_constants(name: str, attention: nn.Module, scheme: Scheme) -> LayerScales:
-    """The scales of a layer out of its `CacheConstants`, if it has any."""
+def _read_constants(name: str, attention: nn.Module, is_folded: bool) -> LayerScales:
+    """The scales of a layer out of its `CacheConstants`, if it has any; see `LayerScales` of `is_folded`."""
     if not hasattr(attention, "octavo_cache"):
         return LayerScales()
     found = dict(attention.octavo_cache.named_buffers())
@@ -197,12 +208,10 @@ def _read_constants(name: str, attention: nn.Module, scheme: Scheme) -> LayerSca
             raise OctavoError(f"checkpoint: {name}.octavo_cache.{part} do not ascend; convert the model again")
         if part.endswith("zero") and bool((tensor.abs() * found[part.replace("zero", "scale")] > MOST_VALUE).any()):
             raise OctavoError(f"checkpoint: {name}.octavo_cache.{part} is out of all range; convert the model again")
-    has_bias = any(linear.bias is not None for linear in (attention.k_proj, attention.v_proj))
     key, value = (
         (found[f"{part}_scale"], found.get(f"{part}_zero")) if f"{part}_scale" in found else None
         for part in ("key", "value")
     )
     return LayerScales(
-        key, value, found.get("query_scale"), found.get("key_levels"), found.get("value_levels"),
-        scheme.fold_bias and has_bias,
+        key, value, found.get("query_scale"), found.get("key_levels"), found.get("value_levels"), is_folded,
     )  # fmt: skip

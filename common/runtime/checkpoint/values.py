@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ...errors import OctavoError
+from ..decoder import attention_modules, stated_decoder
 from ..linear_values import is_finite
 from ..quantized_linear import QuantizedLinear
 from ..schemes.kv_scheme import Scheme
@@ -33,6 +34,6 @@ def check_values(source: str, model: nn.Module, scheme: Scheme) -> None:
             module.check(f"{source}: {name}")
     if scheme.is_static and not any(buffer.is_meta for buffer in model.buffers()):
         try:
-            read_scales(model, scheme)
+            read_scales(attention_modules(model), scheme, stated_decoder(model))
         except OctavoError as error:
             raise OctavoError(f"{source}: {str(error).removeprefix('checkpoint: ')}") from None

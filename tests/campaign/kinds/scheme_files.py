@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from octavo.common.architecture import REPOSITORY
-from octavo.common.runtime.bias_fold import prepare
+from octavo.common.prepare import prepare
 from octavo.common.runtime.cache.quantized_cache import QuantizedCache
 from octavo.common.runtime.cache.sizes import kv_bits_per_element
 from octavo.common.runtime.schemes.kv_scheme import PRESETS, Scheme, load_scheme

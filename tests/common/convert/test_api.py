@@ -302,7 +302,9 @@ def test_the_script_as_a_user_runs_it(source: Path, tmp_path: Path) -> None:
 
 def test_part_of_the_linears(source: Path, tmp_path: Path) -> None:
     def linears(*flags: str) -> list[str]:
-        return choose_linears(tiny_llama(), parse_flags("llama3", convert_flags(source, tmp_path, *flags)), recipe)
+        return choose_linears(
+            tiny_llama(), parse_flags("llama3", convert_flags(source, tmp_path, *flags)), recipe, "lm_head"
+        )
 
     recipe = ["*.mlp.down_proj", "lm_head"]
     assert len(linears()) == 3 * 6 and not any("down_proj" in name for name in linears())

@@ -9,13 +9,15 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from octavo.common.architecture import stated_or_known
 from octavo.common.convert.calibration.observe import calibrate
 from octavo.common.convert.output.shards import header_of
 from octavo.common.convert.weights.quantize import quantize_linear
 from octavo.common.errors import OctavoError
-from octavo.common.runtime.bias_fold import FOLD, fold_biases, prepare
+from octavo.common.prepare import prepare
+from octavo.common.runtime.bias_fold import FOLD, fold_biases
 from octavo.common.runtime.cache.quantized_cache import QuantizedCache
-from octavo.common.runtime.checkpoint.ascend import attention_modules, linear_layout
+from octavo.common.runtime.checkpoint.ascend import linear_layout
 from octavo.common.runtime.checkpoint.buffers import attach_buffers
 from octavo.common.runtime.quantized_linear import QUANTIZED_LINEARS, FoldableLinear, QuantizedLinear
 from octavo.common.runtime.schemes.kv_scheme import Scheme, load_scheme
@@ -83,7 +85,7 @@ def float_cache(model: torch.nn.Module) -> QuantizedCache:
 @torch.inference_mode()
 def logits(model: torch.nn.Module, ids: torch.Tensor, *sizes: int, **arguments: Any) -> torch.Tensor:
     """Of all tokens, which come in chunks into a cache of floats."""
-    cache = float_cache(model) if hasattr(attention_modules(model)[0][1], FOLD) else None
+    cache = float_cache(model) if hasattr(model.model.layers[0].self_attn, FOLD) else None
     if cache is None:
         return model(ids, **arguments).logits
     parts = ids.split(sizes or (ids.shape[1],), dim=1)
@@ -218,6 +220,7 @@ def quantized(scheme: LinearScheme) -> torch.nn.Module:
         parts = quantize_linear(source.get_submodule(name), seen(inputs[name]), scheme)
         tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
     model = Qwen2ForCausalLM(Qwen2Config(**settings()))
+    stated_or_known(model)
     headers = {name: header_of(tensor) for name, tensor in tensors.items()}
     layout = linear_layout(dict.fromkeys(names, scheme.label), headers)
     attach_buffers(model, load_scheme("float"), layout)
@@ -248,6 +251,7 @@ def test_quantized_linears_leave_their_biases_to_attention(scheme: LinearScheme)
 
 def test_a_model_is_folded_once() -> None:
     model = tiny_qwen2()
+    stated_or_known(model)
     assert (fold_biases(model), fold_biases(model)) == (2 * LAYERS, 0)
 
 

@@ -12,9 +12,9 @@ import transformers
 from transformers import DynamicCache, StaticCache
 
 from octavo.common.errors import OctavoError
+from octavo.common.prepare import prepare
 from octavo.common.runtime import compatibility
 from octavo.common.runtime import model as model_module
-from octavo.common.runtime.bias_fold import prepare
 from octavo.common.runtime.cache.quantized_cache import QuantizedCache
 from octavo.common.runtime.cache.sizes import kv_bits_per_element, kv_bytes_per_token
 from octavo.common.runtime.compatibility import CACHE_ARGUMENTS, cache_argument, take_cache

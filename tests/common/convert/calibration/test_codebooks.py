@@ -18,7 +18,7 @@ from octavo.common.convert.calibration.codebooks import (
 from octavo.common.convert.calibration.observe import calibrate
 from octavo.common.convert.measure.fidelity import compare
 from octavo.common.errors import OctavoError
-from octavo.common.runtime.bias_fold import prepare
+from octavo.common.prepare import prepare
 from octavo.common.runtime.cache.dynamic_scales import gaussian_levels
 from octavo.common.runtime.cache.quantized_cache import QuantizedCache
 from octavo.common.runtime.rotary import rope_constants, rotated_by_slot

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from octavo.common.runtime.bias_fold import prepare
+from octavo.common.prepare import prepare
 from octavo.common.runtime.cache.quantized_cache import QuantizedCache
 from octavo.common.runtime.cache.segment_store import SegmentStore
 from octavo.common.runtime.precision import kept_dtype

@@ -15,6 +15,7 @@ from octavo.common.runtime.attention import Codes, quantized_attention
 from octavo.common.runtime.cache.code_store import SMALLEST_CAPACITY, capacity_for
 from octavo.common.runtime.cache.quantized_cache import QuantizedCache
 from octavo.common.runtime.checkpoint.ascend import scale_tensors
+from octavo.common.runtime.decoder import attention_modules
 from octavo.common.runtime.schemes.kv_scheme import Scheme, load_scheme
 from octavo.common.runtime.static_scales import LayerScales, load_statistics, scales_of
 from octavo.models.llama3.modeling_llama_fa3 import LlamaForCausalLM
@@ -135,7 +136,7 @@ def quantized(request: pytest.FixtureRequest, statistics: Path) -> torch.nn.Modu
     config.octavo = {"scheme": request.param}
     model = LlamaForCausalLM(config)
     scales = scales_of(scheme, load_statistics(statistics))
-    model.load_state_dict({**tiny_llama().state_dict(), **scale_tensors(model, scheme, scales)})
+    model.load_state_dict({**tiny_llama().state_dict(), **scale_tensors(attention_modules(model), scheme, scales)})
     return model.eval()
 
 

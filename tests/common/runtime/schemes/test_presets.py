@@ -10,8 +10,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from octavo.common.convert.calibration.codebooks import fit_codebooks
 from octavo.common.convert.calibration.observe import calibrate
 from octavo.common.errors import OctavoError
+from octavo.common.prepare import prepare
 from octavo.common.runtime.attention import quantized_attention
-from octavo.common.runtime.bias_fold import prepare
 from octavo.common.runtime.cache.quantized_cache import QuantizedCache
 from octavo.common.runtime.cache.segment_store import SegmentStore
 from octavo.common.runtime.cache.sizes import kv_bits_per_element

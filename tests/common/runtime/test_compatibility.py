@@ -134,7 +134,7 @@ def test_a_scheme_of_floats_passes_where_codes_are_asked_for(prepared: torch.nn.
 
 def test_prepare_needs_no_other_import() -> None:
     code = (
-        "from transformers import LlamaConfig, LlamaForCausalLM; from octavo.common.runtime.bias_fold import prepare;"
+        "from transformers import LlamaConfig, LlamaForCausalLM; from octavo.common.prepare import prepare;"
         "model = LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=1,"
         " num_attention_heads=2, num_key_value_heads=1)); print(prepare(model).config._attn_implementation)"
     )

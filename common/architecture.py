@@ -48,6 +48,10 @@ class Architecture:
         """Its anatomy, which the modeling file states, since it travels with that file."""
         return getattr(self.model_class, STATED)
 
+    def layer_name(self, index: int) -> str:
+        """Name of a decoder layer in a model and in its files, as `model.layers.3`."""
+        return f"{self.model_class.base_model_prefix}.{self.decoder.layers}.{index}"
+
     @property
     def module(self) -> str:
         """Name of the modeling file, without `.py`."""

@@ -1,9 +1,9 @@
-"""What a checkpoint tells of quantizing its keys: biases, norms and one `k_proj.weight` at a time, never the model.
+"""What a checkpoint tells of quantizing its keys: biases, norms and one projection of K at a time, never the model.
 
 RMSNorm hands attention inputs of unit root mean square (rms) times its weight g. If they prefer no direction, the rms
 of channel d of a key, before its bias b, is
 
-    s_d = sqrt(sum_j (W_dj g_j)^2)        or, where keys are normalized themselves (Qwen3), |g_d| of k_norm
+    s_d = sqrt(sum_j (W_dj g_j)^2)        or, where keys are normalized themselves (Qwen3), |g_d| of that norm
 
 RoPE turns channels d and d + D/2 into one another, so both count as the mean of their pair, r_d = sqrt((s_d^2 +
 s_{d+D/2}^2) / 2), and the bias of both as the pair's radius c_d = sqrt(b_d^2 + b_{d+D/2}^2). A channel then reaches
@@ -32,7 +32,6 @@ the float model over 256 tokens, bits lost as of "token"):
 These are orders of magnitude: inputs do have directions, and a layer may matter more than another.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,10 +39,13 @@ from typing import Any
 
 import torch
 
-from ..convert.source.checkpoint import FLOAT_DTYPES, read_source_headers, source_files
+from ..architecture import architecture_of
+from ..convert.output.shards import TensorFiles
+from ..convert.source.checkpoint import read_source_headers, source_files
 from ..errors import OctavoError, first_line
-from ..runtime.model_sizes import head_dim_of
-from ..runtime.static_scales import Statistics, rotary_radius
+from ..runtime.model_sizes import attention_sizes
+from ..runtime.rotary import rope_constants
+from ..runtime.static_scales import Statistics, of_channels, rotary_radius
 
 PEAK = 3.0
 """The largest of a head's channels in units of their rms, for a Gaussian key."""
@@ -63,31 +65,37 @@ BROKEN = {kind: 3.0 if kind == "fp8" else 4.0 for kind in KINDS}
 three bits of an e4m3 mantissa neither."""
 ATTENTIONS = ("full_attention", "sliding_attention")
 """Layer types whose keys the cache can hold."""
-OTHER_NORMS = ("gemma", "cohere")
-"""Model types, by how they begin, whose norms or rotary pairs are not those of Llama."""
 
 
-class LazyWeights:
-    """The tensors of a float checkpoint, read one at a time from safetensors files.
+class KeyWeights:
+    """What makes the keys of a float checkpoint, read one tensor at a time: biases, norms and projections.
 
     Attributes:
-        headers: dtype and shape of each tensor, by name.
+        headers: dtype and shape of each tensor of the checkpoint, by name.
+        key_is_normalized: whether keys have norms of their own.
+
+    Raises:
+        OctavoError: no anatomy is stated of its architecture, or there are no sound files.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, config: Any) -> None:
+        self._where, self._config = f"--model_path {directory}", config
+        try:
+            self._architecture = architecture_of(config)
+        except OctavoError as error:
+            raise OctavoError(f"{self._where}: {error}") from None
+        self._decoder = self._architecture.decoder
         self.headers = read_source_headers(directory)
-        self._places: dict[str, tuple[Path, int, int]] = {}
-        for path in source_files(directory):
-            with path.open("rb") as file:
-                size = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(size))
-            for name in header.keys() - {"__metadata__"}:
-                first, last = header[name]["data_offsets"]
-                self._places[name] = (path, 8 + size + first, last - first)
+        self._files = TensorFiles(source_files(directory))
+        self.key_is_normalized = self._decoder.attention.key_norm is not None
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.headers
+    def name(self, layer: int, module: str, part: str = "weight") -> str:
+        """Name of a tensor of a layer."""
+        return f"{self._architecture.layer_name(layer)}.{module}.{part}"
+
+    def key_name(self, layer: int) -> str:
+        """Name of the weight that makes the keys of a layer."""
+        return self.name(layer, self._decoder.attention.key)
 
     def read(self, name: str, *shape: int) -> torch.Tensor:
         """A tensor in float32.
@@ -95,28 +103,67 @@ class LazyWeights:
         Raises:
             OctavoError: it is missing, of another shape, or holds NaN or Inf.
         """
-        if name not in self:
+        if name not in self.headers:
             raise OctavoError(
-                f"--model_path {self.directory}: {name} is missing; the doctor reads whole decoders whose tensors are "
-                "named model.layers.N.self_attn.{q,k,v}_proj"
+                f"{self._where}: {name} is missing; the doctor reads whole decoders whose tensors are named so"
             )
         if self.headers[name].shape != shape:
             stored = list(self.headers[name].shape)
-            raise OctavoError(
-                f"--model_path {self.directory}: {name} is {stored} and config.json makes it {list(shape)}"
-            )
-        path, start, size = self._places[name]
+            raise OctavoError(f"{self._where}: {name} is {stored} and config.json makes it {list(shape)}")
         try:
-            # torch maps whole files copy-on-write, which fails for a file larger than memory
-            with path.open("rb") as file:
-                file.seek(start)
-                data = bytearray(file.read(size))
+            tensor = self._files.read(name).float()
         except OSError as error:
-            raise OctavoError(f"--model_path {self.directory}: {name} cannot be read ({first_line(error)})") from None
-        tensor = torch.frombuffer(data, dtype=FLOAT_DTYPES[self.headers[name].dtype]).view(shape).float()
+            raise OctavoError(f"{self._where}: {name} cannot be read ({first_line(error)})") from None
         if not torch.isfinite(tensor).all():
-            raise OctavoError(f"--model_path {self.directory}: {name} holds NaN or Inf; the checkpoint is damaged")
+            raise OctavoError(f"{self._where}: {name} holds NaN or Inf; the checkpoint is damaged")
         return tensor
+
+    def _of_part(self, part: str, layer: int, end: str, *others: int) -> torch.Tensor | None:
+        """The rows `[G D, ...]` of k or v in what makes them; None if there is no such tensor."""
+        heads, groups, width = attention_sizes(self._config)
+        facts = self._decoder.attention
+        name = self.name(layer, getattr(facts, part), end)
+        if name not in self.headers and end == "bias":
+            return None
+        if not facts.is_fused:
+            return self.read(name, groups * width, *others)
+        first = (heads if part == "key" else heads + groups) * width
+        return self.read(name, (heads + 2 * groups) * width, *others)[first : first + groups * width]
+
+    def bias(self, part: str, layer: int) -> torch.Tensor:
+        """The bias of k or v, `[G, D]`; zeros where there is none."""
+        _, groups, width = attention_sizes(self._config)
+        found = self._of_part(part, layer, "bias")
+        return torch.zeros(groups, width) if found is None else found.view(groups, width)
+
+    def channel_rms(self, layer: int) -> torch.Tensor:
+        """The rms of each channel of a key without bias, `[G, D]`."""
+        _, groups, width = attention_sizes(self._config)
+        facts, offset, hidden = self._decoder.attention, self._decoder.norm_offset, self._config.hidden_size
+        if facts.key_norm is not None:
+            gains = self.read(self.name(layer, facts.key_norm), width) + offset
+            return gains.abs().expand(groups, width)
+        norm = self.read(self.name(layer, self._decoder.attention_norm), hidden) + offset
+        weight = self._of_part("key", layer, "weight", hidden)
+        return torch.linalg.vector_norm(weight * norm, dim=-1).view(groups, width)
+
+    def check(self) -> None:
+        """Raise an `OctavoError` if the formulas do not hold for this decoder, as far as config and names tell."""
+        where = f"{self._where}: model_type {self._config.model_type!r}"
+        for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads"):
+            if not getattr(self._config, name, None):
+                raise OctavoError(f"{where} has no {name} in its config; the doctor reads decoders of the zoo")
+        if self.name(0, self._decoder.attention_norm, "bias") in self.headers:
+            raise OctavoError(f"{where} has norms with a bias; the doctor's formulas rest on RMSNorm")
+        first = next((i for i, kind in enumerate(layer_types(self._config)) if kind in ATTENTIONS), None)
+        if first is None:
+            raise OctavoError(f"{where} has no layer of full or sliding attention; there is no K to judge")
+        for module in self._decoder.attention.inputs:
+            if self.name(first, module) not in self.headers:
+                raise OctavoError(
+                    f"{where}: {self.name(first, module)} is missing; the doctor reads decoders whose tensors are "
+                    f"named as models/{self._architecture.name} states"
+                )
 
 
 @dataclass(frozen=True)
@@ -172,42 +219,25 @@ def _seen_radius(statistics: Statistics | None, name: str, shape: tuple[int, int
     """Radius of each pair from statistics for both its channels, `[G, D]`; None if they do not have it."""
     if statistics is None or name not in statistics.tensors:
         return None
-    radius = statistics.tensors[name].repeat(1, 2)
+    radius = of_channels(statistics.tensors[name], shape[1])
     if radius.shape != shape:
         raise OctavoError(f"--statistics: {name} is of another model, {list(radius.shape)} and not {list(shape)}")
     return radius
 
 
-def _channel_rms(weights: LazyWeights, config: Any, layer: int) -> torch.Tensor:
-    """The rms of each channel of a key without bias, `[G, D]`."""
-    heads, width, hidden = config.num_key_value_heads, head_dim_of(config), config.hidden_size
-    prefix = f"model.layers.{layer}"
-    if f"{prefix}.self_attn.k_norm.weight" in weights:
-        return weights.read(f"{prefix}.self_attn.k_norm.weight", width).abs().expand(heads, width)
-    norm = weights.read(f"{prefix}.input_layernorm.weight", hidden)
-    weight = weights.read(f"{prefix}.self_attn.k_proj.weight", heads * width, hidden)
-    return torch.linalg.vector_norm(weight * norm, dim=-1).view(heads, width)
-
-
-def _bias(weights: LazyWeights, name: str, heads: int, width: int) -> torch.Tensor:
-    return weights.read(name, heads * width).view(heads, width) if name in weights else torch.zeros(heads, width)
-
-
-def diagnose_layer(weights: LazyWeights, config: Any, layer: int, statistics: Statistics | None) -> LayerDiagnosis:
+def diagnose_layer(weights: KeyWeights, config: Any, layer: int, statistics: Statistics | None) -> LayerDiagnosis:
     """Judge one layer.
 
     Raises:
         OctavoError: a tensor is missing, damaged or of another shape than the config's.
     """
-    heads, width = config.num_key_value_heads, head_dim_of(config)
-    prefix = f"model.layers.{layer}.self_attn"
-    rms = _channel_rms(weights, config, layer)
+    rms, stored_bias = weights.channel_rms(layer), weights.bias("key", layer)
     # a key that is normalized has its bias inside, and no more reaches the cache than the norm lets through
-    is_normalized = f"{prefix}.k_norm.weight" in weights
-    stored_bias = _bias(weights, f"{prefix}.k_proj.bias", heads, width)
-    bias = torch.zeros_like(stored_bias) if is_normalized else stored_bias
-    pair = rotary_radius(rms).repeat(1, 2) / 2**0.5
-    radius = rotary_radius(bias).repeat(1, 2)
+    bias = torch.zeros_like(stored_bias) if weights.key_is_normalized else stored_bias
+    width = rms.shape[-1]
+    pairs = len(rope_constants(config, width, layer)[0])
+    radius, size_of_pair = (of_channels(rotary_radius(part, pairs), width) for part in (bias, rms))
+    pair = torch.cat((size_of_pair[:, : 2 * pairs] / 2**0.5, size_of_pair[:, 2 * pairs :]), dim=-1)
     seen = _seen_radius(statistics, f"layers.{layer}.k.radius", rms.shape)
     seen_folded = _seen_radius(statistics, f"layers.{layer}.k.folded.radius", rms.shape)
     if seen_folded is None and not bias.any():
@@ -220,7 +250,7 @@ def diagnose_layer(weights: LazyWeights, config: Any, layer: int, statistics: St
     return LayerDiagnosis(
         layer=layer,
         key_bias=float(stored_bias.norm()),
-        value_bias=float(_bias(weights, f"{prefix}.v_proj.bias", heads, width).norm()),
+        value_bias=float(weights.bias("value", layer).norm()),
         bias_pair=float(in_units.amax()),
         key_size=float(size[in_units.argmax()]),
         outlier=float((channels.amax(dim=-1) / channels.median(dim=-1).values.clamp_min(TINY)).amax()),
@@ -236,31 +266,7 @@ def layer_types(config: Any) -> list[str]:
     return list(getattr(config, "layer_types", None) or [default] * config.num_hidden_layers)
 
 
-def check_decoder(weights: LazyWeights, config: Any) -> None:
-    """Raise an `OctavoError` if the formulas do not hold for this decoder, as far as config and names tell."""
-    where = f"--model_path {weights.directory}: model_type {config.model_type!r}"
-    for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads"):
-        if not getattr(config, name, None):
-            raise OctavoError(f"{where} has no {name} in its config; the doctor reads decoders such as Llama and Qwen")
-    if config.model_type.startswith(OTHER_NORMS):
-        raise OctavoError(f"{where} has norms or rotary pairs unlike Llama's, which the doctor's formulas rest on")
-    if (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0) != 1.0:
-        raise OctavoError(f"{where} turns a part of each head only; the doctor's formulas take RoPE on all channels")
-    if "model.layers.0.input_layernorm.bias" in weights:
-        raise OctavoError(f"{where} has norms with a bias; the doctor's formulas rest on RMSNorm")
-    first = next((i for i, kind in enumerate(layer_types(config)) if kind in ATTENTIONS), None)
-    if first is None:
-        raise OctavoError(f"{where} has no layer of full or sliding attention; there is no K to judge")
-    for part in "qkv":
-        name = f"model.layers.{first}.self_attn.{part}_proj.weight"
-        if name not in weights:
-            raise OctavoError(
-                f"{where}: {name} is missing; the doctor reads decoders whose tensors are named "
-                "model.layers.N.self_attn.{q,k,v}_proj"
-            )
-
-
-def diagnose(weights: LazyWeights, config: Any, statistics: Statistics | None) -> Iterator[LayerDiagnosis]:
+def diagnose(weights: KeyWeights, config: Any, statistics: Statistics | None) -> Iterator[LayerDiagnosis]:
     """The diagnoses of all layers of full or sliding attention, one by one."""
     for layer, kind in enumerate(layer_types(config)):
         if kind in ATTENTIONS:

@@ -29,9 +29,8 @@ from ..runtime.schemes.tensor_codec import Codec
 from ..runtime.static_scales import Statistics, load_statistics
 from .diagnosis import (
     ATTENTIONS,
+    KeyWeights,
     LayerDiagnosis,
-    LazyWeights,
-    check_decoder,
     diagnose,
     is_broken,
     layer_types,
@@ -87,7 +86,7 @@ def _passes_at(weight_bytes: int, layer_bytes: float, full: int, sliding: int, w
     return math.ceil(tokens)
 
 
-def facts_of(weights: LazyWeights, config: Any, layers: list[LayerDiagnosis]) -> dict[str, Any]:
+def facts_of(weights: KeyWeights, config: Any, layers: list[LayerDiagnosis]) -> dict[str, Any]:
     """What else decides about schemes, as plain data."""
     kinds = layer_types(config)
     full, sliding = (kinds.count(kind) for kind in ATTENTIONS)
@@ -101,7 +100,7 @@ def facts_of(weights: LazyWeights, config: Any, layers: list[LayerDiagnosis]) ->
     first = kinds.index("full_attention") if full else kinds.index("sliding_attention")
     return {
         "model_type": config.model_type,
-        "dtype": weights.headers[f"model.layers.{first}.self_attn.k_proj.weight"].dtype,
+        "dtype": weights.headers[weights.key_name(first)].dtype,
         "layers": config.num_hidden_layers,
         "layer_types": {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
         "sliding_window": window if sliding else None,
@@ -109,11 +108,10 @@ def facts_of(weights: LazyWeights, config: Any, layers: list[LayerDiagnosis]) ->
         "query_heads_per_kv_head": config.num_attention_heads // config.num_key_value_heads,
         "kv_heads": config.num_key_value_heads,
         "rope_type": rope,
-        "key_is_normalized": f"model.layers.{first}.self_attn.k_norm.weight" in weights,
+        "key_is_normalized": weights.key_is_normalized,
         "key_bias": max(layer.key_bias for layer in layers),
         "value_bias": max(layer.value_bias for layer in layers),
-        "bias_can_be_folded": rope in STEADY_ROPE_TYPES
-        and f"model.layers.{first}.self_attn.k_norm.weight" not in weights,
+        "bias_can_be_folded": rope in STEADY_ROPE_TYPES and not weights.key_is_normalized,
         "tied_embeddings": bool(getattr(config, "tie_word_embeddings", False)),
         "weight_bytes": total,
         "cache_bytes_per_token": {name: round(size * (full + sliding)) for name, size in each.items()},
@@ -183,8 +181,8 @@ def examine(model_path: str, statistics: Statistics | None = None) -> dict[str, 
     """
     directory = find_source(model_path)
     config = read_config(directory)
-    weights = LazyWeights(directory)
-    check_decoder(weights, config)
+    weights = KeyWeights(directory, config)
+    weights.check()
     if statistics is not None and statistics.layers != config.num_hidden_layers:
         raise OctavoError(
             f"--statistics: is of {statistics.layers} layers, and the model has {config.num_hidden_layers}"

@@ -30,11 +30,11 @@ from transformers import PreTrainedModel
 
 from octavo.common.convert.measure.fidelity import Fidelity, compare
 from octavo.common.convert.output.bundle import commit
-from octavo.common.prepare import prepare
 from octavo.common.runtime.cache.quantized_cache import QuantizedCache
 from octavo.common.runtime.cache.sizes import kv_bits_per_element
 from octavo.common.runtime.compatibility import cache_argument
 from octavo.common.runtime.schemes.kv_scheme import load_scheme
+from octavo.common.stock_model import prepare
 
 CHUNK = 64
 GROUP, RESIDUAL = 64, 128

@@ -23,12 +23,12 @@ from octavo.common.convert.calibration.observe import calibrate
 from octavo.common.convert.calibration.texts import read_calibration_file, tokenize
 from octavo.common.convert.output.bundle import commit
 from octavo.common.errors import OctavoError
-from octavo.common.prepare import prepare
 from octavo.common.runtime.cache.quantized_cache import QuantizedCache
 from octavo.common.runtime.cache.sizes import kv_bits_per_element
 from octavo.common.runtime.compatibility import cache_argument
 from octavo.common.runtime.schemes.kv_scheme import PRESETS, Scheme, load_scheme
 from octavo.common.runtime.static_scales import Statistics, load_statistics, scales_of
+from octavo.common.stock_model import prepare
 from octavo.ops.shared.registry import NAMESPACE
 
 COLUMNS = ("commit", "model", "what", "bits", "windows", "length", "kl", "perplexity", "float_perplexity", "top1")

@@ -18,10 +18,10 @@ import torch
 from scoring import add_scoring_flags, load_float, read_windows
 from transformers import PreTrainedModel
 
-from octavo.common.prepare import prepare
 from octavo.common.runtime.cache.quantized_cache import QuantizedCache
 from octavo.common.runtime.compatibility import cache_argument
 from octavo.common.runtime.schemes.kv_scheme import PRESETS, load_scheme
+from octavo.common.stock_model import prepare
 
 SEED = 0
 MOST_RIGHT, MOST_WRONG = 5, 7

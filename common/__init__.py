@@ -1,19 +1,25 @@
 """What all architectures share; the public names, each imported when it is first asked for.
 
-`from octavo import NAME` and `from octavo.common import NAME` give the same objects.
+`from octavo import NAME` and `from octavo.common import NAME` give the same objects, but for `convert`, which is the
+package here. Modules go on being found by the
+names that they had in earlier versions.
 """
 
+import sys
+from collections.abc import Sequence
 from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_loader
+from types import CodeType, ModuleType
 from typing import Any
-
-from .moved import serve_old_names
 
 PUBLIC = {
     "OctavoError": "errors",
     "QuantizedCache": "runtime.cache.quantized_cache",
     "kv_bits_per_element": "runtime.cache.sizes",
     "kv_bytes_per_token": "runtime.cache.sizes",
-    "prepare": "prepare",
+    "prepare": "stock_model",
     "Scheme": "runtime.schemes.kv_scheme",
     "PRESETS": "runtime.schemes.kv_scheme",
     "load_scheme": "runtime.schemes.kv_scheme",
@@ -24,6 +30,20 @@ PUBLIC = {
     "diagnose": "doctor.diagnosis",
 }
 """Public names, and the modules that define them."""
+
+
+MOVED = {
+    "bundle": ("convert.output.bundle", "architecture"),
+    "cache": ("runtime.cache.quantized_cache", "runtime.cache.sizes", "runtime.model_sizes"),
+    "calibration": ("convert.calibration.texts",),
+    "codec": ("runtime.schemes.tensor_codec",),
+    "evaluate": ("convert.measure.fidelity",),
+    "folds": ("stock_model", "runtime.bias_fold"),
+    "run": ("generate",),
+    "scheme": ("runtime.schemes.kv_scheme",),
+    "statistics": ("runtime.static_scales",),
+}
+"""Import paths of earlier versions within this package, which README and examples showed, and where that stands now."""
 
 
 def public_name(name: str, asked: str) -> Any:
@@ -49,4 +69,41 @@ def __dir__() -> list[str]:
     return sorted(PUBLIC)
 
 
-serve_old_names(__name__)
+class _OldName(Loader):
+    """A module under an old name: what is asked of it is looked up in the modules that took its place."""
+
+    def __init__(self, targets: Sequence[str]) -> None:
+        self._targets = targets
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Give the module its lookup."""
+
+        def lookup(name: str) -> Any:
+            for target in map(import_module, self._targets):
+                if hasattr(target, name):
+                    return getattr(target, name)
+            raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+
+        module.__getattr__ = lookup
+
+    def get_code(self, name: str) -> CodeType:
+        """What `python -m` of the old name runs."""
+        return compile(f"import sys\nfrom {self._targets[0]} import main\nsys.exit(main())", name, "exec")
+
+
+class _OldNames(MetaPathFinder):
+    """Finds modules of a package by their old names."""
+
+    def __init__(self, package: str) -> None:
+        self._package = package
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        package, _, old = name.rpartition(".")
+        if package != self._package or old not in MOVED:
+            return None
+        return spec_from_loader(name, _OldName([f"{package}.{part}" for part in MOVED[old]]))
+
+
+sys.meta_path.append(_OldNames(__name__))

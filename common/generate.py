@@ -72,7 +72,7 @@ def _load(architecture: Architecture, flags: argparse.Namespace) -> tuple[Any, A
 def _report(model: Any, cache: Any, new_tokens: int, seconds: float) -> None:
     """Speed and cache size of one answer, on stderr."""
     tokens = cache.get_seq_length()
-    used = tokens * kv_bytes_per_token(model.config, model.scheme, model.dtype.itemsize)
+    used = tokens * model.kv_bytes_per_token()
     plain = tokens * kv_bytes_per_token(model.config, load_scheme("float"), model.dtype.itemsize)
     print(
         f"{new_tokens} tokens, {new_tokens / seconds:.1f} tokens/s; KV cache of {tokens} tokens: {used:,} bytes "

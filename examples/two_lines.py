@@ -9,10 +9,10 @@ import argparse
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from octavo.common.prepare import prepare
 from octavo.common.runtime.cache.quantized_cache import QuantizedCache
 from octavo.common.runtime.cache.sizes import kv_bytes_per_token
 from octavo.common.runtime.schemes.kv_scheme import PRESETS, load_scheme
+from octavo.common.stock_model import prepare
 
 
 def main() -> None:

@@ -168,7 +168,7 @@ def build_parser(name: str) -> argparse.ArgumentParser:
         "--is_dynamic",
         type=_boolean,
         default=False,
-        help="quantize each token's inputs by a scale of its own (W8A8_DYNAMIC); down_proj too, unless disabled",
+        help="quantize each token's inputs by a scale of its own (W8A8_DYNAMIC); the MLP's last too, unless disabled",
     )
     add("--disable_level", type=_level, default="L0", help="Ln leaves the n linears with the worst outliers in float")
     add("--fa_amp", type=_count, default=0, help="so many linears or attentions, those that cost most, stay in float")

@@ -172,7 +172,7 @@ class LayerDiagnosis:
 
     Attributes:
         layer: its index.
-        key_bias, value_bias: norms of the biases of k_proj and v_proj, 0 where there are none.
+        key_bias, value_bias: norms of the biases of k and v, 0 where there are none.
         bias_pair: largest rotary pair of the key's bias in units of the mean rms of its head's channels without bias.
         key_size: that mean, of the head in which the bias is largest in its units.
         outlier: largest channel of a key without bias over the median channel of its head.

@@ -1,6 +1,6 @@
 """Exact folds: biases of k and v that are left out of the cache and come back inside attention.
 
-Qwen2's k_proj.bias reaches 200 on single channels, next to which a scale per token or head loses everything else. With
+Qwen2's bias of k reaches 200 on single channels, next to which a scale per token or head loses everything else. With
 R_n the rotation of position n, `q . R_n (W x + b) = q . R_n W x + q . R_n b`: the cache holds `R_n W x`, and the second
 term, a sum over rotary pairs of `cos_n (q1 b1 + q2 b2) + sin_n (q2 b1 - q1 b2)`, enters the scores by position. Pairs
 whose bias is no larger than the key without it stay as they are: they would cost time and gain nothing.
@@ -71,13 +71,13 @@ class RotaryTable:
 
 
 def large_key_bias(linear: nn.Module, norm: nn.Module | None, width: int, norm_offset: float = 0.0) -> torch.Tensor:
-    """The bias of a k_proj `[N]` in those rotary pairs where it exceeds the usual size of the key, and 0 elsewhere.
+    """The bias of k `[N]` in those rotary pairs where it exceeds the usual size of the key, and 0 elsewhere.
 
     That size is what the weights make of an input of unit variance, times the weights of the norm before it: the root
     mean square over the channels of `sqrt(sum_j (W_dj g_j)^2)`. What a pair of one KV head needs, all heads leave out.
 
     Args:
-        linear: k_proj, float or quantized.
+        linear: the projection of k, float or quantized.
         norm: RMSNorm before it; None, or one that is elsewhere just now, counts as ones.
         width: D.
         norm_offset: what the norm adds to its weight.

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from octavo.common.architecture import Architecture
 from octavo.common.convert import api as conversion
-from octavo.common.prepare import prepare
 from octavo.common.runtime.cache.quantized_cache import QuantizedCache
+from octavo.common.stock_model import prepare
 from octavo.models import llama3, mistral, qwen2, qwen3
 
 from ..support import CACHE_NAME, convert_flags, random_ids, randomized, save_source, tiny_config, with_cache

@@ -1,7 +1,7 @@
 """Scales and shifts that move outliers of linear inputs into weights: formulas, and searches for the least error.
 
 P channels of a producer (a norm, or a linear) are K input channels of the linears that read what it makes: as many, but
-for v_proj, each of whose G KV heads is read by H / G query heads, which have one scale.
+for the projection of v, each of whose G KV heads is read by H / G query heads, which have one scale.
 """
 
 from collections.abc import Callable
@@ -96,7 +96,7 @@ class Site:
         consumers: linears `[N, K]`.
         quantized: those that will be quantized.
         inputs: what they are given.
-        width: consecutive channels of P that lie together in K: D of v_proj, all P elsewhere.
+        width: consecutive channels of P that lie together in K: D of what makes v, all P elsewhere.
     """
 
     producer: Producer

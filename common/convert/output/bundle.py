@@ -112,6 +112,21 @@ def _closure(path: str, found: dict[str, Module]) -> dict[str, Module]:
     return found
 
 
+def _entry(architecture: Architecture) -> str:
+    """The path of the modeling file."""
+    return architecture.source.relative_to(REPOSITORY).as_posix()
+
+
+def _modules(architecture: Architecture) -> list[Module]:
+    """What the modeling file needs of this tree, dependencies first, and then itself."""
+    return list(_closure(_entry(architecture), {}).values())
+
+
+def modules_of(architecture: Architecture) -> list[str]:
+    """Paths of the modules that travel with an architecture, dependencies first, the modeling file last."""
+    return [module.path for module in _modules(architecture)]
+
+
 def _check_names(modules: list[Module]) -> None:
     owner: dict[str, str] = {}
     for module in modules:
@@ -167,8 +182,7 @@ def bundle(architecture: Architecture) -> dict[str, str]:
     Raises:
         OctavoError: the code cannot be flattened; the message says where and how to mend it.
     """
-    entry = architecture.source.relative_to(REPOSITORY).as_posix()
-    modules = list(_closure(entry, {}).values())[:-1]
+    entry, modules = _entry(architecture), _modules(architecture)[:-1]
     _check_names(modules)
     source = _runtime_source(modules)
     modeling = architecture.source.read_text(encoding="utf-8")

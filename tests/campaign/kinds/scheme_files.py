@@ -9,11 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from octavo.common.architecture import REPOSITORY
-from octavo.common.prepare import prepare
 from octavo.common.runtime.cache.quantized_cache import QuantizedCache
 from octavo.common.runtime.cache.sizes import kv_bits_per_element
 from octavo.common.runtime.schemes.kv_scheme import PRESETS, Scheme, load_scheme
 from octavo.common.runtime.static_scales import load_statistics, scales_of
+from octavo.common.stock_model import prepare
 
 from ...support import with_cache
 from ..bases import IDS

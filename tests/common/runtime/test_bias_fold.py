@@ -14,7 +14,6 @@ from octavo.common.convert.calibration.observe import calibrate
 from octavo.common.convert.output.shards import header_of
 from octavo.common.convert.weights.quantize import quantize_linear
 from octavo.common.errors import OctavoError
-from octavo.common.prepare import prepare
 from octavo.common.runtime.bias_fold import FOLD, fold_biases
 from octavo.common.runtime.cache.quantized_cache import QuantizedCache
 from octavo.common.runtime.checkpoint.ascend import linear_layout
@@ -23,6 +22,7 @@ from octavo.common.runtime.quantized_linear import QUANTIZED_LINEARS, FoldableLi
 from octavo.common.runtime.schemes.kv_scheme import Scheme, load_scheme
 from octavo.common.runtime.schemes.linear_scheme import LinearScheme
 from octavo.common.runtime.static_scales import scales_of
+from octavo.common.stock_model import prepare
 from octavo.models.qwen2.modeling_qwen2_fa3 import Qwen2ForCausalLM as QuantizedQwen2
 
 from ...support import random_ids, randomized, tiny_config, with_cache

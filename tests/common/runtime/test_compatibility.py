@@ -12,7 +12,6 @@ import transformers
 from transformers import DynamicCache, StaticCache
 
 from octavo.common.errors import OctavoError
-from octavo.common.prepare import prepare
 from octavo.common.runtime import compatibility
 from octavo.common.runtime import model as model_module
 from octavo.common.runtime.cache.quantized_cache import QuantizedCache
@@ -20,6 +19,7 @@ from octavo.common.runtime.cache.sizes import kv_bits_per_element, kv_bytes_per_
 from octavo.common.runtime.compatibility import CACHE_ARGUMENTS, cache_argument, take_cache
 from octavo.common.runtime.model import check_transformers
 from octavo.common.runtime.schemes.kv_scheme import Scheme, load_scheme
+from octavo.common.stock_model import prepare
 from octavo.models.llama3.modeling_llama_fa3 import LlamaForCausalLM
 
 from ...support import random_ids, randomized, tiny_config, tiny_llama
@@ -134,7 +134,7 @@ def test_a_scheme_of_floats_passes_where_codes_are_asked_for(prepared: torch.nn.
 
 def test_prepare_needs_no_other_import() -> None:
     code = (
-        "from transformers import LlamaConfig, LlamaForCausalLM; from octavo.common.prepare import prepare;"
+        "from transformers import LlamaConfig, LlamaForCausalLM; from octavo.common.stock_model import prepare;"
         "model = LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=1,"
         " num_attention_heads=2, num_key_value_heads=1)); print(prepare(model).config._attn_implementation)"
     )

@@ -18,13 +18,13 @@ from octavo.common.convert.calibration.codebooks import (
 from octavo.common.convert.calibration.observe import calibrate
 from octavo.common.convert.measure.fidelity import compare
 from octavo.common.errors import OctavoError
-from octavo.common.prepare import prepare
 from octavo.common.runtime.cache.dynamic_scales import gaussian_levels
 from octavo.common.runtime.cache.quantized_cache import QuantizedCache
 from octavo.common.runtime.rotary import rope_constants, rotated_by_slot
 from octavo.common.runtime.schemes.kv_scheme import load_scheme
 from octavo.common.runtime.schemes.tensor_codec import Codec
 from octavo.common.runtime.static_scales import Statistics, load_statistics, scales_of
+from octavo.common.stock_model import prepare
 
 from ....support import random_ids, randomized, tiny_config, tiny_llama, with_cache
 

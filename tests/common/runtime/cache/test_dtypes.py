@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 
-from octavo.common.prepare import prepare
 from octavo.common.runtime.cache.quantized_cache import QuantizedCache
 from octavo.common.runtime.cache.segment_store import SegmentStore
 from octavo.common.runtime.precision import kept_dtype
 from octavo.common.runtime.schemes.kv_scheme import PRESETS, Scheme, load_scheme
+from octavo.common.stock_model import prepare
 from octavo.models.llama3.modeling_llama_fa3 import LlamaForCausalLM
 
 from ....support import random_ids, tiny_config, tiny_llama, with_cache

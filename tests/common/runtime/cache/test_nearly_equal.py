@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from octavo.common.prepare import prepare
 from octavo.common.runtime.cache.code_store import CodeStore
 from octavo.common.runtime.cache.quantized_cache import QuantizedCache
 from octavo.common.runtime.schemes.kv_scheme import load_scheme
 from octavo.common.runtime.schemes.tensor_codec import Codec
+from octavo.common.stock_model import prepare
 
 from ....support import tiny_llama, with_cache
 

@@ -14,10 +14,10 @@ import torch
 from octavo.common.convert.calibration.codebooks import fit_codebooks
 from octavo.common.convert.calibration.observe import calibrate
 from octavo.common.errors import OctavoError
-from octavo.common.prepare import prepare
 from octavo.common.runtime.cache.quantized_cache import QuantizedCache
 from octavo.common.runtime.schemes.kv_scheme import PRESETS, load_scheme
 from octavo.common.runtime.static_scales import scales_of
+from octavo.common.stock_model import prepare
 
 from ....support import random_ids, tiny_llama, with_cache
 

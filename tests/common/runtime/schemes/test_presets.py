@@ -10,13 +10,13 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from octavo.common.convert.calibration.codebooks import fit_codebooks
 from octavo.common.convert.calibration.observe import calibrate
 from octavo.common.errors import OctavoError
-from octavo.common.prepare import prepare
 from octavo.common.runtime.attention import quantized_attention
 from octavo.common.runtime.cache.quantized_cache import QuantizedCache
 from octavo.common.runtime.cache.segment_store import SegmentStore
 from octavo.common.runtime.cache.sizes import kv_bits_per_element
 from octavo.common.runtime.schemes.kv_scheme import CROP_ROOM, PRESETS, Scheme, load_scheme
 from octavo.common.runtime.static_scales import Statistics, scales_of
+from octavo.common.stock_model import prepare
 
 from ....support import random_ids, randomized, tiny_config, tiny_llama, with_cache
 from ....tolerances import TOLERANCES

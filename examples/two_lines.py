@@ -9,10 +9,7 @@ import argparse
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from octavo.common.runtime.cache.quantized_cache import QuantizedCache
-from octavo.common.runtime.cache.sizes import kv_bytes_per_token
-from octavo.common.runtime.schemes.kv_scheme import PRESETS, load_scheme
-from octavo.common.stock_model import prepare
+from octavo import PRESETS, QuantizedCache, kv_bytes_per_token, load_scheme, prepare
 
 
 def main() -> None:

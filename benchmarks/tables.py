@@ -11,6 +11,7 @@ from pathlib import Path
 
 from quality import FLOAT_WEIGHTS, UNFOLDED
 from rows import RESULTS, Row, read_rows
+from support import support_rows
 from transformers import LlamaConfig
 from weights import CONDITIONS, PRESET, grid
 
@@ -325,7 +326,12 @@ def ops_table(file: str) -> str:
 
 
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"results": results_table, "schemes": schemes_table, "best weights": best_weights_table},
+    "README.md": {
+        "results": results_table,
+        "schemes": schemes_table,
+        "best weights": best_weights_table,
+        "architectures": lambda: _markdown(support_rows(), 5),
+    },
     "benchmarks/README.md": {
         "options": options_table,
         "checkpoints": checkpoints_table,

@@ -68,7 +68,7 @@ class Architecture:
         return {"AutoModelForCausalLM": f"{self.module}.{self.model_class.__name__}"}
 
 
-def _folders() -> list[str]:
+def architecture_names() -> list[str]:
     """The folders of architectures."""
     return sorted(file.parent.name for file in REPOSITORY.glob("models/*/modeling_*_fa3.py"))
 
@@ -79,14 +79,14 @@ def load_architecture(name: str) -> Architecture:
     Raises:
         OctavoError: there is no such folder; the message lists those there are.
     """
-    if name not in _folders():
-        raise OctavoError(f"--arch {name}: is none of {', '.join(_folders())}")
+    if name not in architecture_names():
+        raise OctavoError(f"--arch {name}: is none of {', '.join(architecture_names())}")
     return import_module(f"..models.{name}", __package__).ARCHITECTURE
 
 
 def known_decoders() -> list[Decoder]:
     """The anatomies that the zoo states, each once."""
-    found = (load_architecture(name).decoder for name in _folders())
+    found = (load_architecture(name).decoder for name in architecture_names())
     return list(dict.fromkeys(found))
 
 

@@ -1,4 +1,4 @@
-"""Llama, Llama 2, Llama 3 and every other checkpoint of model_type "llama"."""
+"""Llama, Llama 2, Llama 3 and their kin: every checkpoint of model_type "llama"."""
 
 from typing import Any
 

@@ -3,6 +3,7 @@
 from .attention import attention, attention_lse
 from .codec import decode, encode, encode_token
 from .linear import linear_fp8, linear_w8a8, linear_w8a8_dynamic, linear_weight_only
+from .shared.fallback import strict
 from .shared.registry import report
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "linear_w8a8_dynamic",
     "linear_weight_only",
     "report",
+    "strict",
 ]

@@ -6,6 +6,7 @@ import torch
 
 from ..shared.codes import check_levels
 from ..shared.compile import CKernel
+from ..shared.fallback import fell_back
 from ..shared.operands import FLOAT_KINDS, KINDS, part_strides
 from .arguments import check_rope, check_stored, check_target, check_token_parts
 from .reference import decode_reference, encode_reference, encode_token_reference
@@ -98,6 +99,7 @@ def encode_cpu(
     """
     run = CODEC_KERNEL.load().get("encode")
     if run is None:
+        fell_back("encode", "CPU", CODEC_KERNEL.supports())
         return encode_reference(x, scale, zero, codes, cos, sin, position, bits, levels)
     check_target(x, codes, position, bits)
     levels, levels_at = _levels_at(codes.dtype, bits, levels)
@@ -164,6 +166,7 @@ def encode_token_cpu(
     """
     run = CODEC_KERNEL.load().get("encode_token")
     if run is None:
+        fell_back("encode_token", "CPU", CODEC_KERNEL.supports())
         return encode_token_reference(x, codes, scale, zero, cos, sin, position, bits)
     check_target(x, codes, position, bits)
     groups = check_token_parts(x, codes, scale, zero)
@@ -225,6 +228,7 @@ def decode_cpu(
     """
     run = CODEC_KERNEL.load().get("decode")
     if run is None:
+        fell_back("decode", "CPU", CODEC_KERNEL.supports())
         return decode_reference(codes, scale, zero, token_group, bits, levels)
     shape = check_stored(codes, token_group, bits)
     if codes.dtype not in KINDS:

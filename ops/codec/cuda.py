@@ -8,6 +8,7 @@ rounds as the references do, without fused multiply-adds, so the codes are their
 import torch
 
 from ..shared.codes import LARGEST_ZERO, SMALLEST_SCALE, code_range
+from ..shared.fallback import fell_back
 from ..shared.operands import broadcast_strides, part_strides
 from ..shared.triton_helpers import (
     CODE_KINDS,
@@ -24,7 +25,7 @@ from ..shared.triton_helpers import (
     strided,
     tl,
     to_code,
-    triton_serves,
+    triton_supports,
 )
 from .arguments import check_decode, check_encode, check_encode_token
 from .reference import decode_reference, encode_reference, encode_token_reference
@@ -336,7 +337,7 @@ def encode_cuda(
         ValueError: what does not go together, as the reference says.
         IndexError: more tokens than the storage has.
     """
-    if not triton_serves(x):
+    if fell_back("encode", "CUDA", triton_supports(x)):
         return encode_reference(x, scale, zero, codes, cos, sin, position, bits, levels)
     check_encode(x, scale, zero, codes, cos, sin, position, bits, levels)
     batch, groups, tokens, width = x.shape
@@ -371,7 +372,7 @@ def encode_token_cuda(
         ValueError: what does not go together, as the reference says.
         IndexError: more tokens than the storage has.
     """
-    if not triton_serves(x):
+    if fell_back("encode_token", "CUDA", triton_supports(x)):
         return encode_token_reference(x, codes, scale, zero, cos, sin, position, bits)
     check_encode_token(x, codes, scale, zero, cos, sin, position, bits)
     batch, groups, tokens, width = x.shape
@@ -405,7 +406,7 @@ def decode_cuda(
     Raises:
         ValueError: shapes that do not go together.
     """
-    if not triton_serves(codes):
+    if fell_back("decode", "CUDA", triton_supports(codes)):
         return decode_reference(codes, scale, zero, token_group, bits, levels)
     shape = batch, groups, tokens, width = check_decode(codes, scale, zero, token_group, bits, levels)
     output = torch.empty(shape, dtype=torch.float32, device=codes.device)

@@ -3,6 +3,7 @@
 import torch
 
 from ..shared.codes import INT8_MIN, SMALLEST_SCALE, code_range, pack_codes
+from ..shared.fallback import fell_back
 from ..shared.npu_helpers import (
     is_static,
     npu_description,
@@ -26,6 +27,17 @@ ENCODE_TOKEN_NPU = npu_description(
     "fp8 raises"
 )
 DECODE_NPU = "reference (PyTorch); fp8 raises"
+
+
+def npu_supports_encode(
+    x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, levels: torch.Tensor | None
+) -> str | None:
+    """None, or why npu_quantize does not make these codes."""
+    if levels is not None:
+        return "npu_quantize has no codebooks; take a scheme without them"
+    if not all(part is None or is_static(part, x.shape[-2]) for part in (scale, zero)):
+        return "npu_quantize takes no scales that vary along the tokens; take a static scheme, or one per token in int8"
+    return None
 
 
 def encode_npu(
@@ -62,8 +74,8 @@ def encode_npu(
         return
     position = position_in_storage(position, x.shape[2], codes)
     values = rotated_npu(x, cos, sin)
-    tokens, width = x.shape[-2:]
-    if levels is not None or not all(part is None or is_static(part, tokens) for part in (scale, zero)):
+    width = x.shape[-1]
+    if fell_back("encode", "NPU", npu_supports_encode(x, scale, zero, levels)):
         encode_reference(values, scale, zero, codes, None, None, position, bits, levels)
         return
     new = quantize_static(values, scale, zero)
@@ -71,6 +83,17 @@ def encode_npu(
         low, high = code_range(torch.uint8, bits)
         new = pack_codes(new.clamp(int(low), int(high)), bits, width)
     write_tokens(codes, new, position)
+
+
+def npu_supports_encode_token(
+    codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, cos: torch.Tensor | None
+) -> str | None:
+    """None, or why npu_dynamic_quant does not make these codes."""
+    if codes.dtype != torch.int8:
+        return "npu_dynamic_quant does not pack 2 to 4 bits; take a scheme in int8"
+    if not all(part is None or part.dtype == torch.float32 for part in (scale, zero)):
+        return "npu_dynamic_quant gives scales in float32 only; take a scheme that keeps them so"
+    return None if cos is None else "npu_dynamic_quant takes no x in float32, in which RoPE is computed"
 
 
 def encode_token_npu(
@@ -112,8 +135,7 @@ def encode_token_npu(
     if x.numel() == 0:
         return
     position = position_in_storage(position, x.shape[2], codes)
-    is_float32 = all(part is None or part.dtype == torch.float32 for part in (scale, zero))
-    if codes.dtype != torch.int8 or cos is not None or not is_float32:
+    if fell_back("encode_token", "NPU", npu_supports_encode_token(codes, scale, zero, cos)):
         encode_token_reference(rotated_npu(x, cos, sin), codes, scale, zero, None, None, position, bits)
         return
     rows = x.reshape(-1, x.shape[-1] // scale.shape[-1])
@@ -143,6 +165,11 @@ def _dynamic_codes(rows: torch.Tensor, affine: bool) -> tuple[torch.Tensor, torc
     )
 
 
+def npu_supports_decode() -> str:
+    """Why no op of the NPU decodes."""
+    return "npu_anti_quant writes float16 and bfloat16, and the values are float32"
+
+
 def decode_npu(
     codes: torch.Tensor,
     scale: torch.Tensor | None,
@@ -157,4 +184,5 @@ def decode_npu(
         NotImplementedError: codes in fp8.
     """
     refuse_fp8(codes)
+    fell_back("decode", "NPU", npu_supports_decode())
     return decode_reference(codes, scale, zero, token_group, bits, levels)

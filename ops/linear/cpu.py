@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 
 from ..shared.compile import CKernel
+from ..shared.fallback import fell_back
 from ..shared.operands import FLOAT_KINDS, KINDS
 from .arguments import WEIGHT_BLOCK, check_fp8, check_w8a8, check_w8a8_dynamic, check_weight_only
 from .reference import (
@@ -108,6 +109,7 @@ def linear_w8a8_cpu(
     """
     run = LINEAR_KERNEL.load().get("linear_w8a8")
     if run is None:
+        fell_back("linear_w8a8", "CPU", LINEAR_KERNEL.supports())
         return linear_w8a8_reference(x, weight, input_scale, input_offset, quant_bias, deq_scale)
     _, depth = check_w8a8(x, weight, input_scale, input_offset, quant_bias, deq_scale)
     return _run_linear(run, x, weight, depth, deq_scale, 1, None, None, quant_bias, input_scale, input_offset)
@@ -124,6 +126,7 @@ def linear_w8a8_dynamic_cpu(
     """
     run = LINEAR_KERNEL.load().get("linear_w8a8_dynamic")
     if run is None:
+        fell_back("linear_w8a8_dynamic", "CPU", LINEAR_KERNEL.supports())
         return linear_w8a8_dynamic_reference(x, weight, weight_scale, bias)
     _, depth = check_w8a8_dynamic(x, weight, weight_scale, bias)
     return _run_linear(run, x, weight, depth, weight_scale, bias=bias)
@@ -144,6 +147,7 @@ def linear_weight_only_cpu(
     """
     run = LINEAR_KERNEL.load().get("linear_weight_only")
     if run is None:
+        fell_back("linear_weight_only", "CPU", LINEAR_KERNEL.supports())
         return linear_weight_only_reference(x, weight, weight_scale, weight_zero, bias)
     _, depth, groups = check_weight_only(x, weight, weight_scale, weight_zero, bias)
     if groups > 1 and depth // groups % WEIGHT_BLOCK:
@@ -170,6 +174,7 @@ def linear_fp8_cpu(
     """
     run = LINEAR_KERNEL.load().get("linear_fp8")
     if run is None:
+        fell_back("linear_fp8", "CPU", LINEAR_KERNEL.supports())
         return linear_fp8_reference(x, weight, weight_scale, input_scale, bias)
     _, depth = check_fp8(x, weight, weight_scale, input_scale, bias)
     return _run_linear(run, x, weight, depth, weight_scale, bias=bias, input_scale=input_scale)

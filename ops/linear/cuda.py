@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from ..shared.codes import CODE_RANGES, SMALLEST_SCALE
+from ..shared.fallback import fell_back
 from ..shared.operands import check_devices
 from ..shared.triton_helpers import (
     FP8_CAPABILITY,
@@ -23,7 +24,7 @@ from ..shared.triton_helpers import (
     strided,
     tl,
     to_code,
-    triton_serves,
+    triton_supports,
 )
 from .arguments import WEIGHT_BLOCK, check_fp8, check_w8a8, check_w8a8_dynamic, check_weight_only
 from .reference import (
@@ -320,7 +321,7 @@ def linear_w8a8_cuda(
     Raises:
         ValueError: shapes that do not go together.
     """
-    if not triton_serves(x):
+    if fell_back("linear_w8a8", "CUDA", triton_supports(x)):
         return linear_w8a8_reference(x, weight, input_scale, input_offset, quant_bias, deq_scale)
     check_devices(x, weight, input_scale, input_offset, quant_bias, deq_scale)
     columns, depth = check_w8a8(x, weight, input_scale, input_offset, quant_bias, deq_scale)
@@ -340,7 +341,7 @@ def linear_w8a8_dynamic_cuda(
     Raises:
         ValueError: shapes that do not go together.
     """
-    if not triton_serves(x):
+    if fell_back("linear_w8a8_dynamic", "CUDA", triton_supports(x)):
         return linear_w8a8_dynamic_reference(x, weight, weight_scale, bias)
     check_devices(x, weight, weight_scale, bias)
     columns, depth = check_w8a8_dynamic(x, weight, weight_scale, bias)
@@ -364,7 +365,7 @@ def linear_fp8_cuda(
     Raises:
         ValueError: shapes that do not go together, or a weight that is not e4m3.
     """
-    if not triton_serves(x):
+    if fell_back("linear_fp8", "CUDA", triton_supports(x)):
         return linear_fp8_reference(x, weight, weight_scale, input_scale, bias)
     check_devices(x, weight, weight_scale, input_scale, bias)
     columns, depth = check_fp8(x, weight, weight_scale, input_scale, bias)
@@ -391,7 +392,7 @@ def linear_weight_only_cuda(
     Raises:
         ValueError: shapes that do not go together, or groups that are no multiple of 16 (int8) or 32 (int4).
     """
-    if not triton_serves(x):
+    if fell_back("linear_weight_only", "CUDA", triton_supports(x)):
         return linear_weight_only_reference(x, weight, weight_scale, weight_zero, bias)
     check_devices(x, weight, weight_scale, weight_zero, bias)
     columns, depth, groups = check_weight_only(x, weight, weight_scale, weight_zero, bias)

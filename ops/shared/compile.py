@@ -1,7 +1,7 @@
 """C sources to callable kernels: compiled on first use, kept in a per-user cache, loaded with ctypes.
 
 Environment variables:
-    OCTAVO_KERNELS=reference   compile nothing; the references serve.
+    OCTAVO_KERNELS=reference   compile nothing; the references serve. (`strict`: see fallback.py.)
     OCTAVO_CACHE=DIR           where compiled kernels are kept, instead of `~/.cache/octavo/kernels`; where that cannot
                                be written, or others than the user and root can write it, a folder of the user's own
                                under the system's temporary one serves.
@@ -30,6 +30,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from .fallback import announced
 from .private_cache import (
     ForeignFolder,
     cache_folders,
@@ -222,14 +223,20 @@ class CKernel:
                     self._loaded = self._build()
         return self._loaded
 
+    def supports(self) -> str | None:
+        """None, or why the reference has to serve all calls, which `load` has warned of already."""
+        return None if self.load() else self.failure
+
     def _build(self) -> dict[str, Callable[[bytes], int]]:
         if os.environ.get("OCTAVO_KERNELS") == "reference":
             self.failure = "OCTAVO_KERNELS=reference"
+            announced(self.failure)
             return {}
         try:
             return self._opened()
         except (CompileError, OSError, AttributeError) as error:
             self.failure = str(error)
+            announced(self.failure)
             _warn_once(
                 "the C kernels of the CPU could not be built and the PyTorch references run instead, "
                 f"slower; install gcc or clang, or set CC ({self.failure})"

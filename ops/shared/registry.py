@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .fallback import calls_fallen_back, fell_back
 from .operands import check_devices
 
 NAMESPACE = "octavo"
@@ -33,6 +34,17 @@ def _on_one_device(fake: Callable) -> Callable:
     return checked_fake
 
 
+def _declared(name: str, reference: Callable) -> Callable:
+    """The reference as the kernel of devices that have no better one, which `fell_back` hears of."""
+
+    def declared_reference(*args: Any, **kwargs: Any) -> Any:
+        device = next(value.device.type for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+        fell_back(name, device.upper(), "Octavo has no kernels for this device")
+        return reference(*args, **kwargs)
+
+    return declared_reference
+
+
 def define(schema: str, reference: Callable, fake: Callable) -> Callable:
     """Define an op by its schema, with the reference as the kernel of every device; return the callable op.
 
@@ -41,7 +53,7 @@ def define(schema: str, reference: Callable, fake: Callable) -> Callable:
     name = schema.split("(", 1)[0]
     if not _is_defined(name):
         _LIBRARY.define(schema)
-        _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, _declared(name, reference), "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", _on_one_device(fake), lib=_LIBRARY)
     _KERNELS[name, "every device"] = "reference (PyTorch)"
     return getattr(getattr(torch.ops, NAMESPACE), name)
@@ -59,12 +71,13 @@ def implement(name: str, dispatch_key: str, kernel: Callable, description: str |
 
 
 def report() -> str:
-    """A table of what runs: a line per op and device."""
+    """A table of what runs: a line per op and device, and one per reason for which calls took the reference instead."""
     known = {key: text if isinstance(text, str) else text() for key, text in _KERNELS.items()}
     devices = {"PrivateUse1": "NPU"}
     rows = [
         ("op", "device", "kernel"),
         *((name, devices.get(key, key), text) for (name, key), text in sorted(known.items())),
+        *((name, device, f"has run as reference (PyTorch): {text}") for name, device, text in calls_fallen_back()),
     ]
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
     return "\n".join(f"{name:<{widths[0]}}  {key:<{widths[1]}}  {text}" for name, key, text in rows)

@@ -49,11 +49,23 @@ def gpu_of(device: torch.device) -> Gpu:
     return GPUS[device]
 
 
+def triton_supports(x: torch.Tensor) -> str | None:
+    """None, or why the Triton kernels do not serve what x says: they are for NVIDIA's GPUs from Ampere on."""
+    if triton is None:
+        return "Triton is not installed; pip install triton"
+    if torch.version.hip is not None:
+        return "the Triton kernels are for NVIDIA GPUs"
+    if x.dtype == torch.float64:
+        return "the Triton kernels do not compute in float64; load the model in bfloat16, float16 or float32"
+    capability = gpu_of(x.device).capability
+    if capability < OLDEST_CAPABILITY:
+        return f"the Triton kernels take compute capability {OLDEST_CAPABILITY / 10} and newer, not {capability / 10}"
+    return None
+
+
 def triton_serves(x: torch.Tensor) -> bool:
-    """Whether the Triton kernels serve what x says: a GPU of NVIDIA from Ampere on, and no float64."""
-    if triton is None or torch.version.hip is not None or x.dtype == torch.float64:
-        return False
-    return gpu_of(x.device).capability >= OLDEST_CAPABILITY
+    """Whether the Triton kernels serve what x says."""
+    return triton_supports(x) is None
 
 
 def cuda_description(text: str) -> Callable[[], str]:

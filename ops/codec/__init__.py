@@ -1,4 +1,4 @@
-"""Codes of K, V and q: encoding, in one step with RoPE where wanted, and decoding; see README.md and reference.py."""
+"""Codes of K, V and q: encoding and decoding; see README.md and reference.py."""
 
 import torch
 
@@ -26,14 +26,14 @@ def _decode_fake(
 
 
 encode = define(
-    "encode(Tensor x, Tensor scale, Tensor? zero, Tensor(a!) codes, Tensor? cos=None, Tensor? sin=None, "
+    "encode(Tensor x, Tensor scale, Tensor? zero, Tensor(a!) codes, "
     "Tensor? position=None, int bits=4, Tensor? levels=None) -> ()",
     encode_reference,
     _encode_fake,
 )
 encode_token = define(
-    "encode_token(Tensor x, Tensor(a!) codes, Tensor(b!) scale, Tensor(c!)? zero=None, Tensor? cos=None, "
-    "Tensor? sin=None, Tensor? position=None, int bits=4) -> ()",
+    "encode_token(Tensor x, Tensor(a!) codes, Tensor(b!) scale, Tensor(c!)? zero=None, "
+    "Tensor? position=None, int bits=4) -> ()",
     encode_token_reference,
     _encode_fake,
 )

@@ -49,28 +49,6 @@ def check_position(position: torch.Tensor, tokens: int, capacity: int) -> None:
         raise IndexError(f"{tokens} tokens from position {position.item()} on do not fit into storage of {capacity}")
 
 
-def check_rope(x: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None) -> bool:
-    """Whether x `[B, G, S, D]` is to be rotated.
-
-    Raises:
-        ValueError: cos and sin are not both `[B or 1, S, D]` in float, or D is odd.
-    """
-    if cos is None and sin is None:
-        return False
-    if cos is None or sin is None:
-        raise ValueError("cos and sin go together: give both or none")
-    batch, _, tokens, width = x.shape
-    shape = cos.shape
-    if shape != sin.shape or len(shape) != 3 or shape[1:] != (tokens, width) or shape[0] not in (1, batch):
-        raise ValueError(f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)} do not belong to x {tuple(x.shape)}")
-    if width % 2 or cos.dtype not in VALUE_DTYPES or sin.dtype not in VALUE_DTYPES:
-        raise ValueError(
-            f"RoPE takes cos and sin in float and an even head_dim, not {dtype_name(cos.dtype)}, "
-            f"{dtype_name(sin.dtype)} and {width}"
-        )
-    return True
-
-
 def check_token_parts(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> int:
     """The groups of channels of a scale and zero that are to be written.
 
@@ -111,17 +89,14 @@ def check_encode(
     scale: torch.Tensor,
     zero: torch.Tensor | None,
     codes: torch.Tensor,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
     position: torch.Tensor | None,
     bits: int,
     levels: torch.Tensor | None,
 ) -> None:
     """Raise ValueError or IndexError as `encode` does, but for what stands in `position`."""
-    check_devices(x, scale, zero, codes, cos, sin, position, levels)
+    check_devices(x, scale, zero, codes, position, levels)
     check_target(x, codes, position, bits)
     check_levels(codes.dtype, bits, levels)
-    check_rope(x, cos, sin)
     for name, part in (("scale", scale), ("zero", zero)):
         if part is not None:
             part_strides(name, part, x.shape, 1)
@@ -132,16 +107,13 @@ def check_encode_token(
     codes: torch.Tensor,
     scale: torch.Tensor,
     zero: torch.Tensor | None,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
     position: torch.Tensor | None,
     bits: int,
 ) -> None:
     """Raise ValueError or IndexError as `encode_token` does, but for what stands in `position`."""
-    check_devices(x, codes, scale, zero, cos, sin, position)
+    check_devices(x, codes, scale, zero, position)
     check_target(x, codes, position, bits)
     check_token_parts(x, codes, scale, zero)
-    check_rope(x, cos, sin)
 
 
 def check_decode(

@@ -1,7 +1,7 @@
 /* encode, encode_token and decode: rows of floats to rows of codes and back; README.md has the semantics.
  *
  * Codes equal the reference's exactly: the same float operations in the same order, none of them fused. A row of floats
- * in cache stands between loading (with RoPE), scaling and storing, so that each step knows one element type. */
+ * in cache stands between loading, scaling and storing, so that each step knows one element type. */
 
 enum {
     CODEC_GRAIN = 1 << 14, /* values below which a second thread costs more than it brings */
@@ -10,15 +10,15 @@ enum {
 };
 
 typedef struct {
-    int64_t x, codes, scale, zero, cos, sin, position, levels; /* addresses; 0 for what is absent */
-    int64_t x_kind, code_kind, bits, scale_kind, zero_kind, rope_kind;
+    int64_t x, codes, scale, zero, position, levels; /* addresses; 0 for what is absent */
+    int64_t x_kind, code_kind, bits, scale_kind, zero_kind;
     int64_t shape[4], capacity, scale_groups, zero_groups, token_group, threads;
-    int64_t x_stride[3], codes_stride[3], scale_stride[4], zero_stride[4], cos_stride[2], sin_stride[2];
+    int64_t x_stride[3], codes_stride[3], scale_stride[4], zero_stride[4];
 } CodecArguments;
 
 /* Floats of one row; each has room for a multiple of 8. */
 typedef struct {
-    float *values, *plain, *cos, *sin, *scale, *zero;
+    float *values, *scale, *zero;
     uint8_t *bytes;                  /* codes before they are packed */
     int64_t scale_index, zero_index; /* where `scale` and `zero` came from: rows that share them load them once */
     int64_t scale_shift, zero_shift; /* see shift_of */
@@ -67,31 +67,9 @@ static void load_row(const char *from, int64_t width, int64_t kind, float *to) {
     }
 }
 
-/* to[d] = from[d] * cos[d] + sign * partner[d] * sin[d] */
-INLINE void rotate(float *to, const float *from, const float *partner, float sign, const float *cos, const float *sin,
-                   int64_t count) {
-    for (int64_t d = 0; d < count; d += 8) {
-        f32x8 own = rounded_product(load_f32(from + d), load_f32(cos + d));
-        f32x8 sum = own + rounded_product(load_f32(partner + d) * splat(sign), load_f32(sin + d));
-        store_few_as(to + d, sum, count - d < 8 ? count - d : 8, KIND_FLOAT32);
-    }
-}
-
-/* A row of x in float32, after RoPE where there is cos. */
+/* A row of x in float32. */
 static void load_values(const CodecArguments *a, Row row, Buffers *to) {
-    const char *x = element(a->x, index_of(a->x_stride, row.b, row.g, row.s), a->x_kind);
-    int64_t width = a->shape[3], second = width / 2, first = width - second;
-    if (!a->cos) {
-        load_row(x, width, a->x_kind, to->values);
-        return;
-    }
-    int64_t cos = row.b * a->cos_stride[0] + row.s * a->cos_stride[1];
-    int64_t sin = row.b * a->sin_stride[0] + row.s * a->sin_stride[1];
-    load_row(x, width, a->x_kind, to->plain);
-    load_row(element(a->cos, cos, a->rope_kind), width, a->rope_kind, to->cos);
-    load_row(element(a->sin, sin, a->rope_kind), width, a->rope_kind, to->sin);
-    rotate(to->values, to->plain, to->plain + first, -1.0f, to->cos, to->sin, second);
-    rotate(to->values + second, to->plain + second, to->plain, 1.0f, to->cos + second, to->sin + second, first);
+    load_row(element(a->x, index_of(a->x_stride, row.b, row.g, row.s), a->x_kind), a->shape[3], a->x_kind, to->values);
 }
 
 INLINE void fill(float *to, int64_t count, float value) {
@@ -332,15 +310,12 @@ static int each_row(const CodecArguments *a, void (*visit)(const CodecArguments 
     (void)threads; /* unused where the compiler has no OpenMP */
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        float *memory = calloc((size_t)(7 * room), sizeof(float));
+        float *memory = calloc((size_t)(4 * room), sizeof(float));
         if (!memory) failed = 1;
         Buffers at = {memory,
                       memory + room,
                       memory + 2 * room,
-                      memory + 3 * room,
-                      memory + 4 * room,
-                      memory + 5 * room,
-                      (uint8_t *)(memory + 6 * room),
+                      (uint8_t *)(memory + 3 * room),
                       -1,
                       -1,
                       shift_of(a->scale, a->scale_stride[3], a->scale_groups, a->shape[3]),

@@ -8,7 +8,7 @@ from ..shared.codes import check_levels
 from ..shared.compile import CKernel
 from ..shared.fallback import fell_back
 from ..shared.operands import FLOAT_KINDS, KINDS, part_strides
-from .arguments import check_rope, check_stored, check_target, check_token_parts
+from .arguments import check_stored, check_target, check_token_parts
 from .reference import decode_reference, encode_reference, encode_token_reference
 
 CODEC_KERNEL = CKernel(
@@ -16,10 +16,8 @@ CODEC_KERNEL = CKernel(
     ("ops/shared/vector.h", "ops/shared/rounding.h", "ops/codec/packed.h", "ops/codec/codec.c"),
     ("encode", "encode_token", "decode"),
 )
-_pack_codec = struct.Struct("41q").pack
+_pack_codec = struct.Struct("34q").pack
 _NO_STRIDES = (0, 0, 0, 0)
-_NO_ROPE = (0, 0, 0), (0, 0), (0, 0)
-_Rope = tuple[tuple[int, int, int], tuple[int, ...], tuple[int, ...]]
 _MaybeTensor = torch.Tensor | None
 
 
@@ -41,17 +39,6 @@ def _levels_at(dtype: torch.dtype, bits: int, levels: _MaybeTensor) -> tuple[_Ma
     check_levels(dtype, bits, levels)
     levels = levels.contiguous()
     return levels, levels.data_ptr()
-
-
-def _rope(x: torch.Tensor, cos: _MaybeTensor, sin: _MaybeTensor) -> tuple[_MaybeTensor, _MaybeTensor, _Rope]:
-    """cos and sin as the kernel reads them, and their addresses and kind, and their strides over batch and tokens."""
-    if not check_rope(x, cos, sin):
-        return None, None, _NO_ROPE
-    if cos.dtype != sin.dtype:
-        cos, sin = cos.float(), sin.float()
-    cos, sin = _loadable(cos), _loadable(sin)
-    strides = tuple((0 if part.shape[0] == 1 else part.stride(0), part.stride(1)) for part in (cos, sin))
-    return cos, sin, ((cos.data_ptr(), sin.data_ptr(), FLOAT_KINDS[cos.dtype]), *strides)
 
 
 def _packed_scale(
@@ -84,8 +71,6 @@ def encode_cpu(
     scale: torch.Tensor,
     zero: torch.Tensor | None,
     codes: torch.Tensor,
-    cos: torch.Tensor | None = None,
-    sin: torch.Tensor | None = None,
     position: torch.Tensor | None = None,
     bits: int = 4,
     levels: torch.Tensor | None = None,
@@ -100,13 +85,12 @@ def encode_cpu(
     run = CODEC_KERNEL.load().get("encode")
     if run is None:
         fell_back("encode", "CPU", CODEC_KERNEL.supports())
-        return encode_reference(x, scale, zero, codes, cos, sin, position, bits, levels)
+        return encode_reference(x, scale, zero, codes, position, bits, levels)
     check_target(x, codes, position, bits)
     levels, levels_at = _levels_at(codes.dtype, bits, levels)
     x, shape, capacity = _loadable(x), x.shape, codes.shape[2]
     scale, groups, scale_strides = _packed_scale("scale", scale, shape)
     zero, zero_groups, zero_strides = _packed_scale("zero", zero, shape)
-    cos, sin, ((cos_at, sin_at, rope_kind), cos_strides, sin_strides) = _rope(x, cos, sin)
     if position is not None and position.dtype != torch.int64:
         position = position.long()
     target = codes if codes.stride(3) == 1 else codes.contiguous()
@@ -116,8 +100,6 @@ def encode_cpu(
             target.data_ptr(),
             scale.data_ptr(),
             0 if zero is None else zero.data_ptr(),
-            cos_at,
-            sin_at,
             0 if position is None else position.data_ptr(),
             levels_at,
             KINDS[x.dtype],
@@ -125,7 +107,6 @@ def encode_cpu(
             bits,
             KINDS[scale.dtype],
             1 if zero is None else KINDS[zero.dtype],
-            rope_kind,
             *shape,
             capacity,
             groups,
@@ -136,8 +117,6 @@ def encode_cpu(
             *target.stride()[:3],
             *scale_strides,
             *zero_strides,
-            *cos_strides,
-            *sin_strides,
         )
     )
     if failed:
@@ -152,8 +131,6 @@ def encode_token_cpu(
     codes: torch.Tensor,
     scale: torch.Tensor,
     zero: torch.Tensor | None = None,
-    cos: torch.Tensor | None = None,
-    sin: torch.Tensor | None = None,
     position: torch.Tensor | None = None,
     bits: int = 4,
 ) -> None:
@@ -167,11 +144,10 @@ def encode_token_cpu(
     run = CODEC_KERNEL.load().get("encode_token")
     if run is None:
         fell_back("encode_token", "CPU", CODEC_KERNEL.supports())
-        return encode_token_reference(x, codes, scale, zero, cos, sin, position, bits)
+        return encode_token_reference(x, codes, scale, zero, position, bits)
     check_target(x, codes, position, bits)
     groups = check_token_parts(x, codes, scale, zero)
     x, shape, capacity = _loadable(x), x.shape, codes.shape[2]
-    cos, sin, ((cos_at, sin_at, rope_kind), cos_strides, sin_strides) = _rope(x, cos, sin)
     if position is not None and position.dtype != torch.int64:
         position = position.long()
     target = codes if codes.stride(3) == 1 else codes.contiguous()
@@ -181,8 +157,6 @@ def encode_token_cpu(
             target.data_ptr(),
             scale.data_ptr(),
             0 if zero is None else zero.data_ptr(),
-            cos_at,
-            sin_at,
             0 if position is None else position.data_ptr(),
             0,
             KINDS[x.dtype],
@@ -190,7 +164,6 @@ def encode_token_cpu(
             bits,
             KINDS[scale.dtype],
             1 if zero is None else KINDS[zero.dtype],
-            rope_kind,
             *shape,
             capacity,
             groups,
@@ -201,8 +174,6 @@ def encode_token_cpu(
             *target.stride()[:3],
             *scale.stride(),
             *(_NO_STRIDES if zero is None else zero.stride()),
-            *cos_strides,
-            *sin_strides,
         )
     )
     if failed:
@@ -246,15 +217,12 @@ def decode_cpu(
             0 if scale is None else scale.data_ptr(),
             0 if zero is None else zero.data_ptr(),
             0,
-            0,
-            0,
             levels_at,
             1,
             KINDS[codes.dtype],
             bits,
             1 if scale is None else KINDS[scale.dtype],
             1 if zero is None else KINDS[zero.dtype],
-            0,
             *shape,
             shape[2],
             groups,
@@ -265,7 +233,6 @@ def decode_cpu(
             *codes.stride()[:3],
             *scale_strides,
             *zero_strides,
-            *_NO_STRIDES,
         )
     )
     if failed:

@@ -1,6 +1,6 @@
 """The codec on CUDA GPUs: Triton kernels behind the Python signatures of the references.
 
-A program takes some rows of head_dim in two halves, which is how RoPE pairs channels and how int4 codes are packed.
+A program takes some rows of head_dim in two halves, which is how int4 codes are packed.
 With 2 and 3 bits each half consists of the parts that lie behind each other in the bits of a byte. It divides and
 rounds as the references do, without fused multiply-adds, so the codes are theirs, bit for bit.
 """
@@ -9,7 +9,7 @@ import torch
 
 from ..shared.codes import LARGEST_ZERO, SMALLEST_SCALE, code_range
 from ..shared.fallback import fell_back
-from ..shared.operands import broadcast_strides, part_strides
+from ..shared.operands import part_strides
 from ..shared.triton_helpers import (
     CODE_KINDS,
     FP8_CAPABILITY,
@@ -30,7 +30,7 @@ from ..shared.triton_helpers import (
 from .arguments import check_decode, check_encode, check_encode_token
 from .reference import decode_reference, encode_reference, encode_token_reference
 
-CODEC_CUDA = cuda_description("a pass over the values, with RoPE and the append at `position` in it")
+CODEC_CUDA = cuda_description("a pass over the values, with the append at `position` in it")
 PARTS = {4: 1, 3: 4, 2: 2}
 """In how many parts kernels take half of the channels, by the bits of codes in uint8."""
 
@@ -50,17 +50,6 @@ def _float_halves(x, batch, group, token, inside, channels, WIDTH: tl.constexpr)
         pointer, places, channel_stride, inside[:, None], channels, WIDTH=WIDTH, KIND="float"
     )  # fmt: skip
     return low.to(tl.float32), high.to(tl.float32)
-
-
-@jit()
-def _rotated_halves(x, cos, sin, batch, group, token, inside, channels, WIDTH: tl.constexpr):
-    """Both halves of rows of x, in float32, with RoPE unless `cos` is None."""
-    low, high = _float_halves(x, batch, group, token, inside, channels, WIDTH)
-    if cos is not None:
-        cos_low, cos_high = _float_halves(cos, batch, group, token, inside, channels, WIDTH)
-        sin_low, sin_high = _float_halves(sin, batch, group, token, inside, channels, WIDTH)
-        low, high = low * cos_low - high * sin_low, high * cos_high + low * sin_high
-    return low, high
 
 
 @jit()
@@ -178,7 +167,7 @@ def _store_codes(
 
 @jit("rows", "tokens", "capacity")
 def encode_kernel(
-    x, cos, sin, scale, zero, codes, levels, position, rows, groups, tokens, capacity,
+    x, scale, zero, codes, levels, position, rows, groups, tokens, capacity,
     WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -187,7 +176,7 @@ def encode_kernel(
     inside = number < rows
     batch, group, token = _row_places(number, groups, tokens)
     channels = _half_channels(WIDTH, BLOCK_H, PARTS)
-    low, high = _rotated_halves(x, cos, sin, batch, group, token, inside, channels, WIDTH)
+    low, high = _float_halves(x, batch, group, token, inside, channels, WIDTH)
     second = channels + (WIDTH + 1) // 2
     low = tl.div_rn(low, _part_values(scale, batch, group, token, inside, channels, WIDTH))
     high = tl.div_rn(high, _part_values(scale, batch, group, token, inside, second, WIDTH))
@@ -200,7 +189,7 @@ def encode_kernel(
 
 @jit("rows", "tokens", "capacity")
 def encode_token_kernel(
-    x, cos, sin, codes, scale, zero, position, rows, groups, tokens, capacity,
+    x, codes, scale, zero, position, rows, groups, tokens, capacity,
     WIDTH: tl.constexpr, COLUMNS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, SMALLEST: tl.constexpr,
     LARGEST_ZERO: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr,
     PARTS: tl.constexpr,
@@ -212,7 +201,7 @@ def encode_token_kernel(
     target, is_written = _written_token(position, token, capacity, inside)
     channels = _half_channels(WIDTH, BLOCK_H, PARTS)
     second = channels + (WIDTH + 1) // 2
-    low, high = _rotated_halves(x, cos, sin, batch, group, token, inside, channels, WIDTH)
+    low, high = _float_halves(x, batch, group, token, inside, channels, WIDTH)
     is_nan_low, is_nan_high = (low != low).to(tl.int32), (high != high).to(tl.int32)
     scale_pointer, scale_batch, scale_group, scale_token, scale_column = scale
     scale_places = scale_pointer + batch * scale_batch + group * scale_group + target * scale_token
@@ -298,15 +287,6 @@ def _codec_part(name: str, part: torch.Tensor | None, shape: tuple[int, ...], to
     return (part, *strides, shape[3] // columns)
 
 
-def _rope_operand(part: torch.Tensor | None, x: torch.Tensor) -> tuple | None:
-    """`cos` or `sin` as `(pointer, strides of B, G, S and D)`."""
-    if part is None:
-        return None
-    batch, _, tokens, width = x.shape
-    strides = broadcast_strides(part, (batch, tokens, width))
-    return (part, strides[0], 0, *strides[1:])
-
-
 def _channel_constants(codes: torch.Tensor, width: int, bits: int) -> dict[str, int]:
     """How a program takes half of `width` channels: lanes, parts, and the bits of codes in uint8."""
     if codes.dtype != torch.uint8:
@@ -325,8 +305,6 @@ def encode_cuda(
     scale: torch.Tensor,
     zero: torch.Tensor | None,
     codes: torch.Tensor,
-    cos: torch.Tensor | None = None,
-    sin: torch.Tensor | None = None,
     position: torch.Tensor | None = None,
     bits: int = 4,
     levels: torch.Tensor | None = None,
@@ -338,8 +316,8 @@ def encode_cuda(
         IndexError: more tokens than the storage has.
     """
     if fell_back("encode", "CUDA", triton_supports(x)):
-        return encode_reference(x, scale, zero, codes, cos, sin, position, bits, levels)
-    check_encode(x, scale, zero, codes, cos, sin, position, bits, levels)
+        return encode_reference(x, scale, zero, codes, position, bits, levels)
+    check_encode(x, scale, zero, codes, position, bits, levels)
     batch, groups, tokens, width = x.shape
     rows = batch * groups * tokens
     if x.numel() == 0:
@@ -347,7 +325,7 @@ def encode_cuda(
     block, warps = _rows_per_program(rows)
     with on_device(x):
         encode_kernel[(-(-rows // block),)](
-            strided(x), _rope_operand(cos, x), _rope_operand(sin, x), _codec_part("scale", scale, x.shape, 1),
+            strided(x), _codec_part("scale", scale, x.shape, 1),
             _codec_part("zero", zero, x.shape, 1), strided(raw_codes(codes)),
             None if levels is None else levels.contiguous(), position, rows, groups, tokens, codes.shape[2],
             WIDTH=width, BLOCK_R=block, KIND=CODE_KINDS[codes.dtype], **_channel_constants(codes, width, bits),
@@ -361,8 +339,6 @@ def encode_token_cuda(
     codes: torch.Tensor,
     scale: torch.Tensor,
     zero: torch.Tensor | None = None,
-    cos: torch.Tensor | None = None,
-    sin: torch.Tensor | None = None,
     position: torch.Tensor | None = None,
     bits: int = 4,
 ) -> None:
@@ -373,8 +349,8 @@ def encode_token_cuda(
         IndexError: more tokens than the storage has.
     """
     if fell_back("encode_token", "CUDA", triton_supports(x)):
-        return encode_token_reference(x, codes, scale, zero, cos, sin, position, bits)
-    check_encode_token(x, codes, scale, zero, cos, sin, position, bits)
+        return encode_token_reference(x, codes, scale, zero, position, bits)
+    check_encode_token(x, codes, scale, zero, position, bits)
     batch, groups, tokens, width = x.shape
     rows = batch * groups * tokens
     if x.numel() == 0:
@@ -383,7 +359,7 @@ def encode_token_cuda(
     block, warps = _rows_per_program(rows)
     with on_device(x):
         encode_token_kernel[(-(-rows // block),)](
-            strided(x), _rope_operand(cos, x), _rope_operand(sin, x), strided(raw_codes(codes)), strided(scale),
+            strided(x), strided(raw_codes(codes)), strided(scale),
             None if zero is None else strided(zero), position,
             rows, groups, tokens, codes.shape[2],
             WIDTH=width, COLUMNS=scale.shape[3], LOW=low, HIGH=high, SMALLEST=SMALLEST_SCALE,

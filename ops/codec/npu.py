@@ -11,7 +11,6 @@ from ..shared.npu_helpers import (
     quantize_static,
     refuse_fp8,
     require_npu_float,
-    rotated_npu,
     torch_npu_module,
     write_tokens,
 )
@@ -23,8 +22,7 @@ ENCODE_NPU = npu_description(
     "fp8 raises"
 )
 ENCODE_TOKEN_NPU = npu_description(
-    "npu_dynamic_quant and its asymmetric twin; by the reference (PyTorch): 2 to 4 bits, float16 scales, RoPE; "
-    "fp8 raises"
+    "npu_dynamic_quant and its asymmetric twin; by the reference (PyTorch): 2 to 4 bits, float16 scales; fp8 raises"
 )
 DECODE_NPU = "reference (PyTorch); fp8 raises"
 
@@ -45,13 +43,11 @@ def encode_npu(
     scale: torch.Tensor,
     zero: torch.Tensor | None,
     codes: torch.Tensor,
-    cos: torch.Tensor | None = None,
-    sin: torch.Tensor | None = None,
     position: torch.Tensor | None = None,
     bits: int = 4,
     levels: torch.Tensor | None = None,
 ) -> None:
-    """`encode_reference` by npu_quantize (ascend-op-plugin docs: npu_quantize, npu_rotary_mul, scatter_update_).
+    """`encode_reference` by npu_quantize (ascend-op-plugin docs: npu_quantize, scatter_update_).
 
     Codes of 2 to 4 bits are those of int8, clamped further and packed; npu_quantize's own int4 takes no division, and
     in which order it packs is not documented. Codebooks and scales that vary along the tokens take the reference.
@@ -60,40 +56,37 @@ def encode_npu(
         x: `[B, G, S, D]`, float32, float16 or bfloat16.
         scale, zero: float32, `[B or 1, G, 1, W]` where W divides D, or without leading dimensions.
         codes: int8 `[B, G, S, D]` or uint8 `[B, G, S, D * bits / 8]`, may be a strided view; overwritten.
-        cos, sin, position, bits, levels: as in the reference; RoPE is computed in float32.
+        position, bits, levels: as in the reference.
 
     Raises:
         NotImplementedError: codes in fp8.
-        ValueError: RoPE beyond the limits of npu_rotary_mul; what does not go together, as the reference says.
+        ValueError: what does not go together, as the reference says.
         IndexError: more tokens than the storage has.
         RuntimeError: torch_npu cannot be imported.
     """
-    check_encode(x, scale, zero, codes, cos, sin, position, bits, levels)
+    check_encode(x, scale, zero, codes, position, bits, levels)
     refuse_fp8(codes)
     if x.numel() == 0:
         return
     position = position_in_storage(position, x.shape[2], codes)
-    values = rotated_npu(x, cos, sin)
     width = x.shape[-1]
     if fell_back("encode", "NPU", npu_supports_encode(x, scale, zero, levels)):
-        encode_reference(values, scale, zero, codes, None, None, position, bits, levels)
+        encode_reference(x, scale, zero, codes, position, bits, levels)
         return
-    new = quantize_static(values, scale, zero)
+    new = quantize_static(x, scale, zero)
     if codes.dtype == torch.uint8:
         low, high = code_range(torch.uint8, bits)
         new = pack_codes(new.clamp(int(low), int(high)), bits, width)
     write_tokens(codes, new, position)
 
 
-def npu_supports_encode_token(
-    codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, cos: torch.Tensor | None
-) -> str | None:
+def npu_supports_encode_token(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> str | None:
     """None, or why npu_dynamic_quant does not make these codes."""
     if codes.dtype != torch.int8:
         return "npu_dynamic_quant does not pack 2 to 4 bits; take a scheme in int8"
     if not all(part is None or part.dtype == torch.float32 for part in (scale, zero)):
         return "npu_dynamic_quant gives scales in float32 only; take a scheme that keeps them so"
-    return None if cos is None else "npu_dynamic_quant takes no x in float32, in which RoPE is computed"
+    return None
 
 
 def encode_token_npu(
@@ -101,16 +94,13 @@ def encode_token_npu(
     codes: torch.Tensor,
     scale: torch.Tensor,
     zero: torch.Tensor | None = None,
-    cos: torch.Tensor | None = None,
-    sin: torch.Tensor | None = None,
     position: torch.Tensor | None = None,
     bits: int = 4,
 ) -> None:
     """`encode_token_reference` by npu_dynamic_quant and npu_dynamic_quant_asymmetric (documents of these names).
 
     Both return a float32 scale and take no float32 x. So the reference serves float16 scales, by which the codes are
-    to be rounded, and RoPE, which is to be computed in float32. It serves 2 to 4 bits too: the packing of int4 in the
-    ops' int32 is not documented.
+    to be rounded. It serves 2 to 4 bits too: the packing of int4 in the ops' int32 is not documented.
 
     Differs from the reference where the scale of a token or group would be below 2^-23: it is not raised to that floor.
     What the ops make of a group of zeros, or affine of equal values, is not documented, so its codes, scale and zero
@@ -120,23 +110,22 @@ def encode_token_npu(
         x: `[B, G, S, D]`, float16 or bfloat16.
         codes: int8 `[B, G, S, D]` or uint8 `[B, G, S, D * bits / 8]`, may be a strided view; overwritten.
         scale, zero: float32 or float16 `[B, G, S, W]` where W divides D, may be strided views; overwritten.
-        cos, sin, position, bits: as in the reference.
+        position, bits: as in the reference.
 
     Raises:
         NotImplementedError: codes in fp8.
-        ValueError: x in another dtype, RoPE beyond the limits of npu_rotary_mul; what does not go together, as the
-            reference says.
+        ValueError: x in another dtype; what does not go together, as the reference says.
         IndexError: more tokens than the storage has.
         RuntimeError: torch_npu cannot be imported.
     """
-    check_encode_token(x, codes, scale, zero, cos, sin, position, bits)
+    check_encode_token(x, codes, scale, zero, position, bits)
     require_npu_float("K and V", x)
     refuse_fp8(codes)
     if x.numel() == 0:
         return
     position = position_in_storage(position, x.shape[2], codes)
-    if fell_back("encode_token", "NPU", npu_supports_encode_token(codes, scale, zero, cos)):
-        encode_token_reference(rotated_npu(x, cos, sin), codes, scale, zero, None, None, position, bits)
+    if fell_back("encode_token", "NPU", npu_supports_encode_token(codes, scale, zero)):
+        encode_token_reference(x, codes, scale, zero, position, bits)
         return
     rows = x.reshape(-1, x.shape[-1] // scale.shape[-1])
     new_codes, new_scale, new_zero = _dynamic_codes(rows, affine=zero is not None)

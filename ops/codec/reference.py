@@ -17,19 +17,6 @@ from ..shared.codes import (
 from .arguments import check_decode, check_encode, check_encode_token, check_position
 
 
-def rotated(x: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None) -> torch.Tensor:
-    """RoPE on `[B, G, S, D]` in float32, `x * cos + rotate_half(x) * sin` as in transformers; x itself without cos.
-
-    Args:
-        cos, sin: `[B or 1, S, D]`.
-    """
-    values = x.float()
-    if cos is None or sin is None:
-        return values
-    first, second = values.chunk(2, dim=-1)
-    return values * cos[:, None].float() + torch.cat((-second, first), dim=-1) * sin[:, None].float()
-
-
 def _written(storage: torch.Tensor, tokens: int, position: torch.Tensor | None, part: torch.Tensor) -> None:
     """Copy `part` `[B, G, S, *]` over `storage`: over all of it, or from the token `position` on."""
     if position is None:
@@ -48,8 +35,6 @@ def encode_reference(
     scale: torch.Tensor,
     zero: torch.Tensor | None,
     codes: torch.Tensor,
-    cos: torch.Tensor | None = None,
-    sin: torch.Tensor | None = None,
     position: torch.Tensor | None = None,
     bits: int = 4,
     levels: torch.Tensor | None = None,
@@ -64,7 +49,6 @@ def encode_reference(
             that `expand_scale` takes.
         zero: zero points in units of codes, of the shape of `scale`; None for a symmetric codec, as fp8 is.
         codes: `[B, G, S, D]` int8 or fp8, or `[B, G, S, D * bits / 8]` uint8; may be a strided view; overwritten.
-        cos, sin: `[B or 1, S, D]`: rotate x by RoPE first; None takes x as it is.
         position: int64 `[1]`: `codes` is a storage of C tokens of which `position` to `position + S` are overwritten, a
             number that stays on the device; None: `codes` has S tokens.
         bits: of codes in uint8: 4, 3 or 2; other dtypes take no notice of it.
@@ -75,8 +59,8 @@ def encode_reference(
         IndexError: the tokens do not fit into the storage. What only `position` says is looked at on the CPU; on other
             devices, where nobody waits for it, tokens that do not fit are not written beyond the storage.
     """
-    check_encode(x, scale, zero, codes, cos, sin, position, bits, levels)
-    values = rotated(x, cos, sin)
+    check_encode(x, scale, zero, codes, position, bits, levels)
+    values = x.float()
     tokens, width = values.shape[-2:]
     scaled = values / expand_scale(scale.float(), tokens, width)
     if zero is not None:
@@ -89,8 +73,6 @@ def encode_token_reference(
     codes: torch.Tensor,
     scale: torch.Tensor,
     zero: torch.Tensor | None = None,
-    cos: torch.Tensor | None = None,
-    sin: torch.Tensor | None = None,
     position: torch.Tensor | None = None,
     bits: int = 4,
 ) -> None:
@@ -105,15 +87,15 @@ def encode_token_reference(
         scale: float32 or float16 `[B, G, S, W]` where W divides D: the scale of each of W groups of channels; may be a
             strided view; overwritten. Codes are by the scale as it is stored.
         zero: as `scale`, for an affine codec; None for a symmetric one, as fp8 is.
-        cos, sin, position: as in `encode_reference`; `position` counts in `scale` and `zero` too.
+        position: as in `encode_reference`; `position` counts in `scale` and `zero` too.
         bits: as in `encode_reference`.
 
     Raises:
         ValueError: dtypes, shapes, devices or bits that do not go together, or a D that the codes cannot have.
         IndexError: as `encode_reference`.
     """
-    check_encode_token(x, codes, scale, zero, cos, sin, position, bits)
-    values = rotated(x, cos, sin)
+    check_encode_token(x, codes, scale, zero, position, bits)
+    values = x.float()
     tokens, width = values.shape[-2:]
     low, high = code_range(codes.dtype, bits)
     grouped = values.unflatten(-1, (scale.shape[-1], -1))

@@ -17,8 +17,6 @@ from .codes import FP8_DTYPES
 
 NPU_FLOATS = (torch.float16, torch.bfloat16)
 """Float dtypes of activations that the quantizing ops of the NPU take."""
-LARGEST_ROTARY_BATCH, LARGEST_ROTARY_WIDTH = 999, 895
-"""Limits of npu_rotary_mul: sequences and heads below 1000, head_dim below 896."""
 
 
 def torch_npu_module() -> ModuleType:
@@ -78,28 +76,6 @@ def whole_storage(view: torch.Tensor) -> torch.Tensor | None:
     if capacity >= tokens and view.stride() == strides and batch * strides[0] <= room:
         return view.as_strided((batch, groups, capacity, width), strides)
     return view if view.is_contiguous() else None
-
-
-def rotated_npu(x: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None) -> torch.Tensor:
-    """RoPE on `[B, G, S, D]` by npu_rotary_mul, in float32 as the reference; x itself without cos.
-
-    Args:
-        cos, sin: `[B or 1, S, D]`.
-
-    Raises:
-        ValueError: beyond the limits of the op.
-    """
-    if cos is None or sin is None or x.numel() == 0:
-        return x
-    batch, heads, _, width = x.shape
-    if max(batch, heads) > LARGEST_ROTARY_BATCH or width > LARGEST_ROTARY_WIDTH or width % 2:
-        raise ValueError(
-            f"npu_rotary_mul takes up to {LARGEST_ROTARY_BATCH} sequences and heads and an even head_dim up to "
-            f"{LARGEST_ROTARY_WIDTH}, not {batch}, {heads} and {width}"
-        )
-    tokens_first = x.transpose(1, 2).float().contiguous()  # as a projection leaves it: no copy
-    angles = (part[:, :, None].float().contiguous() for part in (cos, sin))
-    return torch_npu_module().npu_rotary_mul(tokens_first, *angles).transpose(1, 2)
 
 
 def is_static(scale: torch.Tensor, tokens: int) -> bool:

@@ -79,7 +79,7 @@ def _format(rng: Random) -> tuple[torch.dtype, int]:
 
 
 def _values_to_encode(rng: Random, arguments: Arguments) -> tuple[int, int, int, int]:
-    """x, RoPE, position, bits and codes of an encoding; returns B, G, S, D."""
+    """x, position, bits and codes of an encoding; returns B, G, S, D."""
     batch, groups, tokens, width = rng.randint(1, 2), rng.randint(1, 3), rng.randint(0, 9), 8 * rng.randint(1, 9)
     dtype, bits = _format(rng)
     has_position = rng.random() < 0.5
@@ -87,9 +87,6 @@ def _values_to_encode(rng: Random, arguments: Arguments) -> tuple[int, int, int,
     _storage(arguments, "codes", (batch, groups, rows, stored_width(width, dtype, bits)), dtype)
     position = torch.tensor([rng.randint(0, CAPACITY - tokens)]) if has_position else None
     arguments.values |= {"x": _floats(rng, batch, groups, tokens, width), "bits": bits, "position": position}
-    if rng.random() < 0.4:
-        angles = torch.randn(rng.choice((1, batch)), tokens, width)
-        arguments.values |= {"cos": angles.cos(), "sin": angles.sin()}
     return batch, groups, tokens, width
 
 

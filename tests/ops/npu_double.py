@@ -36,7 +36,6 @@ OPS = {
     "npu_quantize": NPU_LIBRARY,
     "npu_dynamic_quant": NPU_LIBRARY,
     "npu_dynamic_quant_asymmetric": NPU_LIBRARY,
-    "npu_rotary_mul": NPU_LIBRARY,
     "scatter_update_": NPU_LIBRARY,
     "npu_quant_matmul": NPU_LIBRARY,
     "npu_weight_quant_batchmatmul": NPU_LIBRARY,

@@ -71,19 +71,6 @@ def dynamic_quant_asymmetric(x: torch.Tensor, **unused: Any) -> tuple[torch.Tens
     return codes, scale, offset
 
 
-def rotary_mul(
-    x: torch.Tensor, r1: torch.Tensor, r2: torch.Tensor, rotary_mode: str = "half", rotate: torch.Tensor | None = None
-) -> torch.Tensor:
-    """`x * cos + rotate(x) * sin` of x `[B, S, N, D]`."""
-    batch, tokens, heads, width = x.shape
-    assert rotary_mode == "half" and rotate is None and batch < 1000 and heads < 1000 and width < 896
-    for tensor in (x, r1, r2):
-        assert tensor.is_contiguous() and tensor.dtype == torch.float32, "octavo rotates in float32"
-    assert r1.shape == r2.shape and r1.shape in ((1, tokens, 1, width), (batch, tokens, 1, width))
-    first, second = x.chunk(2, dim=-1)
-    return x * r1 + torch.cat((-second, first), dim=-1) * r2
-
-
 def scatter_update_(data: torch.Tensor, indices: torch.Tensor, updates: torch.Tensor, axis: int) -> torch.Tensor:
     """`data[i][j][indices[i] + k][l] = updates[i][j][k][l]` (aclnnInplaceScatterUpdate)."""
     assert data.dtype in (torch.int8, torch.float16, torch.float32, torch.bfloat16, torch.int32)
@@ -384,7 +371,6 @@ MODELS = {
     "npu_quantize": quantize,
     "npu_dynamic_quant": dynamic_quant,
     "npu_dynamic_quant_asymmetric": dynamic_quant_asymmetric,
-    "npu_rotary_mul": rotary_mul,
     "scatter_update_": scatter_update_,
     "npu_quant_matmul": quant_matmul,
     "npu_weight_quant_batchmatmul": weight_quant_batchmatmul,

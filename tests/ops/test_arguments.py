@@ -123,8 +123,6 @@ TARGET: list[Change] = [
     (ValueError, "not float values and codes", {"x": torch.ones((B, G, S, D), dtype=torch.int32)}),
     (ValueError, "not float values and codes", {"x": torch.randn(G, S, D).half()}),
     (ValueError, "not float values and codes", {"codes": torch.zeros((B, G, S + 2, D), dtype=torch.int32)}),
-    (ValueError, "cos and sin go together", {"cos": torch.ones(1, S, D)}),
-    (ValueError, "do not belong to x", {"cos": torch.ones(1, S, 2), "sin": torch.ones(1, S, 2)}),
     (ValueError, "share memory", {"codes": torch.zeros((B, G, 1, D), dtype=torch.int8).expand(B, G, S + 2, D)}),
 ]
 ENCODE: list[Change] = [

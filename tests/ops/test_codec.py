@@ -87,9 +87,9 @@ def codebook(bits: int) -> torch.Tensor:
     return levels.repeat_interleave(3)[::3]
 
 
-def padded_width(width: int, codes: torch.dtype, bits: int, is_rotated: bool = False) -> int:
+def padded_width(width: int, codes: torch.dtype, bits: int) -> int:
     """The smallest width from `width` on that codes can have."""
-    step = WIDTH_STEPS[bits] if codes == torch.uint8 else 1 + is_rotated
+    step = WIDTH_STEPS[bits] if codes == torch.uint8 else 1
     return -(-width // step) * step
 
 
@@ -99,11 +99,6 @@ def values_of(width: int, dtype: torch.dtype, special: float | None) -> torch.Te
     if special is not None:
         values[1, 2, 5, width // 2] = special
     return values
-
-
-def rope_of(batch: int, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    angles = torch.randn(batch, TOKENS, width)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def unchanged(tensor: torch.Tensor) -> torch.Tensor:
@@ -126,23 +121,17 @@ class Case:
         codes: tuple[torch.dtype, int],
         width: int,
         dtype: torch.dtype,
-        rope: torch.dtype | None,
         has_position: bool,
         special: float | None,
         seed: int,
     ) -> None:
         torch.manual_seed(seed)
         self.bits = codes[1]
-        self.width = padded_width(width, *codes, rope is not None)
+        self.width = padded_width(width, *codes)
         self.values = values_of(self.width, dtype, special)
-        self.cos, self.sin = (None, None) if rope is None else rope_of(1 + seed % 2, self.width, rope)
         self.position = torch.tensor([seed % (CAPACITY - TOKENS + 1)]) if has_position else None
         self.storage = storage_of(codes[0], self.width, self.bits)
         self.view: Callable[[torch.Tensor], torch.Tensor] = unchanged if has_position else window
-
-    @property
-    def tail(self) -> tuple[torch.Tensor | None, ...]:
-        return self.cos, self.sin, self.position
 
 
 cases = st.builds(
@@ -150,7 +139,6 @@ cases = st.builds(
     codes=st.sampled_from(FORMATS),
     width=st.sampled_from([1, 5, 16, 64, 77, 96, 128, 600]),
     dtype=st.sampled_from(FLOAT_DTYPES),
-    rope=st.sampled_from([None, *FLOAT_DTYPES]),
     has_position=st.booleans(),
     special=st.sampled_from([None, None, None, float("nan"), float("inf"), -float("inf")]),
     seed=st.integers(0, 1000),
@@ -182,8 +170,8 @@ def test_every_static_form_is_that_of_the_reference(
     zero = None if zero_form == "none" else (torch.randn(zero_shape) * (1 if is_packed else 10)).to(part_dtype)
     levels = codebook(case.bits) if has_levels and is_packed else None
     expected = case.storage.clone()
-    encode(case.values, scale, zero, case.view(case.storage), *case.tail, case.bits, levels)
-    encode_reference(case.values, scale, zero, case.view(expected), *case.tail, case.bits, levels)
+    encode(case.values, scale, zero, case.view(case.storage), case.position, case.bits, levels)
+    encode_reference(case.values, scale, zero, case.view(expected), case.position, case.bits, levels)
     assert equal(case.storage, expected)
 
 
@@ -202,9 +190,9 @@ def test_every_dynamic_form_is_that_of_the_reference(
     zero = None if zero_dtype is None else torch.ones((2, 3, CAPACITY, groups), dtype=zero_dtype)
     expected = [None if part is None else part.clone() for part in (case.storage, scale, zero)]
     views = [None if part is None else case.view(part) for part in (case.storage, scale, zero)]
-    encode_token(case.values, *views, *case.tail, case.bits)
+    encode_token(case.values, *views, case.position, case.bits)
     expected_views = [None if part is None else case.view(part) for part in expected]
-    encode_token_reference(case.values, *expected_views, *case.tail, case.bits)
+    encode_token_reference(case.values, *expected_views, case.position, case.bits)
     for part, expected_part in zip((case.storage, scale, zero), expected, strict=True):
         assert part is None or equal(part, expected_part)
 
@@ -356,7 +344,6 @@ def test_what_does_not_fit_is_refused_with_the_reason() -> None:
             lambda: encode(values, torch.ones(2, 1, 3), None, codes[:, :, :3]),
         ),
         (ValueError, "does not broadcast", lambda: encode(values, torch.ones(3, 1, 1), None, codes[:, :, :3])),
-        (ValueError, "cos (1, 2, 16)", lambda: encode(values, scale, None, codes[:, :, :3], *torch.ones(2, 1, 2, 16))),
         (ValueError, "scale (1, 2, 4, 1)", lambda: encode_token(values, codes[:, :, :3], torch.ones(1, 2, 4, 1))),
         (ValueError, "not torch.bfloat16", lambda: encode_token(values, codes[:, :, :3], scales.bfloat16())),
         (ValueError, "zero (1, 2, 1, 1)", lambda: encode_token(values, codes[:, :, :3], scales, scales[:, :, :1])),
@@ -390,19 +377,19 @@ def test_bits_and_levels_that_do_not_fit_are_refused_with_the_reason() -> None:
 
 def test_opcheck() -> None:
     values, codes = torch.randn(1, 2, 3, 16), torch.zeros((1, 2, 3, 16), dtype=torch.int8)
-    packed, rope = torch.zeros((1, 2, 9, 8), dtype=torch.uint8), torch.rand(2, 1, 3, 16)
+    packed = torch.zeros((1, 2, 9, 8), dtype=torch.uint8)
     scale, zero = torch.zeros(1, 2, 9, 4), torch.zeros((1, 2, 9, 4), dtype=torch.float16)
     ops = torch.ops.octavo
     torch.library.opcheck(ops.encode.default, (values, torch.ones(2, 1, 16), None, codes))
-    torch.library.opcheck(ops.encode.default, (values, torch.ones(2, 1, 1), None, packed, *rope, torch.tensor([2])))
+    torch.library.opcheck(ops.encode.default, (values, torch.ones(2, 1, 1), None, packed, torch.tensor([2])))
     torch.library.opcheck(ops.encode_token.default, (values, codes, torch.zeros(1, 2, 3, 1)))
-    torch.library.opcheck(ops.encode_token.default, (values, packed, scale, zero, *rope, torch.tensor([2])))
+    torch.library.opcheck(ops.encode_token.default, (values, packed, scale, zero, torch.tensor([2])))
     torch.library.opcheck(ops.decode.default, (packed, torch.rand(1, 2, 3, 4), None, 4))
     for bits in WIDTH_STEPS:
         storage, levels = storage_of(torch.uint8, 16, bits)[:1, :2], torch.rand(2**bits).sort().values
         appended = {"position": torch.tensor([2]), "bits": bits}
         torch.library.opcheck(ops.encode.default, (values, torch.ones(2, 1, 1), None, storage), appended)
-        arguments = (values, torch.ones(2, 1, 1), None, storage, *rope, torch.tensor([2]), bits, levels)
+        arguments = (values, torch.ones(2, 1, 1), None, storage, torch.tensor([2]), bits, levels)
         torch.library.opcheck(ops.encode.default, arguments)
         scales = torch.zeros(1, 2, CAPACITY, 4)
         torch.library.opcheck(ops.encode_token.default, (values, storage, scales), appended)

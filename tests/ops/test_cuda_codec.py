@@ -29,11 +29,6 @@ def values_of(width: int, tokens: int, dtype: torch.dtype) -> torch.Tensor:
     return (torch.randn(2, tokens, 3, width) * 3).to(dtype).transpose(1, 2)
 
 
-def rope(width: int, tokens: int, is_rotated: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    angles = torch.rand(1, tokens, width)
-    return (angles.cos(), angles.sin()) if is_rotated else (None, None)
-
-
 def raw(codes: torch.Tensor) -> torch.Tensor:
     return codes.contiguous().view(torch.uint8)
 
@@ -58,7 +53,6 @@ def assert_same_codes(actual: torch.Tensor, expected: torch.Tensor) -> None:
     columns=st.sampled_from(["per channel", "per head", "groups", "per token"]),
     has_zero=st.booleans(),
     has_levels=st.booleans(),
-    is_rotated=st.booleans(),
     appends=st.booleans(),
     capability=st.sampled_from([80, 90]),
     seed=st.integers(0, 1000),
@@ -70,14 +64,13 @@ def test_static_codes_are_those_of_the_reference(
     columns: str,
     has_zero: bool,
     has_levels: bool,
-    is_rotated: bool,
     appends: bool,
     capability: int,
     seed: int,
 ) -> None:
     torch.manual_seed(seed)
     dtype, bits = code
-    width = 64 if width % 2 and (is_rotated or dtype == torch.uint8) else width
+    width = 64 if width % 2 and dtype == torch.uint8 else width
     groups = width // 8 if width % 8 == 0 else width
     shape = {
         "per channel": (3, 1, width), "per head": (3, 1, 1), "groups": (3, 1, groups), "per token": (2, 3, 5, 1)
@@ -88,13 +81,12 @@ def test_static_codes_are_those_of_the_reference(
     x = values_of(width, 5, values)
     storage = storage_of(dtype, width, bits=bits)
     expected = storage.clone()
-    cos, sin = rope(width, 5, is_rotated)
     with interpreted(capability):
         if appends:
-            encode_cuda(x, scale, zero, storage, cos, sin, torch.tensor([4]), bits, levels)
+            encode_cuda(x, scale, zero, storage, torch.tensor([4]), bits, levels)
         else:
-            encode_cuda(x, scale, zero, storage[:, :, 4:9], cos, sin, None, bits, levels)
-    encode_reference(x, scale, zero, expected, cos, sin, torch.tensor([4]), bits, levels)
+            encode_cuda(x, scale, zero, storage[:, :, 4:9], None, bits, levels)
+    encode_reference(x, scale, zero, expected, torch.tensor([4]), bits, levels)
     assert_same_codes(storage, expected)  # also where nothing was to be written
 
 
@@ -107,7 +99,6 @@ def test_static_codes_are_those_of_the_reference(
     scale_dtype=st.sampled_from([torch.float32, torch.float16]),
     columns=st.sampled_from([1, 2, 3, 4, 5]),
     is_affine=st.booleans(),
-    is_rotated=st.booleans(),
     appends=st.booleans(),
     seed=st.integers(0, 1000),
 )
@@ -118,15 +109,14 @@ def test_codes_and_scales_per_token_are_those_of_the_reference(
     scale_dtype: torch.dtype,
     columns: int,
     is_affine: bool,
-    is_rotated: bool,
     appends: bool,
     seed: int,
 ) -> None:
     torch.manual_seed(seed)
     dtype, bits = code
-    width = 64 if width % 2 and (is_rotated or dtype == torch.uint8) else width
+    width = 64 if width % 2 and dtype == torch.uint8 else width
     columns = columns if width % columns == 0 else 1
-    x, cos_sin = values_of(width, 5, values), rope(width, 5, is_rotated)
+    x = values_of(width, 5, values)
     given_parts, expected_parts = (
         [torch.zeros(2, 3, CAPACITY, columns, dtype=scale_dtype) for _ in range(2 if is_affine else 1)]
         for _ in range(2)
@@ -136,11 +126,11 @@ def test_codes_and_scales_per_token_are_those_of_the_reference(
     position = torch.tensor([4])
     with interpreted():
         if appends:
-            encode_token_cuda(x, storage, *(*given_parts, None)[:2], *cos_sin, position, bits)
+            encode_token_cuda(x, storage, *(*given_parts, None)[:2], position, bits)
         else:
             views = [part[:, :, 4:9] for part in (storage, *given_parts)]
-            encode_token_cuda(x, *(*views, None)[:3], *cos_sin, None, bits)
-    encode_token_reference(x, expected, *(*expected_parts, None)[:2], *cos_sin, position, bits)
+            encode_token_cuda(x, *(*views, None)[:3], None, bits)
+    encode_token_reference(x, expected, *(*expected_parts, None)[:2], position, bits)
     for part, expected_part in zip(given_parts, expected_parts, strict=True):
         assert torch.equal(part, expected_part)
     assert_same_codes(storage, expected)
@@ -209,9 +199,7 @@ def test_tokens_beyond_the_storage_touch_nothing() -> None:
     whole = torch.full((1, 1, 9, 16), 77, dtype=torch.int8)
     scale = torch.full((1, 1, 9, 1), 77.0)
     with interpreted():
-        encode_token_cuda(
-            torch.randn(1, 1, 4, 16), whole[:, :, :6], scale[:, :, :6], None, None, None, torch.tensor([4])
-        )
+        encode_token_cuda(torch.randn(1, 1, 4, 16), whole[:, :, :6], scale[:, :, :6], None, torch.tensor([4]))
     assert (whole[:, :, 6:] == 77).all() and (scale[:, :, 6:] == 77).all() and (whole[:, :, :4] == 77).all()
     assert (scale[:, :, 4:6] != 77).all()
 
@@ -261,22 +249,21 @@ def test_no_tokens_are_no_work_and_other_shapes_are_refused() -> None:
 @pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_compile(capability: int) -> None:
     x = torch.empty(1, 4, 8, 128, dtype=torch.bfloat16).transpose(1, 2)
-    cos, sin = rope(128, 4, True)
     scale, position = torch.ones(8, 1, 128), torch.zeros(1, dtype=torch.long)
     with compiled(capability) as kernels:
         for dtype in DTYPES:
             codes = torch.empty((1, 8, 64, 64 if dtype == torch.uint8 else 128), dtype=dtype)
-            encode_cuda(x, scale, scale, codes, cos, sin, position)
+            encode_cuda(x, scale, scale, codes, position)
             decode_cuda(codes, scale, scale)
         for bits in (2, 3, 4):
             packed, levels = torch.empty((1, 8, 64, 16 * bits), dtype=torch.uint8), torch.empty(2**bits)
-            encode_cuda(x, scale, None, packed, cos, sin, position, bits, levels)
+            encode_cuda(x, scale, None, packed, position, bits, levels)
             decode_cuda(packed, scale, None, 1, bits, levels)
-            encode_token_cuda(x, packed, torch.empty(1, 8, 64, 2), None, cos, sin, position, bits)
+            encode_token_cuda(x, packed, torch.empty(1, 8, 64, 2), None, position, bits)
         columns = torch.empty((1, 8, 64, 2), dtype=torch.float16)
-        encode_token_cuda(x, codes, columns, None, cos, sin, position)
+        encode_token_cuda(x, codes, columns, None, position)
         codes = torch.empty((1, 8, 64, 64), dtype=torch.uint8)
-        encode_token_cuda(x, codes, columns, columns, cos, sin, position)
+        encode_token_cuda(x, codes, columns, columns, position)
     assert len(kernels) == 19
 
 
@@ -284,22 +271,22 @@ def test_kernels_compile(capability: int) -> None:
 @pytest.mark.parametrize(("dtype", "bits"), FORMATS)
 @pytest.mark.parametrize("tokens", [1, 700])
 def test_on_a_gpu(dtype: torch.dtype, bits: int, tokens: int) -> None:
-    """Real shapes; cos and sin of the GPU and division are IEEE, so codes are those of the CPU but for contraction."""
+    """Real shapes; division of the GPU is IEEE, so codes are those of the CPU but for contraction."""
     torch.manual_seed(0)
-    x, (cos, sin) = torch.randn(2, 8, tokens, 128).bfloat16(), rope(128, tokens, True)
+    x = torch.randn(2, 8, tokens, 128).bfloat16()
     levels = codebook(bits, dtype)
     on_gpu_levels = None if levels is None else levels.cuda()
     storage = torch.zeros((2, 8, 1024, stored_width(128, dtype, bits)), dtype=torch.uint8).view(dtype)
     scale, column_scale = torch.rand(8, 1, 128) * 0.05 + 0.01, torch.zeros(2, 8, 1024, 2)
     position = torch.tensor([300])
     on_gpu = storage.cuda()
-    encode(x.cuda(), scale.cuda(), None, on_gpu, cos.cuda(), sin.cuda(), position.cuda(), bits, on_gpu_levels)
-    encode_reference(x, scale, None, storage, cos, sin, position, bits, levels)
+    encode(x.cuda(), scale.cuda(), None, on_gpu, position.cuda(), bits, on_gpu_levels)
+    encode_reference(x, scale, None, storage, position, bits, levels)
     differing = (raw(on_gpu.cpu()) != raw(storage)).float().mean()
     assert differing <= TOLERANCES["codes"]
     on_gpu_scale = column_scale.cuda()
-    encode_token(x.cuda(), on_gpu, on_gpu_scale, None, cos.cuda(), sin.cuda(), position.cuda(), bits)
-    encode_token_reference(x, storage, column_scale, None, cos, sin, position, bits)
+    encode_token(x.cuda(), on_gpu, on_gpu_scale, None, position.cuda(), bits)
+    encode_token_reference(x, storage, column_scale, None, position, bits)
     torch.testing.assert_close(on_gpu_scale.cpu(), column_scale)
     assert (raw(on_gpu.cpu()) != raw(storage)).float().mean() <= TOLERANCES["codes"]
     decoded = decode(on_gpu, scale.cuda(), None, 1, bits, on_gpu_levels)
@@ -313,6 +300,6 @@ def test_opcheck_on_a_gpu() -> None:
     torch.library.opcheck(torch.ops.octavo.encode_token.default, (values, codes, torch.zeros(1, 2, 3, 1).cuda()))
     torch.library.opcheck(torch.ops.octavo.decode.default, (codes, None, None))
     packed, levels = codes.view(torch.uint8)[..., :6].contiguous(), torch.rand(8).sort().values.cuda()
-    arguments = (values, torch.ones(2, 1, 16).cuda(), None, packed, None, None, None, 3, levels)
+    arguments = (values, torch.ones(2, 1, 16).cuda(), None, packed, None, 3, levels)
     torch.library.opcheck(torch.ops.octavo.encode.default, arguments)
     torch.library.opcheck(torch.ops.octavo.decode.default, (packed, None, None, 1, 3, levels))

@@ -48,7 +48,7 @@ CALLS: dict[str, tuple[Callable, tuple[Any, ...]]] = {
 SMALL_CODES = torch.zeros(1, 2, 3, 4, dtype=torch.uint8)
 ON_NPU: dict[str, tuple[str, Callable, tuple[Any, ...], str]] = {
     "a codebook": (
-        "encode", ops.encode, (values(), SCALE, None, SMALL_CODES, None, None, None, 4, torch.arange(16.0)), "codebooks"
+        "encode", ops.encode, (values(), SCALE, None, SMALL_CODES, None, 4, torch.arange(16.0)), "codebooks"
     ),
     "a scale per token": ("encode", ops.encode, (values(), torch.ones(1, 2, 3, 1), None, CODES.clone()), "along the"),
     "4 bits": ("encode_token", ops.encode_token, (values().half(), SMALL_CODES, torch.ones(1, 2, 3, 1)), "4 bits"),

@@ -79,7 +79,7 @@ def test_importing_and_reporting_does_not_import_torch_npu(tmp_path: Path) -> No
         ("attention", "scales in groups"),
         ("attention", "int4"),
         ("encode", "packing of 2 to 4 bits, codebooks"),
-        ("encode_token", "2 to 4 bits, float16 scales, RoPE"),
+        ("encode_token", "2 to 4 bits, float16 scales"),
         ("attention_lse", "reference"),
         ("decode", "reference"),
         ("linear_fp8", "none: raises"),

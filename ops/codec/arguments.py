@@ -26,14 +26,14 @@ def check_target(x: torch.Tensor, codes: torch.Tensor, position: torch.Tensor | 
             f"x {dtype_name(x.dtype)} {tuple(x.shape)} cannot become {dtype_name(codes.dtype)} {tuple(codes.shape)}: "
             f"not float values and codes of 4 dimensions"
         )
-    batch, heads, tokens, width = x.shape
-    if not width:
+    batch, kv_heads, tokens, head_dim = x.shape
+    if not head_dim:
         raise ValueError(f"x {tuple(x.shape)} has no channels")
     capacity = tokens
     if position is not None:
         check_index("position", position)
         capacity = codes.shape[2]
-    expected = (batch, heads, capacity, stored_width(width, codes.dtype, bits))
+    expected = (batch, kv_heads, capacity, stored_width(head_dim, codes.dtype, bits))
     if codes.shape != expected:
         raise ValueError(
             f"codes must be {dtype_name(codes.dtype)} {expected} for x {tuple(x.shape)}, not {tuple(codes.shape)}"
@@ -50,14 +50,14 @@ def check_position(position: torch.Tensor, tokens: int, capacity: int) -> None:
 
 
 def check_token_parts(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> int:
-    """The groups of channels of a scale and zero that are to be written.
+    """The number of groups of channels of a scale and zero that are to be written.
 
     Raises:
         ValueError: they do not belong to the codes.
     """
-    shape, width = scale.shape, x.shape[3]
-    groups = shape[3] if len(shape) == 4 else 0
-    if not groups or shape[:3] != codes.shape[:3] or width % groups:
+    shape, head_dim = scale.shape, x.shape[3]
+    num_groups = shape[3] if len(shape) == 4 else 0
+    if not num_groups or shape[:3] != codes.shape[:3] or head_dim % num_groups:
         raise ValueError(f"scale {tuple(shape)} does not belong to codes {tuple(codes.shape)} of x {tuple(x.shape)}")
     if zero is not None and zero.shape != shape:
         raise ValueError(f"zero {tuple(zero.shape)} must be of the shape of scale, {tuple(shape)}")
@@ -66,7 +66,7 @@ def check_token_parts(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor,
             if part.dtype not in (torch.float32, torch.float16):
                 raise ValueError(f"scale and zero are written as float32 or float16, not {part.dtype}")
             check_written(name, part)
-    return groups
+    return num_groups
 
 
 def check_stored(codes: torch.Tensor, token_group: int, bits: int) -> tuple[int, int, int, int]:

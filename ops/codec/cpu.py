@@ -44,18 +44,18 @@ def _levels_at(dtype: torch.dtype, bits: int, levels: _MaybeTensor) -> tuple[_Ma
 def _packed_scale(
     name: str, part: torch.Tensor | None, shape: tuple[int, int, int, int], token_group: int = 1
 ) -> tuple[torch.Tensor | None, int, tuple[int, ...]]:
-    """A scale or zero as the kernel reads it, its groups of channels, and strides over batch, heads, rows and groups.
+    """A scale or zero as the kernel reads it, its groups of channels, and strides over B, G, rows and groups.
 
     Raises:
         ValueError: it does not belong to codes of this shape.
     """
     if part is None:
         return None, 1, _NO_STRIDES
-    _, columns, strides = part_strides(name, part, shape, token_group)
-    if part.dtype not in (torch.float32, torch.float16) or (columns > 1 and strides[3] != 1):
+    _, num_groups, strides = part_strides(name, part, shape, token_group)
+    if part.dtype not in (torch.float32, torch.float16) or (num_groups > 1 and strides[3] != 1):
         part = (part if part.dtype == torch.float16 else part.float()).contiguous()
         strides = part_strides(name, part, shape, token_group)[2]
-    return part, columns, strides
+    return part, num_groups, strides
 
 
 def _raise_failure(failed: int, position: torch.Tensor | None, tokens: int, capacity: int) -> None:
@@ -89,7 +89,7 @@ def encode_cpu(
     check_target(x, codes, position, bits)
     levels, levels_at = _levels_at(codes.dtype, bits, levels)
     x, shape, capacity = _loadable(x), x.shape, codes.shape[2]
-    scale, groups, scale_strides = _packed_scale("scale", scale, shape)
+    scale, num_groups, scale_strides = _packed_scale("scale", scale, shape)
     zero, zero_groups, zero_strides = _packed_scale("zero", zero, shape)
     if position is not None and position.dtype != torch.int64:
         position = position.long()
@@ -109,7 +109,7 @@ def encode_cpu(
             1 if zero is None else KINDS[zero.dtype],
             *shape,
             capacity,
-            groups,
+            num_groups,
             zero_groups,
             1,
             torch.get_num_threads(),
@@ -146,7 +146,7 @@ def encode_token_cpu(
         fell_back("encode_token", "CPU", CODEC_KERNEL.supports())
         return encode_token_reference(x, codes, scale, zero, position, bits)
     check_target(x, codes, position, bits)
-    groups = check_token_parts(x, codes, scale, zero)
+    num_groups = check_token_parts(x, codes, scale, zero)
     x, shape, capacity = _loadable(x), x.shape, codes.shape[2]
     if position is not None and position.dtype != torch.int64:
         position = position.long()
@@ -166,8 +166,8 @@ def encode_token_cpu(
             1 if zero is None else KINDS[zero.dtype],
             *shape,
             capacity,
-            groups,
-            groups,
+            num_groups,
+            num_groups,
             1,
             torch.get_num_threads(),
             *x.stride()[:3],
@@ -207,7 +207,7 @@ def decode_cpu(
     if codes.stride(3) != 1:
         codes = codes.contiguous()
     levels, levels_at = _levels_at(codes.dtype, bits, levels)
-    scale, groups, scale_strides = _packed_scale("scale", scale, shape, token_group)
+    scale, num_groups, scale_strides = _packed_scale("scale", scale, shape, token_group)
     zero, zero_groups, zero_strides = _packed_scale("zero", zero, shape, token_group)
     output = torch.empty(shape)
     failed = run(
@@ -225,7 +225,7 @@ def decode_cpu(
             1 if zero is None else KINDS[zero.dtype],
             *shape,
             shape[2],
-            groups,
+            num_groups,
             zero_groups,
             token_group,
             torch.get_num_threads(),

@@ -69,14 +69,13 @@ def encode_npu(
     if x.numel() == 0:
         return
     position = position_in_storage(position, x.shape[2], codes)
-    width = x.shape[-1]
     if fell_back("encode", "NPU", npu_supports_encode(x, scale, zero, levels)):
         encode_reference(x, scale, zero, codes, position, bits, levels)
         return
     new = quantize_static(x, scale, zero)
     if codes.dtype == torch.uint8:
         low, high = code_range(torch.uint8, bits)
-        new = pack_codes(new.clamp(int(low), int(high)), bits, width)
+        new = pack_codes(new.clamp(int(low), int(high)), bits, x.shape[-1])
     write_tokens(codes, new, position)
 
 

@@ -61,11 +61,11 @@ def encode_reference(
     """
     check_encode(x, scale, zero, codes, position, bits, levels)
     values = x.float()
-    tokens, width = values.shape[-2:]
-    scaled = values / expand_scale(scale.float(), tokens, width)
+    tokens, head_dim = values.shape[-2:]
+    scaled = values / expand_scale(scale.float(), tokens, head_dim)
     if zero is not None:
-        scaled = scaled + expand_scale(zero.float(), tokens, width)
-    _written(codes, tokens, position, to_codes(scaled, codes.dtype, width, bits, levels))
+        scaled = scaled + expand_scale(zero.float(), tokens, head_dim)
+    _written(codes, tokens, position, to_codes(scaled, codes.dtype, head_dim, bits, levels))
 
 
 def encode_token_reference(
@@ -96,7 +96,7 @@ def encode_token_reference(
     """
     check_encode_token(x, codes, scale, zero, position, bits)
     values = x.float()
-    tokens, width = values.shape[-2:]
+    tokens, head_dim = values.shape[-2:]
     low, high = code_range(codes.dtype, bits)
     grouped = values.unflatten(-1, (scale.shape[-1], -1))
     if zero is None:
@@ -107,12 +107,12 @@ def encode_token_reference(
         farthest = torch.maximum(smallest.abs(), largest.abs())
         step = scale_for_zero(dynamic_scale(largest - smallest, high - low), farthest, zero.dtype).to(scale.dtype)
         offset = (low - smallest / step.float()).to(zero.dtype)
-    scaled = values / expand_scale(step.float(), tokens, width)
+    scaled = values / expand_scale(step.float(), tokens, head_dim)
     if offset is not None:
-        scaled = scaled + expand_scale(offset.float(), tokens, width)
+        scaled = scaled + expand_scale(offset.float(), tokens, head_dim)
         _written(zero, tokens, position, offset)
     _written(scale, tokens, position, step)
-    _written(codes, tokens, position, to_codes(scaled, codes.dtype, width, bits))
+    _written(codes, tokens, position, to_codes(scaled, codes.dtype, head_dim, bits))
 
 
 def decode_reference(
@@ -133,8 +133,8 @@ def decode_reference(
     Raises:
         ValueError: bits, levels, a scale or a zero that do not belong to the codes, or no codes at all.
     """
-    tokens, width = check_decode(codes, scale, zero, token_group, bits, levels)[2:]
-    values = from_codes(codes, width, torch.float32, bits, levels)
+    tokens, head_dim = check_decode(codes, scale, zero, token_group, bits, levels)[2:]
+    values = from_codes(codes, head_dim, torch.float32, bits, levels)
     if zero is not None:
-        values = values - expand_scale(zero.float(), tokens, width, token_group)
-    return values if scale is None else values * expand_scale(scale.float(), tokens, width, token_group)
+        values = values - expand_scale(zero.float(), tokens, head_dim, token_group)
+    return values if scale is None else values * expand_scale(scale.float(), tokens, head_dim, token_group)

@@ -34,9 +34,9 @@ def _run_linear(
     run: Callable[[bytes], int],
     x: torch.Tensor,
     weight: torch.Tensor,
-    depth: int,
+    in_features: int,
     scale: torch.Tensor,
-    groups: int = 1,
+    num_groups: int = 1,
     zero: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     quant_bias: torch.Tensor | None = None,
@@ -48,7 +48,7 @@ def _run_linear(
     Raises:
         MemoryError: no room for the scratch.
     """
-    shape, columns, dtype = x.shape, weight.shape[0], x.dtype
+    shape, out_features, dtype = x.shape, weight.shape[0], x.dtype
     kind = FLOAT_KINDS.get(dtype)
     if kind is None:
         x, kind = x.float(), 1
@@ -62,8 +62,8 @@ def _run_linear(
         quant_bias = quant_bias.contiguous()
     if bias is not None and (bias.dtype not in FLOAT_KINDS or not bias.is_contiguous()):
         bias = bias.float().contiguous()
-    output = x.new_empty((*shape[:-1], columns))
-    rows = output.numel() // columns if columns else 0
+    output = x.new_empty((*shape[:-1], out_features))
+    rows = output.numel() // out_features if out_features else 0
     if rows:
         failed = run(
             _pack_linear(
@@ -81,9 +81,9 @@ def _run_linear(
                 FLOAT_KINDS[scale.dtype],
                 0 if bias is None else FLOAT_KINDS[bias.dtype],
                 rows,
-                depth,
-                columns,
-                groups,
+                in_features,
+                out_features,
+                num_groups,
                 scale.numel() > 1,
                 torch.get_num_threads(),
             )
@@ -111,8 +111,8 @@ def linear_w8a8_cpu(
     if run is None:
         fell_back("linear_w8a8", "CPU", LINEAR_KERNEL.supports())
         return linear_w8a8_reference(x, weight, input_scale, input_offset, quant_bias, deq_scale)
-    _, depth = check_w8a8(x, weight, input_scale, input_offset, quant_bias, deq_scale)
-    return _run_linear(run, x, weight, depth, deq_scale, 1, None, None, quant_bias, input_scale, input_offset)
+    _, in_features = check_w8a8(x, weight, input_scale, input_offset, quant_bias, deq_scale)
+    return _run_linear(run, x, weight, in_features, deq_scale, 1, None, None, quant_bias, input_scale, input_offset)
 
 
 def linear_w8a8_dynamic_cpu(
@@ -128,8 +128,8 @@ def linear_w8a8_dynamic_cpu(
     if run is None:
         fell_back("linear_w8a8_dynamic", "CPU", LINEAR_KERNEL.supports())
         return linear_w8a8_dynamic_reference(x, weight, weight_scale, bias)
-    _, depth = check_w8a8_dynamic(x, weight, weight_scale, bias)
-    return _run_linear(run, x, weight, depth, weight_scale, bias=bias)
+    _, in_features = check_w8a8_dynamic(x, weight, weight_scale, bias)
+    return _run_linear(run, x, weight, in_features, weight_scale, bias=bias)
 
 
 def linear_weight_only_cpu(
@@ -149,14 +149,16 @@ def linear_weight_only_cpu(
     if run is None:
         fell_back("linear_weight_only", "CPU", LINEAR_KERNEL.supports())
         return linear_weight_only_reference(x, weight, weight_scale, weight_zero, bias)
-    _, depth, groups = check_weight_only(x, weight, weight_scale, weight_zero, bias)
-    if groups > 1 and depth // groups % WEIGHT_BLOCK:
-        raise ValueError(f"the C kernel takes groups of a multiple of {WEIGHT_BLOCK} channels, not {depth // groups}")
+    _, in_features, num_groups = check_weight_only(x, weight, weight_scale, weight_zero, bias)
+    if num_groups > 1 and in_features // num_groups % WEIGHT_BLOCK:
+        raise ValueError(
+            f"the C kernel takes groups of a multiple of {WEIGHT_BLOCK} channels, not {in_features // num_groups}"
+        )
     if weight_scale.dtype not in (torch.float32, torch.float16):
         weight_scale = weight_scale.float()
     if weight_zero is not None and weight_zero.dtype != weight_scale.dtype:
         weight_scale, weight_zero = weight_scale.float(), weight_zero.float()
-    return _run_linear(run, x, weight, depth, weight_scale, groups, weight_zero, bias)
+    return _run_linear(run, x, weight, in_features, weight_scale, num_groups, weight_zero, bias)
 
 
 def linear_fp8_cpu(
@@ -176,5 +178,5 @@ def linear_fp8_cpu(
     if run is None:
         fell_back("linear_fp8", "CPU", LINEAR_KERNEL.supports())
         return linear_fp8_reference(x, weight, weight_scale, input_scale, bias)
-    _, depth = check_fp8(x, weight, weight_scale, input_scale, bias)
-    return _run_linear(run, x, weight, depth, weight_scale, bias=bias, input_scale=input_scale)
+    _, in_features = check_fp8(x, weight, weight_scale, input_scale, bias)
+    return _run_linear(run, x, weight, in_features, weight_scale, bias=bias, input_scale=input_scale)

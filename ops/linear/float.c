@@ -89,7 +89,7 @@ INLINE Lanes broadcast_of_group(const LinearArguments *a, int64_t address, int64
 }
 
 INLINE void load_group(const LinearArguments *a, int64_t column, int64_t group, int kind, int form, Group *to) {
-    int64_t index = column * a->groups + group;
+    int64_t index = column * a->num_groups + group;
     if (form != PLAIN) to->scale = broadcast_of_group(a, a->weight_scale, index);
     if (form == AFFINE) to->zero = broadcast_of_group(a, a->weight_zero, index);
     if (kind == KIND_INT4) set_numbers(to, form);
@@ -108,8 +108,8 @@ INLINE void weights_at(const uint8_t *from, int64_t left, int kind, const Group 
 /* A row of x as floats, zeros behind the last. */
 static void widen_row(const LinearArguments *a, int64_t row) {
     float *to = (float *)(a->scratch + row * a->stride);
-    for (int64_t k = 0; k < a->depth; k += 8) store_f32(to + k, x_at(a, row, k));
-    memset(to + a->depth, 0, (size_t)(a->stride - 4 * a->depth));
+    for (int64_t k = 0; k < a->in_features; k += 8) store_f32(to + k, x_at(a, row, k));
+    memset(to + a->in_features, 0, (size_t)(a->stride - 4 * a->in_features));
     a->row_scale[row] = 1.0f;
 }
 
@@ -117,9 +117,9 @@ static void widen_row(const LinearArguments *a, int64_t row) {
 static void round_row(const LinearArguments *a, int64_t row) {
     float *to = (float *)(a->scratch + row * a->stride);
     float scale = a->input_scale ? *(const float *)a->input_scale : dynamic_scale(a, row, 448.0f);
-    for (int64_t k = 0; k < a->depth; k += 8)
+    for (int64_t k = 0; k < a->in_features; k += 8)
         store_f32(to + k, round_to_fp8(x_at(a, row, k) / splat(scale), E4M3) * splat(E4M3_UNIT));
-    memset(to + a->depth, 0, (size_t)(a->stride - 4 * a->depth));
+    memset(to + a->in_features, 0, (size_t)(a->stride - 4 * a->in_features));
     a->row_scale[row] = scale;
 }
 
@@ -132,15 +132,16 @@ static f32x8 float_total(const LinearArguments *a, int64_t row, int64_t column, 
 INLINE void float_dot_tile(const LinearArguments *a, int64_t row, int64_t column, const int rows, const int columns,
                            int kind, int form, float *output) {
     const int chains = rows == 1 ? 2 : 1; /* sums of a tile, so that additions need not wait for each other */
-    int64_t stride = a->stride, row_bytes = code_bytes(a->depth, kind), group_depth = a->depth / a->groups;
+    int64_t stride = a->stride, row_bytes = code_bytes(a->in_features, kind);
+    int64_t group_size = a->in_features / a->num_groups;
     const char *x = a->scratch + row * stride;
     const uint8_t *w = (const uint8_t *)a->weight + column * row_bytes;
     Group groups[4];
     Lanes sums[8];
     UNROLL for (int i = 0; i < rows * columns * chains; i++) sums[i] = (Lanes){0};
-    for (int64_t group = 0, k = 0; group < a->groups; group++) {
+    for (int64_t group = 0, k = 0; group < a->num_groups; group++) {
         UNROLL for (int c = 0; c < columns; c++) load_group(a, column + c, group, kind, form, groups + c);
-        for (int64_t end = (group + 1) * group_depth; k < end; k += STEP)
+        for (int64_t end = (group + 1) * group_size; k < end; k += STEP)
             UNROLL for (int c = 0; c < columns; c++) {
                 Lanes values[PARTS];
                 weights_at(w + c * row_bytes + code_bytes(k, kind), end - k, kind, groups + c, form, values);
@@ -173,7 +174,7 @@ INLINE void float_dot_kind(const LinearArguments *a, int64_t row, int64_t rows, 
     }
 }
 
-INLINE int form_of(const LinearArguments *a) { return a->weight_zero ? AFFINE : a->groups > 1 ? SCALED : PLAIN; }
+INLINE int form_of(const LinearArguments *a) { return a->weight_zero ? AFFINE : a->num_groups > 1 ? SCALED : PLAIN; }
 
 static void float_dot(const LinearArguments *a, int64_t row, int64_t rows, int64_t first, int64_t last, void *sums) {
     switch (a->weight_kind << 2 | form_of(a)) {
@@ -202,11 +203,11 @@ INLINE void float_pack_step(const LinearArguments *a, int64_t column, int64_t k,
     for (int i = 0; i < LANES; i++) {
         Lanes of_column[PARTS] = {0};
         int64_t n = column + i;
-        if (n < a->columns) {
+        if (n < a->out_features) {
             Group group;
-            load_group(a, n, k / (a->depth / a->groups), kind, form, &group);
-            const uint8_t *from = (const uint8_t *)a->weight + code_bytes(n * a->depth + k, kind);
-            weights_at(from, a->depth - k, kind, &group, form, of_column);
+            load_group(a, n, k / (a->in_features / a->num_groups), kind, form, &group);
+            const uint8_t *from = (const uint8_t *)a->weight + code_bytes(n * a->in_features + k, kind);
+            weights_at(from, a->in_features - k, kind, &group, form, of_column);
         }
         UNROLL for (int part = 0; part < PARTS; part++) values[part][i] = of_column[part];
     }

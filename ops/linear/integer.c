@@ -15,16 +15,16 @@ enum { WORD_CODES = 4 };
 static int quantize_row(const LinearArguments *a, int64_t row, float scale, float offset) {
     XCode *codes = (XCode *)(a->scratch + row * a->stride);
     i32x8 sums = {0}, nans = {0};
-    for (int64_t k = 0; k < a->depth; k += 8) {
+    for (int64_t k = 0; k < a->in_features; k += 8) {
         f32x8 x = x_at(a, row, k) / splat(scale) + splat(offset);
         i32x8 is_number = x == x;
         i32x8 whole = __builtin_convertvector(round_to_code(select_f32(is_number, x, splat(0.0f))), i32x8);
-        if (a->depth - k < 8) /* what padding gets from the offset is no code */
-            for (int64_t i = a->depth - k; i < 8; i++) whole[i] = 0, is_number[i] = -1;
+        if (a->in_features - k < 8) /* what padding gets from the offset is no code */
+            for (int64_t i = a->in_features - k; i < 8; i++) whole[i] = 0, is_number[i] = -1;
         sums += whole, nans |= ~is_number;
         for (int i = 0; i < 8; i++) codes[k + i] = (XCode)whole[i];
     }
-    int64_t end = (a->depth + 7) / 8 * 8;
+    int64_t end = (a->in_features + 7) / 8 * 8;
     memset(codes + end, 0, (size_t)(a->stride - end * (int64_t)sizeof(XCode)));
     int32_t sum = 0, has_nan = 0;
     for (int i = 0; i < 8; i++) sum += sums[i], has_nan |= nans[i];
@@ -48,7 +48,7 @@ static f32x8 integer_total(const LinearArguments *a, int64_t row, int64_t column
     memcpy(&total, sums, 32);
     if (WIDE) total -= 128u * (uint32_t)a->row_sum[row];
     if (a->quant_bias) {
-        int64_t left = a->columns - column;
+        int64_t left = a->out_features - column;
         u32x8 bias = {0};
         memcpy(&bias, (const int32_t *)a->quant_bias + column, left < 8 ? (size_t)(4 * left) : 32);
         total += bias;
@@ -94,21 +94,21 @@ INLINE int32_t sum_of_products(__m256i x) {
 #ifdef __AVX2__
 INLINE void integer_dot_tile(const LinearArguments *a, int64_t row, int64_t column, const int rows, const int columns,
                              int32_t *output) {
-    int64_t stride = a->stride, whole = a->depth / CHUNK * CHUNK;
+    int64_t stride = a->stride, whole = a->in_features / CHUNK * CHUNK;
     const char *x = a->scratch + row * stride;
-    const int8_t *w = (const int8_t *)a->weight + column * a->depth;
+    const int8_t *w = (const int8_t *)a->weight + column * a->in_features;
     Products sums[8];
     UNROLL for (int i = 0; i < rows * columns; i++) sums[i] = ZERO_PRODUCTS;
     for (int64_t k = 0; k < whole; k += CHUNK)
         UNROLL for (int c = 0; c < columns; c++) {
-            Products codes = load_weights(w + c * a->depth + k);
+            Products codes = load_weights(w + c * a->in_features + k);
             UNROLL for (int r = 0; r < rows; r++)
                 sums[r * columns + c] = multiply_add(sums[r * columns + c], (const XCode *)(x + r * stride) + k, codes);
         }
-    if (whole < a->depth)
+    if (whole < a->in_features)
         UNROLL for (int c = 0; c < columns; c++) {
             int8_t tail[CHUNK] = {0};
-            memcpy(tail, w + c * a->depth + whole, (size_t)(a->depth - whole));
+            memcpy(tail, w + c * a->in_features + whole, (size_t)(a->in_features - whole));
             UNROLL for (int r = 0; r < rows; r++)
                 sums[r * columns + c] =
                     multiply_add(sums[r * columns + c], (const XCode *)(x + r * stride) + whole, load_weights(tail));
@@ -123,9 +123,9 @@ INLINE void integer_dot_tile(const LinearArguments *a, int64_t row, int64_t colu
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < columns; c++) {
             const XCode *x = (const XCode *)(a->scratch + (row + r) * a->stride);
-            const int8_t *w = (const int8_t *)a->weight + (column + c) * a->depth;
+            const int8_t *w = (const int8_t *)a->weight + (column + c) * a->in_features;
             int32_t sum = 0;
-            for (int64_t k = 0; k < a->depth; k++) sum += x[k] * w[k];
+            for (int64_t k = 0; k < a->in_features; k++) sum += x[k] * w[k];
             output[r * DOT_GRAIN + c] = sum;
         }
 }
@@ -180,12 +180,12 @@ static void integer_pack(const LinearArguments *a, int64_t column, int64_t start
     for (int64_t k = 0; k < depth; k += CHUNK)
         for (int half = 0; half < 2; half++) {
             __m512i words[LANES];
-            int64_t left = a->depth - start - k;
+            int64_t left = a->in_features - start - k;
             __mmask64 present = left >= CHUNK ? ~0ull : (1ull << left) - 1;
             for (int i = 0; i < LANES; i++) {
                 int64_t n = column + LANES * half + i;
-                const int8_t *from = (const int8_t *)a->weight + n * a->depth + start + k;
-                __m512i codes = n < a->columns ? _mm512_maskz_loadu_epi8(present, from) : _mm512_setzero_si512();
+                const int8_t *from = (const int8_t *)a->weight + n * a->in_features + start + k;
+                __m512i codes = n < a->out_features ? _mm512_maskz_loadu_epi8(present, from) : _mm512_setzero_si512();
                 words[i] = _mm512_xor_si512(codes, _mm512_set1_epi8(-128));
             }
             transpose_words(words);
@@ -220,11 +220,11 @@ static void integer_pack(const LinearArguments *a, int64_t column, int64_t start
         for (int half = 0; half < 2; half++) {
             __m128i rows[8], a1[8], a2[8];
             for (int i = 0; i < 8; i++) {
-                int64_t n = column + 8 * half + i, count = a->depth - start - k;
-                const int8_t *from = (const int8_t *)a->weight + n * a->depth + start + k;
+                int64_t n = column + 8 * half + i, count = a->in_features - start - k;
+                const int8_t *from = (const int8_t *)a->weight + n * a->in_features + start + k;
                 int8_t tail[CHUNK] = {0};
-                if (n < a->columns && count < CHUNK) memcpy(tail, from, (size_t)count);
-                rows[i] = n < a->columns && count >= CHUNK ? _mm_loadu_si128((const __m128i *)from)
+                if (n < a->out_features && count < CHUNK) memcpy(tail, from, (size_t)count);
+                rows[i] = n < a->out_features && count >= CHUNK ? _mm_loadu_si128((const __m128i *)from)
                                                            : _mm_loadu_si128((const __m128i *)tail);
             }
             for (int i = 0; i < 8; i += 2) { /* transposed in units of two codes */

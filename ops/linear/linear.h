@@ -27,7 +27,8 @@ typedef struct {
     /* addresses; 0 for what is absent */
     int64_t x, weight, output, bias, quant_bias, weight_scale, weight_zero, input_scale, input_offset;
     /* element types, and for the rest numbers */
-    int64_t kind, weight_kind, scale_kind, bias_kind, rows, depth, columns, groups, scale_stride, threads;
+    int64_t kind, weight_kind, scale_kind, bias_kind, rows, in_features, out_features, num_groups;
+    int64_t scale_stride, threads;
     /* set in C: of each row of x its codes or floats, with zeros behind the last; its scale; the sum of its codes */
     char *scratch;
     int64_t stride;
@@ -72,14 +73,14 @@ static void store_any(int64_t address, int64_t index, f32x8 x, int64_t count, in
 
 /* A row of x as floats, `count` values from k on. */
 INLINE f32x8 x_at(const LinearArguments *a, int64_t row, int64_t k) {
-    return load_any(a->x, row * a->depth + k, a->depth - k, a->kind);
+    return load_any(a->x, row * a->in_features + k, a->in_features - k, a->kind);
 }
 
 /* max|x| / largest of a row, at least SMALLEST_SCALE of ops/shared/codes.py; NaN if the row has one. */
 static float dynamic_scale(const LinearArguments *a, int64_t row, float largest_code) {
     f32x8 largest = splat(0.0f);
     i32x8 is_nan = {0};
-    for (int64_t k = 0; k < a->depth; k += 8) {
+    for (int64_t k = 0; k < a->in_features; k += 8) {
         f32x8 x = x_at(a, row, k);
         is_nan |= x != x;
         largest = max_f32(largest, max_f32(x, -x));
@@ -91,7 +92,7 @@ static float dynamic_scale(const LinearArguments *a, int64_t row, float largest_
 }
 
 /* Whether weights are scaled as they are decoded, rather than sums. */
-INLINE int scales_weights(const LinearArguments *a) { return a->groups > 1 || a->weight_zero; }
+INLINE int scales_weights(const LinearArguments *a) { return a->num_groups > 1 || a->weight_zero; }
 
 /* Sums of one row times scales, with the bias: the float operations of the reference in its order. */
 static void finish(const LinearArguments *a, const LinearKernel *kernel, int64_t row, int64_t column, int64_t columns,
@@ -107,7 +108,7 @@ static void finish(const LinearArguments *a, const LinearKernel *kernel, int64_t
         }
         total = rounded_product(total, scale);
         if (a->bias) total += load_any(a->bias, column + c, left, a->bias_kind);
-        store_any(a->output, row * a->columns + column + c, total, count, a->kind);
+        store_any(a->output, row * a->out_features + column + c, total, count, a->kind);
     }
 }
 
@@ -119,8 +120,8 @@ typedef struct {
 /* `rows` rows from `row` times up to BLOCK_COLUMNS output channels from `column`. */
 static void gemm_block(const LinearArguments *a, const LinearKernel *kernel, int64_t row, int64_t rows, int64_t column,
                        LinearScratch *scratch) {
-    int64_t columns = a->columns - column < BLOCK_COLUMNS ? a->columns - column : BLOCK_COLUMNS;
-    int64_t unit = LANES * kernel->word_values, end = (a->depth + unit - 1) / unit * unit;
+    int64_t columns = a->out_features - column < BLOCK_COLUMNS ? a->out_features - column : BLOCK_COLUMNS;
+    int64_t unit = LANES * kernel->word_values, end = (a->in_features + unit - 1) / unit * unit;
     int64_t block_depth = BLOCK_DEPTH * kernel->word_values;
     memset(scratch->sums, 0, (size_t)(4 * BLOCK_COLUMNS * ((rows + ROW_TILE - 1) / ROW_TILE * ROW_TILE)));
     for (int64_t start = 0; start < end; start += block_depth) {
@@ -141,7 +142,7 @@ static void gemm_block(const LinearArguments *a, const LinearKernel *kernel, int
 /* All blocks of the output; 1 if there is no memory for scratch. */
 static int gemm(const LinearArguments *a, const LinearKernel *kernel, int threads) {
     int64_t row_blocks = (a->rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
-    int64_t column_blocks = (a->columns + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS;
+    int64_t column_blocks = (a->out_features + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS;
     int64_t block_rows = ((a->rows + row_blocks - 1) / row_blocks + ROW_TILE - 1) / ROW_TILE * ROW_TILE;
     int failed = 0;
     (void)threads; /* unused where the compiler has no OpenMP */
@@ -161,7 +162,7 @@ static int gemm(const LinearArguments *a, const LinearKernel *kernel, int thread
 }
 
 static void dot_columns(const LinearArguments *a, const LinearKernel *kernel, int64_t first) {
-    int64_t last = first + DOT_GRAIN < a->columns ? first + DOT_GRAIN : a->columns;
+    int64_t last = first + DOT_GRAIN < a->out_features ? first + DOT_GRAIN : a->out_features;
     char sums[4 * DOT_LIMIT * DOT_GRAIN];
     for (int64_t row = 0; row < a->rows; row += DOT_LIMIT) {
         int64_t rows = a->rows - row < DOT_LIMIT ? a->rows - row : DOT_LIMIT;
@@ -175,7 +176,7 @@ static void dot_columns(const LinearArguments *a, const LinearKernel *kernel, in
 static int linear(const LinearArguments *given, const LinearKernel *kernel) {
     LinearArguments arguments, *a = &arguments;
     memcpy(a, given, offsetof(LinearArguments, scratch));
-    int64_t padded_rows = a->rows + ROW_TILE - 1, bytes = a->depth * kernel->value_size;
+    int64_t padded_rows = a->rows + ROW_TILE - 1, bytes = a->in_features * kernel->value_size;
     /* an odd multiple of 64 bytes keeps the rows out of each other's cache sets; a unit of packing takes up to 64 values */
     a->stride = (bytes + 64 * kernel->value_size - 1) / 64 / kernel->value_size * 64 * kernel->value_size;
     if (a->rows > 1 && a->stride / 64 % 2 == 0) a->stride += 64;
@@ -184,8 +185,8 @@ static int linear(const LinearArguments *given, const LinearKernel *kernel) {
     a->scratch = memory + (64 - (uintptr_t)memory % 64) % 64;
     a->row_scale = (float *)(a->scratch + padded_rows * a->stride);
     a->row_sum = (int32_t *)(a->row_scale + padded_rows);
-    int threads = a->rows * a->depth * a->columns < SMALL ? 1 : (int)a->threads, failed = 0;
-    int preparing = a->rows * a->depth < SMALL_X ? 1 : threads;
+    int threads = a->rows * a->in_features * a->out_features < SMALL ? 1 : (int)a->threads, failed = 0;
+    int preparing = a->rows * a->in_features < SMALL_X ? 1 : threads;
     (void)threads, (void)preparing;
 #pragma omp parallel for num_threads(preparing) if (preparing > 1) schedule(static)
     for (int64_t row = 0; row < a->rows; row++) kernel->prepare(a, row);
@@ -193,7 +194,7 @@ static int linear(const LinearArguments *given, const LinearKernel *kernel) {
         failed = gemm(a, kernel, threads);
     else {
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic, 1)
-        for (int64_t first = 0; first < a->columns; first += DOT_GRAIN) dot_columns(a, kernel, first);
+        for (int64_t first = 0; first < a->out_features; first += DOT_GRAIN) dot_columns(a, kernel, first);
     }
     free(memory);
     return failed;

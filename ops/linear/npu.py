@@ -14,18 +14,21 @@ LINEAR_WEIGHT_ONLY_NPU = npu_description(
     "npu_weight_quant_batchmatmul; int4 weights are packed anew once and kept twice"
 )
 LINEAR_FP8_NPU = "none: raises, Atlas A2 and A3 do not compute in fp8"
-LARGEST_MATMUL_WIDTH = 65535
+LARGEST_FEATURES = 65535
 """Limit of the dimensions of the weights (ascend-op-plugin docs: npu_quant_matmul, npu_weight_quant_batchmatmul)."""
 GROUP_STEP, INT4_PER_INT32 = 32, 8
 """Of npu_weight_quant_batchmatmul: sizes of groups are multiples of the one, int4 weights lie in int32."""
 _INT4_PACKS = WeakTensorKeyDictionary()
 
 
-def _check_matmul(name: str, x: torch.Tensor, columns: int, depth: int) -> None:
+def _check_matmul(name: str, x: torch.Tensor, out_features: int, in_features: int) -> None:
     """Raise ValueError where the dtype of x or the size of the weight is beyond the op."""
     require_npu_float("x", x)
-    if max(columns, depth) > LARGEST_MATMUL_WIDTH:
-        raise ValueError(f"{name} takes at most {LARGEST_MATMUL_WIDTH} columns, and the weight is {columns} x {depth}")
+    if max(out_features, in_features) > LARGEST_FEATURES:
+        raise ValueError(
+            f"{name} takes at most {LARGEST_FEATURES} input and output channels, and the weight is "
+            f"{out_features} x {in_features}"
+        )
 
 
 def linear_w8a8_npu(
@@ -56,13 +59,13 @@ def linear_w8a8_npu(
         RuntimeError: torch_npu cannot be imported.
     """
     check_devices(x, weight, input_scale, input_offset, quant_bias, deq_scale)
-    columns, depth = check_w8a8(x, weight, input_scale, input_offset, quant_bias, deq_scale)
-    _check_matmul("npu_quant_matmul", x, columns, depth)
-    shape = (*x.shape[:-1], columns)
+    out_features, in_features = check_w8a8(x, weight, input_scale, input_offset, quant_bias, deq_scale)
+    _check_matmul("npu_quant_matmul", x, out_features, in_features)
+    shape = (*x.shape[:-1], out_features)
     if x.numel() == 0:
         return x.new_empty(shape)
     npu = torch_npu_module()
-    rows = x.reshape(-1, depth).float()  # a float32 scale wants a float32 x (aclnnQuantize)
+    rows = x.reshape(-1, in_features).float()  # a float32 scale wants a float32 x (aclnnQuantize)
     codes = npu.npu_quantize(rows, input_scale, input_offset.to(torch.int32), torch.qint8, 1, True)
     return npu.npu_quant_matmul(codes, weight.t(), deq_scale, bias=quant_bias, output_dtype=x.dtype).view(shape)
 
@@ -89,13 +92,13 @@ def linear_w8a8_dynamic_npu(
         RuntimeError: torch_npu cannot be imported.
     """
     check_devices(x, weight, weight_scale, bias)
-    columns, depth = check_w8a8_dynamic(x, weight, weight_scale, bias)
-    _check_matmul("npu_quant_matmul", x, columns, depth)
-    shape = (*x.shape[:-1], columns)
+    out_features, in_features = check_w8a8_dynamic(x, weight, weight_scale, bias)
+    _check_matmul("npu_quant_matmul", x, out_features, in_features)
+    shape = (*x.shape[:-1], out_features)
     if x.numel() == 0:
         return x.new_empty(shape)
     npu = torch_npu_module()
-    codes, scale = npu.npu_dynamic_quant(x.reshape(-1, depth))
+    codes, scale = npu.npu_dynamic_quant(x.reshape(-1, in_features))
     output = npu.npu_quant_matmul(
         codes,
         weight.t(),
@@ -134,28 +137,29 @@ def linear_weight_only_npu(
         RuntimeError: torch_npu cannot be imported.
     """
     check_devices(x, weight, weight_scale, weight_zero, bias)
-    columns, depth, groups = check_weight_only(x, weight, weight_scale, weight_zero, bias)
-    _check_matmul("npu_weight_quant_batchmatmul", x, columns, depth)
-    if groups > 1 and depth // groups % GROUP_STEP:
+    out_features, in_features, num_groups = check_weight_only(x, weight, weight_scale, weight_zero, bias)
+    _check_matmul("npu_weight_quant_batchmatmul", x, out_features, in_features)
+    if num_groups > 1 and in_features // num_groups % GROUP_STEP:
         raise ValueError(
-            f"npu_weight_quant_batchmatmul takes groups of a multiple of {GROUP_STEP} channels, not {depth // groups}"
+            f"npu_weight_quant_batchmatmul takes groups of a multiple of {GROUP_STEP} channels, not "
+            f"{in_features // num_groups}"
         )
-    shape = (*x.shape[:-1], columns)
+    shape = (*x.shape[:-1], out_features)
     if x.numel() == 0:
         return x.new_empty(shape)
     parts = [weight_scale] if weight_zero is None else [weight_scale, -weight_zero]
     parts = [part.to(x.dtype).t() for part in parts]
     matrix = weight.t()
     if weight.dtype == torch.uint8:
-        is_transposed = groups == 1 or columns % INT4_PER_INT32 != 0  # what the document recommends
+        is_transposed = num_groups == 1 or out_features % INT4_PER_INT32 != 0  # what the document recommends
         matrix = _int4_pack(weight, is_transposed)
         parts = parts if is_transposed else [part.contiguous() for part in parts]
     output = torch_npu_module().npu_weight_quant_batchmatmul(
-        x.reshape(-1, depth).contiguous(),
+        x.reshape(-1, in_features).contiguous(),
         matrix,
         *parts,
         bias=None if bias is None else bias.to(torch.float16 if x.dtype == torch.float16 else torch.float32),
-        antiquant_group_size=0 if groups == 1 else depth // groups,
+        antiquant_group_size=0 if num_groups == 1 else in_features // num_groups,
     )
     return output.view(shape)
 

@@ -112,11 +112,11 @@ def linear_weight_only_reference(
     check_devices(x, weight, weight_scale, weight_zero, bias)
     check_weight_only(x, weight, weight_scale, weight_zero, bias)
     codes = from_codes(weight, WEIGHT_BLOCK, torch.float32)
-    columns, depth = codes.shape
+    out_features, in_features = codes.shape
     if weight_zero is not None:
-        codes = codes - expand_scale(weight_zero.float(), columns, depth)
-    values = codes * expand_scale(weight_scale.float(), columns, depth)
-    return _finished(x.float().reshape(-1, depth) @ values.T, bias, x)
+        codes = codes - expand_scale(weight_zero.float(), out_features, in_features)
+    values = codes * expand_scale(weight_scale.float(), out_features, in_features)
+    return _finished(x.float().reshape(-1, in_features) @ values.T, bias, x)
 
 
 def linear_fp8_reference(

@@ -70,12 +70,12 @@ def code_width(codes: torch.Tensor, bits: int = 4) -> int:
     Raises:
         ValueError: uint8, and no whole number of codes fits.
     """
-    columns = codes.shape[-1]
+    size = codes.shape[-1]
     if codes.dtype != torch.uint8:
-        return columns
-    if columns * 8 % (_checked_bits(bits) * WIDTH_STEPS[bits]):
-        raise ValueError(f"{columns} bytes are no row of int{bits} codes")
-    return columns * 8 // bits
+        return size
+    if size * 8 % (_checked_bits(bits) * WIDTH_STEPS[bits]):
+        raise ValueError(f"{size} bytes are no row of int{bits} codes")
+    return size * 8 // bits
 
 
 def _pack_fields(fields: torch.Tensor, bits: int) -> torch.Tensor:
@@ -97,19 +97,19 @@ def pack_indices(indices: torch.Tensor, bits: int, block: int) -> torch.Tensor:
     Raises:
         ValueError: bits other than 2, 3 and 4, or a block of a number of codes that cannot be packed.
     """
-    columns = stored_width(block, torch.uint8, bits)
+    block_bytes = stored_width(block, torch.uint8, bits)
     blocks = indices.to(torch.uint8).unflatten(-1, (indices.shape[-1] // block, block))
     if bits == 3:
         packed = torch.cat((_pack_fields(blocks & 3, 2), _pack_fields(blocks >> 2, 1)), dim=-1)
     else:
         packed = _pack_fields(blocks, bits)
-    return packed.reshape(*indices.shape[:-1], indices.shape[-1] // block * columns)
+    return packed.reshape(*indices.shape[:-1], indices.shape[-1] // block * block_bytes)
 
 
 def unpack_indices(packed: torch.Tensor, bits: int, block: int) -> torch.Tensor:
     """The inverse of `pack_indices`, as uint8 `[..., N]`."""
-    columns = stored_width(block, torch.uint8, bits)
-    blocks = packed.unflatten(-1, (packed.shape[-1] // columns, columns))
+    block_bytes = stored_width(block, torch.uint8, bits)
+    blocks = packed.unflatten(-1, (packed.shape[-1] // block_bytes, block_bytes))
     if bits == 3:
         low, high = blocks.split((block // 4, block // 8), dim=-1)
         indices = _unpack_fields(low, 2) | _unpack_fields(high, 1) << 2
@@ -219,12 +219,12 @@ def expand_scale(scale: torch.Tensor, tokens: int, width: int, token_group: int 
     Raises:
         ValueError: neither fits.
     """
-    rows, columns = (1, 1, *scale.shape)[-2:]
-    if width % columns or rows not in (1, -(-tokens // token_group)):
+    rows, num_groups = (1, 1, *scale.shape)[-2:]
+    if width % num_groups or rows not in (1, -(-tokens // token_group)):
         raise ValueError(
             f"a scale {tuple(scale.shape)} does not belong to {tokens} tokens in groups of {token_group} and "
             f"{width} channels"
         )
     if rows > 1 and token_group > 1:
         scale = scale.repeat_interleave(token_group, dim=-2)[..., :tokens, :]
-    return scale.repeat_interleave(width // columns, dim=-1) if 1 < columns < width else scale
+    return scale.repeat_interleave(width // num_groups, dim=-1) if 1 < num_groups < width else scale

@@ -69,12 +69,12 @@ def whole_storage(view: torch.Tensor) -> torch.Tensor | None:
     The ops of the NPU take no strided K and V, but the number of valid tokens: the storage goes to them whole, nothing
     is copied. None if the tensor is no such view and not contiguous itself.
     """
-    batch, groups, tokens, width = view.shape
-    capacity = view.stride(1) // width
-    strides = (groups * capacity * width, capacity * width, width, 1)
+    batch, kv_heads, tokens, head_dim = view.shape
+    capacity = view.stride(1) // head_dim
+    strides = (kv_heads * capacity * head_dim, capacity * head_dim, head_dim, 1)
     room = view.untyped_storage().nbytes() // view.element_size() - view.storage_offset()
     if capacity >= tokens and view.stride() == strides and batch * strides[0] <= room:
-        return view.as_strided((batch, groups, capacity, width), strides)
+        return view.as_strided((batch, kv_heads, capacity, head_dim), strides)
     return view if view.is_contiguous() else None
 
 
@@ -83,11 +83,11 @@ def is_static(scale: torch.Tensor, tokens: int) -> bool:
     return scale.dim() < 2 or tokens == 1 or scale.shape[-2] == 1
 
 
-def _static_columns(part: torch.Tensor, batch: int, heads: int, width: int) -> torch.Tensor:
+def _per_channel(part: torch.Tensor, batch: int, heads: int, head_dim: int) -> torch.Tensor:
     """A static scale or zero `[..., N, 1, W]` for each channel, as float32 `[batch * N * D]`."""
     part = part.float().reshape((1,) * (4 - part.dim()) + part.shape)
-    channels = part.repeat_interleave(width // part.shape[-1], dim=-1)
-    return channels.expand(batch, heads, 1, width).reshape(-1)
+    channels = part.repeat_interleave(head_dim // part.shape[-1], dim=-1)
+    return channels.expand(batch, heads, 1, head_dim).reshape(-1)
 
 
 def quantize_static(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
@@ -105,16 +105,16 @@ def quantize_static(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | N
     reciprocal. A float32 scale wants a float32 x (aclnnQuantize). Its zero points are integers, so ours, which need not
     be, are added to x first.
     """
-    batch, heads, _, width = x.shape
+    batch, heads, _, head_dim = x.shape
     parts = [scale] if zero is None else [scale, zero]
     by_sequence = any(part.dim() > 3 and part.shape[-4] > 1 for part in parts)
     order, inverse = ((2, 0, 1, 3), (1, 2, 0, 3)) if by_sequence else ((0, 2, 1, 3), (0, 2, 1, 3))
-    columns = [_static_columns(part, batch if by_sequence else 1, heads, width) for part in parts]
+    channels = [_per_channel(part, batch if by_sequence else 1, heads, head_dim) for part in parts]
     moved = x.permute(order).float()
-    rows = moved.reshape(-1, columns[0].numel())
+    rows = moved.reshape(-1, channels[0].numel())
     if zero is not None:
-        rows = rows + columns[0] * columns[1]
-    codes = torch_npu_module().npu_quantize(rows, columns[0], None, torch.qint8, 1, True)
+        rows = rows + channels[0] * channels[1]
+    codes = torch_npu_module().npu_quantize(rows, channels[0], None, torch.qint8, 1, True)
     return codes.view(moved.shape).permute(inverse)
 
 

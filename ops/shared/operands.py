@@ -50,7 +50,7 @@ def broadcast_strides(tensor: torch.Tensor, shape: tuple[int, ...]) -> tuple[int
 def part_strides(
     name: str, part: torch.Tensor, shape: tuple[int, int, int, int], token_group: int
 ) -> tuple[int, int, tuple[int, ...]]:
-    """A scale or zero of codes of shape `[B, G, S, D]`: its rows, its columns, and strides over B, G, rows and columns.
+    """A scale or zero of codes of shape `[B, G, S, D]`: its rows, groups of channels, and strides over B, G and both.
 
     Args:
         part: `[..., T, W]`; T is 1 or `ceil(S / token_group)`, W divides D.
@@ -58,18 +58,19 @@ def part_strides(
     Raises:
         ValueError: it does not belong to them.
     """
-    batch, groups, tokens, width = shape
+    batch, kv_heads, tokens, head_dim = shape
     sizes = part.shape
-    rows, columns = (1, 1, *sizes)[-2:]
+    rows, num_groups = (1, 1, *sizes)[-2:]
     if part.dtype not in VALUE_DTYPES:
         raise ValueError(f"{name} must be float32 or float16, not {dtype_name(part.dtype)}")
-    if columns < 1 or width % columns or (rows != 1 and rows != -(-tokens // token_group)):
+    if num_groups < 1 or head_dim % num_groups or (rows != 1 and rows != -(-tokens // token_group)):
         raise ValueError(
-            f"{name} {tuple(sizes)} does not belong to {tokens} tokens in groups of {token_group} and {width} channels"
+            f"{name} {tuple(sizes)} does not belong to {tokens} tokens in groups of {token_group} and {head_dim} "
+            f"channels"
         )
-    if rows == 1 and len(sizes) == 3 and sizes[0] == groups:  # what is static, quickly
-        return 1, columns, (0, part.stride(0), 0, part.stride(2) if columns > 1 else 0)
-    return rows, columns, broadcast_strides(part, (batch, groups, rows, columns))
+    if rows == 1 and len(sizes) == 3 and sizes[0] == kv_heads:  # what is static, quickly
+        return 1, num_groups, (0, part.stride(0), 0, part.stride(2) if num_groups > 1 else 0)
+    return rows, num_groups, broadcast_strides(part, (batch, kv_heads, rows, num_groups))
 
 
 def check_index(name: str, index: torch.Tensor, batch: int = 1) -> None:

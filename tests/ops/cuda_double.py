@@ -20,7 +20,9 @@ MODULES = (
     "octavo.ops.shared.triton_helpers",
     "octavo.ops.attention.cuda",
     "octavo.ops.codec.cuda",
+    "octavo.ops.codec.cuda_kernels",
     "octavo.ops.linear.cuda",
+    "octavo.ops.linear.cuda_kernels",
 )
 LANGUAGE = ("triton.language", "triton.language.standard")
 """Where Triton keeps functions of its language that are kernels themselves, as `tl.sum`."""

@@ -15,7 +15,7 @@ from octavo.ops.attention.reference import attention_lse_reference, attention_re
 from octavo.ops.codec.cuda import decode_cuda, encode_cuda, encode_token_cuda
 from octavo.ops.codec.npu import decode_npu, encode_npu, encode_token_npu
 from octavo.ops.codec.reference import decode_reference, encode_reference, encode_token_reference
-from octavo.ops.linear.arguments import LARGEST_DEPTH
+from octavo.ops.linear.arguments import LARGEST_IN_FEATURES
 from octavo.ops.linear.cuda import linear_fp8_cuda, linear_w8a8_cuda, linear_w8a8_dynamic_cuda, linear_weight_only_cuda
 from octavo.ops.linear.npu import linear_w8a8_dynamic_npu, linear_w8a8_npu, linear_weight_only_npu
 from octavo.ops.linear.reference import (
@@ -160,7 +160,10 @@ DECODE: list[Change] = [
 ]
 X, N = torch.randn(3, 64).half(), 8
 CODES, ONES = torch.zeros((N, 64), dtype=torch.int8), torch.ones(N)
-DEEP = {"x": torch.zeros(1, LARGEST_DEPTH + 1).half(), "weight": torch.zeros((N, LARGEST_DEPTH + 1), dtype=torch.int8)}
+DEEP = {
+    "x": torch.zeros(1, LARGEST_IN_FEATURES + 1).half(),
+    "weight": torch.zeros((N, LARGEST_IN_FEATURES + 1), dtype=torch.int8),
+}
 NO_CHANNELS = {"x": X[:, :0], "weight": CODES[:, :0]}
 BIAS: list[Change] = [
     (ValueError, "bias (7,) in float32 does not belong", {"bias": torch.ones(7)}),
@@ -398,12 +401,12 @@ def test_where_there_is_nothing_there_is_no_work(empty: str) -> None:
 
 
 def test_the_deepest_sums_of_products_of_codes_are_exact() -> None:
-    weight = torch.full((2, LARGEST_DEPTH), -128, dtype=torch.int8)
+    weight = torch.full((2, LARGEST_IN_FEATURES), -128, dtype=torch.int8)
     weight[1] = 127
     rest = torch.ones(1), torch.zeros(1), torch.zeros(2, dtype=torch.int32), torch.ones(2)
-    exact = torch.tensor([2**14 * LARGEST_DEPTH, -127 * 128 * LARGEST_DEPTH]).float()
+    exact = torch.tensor([2**14 * LARGEST_IN_FEATURES, -127 * 128 * LARGEST_IN_FEATURES]).float()
     for rows in (1, 5, 17):  # one, four at once, and in panels
-        assert (ops.linear_w8a8(torch.full((rows, LARGEST_DEPTH), -128.0), weight, *rest) == exact).all()
+        assert (ops.linear_w8a8(torch.full((rows, LARGEST_IN_FEATURES), -128.0), weight, *rest) == exact).all()
 
 
 @pytest.mark.parametrize("device", ["CPU", "reference", "CUDA"])

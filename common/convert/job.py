@@ -219,7 +219,7 @@ class Job:
         """Input channels and size of the groups of linears that cannot have those that were asked for."""
         for name in plan.linears:
             depth = self.source.model.get_submodule(name).in_features
-            group = depth // plan.linear.groups(depth)
+            group = depth // plan.linear.num_groups(depth)
             if plan.linear.group_size and group != plan.linear.group_size:
                 yield depth, group
 

@@ -67,7 +67,7 @@ def quantized_config(source: LayerwiseModel, plan: Plan) -> PreTrainedConfig:
     scales = {}
     for name in plan.linears:
         try:
-            groups = plan.linear.groups(modules[name].in_features)
+            groups = plan.linear.num_groups(modules[name].in_features)
         except OctavoError as error:
             raise OctavoError(
                 f"{name}: {error}; leave it in float by --disable_names, or give --group_size 0"

@@ -20,7 +20,8 @@ from ...ops.shared.registry import NAMESPACE
 from ..errors import OctavoError
 from .cache.views import FOLD, PositionTerms
 from .decoder import attention_modules, decoder_layers, linear_of, stated_decoder
-from .quantized_linear import FoldableLinear, QuantizedLinear
+from .foldable_linear import FoldableLinear
+from .quantized_linear import QuantizedLinear
 from .rotary import is_rotated, partial_rotary_factor
 from .schemes.kv_scheme import Scheme
 

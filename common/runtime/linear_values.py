@@ -52,6 +52,6 @@ def is_zero(offsets: torch.Tensor) -> bool:
 
 
 def are_deq_scales(stored: torch.Tensor) -> bool:
-    """Whether what `encode_deq_scale` of `linear.py` made are positive finite numbers of float32, and whole."""
+    """Whether what `encode_deq_scale` of `w8a8_linear.py` made are positive finite numbers of float32, and whole."""
     low, high = ends_of(stored)
     return low > 0 and high < (math.inf if stored.is_floating_point() else _FLOAT32_INF)

@@ -90,13 +90,13 @@ class InputObserver:
     one that comes is kept.
 
     Args:
-        keeps_moments: whether the mean of x x^T is worked out too, `[K, K]`.
+        keeps_hessian: whether the mean of x x^T is worked out too, `[K, K]`.
     """
 
-    def __init__(self, keeps_moments: bool = False) -> None:
+    def __init__(self, keeps_hessian: bool = False) -> None:
         self.count = 0
-        self._moments: torch.Tensor | None = None
-        self._keeps_moments = keeps_moments
+        self._hessian: torch.Tensor | None = None
+        self._keeps_hessian = keeps_hessian
         self._stride = 1
         self._rows: list[torch.Tensor] = []
         self._bytes = 0
@@ -111,10 +111,10 @@ class InputObserver:
         else:
             self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
             self._abs, self._squares = self._abs + sums[0], self._squares + sums[1]
-        if self._keeps_moments:
-            if self._moments is None:
-                self._moments = values.new_zeros(values.shape[1], values.shape[1])
-            self._moments.addmm_(values.T, values)
+        if self._keeps_hessian:
+            if self._hessian is None:
+                self._hessian = values.new_zeros(values.shape[1], values.shape[1])
+            self._hessian.addmm_(values.T, values)
         self._rows.append(values[-self.count % self._stride :: self._stride].clone())
         self._bytes += self._rows[-1].nbytes
         self.count += len(values)
@@ -126,8 +126,8 @@ class InputObserver:
     def inputs(self) -> LinearInputs:
         """What was found."""
         means = (self._abs / self.count).float(), (self._squares / self.count).float()
-        moments = None if self._moments is None else self._moments / self.count
-        return LinearInputs(self.low, self.high, *means, torch.cat(self._rows), moments)
+        hessian = None if self._hessian is None else self._hessian / self.count
+        return LinearInputs(self.low, self.high, *means, torch.cat(self._rows), hessian)
 
 
 class InputObservers:
@@ -135,11 +135,11 @@ class InputObservers:
 
     Args:
         linears: by name.
-        keeps_moments: see `InputObserver`.
+        keeps_hessian: see `InputObserver`.
     """
 
-    def __init__(self, linears: dict[str, nn.Module], keeps_moments: bool = False) -> None:
-        self._keeps_moments = keeps_moments
+    def __init__(self, linears: dict[str, nn.Module], keeps_hessian: bool = False) -> None:
+        self._keeps_hessian = keeps_hessian
         self._of: dict[str, InputObserver] = {}
         self._last: tuple[torch.Tensor | None, InputObserver | None] = (None, None)
         self._hooks = [
@@ -151,7 +151,7 @@ class InputObservers:
         if x is self._last[0]:
             self._of.setdefault(name, self._last[1])
             return
-        observer = self._of.setdefault(name, InputObserver(self._keeps_moments))
+        observer = self._of.setdefault(name, InputObserver(self._keeps_hessian))
         observer(x)
         self._last = (x, observer)
 

@@ -36,26 +36,26 @@ class ErrorFeedback:
     factor: torch.Tensor
 
 
-def error_feedback(moments: torch.Tensor) -> ErrorFeedback:
-    """The error feedback for inputs whose mean of x x^T is `moments`, float32 `[K, K]`, on their device.
+def error_feedback(hessian: torch.Tensor) -> ErrorFeedback:
+    """The error feedback for inputs whose mean of x x^T is `hessian`, float32 `[K, K]`, on their device.
 
     Channels that are always 0 pass on no error and take none.
 
     Raises:
         OctavoError: inputs are not finite.
     """
-    squares = moments.diagonal()
+    squares = hessian.diagonal()
     if not bool(torch.isfinite(squares).all()):
         raise OctavoError("GPTQ: inputs of a linear layer hold NaN or Inf in calibration")
     mean = float(squares.mean()) or 1.0
     order = squares.argsort(stable=True)
-    hessian = moments[order[:, None], order]
-    diagonal = hessian.diagonal()
+    ordered = hessian[order[:, None], order]
+    diagonal = ordered.diagonal()
     diagonal[diagonal == 0] = mean
     damping, added = DAMPING, 0.0
     while damping <= MOST_DAMPING:
         diagonal += (damping - added) * mean
-        factor, failed = torch.linalg.cholesky_ex(hessian)
+        factor, failed = torch.linalg.cholesky_ex(ordered)
         if not int(failed):
             return ErrorFeedback(order, factor)
         del factor
@@ -78,13 +78,13 @@ def gptq_codes(
         scale, zero: float32 `[N, G]`, of consecutive channels; the weight is `(code - zero) * scale`.
         to_code: rounds values in units of codes.
     """
-    depth = weight.shape[1]
-    group = feedback.order // (depth // scale.shape[1])
+    in_features = weight.shape[1]
+    group = feedback.order // (in_features // scale.shape[1])
     scales, zeros = scale.T[group], zero.T[group]  # [K, N], so that a column of the weight is contiguous
     errors = weight.T[feedback.order]  # those of columns that are rounded, and the others as they are
     codes = torch.empty_like(errors)
     factor = feedback.factor
-    for stop in range(depth, 0, -BLOCK):
+    for stop in range(in_features, 0, -BLOCK):
         start = max(0, stop - BLOCK)
         passed = factor[stop:, start:stop].T @ errors[stop:]
         for column in range(stop - 1, start - 1, -1):

@@ -35,8 +35,8 @@ def _least_squares_range(low: float, high: float, limit: float, histogram: torch
     """
     if limit == 0.0:
         return low, high
-    width = 2 * limit / len(histogram)
-    centers = torch.arange(len(histogram)) * width - limit + width / 2
+    bin_width = 2 * limit / len(histogram)
+    centers = torch.arange(len(histogram)) * bin_width - limit + bin_width / 2
 
     def clipping(bounds: torch.Tensor) -> torch.Tensor:
         beyond = (centers * bounds.sign()[:, None] - bounds.abs()[:, None]).clamp_min(0) * (bounds != 0)[:, None]

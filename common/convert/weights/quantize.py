@@ -10,8 +10,8 @@ from torch import nn
 
 from ....ops.linear.reference import WEIGHT_BLOCK
 from ...errors import OctavoError
-from ...runtime.quantized_linear import encode_deq_scale
 from ...runtime.schemes.linear_scheme import FP8_LABELS, W4A16, W8A8, LinearInputs, LinearScheme
+from ...runtime.w8a8_linear import encode_deq_scale
 from .input_range import coded_rows, input_range, static_input_scale
 from .weight_quantizer import ROWS, WeightQuantizer
 
@@ -19,28 +19,28 @@ from .weight_quantizer import ROWS, WeightQuantizer
 def _check_inputs(inputs: LinearInputs | None, scheme: LinearScheme) -> None:
     if inputs is None and scheme.needs_inputs:
         raise OctavoError(f"linear layers: {scheme.label} by {scheme.w_method} needs inputs from calibration")
-    if scheme.w_method == "GPTQ" and inputs.moments is None:
-        raise OctavoError("linear layers: GPTQ needs the mean of x x^T; observe inputs with keeps_moments")
+    if scheme.w_method == "GPTQ" and inputs.hessian is None:
+        raise OctavoError("linear layers: GPTQ needs the mean of x x^T; observe inputs with keeps_hessian")
 
 
 def _weight_parts(weight: torch.Tensor, inputs: LinearInputs | None, scheme: LinearScheme) -> dict[str, torch.Tensor]:
     """`weight` and its scales as on disk, on the CPU."""
     quantizer = WeightQuantizer(weight, inputs, scheme)
-    columns, depth = weight.shape
-    if scheme.label == W4A16 and depth % WEIGHT_BLOCK:
-        raise OctavoError(f"linear layers: W4A16 takes a multiple of {WEIGHT_BLOCK} input channels, not {depth}")
-    width = depth // 2 if quantizer.codes.dtype == torch.uint8 else depth
-    codes = torch.empty((columns, width), dtype=quantizer.codes.dtype)
-    scales, zeros = torch.empty((columns, quantizer.groups)), torch.empty((columns, quantizer.groups))
+    out_features, in_features = weight.shape
+    if scheme.label == W4A16 and in_features % WEIGHT_BLOCK:
+        raise OctavoError(f"linear layers: W4A16 takes a multiple of {WEIGHT_BLOCK} input channels, not {in_features}")
+    stored_features = in_features // 2 if quantizer.codes.dtype == torch.uint8 else in_features
+    codes = torch.empty((out_features, stored_features), dtype=quantizer.codes.dtype)
+    scales, zeros = (torch.empty((out_features, quantizer.num_groups)) for _ in range(2))
     for rows in quantizer.blocks():
         found, scales[rows], zeros[rows] = quantizer(quantizer.block(rows))
         codes[rows] = quantizer.codes.stored(found).cpu()
     parts = {"weight": codes, "weight_scale": scales[:1].clone() if scheme.per_tensor else scales}
     if scheme.label not in FP8_LABELS:
         parts["weight_offset"] = zeros
-    if quantizer.columns is not None:
-        parts["outlier_columns"] = quantizer.columns.to(torch.int32)
-        parts["outlier_weight"] = weight.detach()[:, quantizer.columns]
+    if quantizer.outliers is not None:
+        parts["outlier_columns"] = quantizer.outliers.to(torch.int32)
+        parts["outlier_weight"] = weight.detach()[:, quantizer.outliers]
     return parts
 
 
@@ -77,7 +77,7 @@ def quantize_linear(
         deq_scale_dtype: see `W8A8Linear`.
 
     Raises:
-        OctavoError: inputs, or their moments for GPTQ, are missing, or the layer has no number of channels that the
+        OctavoError: inputs, or their Hessian for GPTQ, are missing, or the layer has no number of channels that the
             scheme serves.
     """
     _check_inputs(inputs, scheme)
@@ -111,9 +111,9 @@ def output_error(weight: torch.Tensor, inputs: LinearInputs, scheme: LinearSchem
     if scheme.is_static:
         act_method = "histogram" if scheme.act_method == "mse" else scheme.act_method
         bounds = input_range(inputs, act_method, label=scheme.label)
-    if quantizer.columns is not None:
-        exact = exact - rows[:, quantizer.columns] @ weight[:, quantizer.columns].float().T  # they stay in float
-        rows = rows.index_fill(1, quantizer.columns, 0)
+    if quantizer.outliers is not None:
+        exact = exact - rows[:, quantizer.outliers] @ weight[:, quantizer.outliers].float().T  # they stay in float
+        rows = rows.index_fill(1, quantizer.outliers, 0)
     coded = coded_rows(rows, scheme.label, bounds)
     total = torch.zeros((), device=weight.device)
     for part in quantizer.blocks():

@@ -9,8 +9,8 @@ import torch
 
 from ....ops.linear.reference import WEIGHT_BLOCK
 from ....ops.shared.codes import INT8_MAX, INT8_MIN, SMALLEST_SCALE, expand_scale, pack_int4
-from ...runtime.quantized_linear import outlier_count
 from ...runtime.schemes.linear_scheme import FP8_LABELS, W4A16, W8A8_MIXED, LinearInputs, LinearScheme
+from ...runtime.w8a8_linear import outlier_count
 from .gptq import ErrorFeedback, error_feedback, gptq_codes
 from .input_range import FP8_MAX, to_fp8
 
@@ -103,20 +103,20 @@ class WeightQuantizer:
 
     def __init__(self, weight: torch.Tensor, inputs: LinearInputs | None, scheme: LinearScheme) -> None:
         self.codes = weight_codes(scheme)
-        self.groups = scheme.groups(weight.shape[1])
-        self.columns = outlier_columns(inputs).to(weight.device) if scheme.label == W8A8_MIXED else None
+        self.num_groups = scheme.num_groups(weight.shape[1])
+        self.outliers = outlier_columns(inputs).to(weight.device) if scheme.label == W8A8_MIXED else None
         self._weight = weight.detach()
         self._searches = scheme.w_method != "MinMax"
         self._importance = torch.ones(weight.shape[1], device=weight.device)
         if inputs is not None:
             self._importance = inputs.mean_square.to(weight.device).clamp_min(SMALLEST_SCALE)
-        self._importance = self._importance.view(self.groups, -1)
+        self._importance = self._importance.view(self.num_groups, -1)
         self._feedback: ErrorFeedback | None = None
         if scheme.w_method == "GPTQ":
-            moments = inputs.moments.to(weight.device)
-            if self.columns is not None:
-                moments = moments.index_fill(0, self.columns, 0).index_fill_(1, self.columns, 0)
-            self._feedback = error_feedback(moments)
+            hessian = inputs.hessian.to(weight.device)
+            if self.outliers is not None:
+                hessian = hessian.index_fill(0, self.outliers, 0).index_fill_(1, self.outliers, 0)
+            self._feedback = error_feedback(hessian)
         self._extent = self._tensor_extent() if scheme.per_tensor else None
 
     def blocks(self) -> list[slice]:
@@ -126,7 +126,7 @@ class WeightQuantizer:
     def block(self, rows: slice) -> torch.Tensor:
         """Rows of the weight in float32, but for outlier columns, which are 0."""
         block = self._weight[rows].float()
-        return block if self.columns is None else block.index_fill(1, self.columns, 0)
+        return block if self.outliers is None else block.index_fill(1, self.outliers, 0)
 
     def _best_clip(self, grouped: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
         clips = _CLIPS.to(grouped.device)
@@ -141,13 +141,13 @@ class WeightQuantizer:
             return torch.maximum(-low, high)
         errors = torch.zeros(len(_CLIPS))
         for rows in self.blocks():
-            grouped = self.block(rows).unflatten(1, (self.groups, -1))
+            grouped = self.block(rows).unflatten(1, (self.num_groups, -1))
             errors += _clip_errors(self.codes, grouped, self._importance, low, high).sum(dim=(1, 2, 3)).cpu()
         return torch.maximum(-low, high) * _CLIPS[int(errors.argmin())]
 
     def scale_and_zero(self, block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """float32 `[rows, G]` each."""
-        grouped = block.unflatten(1, (self.groups, -1))
+        grouped = block.unflatten(1, (self.num_groups, -1))
         if self._extent is not None:
             high = self._extent.expand(len(block), 1, 1)
             low = -high

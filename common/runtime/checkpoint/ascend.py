@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ...errors import OctavoError
-from ..quantized_linear import QUANTIZED_LINEARS
+from ..linear_kinds import QUANTIZED_LINEARS
 from ..schemes.kv_scheme import Scheme, load_scheme
 from ..schemes.linear_scheme import FP8, FP8_DYNAMIC, W4A16
 from ..static_scales import LayerScales, Scales

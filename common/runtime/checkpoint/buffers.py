@@ -8,10 +8,10 @@ from torch import nn
 
 from ...errors import OctavoError
 from ..decoder import Decoder, attention_modules, has_foldable_bias
+from ..linear_kinds import empty_linear
 from ..linear_values import are_offsets, are_scales
 from ..model_sizes import attention_sizes
 from ..norm_bias import add_norm_bias
-from ..quantized_linear import empty_linear
 from ..schemes.kv_scheme import Scheme
 from ..schemes.linear_scheme import WEIGHT_ONLY
 from ..static_scales import LayerScales, Scales
@@ -82,17 +82,19 @@ def _attach_linears(model: nn.Module, layout: Mapping[str, Any]) -> None:
         linear = _named_module(model, name)
         if not isinstance(linear, nn.Linear):
             raise OctavoError(f"{DESCRIPTION_FILE}: {name} is labelled {label} and is no linear layer; convert again")
-        columns, depth = linear.out_features, linear.in_features
-        rows, groups = scales.get(name, (columns, 1))
-        if (label not in WEIGHT_ONLY and groups > 1) or depth % groups:
-            raise OctavoError(f"{name}: {label} with {groups} scales for {depth} input channels; convert again")
+        out_features, in_features = linear.out_features, linear.in_features
+        rows, num_groups = scales.get(name, (out_features, 1))
+        if (label not in WEIGHT_ONLY and num_groups > 1) or in_features % num_groups:
+            raise OctavoError(
+                f"{name}: {label} with {num_groups} scales for {in_features} input channels; convert again"
+            )
         layer = empty_linear(
             label,
-            depth,
-            columns,
+            in_features,
+            out_features,
             linear.bias is not None or name in biases,
-            groups=groups,
-            per_tensor=rows == 1 < columns,
+            num_groups=num_groups,
+            per_tensor=rows == 1 < out_features,
             is_packed=name not in layout.get("unpacked", ()),
             deq_scale_dtype=SCALAR_DTYPES[layout.get("deq_scale", "F32")],
         )

@@ -69,17 +69,21 @@ class LinearScheme:
         """Whether the layers cannot be quantized without knowing their inputs."""
         return self.is_static or self.label == W8A8_MIXED or self.w_method == "GPTQ"
 
-    def groups(self, depth: int) -> int:
+    def num_groups(self, in_features: int) -> int:
         """How many groups the K input channels of a layer make.
 
         The group is the largest of a multiple of 32 channels that divides K and is no larger than `group_size`.
         """
         if not self.group_size:
             return 1
-        fitting = [size for size in range(SMALLEST_GROUP, self.group_size + 1, SMALLEST_GROUP) if depth % size == 0]
+        fitting = [
+            size for size in range(SMALLEST_GROUP, self.group_size + 1, SMALLEST_GROUP) if in_features % size == 0
+        ]
         if not fitting:
-            raise OctavoError(f"linear layers: {depth} input channels make no groups of a multiple of {SMALLEST_GROUP}")
-        return depth // fitting[-1]
+            raise OctavoError(
+                f"linear layers: {in_features} input channels make no groups of a multiple of {SMALLEST_GROUP}"
+            )
+        return in_features // fitting[-1]
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,8 @@ class LinearInputs:
         low, high: smallest and largest value of each channel over all tokens, float32 `[K]`.
         mean_abs, mean_square: means of |x| and x^2 of each channel over all tokens, float32 `[K]`.
         rows: inputs of some of the tokens, or all where they are few, float32 `[R, K]`.
-        moments: mean of x x^T over all tokens, float32 `[K, K]`, for "GPTQ"; None where it is not asked for.
+        hessian: mean of x x^T over all tokens, which is the Hessian of the squared error of an output but for a factor
+            of 2, float32 `[K, K]`, for "GPTQ"; None where it is not asked for.
     """
 
     low: torch.Tensor
@@ -98,7 +103,7 @@ class LinearInputs:
     mean_abs: torch.Tensor
     mean_square: torch.Tensor
     rows: torch.Tensor
-    moments: torch.Tensor | None = None
+    hessian: torch.Tensor | None = None
 
     @property
     def largest(self) -> torch.Tensor:
@@ -111,7 +116,7 @@ class LinearInputs:
         return replace(self, rows=self.rows[::step].clone())
 
     def transformed(self, scale: torch.Tensor, shift: torch.Tensor | None = None) -> "LinearInputs":
-        """What is seen once inputs are `(x - shift) / scale`, `[K]` each; means of the rows alone, and no moments."""
+        """What is seen once inputs are `(x - shift) / scale`, `[K]` each; means of the rows alone, and no Hessian."""
         shift = torch.zeros_like(scale) if shift is None else shift
         rows = (self.rows - shift) / scale
         mean_abs, mean_square = rows.abs().mean(dim=0), rows.square().mean(dim=0)

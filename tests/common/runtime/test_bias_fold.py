@@ -18,7 +18,9 @@ from octavo.common.runtime.bias_fold import FOLD, fold_biases
 from octavo.common.runtime.cache.quantized_cache import QuantizedCache
 from octavo.common.runtime.checkpoint.ascend import linear_layout
 from octavo.common.runtime.checkpoint.buffers import attach_buffers
-from octavo.common.runtime.quantized_linear import QUANTIZED_LINEARS, FoldableLinear, QuantizedLinear
+from octavo.common.runtime.foldable_linear import FoldableLinear
+from octavo.common.runtime.linear_kinds import QUANTIZED_LINEARS
+from octavo.common.runtime.quantized_linear import QuantizedLinear
 from octavo.common.runtime.schemes.kv_scheme import Scheme, load_scheme
 from octavo.common.runtime.schemes.linear_scheme import LinearScheme
 from octavo.common.runtime.static_scales import scales_of

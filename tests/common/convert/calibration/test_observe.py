@@ -35,15 +35,15 @@ def test_rows_are_kept_evenly_once_they_are_many(monkeypatch: pytest.MonkeyPatch
     assert observer.inputs().high.tolist() == [299.0, 299.0], "extremes are of all"
 
 
-def test_moments_are_of_all_tokens_and_kept_if_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hessians_are_of_all_tokens_and_kept_if_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(observe, "MOST_BYTES", 50 * 4 * 4)
-    observer, rows = InputObserver(keeps_moments=True), torch.randn(300, 4)
+    observer, rows = InputObserver(keeps_hessian=True), torch.randn(300, 4)
     for batch in rows.split(25):
         observer(batch)
-    torch.testing.assert_close(observer.inputs().moments, rows.T @ rows / 300)
+    torch.testing.assert_close(observer.inputs().hessian, rows.T @ rows / 300)
     plain = InputObserver()
     plain(rows)
-    assert plain.inputs().moments is None
+    assert plain.inputs().hessian is None
 
 
 def test_nan_is_kept() -> None:

@@ -47,9 +47,9 @@ def test_errors_of_outputs_are_lower_on_tokens_that_were_not_seen(scheme: Linear
 
 
 def test_it_is_rounding_where_channels_do_not_go_together() -> None:
-    depth = 160
-    x = torch.cat([torch.diag(0.5 + torch.rand(depth)), torch.zeros(3, depth)])
-    linear = nn.Linear(depth, 12)
+    in_features = 160
+    x = torch.cat([torch.diag(0.5 + torch.rand(in_features)), torch.zeros(3, in_features)])
+    linear = nn.Linear(in_features, 12)
     for scheme in SCHEMES:
         nearest, fed_back = (
             quantize_linear(
@@ -66,14 +66,14 @@ def test_it_is_what_the_paper_says_column_by_column(block: int, monkeypatch: pyt
     """Against the definition: after each column, the rest is the least squares answer to the errors so far."""
     monkeypatch.setattr(gptq, "BLOCK", block)
     torch.manual_seed(0)
-    depth, groups, x = 24, 3, correlated(24, 300).double()
-    weight = torch.randn(5, depth).double()
-    scale, zero = 0.2 + 0.2 * torch.rand(5, groups), torch.randint(-3, 4, (5, groups)).float()
-    scales, zeros = (part.repeat_interleave(depth // groups, dim=1) for part in (scale, zero))
+    in_features, num_groups, x = 24, 3, correlated(24, 300).double()
+    weight = torch.randn(5, in_features).double()
+    scale, zero = 0.2 + 0.2 * torch.rand(5, num_groups), torch.randint(-3, 4, (5, num_groups)).float()
+    scales, zeros = (part.repeat_interleave(in_features // num_groups, dim=1) for part in (scale, zero))
     hessian = x.T @ x / len(x)
     feedback = error_feedback(hessian.float())
     found = gptq_codes(weight.float(), feedback, scale, zero, to_int4)
-    hessian += 0.01 * hessian.diagonal().mean() * torch.eye(depth)
+    hessian += 0.01 * hessian.diagonal().mean() * torch.eye(in_features)
     left, expected = weight.clone(), torch.zeros_like(weight)
     rest = feedback.order.flip(0).tolist()
     while rest:
@@ -104,15 +104,15 @@ def test_channels_that_are_always_0_take_no_part() -> None:
 def test_it_is_deterministic_and_leaves_what_it_is_given() -> None:
     x, linear = correlated(300, 50), nn.Linear(300, 20)  # fewer rows than channels, and no multiple of a block
     before, inputs = linear.weight.detach().clone(), seen(x)
-    moments = inputs.moments.clone()
+    hessian = inputs.hessian.clone()
     scheme = LinearScheme(W8A16, w_method="GPTQ")
     first, second = (quantize_linear(linear, inputs, scheme) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert torch.equal(linear.weight, before) and torch.equal(inputs.moments, moments)
+    assert torch.equal(linear.weight, before) and torch.equal(inputs.hessian, hessian)
 
 
-def test_inputs_without_moments_are_refused() -> None:
-    inputs = replace(seen(torch.randn(9, 32)), moments=None)
+def test_inputs_without_a_hessian_are_refused() -> None:
+    inputs = replace(seen(torch.randn(9, 32)), hessian=None)
     with pytest.raises(OctavoError, match="needs the mean of x x"):
         quantize_linear(nn.Linear(32, 3), inputs, LinearScheme(W8A16, w_method="GPTQ"))
 

@@ -10,14 +10,7 @@ from torch import nn
 
 from octavo.common.convert.weights.quantize import output_error, quantize_linear
 from octavo.common.errors import OctavoError
-from octavo.common.runtime.quantized_linear import (
-    W8A8DynamicLinear,
-    W8A8Linear,
-    decode_deq_scale,
-    empty_linear,
-    encode_deq_scale,
-    outlier_count,
-)
+from octavo.common.runtime.linear_kinds import empty_linear
 from octavo.common.runtime.schemes.linear_scheme import (
     FP8,
     FP8_DYNAMIC,
@@ -30,6 +23,13 @@ from octavo.common.runtime.schemes.linear_scheme import (
     LinearInputs,
     LinearScheme,
 )
+from octavo.common.runtime.w8a8_linear import (
+    W8A8DynamicLinear,
+    W8A8Linear,
+    decode_deq_scale,
+    encode_deq_scale,
+    outlier_count,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,9 +39,9 @@ def seen(x: torch.Tensor, rows: int | None = None) -> LinearInputs:
     return LinearInputs(x.amin(0), x.amax(0), x.abs().mean(0), x.square().mean(0), x[:rows], x.T @ x / len(x))
 
 
-def within(low: float, high: float, depth: int) -> LinearInputs:
-    """Inputs of `depth` channels that lie between two values and reach them."""
-    x = torch.zeros(2, depth)
+def within(low: float, high: float, in_features: int) -> LinearInputs:
+    """Inputs of `in_features` channels that lie between two values and reach them."""
+    x = torch.zeros(2, in_features)
     x[0, 0], x[1, 0] = low, high
     return seen(x)
 
@@ -121,12 +121,12 @@ def test_deq_scale_as_msmodelslim_stores_it() -> None:
     assert encode_deq_scale(scale, torch.float32) is scale and decode_deq_scale(scale) is scale
 
 
-def correlated(depth: int, tokens: int = 400, seed: int = 0) -> torch.Tensor:
+def correlated(in_features: int, tokens: int = 400, seed: int = 0) -> torch.Tensor:
     """Inputs `[T, K]` whose channels go together and differ in size."""
     generator = torch.Generator().manual_seed(seed)
-    mixing = torch.eye(depth) + 0.2 * torch.randn(depth, depth, generator=generator)
-    sizes = 0.2 + 5 * torch.rand(depth, generator=generator) ** 4
-    return torch.randn(tokens, depth, generator=generator) @ mixing * sizes
+    mixing = torch.eye(in_features) + 0.2 * torch.randn(in_features, in_features, generator=generator)
+    sizes = 0.2 + 5 * torch.rand(in_features, generator=generator) ** 4
+    return torch.randn(tokens, in_features, generator=generator) @ mixing * sizes
 
 
 def every_scheme() -> list[LinearScheme]:
@@ -145,8 +145,8 @@ def name_of(scheme: LinearScheme) -> str:
 
 def layer_of(linear: nn.Linear, inputs: LinearInputs, scheme: LinearScheme) -> nn.Module:
     """The quantized layer, filled."""
-    groups = scheme.groups(linear.in_features)
-    options = {"groups": groups, "per_tensor": scheme.per_tensor}
+    num_groups = scheme.num_groups(linear.in_features)
+    options = {"num_groups": num_groups, "per_tensor": scheme.per_tensor}
     layer = empty_linear(scheme.label, linear.in_features, linear.out_features, linear.bias is not None, **options)
     layer.load_state_dict(quantize_linear(linear, inputs, scheme))
     layer.check("layer")
@@ -166,10 +166,10 @@ LARGEST_ERROR = {
 
 @pytest.mark.parametrize("method", ["MinMax", "MSE", "GPTQ"])
 @pytest.mark.parametrize("scheme", every_scheme(), ids=name_of)
-@pytest.mark.parametrize("depth", [96, 192])
-def test_the_error_that_is_foretold_is_that_of_the_layer(depth: int, scheme: LinearScheme, method: str) -> None:
+@pytest.mark.parametrize("in_features", [96, 192])
+def test_the_error_that_is_foretold_is_that_of_the_layer(in_features: int, scheme: LinearScheme, method: str) -> None:
     torch.manual_seed(0)
-    x, linear = correlated(depth), nn.Linear(depth, 48, bias=False)
+    x, linear = correlated(in_features), nn.Linear(in_features, 48, bias=False)
     scheme = LinearScheme(scheme.label, scheme.group_size, scheme.symmetric, scheme.per_tensor, method)
     with torch.no_grad():
         exact = linear(x)
@@ -221,12 +221,12 @@ def test_groups_zeros_and_searched_ranges_lower_the_error(label: str) -> None:
     assert error_of(searched, linear, x) < 0.9 * error_of(minmax, linear, x)
 
 
-@pytest.mark.parametrize(("depth", "groups"), [(96, 1), (576, 6), (4096, 32), (1536, 12), (160, 5)])
-def test_groups_divide_what_128_does_not(depth: int, groups: int) -> None:
+@pytest.mark.parametrize(("in_features", "num_groups"), [(96, 1), (576, 6), (4096, 32), (1536, 12), (160, 5)])
+def test_groups_divide_what_128_does_not(in_features: int, num_groups: int) -> None:
     scheme = LinearScheme(W4A16, 128, symmetric=False)
-    tensors = quantize_linear(nn.Linear(depth, 3), None, scheme)
-    assert tensors["weight_scale"].shape == tensors["weight_offset"].shape == (3, groups)
-    assert tensors["weight"].shape == (3, depth // 2) and tensors["weight"].dtype == torch.uint8
+    tensors = quantize_linear(nn.Linear(in_features, 3), None, scheme)
+    assert tensors["weight_scale"].shape == tensors["weight_offset"].shape == (3, num_groups)
+    assert tensors["weight"].shape == (3, in_features // 2) and tensors["weight"].dtype == torch.uint8
 
 
 def test_affine_codes_reach_the_ends_of_a_weight_and_hold_zero() -> None:
@@ -260,9 +260,9 @@ def test_fp8_scales(per_tensor: bool) -> None:
     assert tensors["weight"].dtype == torch.float8_e4m3fn and "weight_offset" not in tensors
 
 
-@pytest.mark.parametrize(("depth", "count"), [(8, 8), (64, 16), (1024, 16), (1025, 32), (4096, 64), (14336, 224)])
-def test_outlier_columns_are_told_by_the_depth(depth: int, count: int) -> None:
-    assert outlier_count(depth) == count
+@pytest.mark.parametrize(("in_features", "count"), [(8, 8), (64, 16), (1024, 16), (1025, 32), (4096, 64), (14336, 224)])
+def test_outlier_columns_are_told_by_in_features(in_features: int, count: int) -> None:
+    assert outlier_count(in_features) == count
 
 
 @pytest.mark.parametrize("method", ["MinMax", "GPTQ"])
@@ -272,10 +272,10 @@ def test_outliers_stay_in_float(method: str) -> None:
     worst = torch.tensor([5, 17, 40])
     x[:, worst] *= 100
     layer = layer_of(linear, seen(x), LinearScheme(W8A8_MIXED, w_method=method))
-    columns = layer.outlier_columns.long()
-    assert set(worst.tolist()) <= set(columns.tolist()) and columns.diff().gt(0).all()
-    assert not layer.weight[:, columns].any()
-    assert torch.equal(layer.outlier_weight, linear.weight.detach()[:, columns])
+    outliers = layer.outlier_columns.long()
+    assert set(worst.tolist()) <= set(outliers.tolist()) and outliers.diff().gt(0).all()
+    assert not layer.weight[:, outliers].any()
+    assert torch.equal(layer.outlier_weight, linear.weight.detach()[:, outliers])
     exact = linear(x)
     dynamic = layer_of(linear, seen(x), LinearScheme(W8A8_DYNAMIC))
     assert (layer(x) - exact).std() < 0.1 * (dynamic(x) - exact).std()

@@ -1,0 +1,91 @@
+"""Linear layers of float inputs and weights in int8 or int4."""
+
+from collections.abc import Iterator
+
+import torch
+
+from ...ops import linear_weight_only
+from ...ops.linear.reference import WEIGHT_BLOCK
+from ...ops.shared.codes import INT8_MAX, INT8_MIN, expand_scale, from_codes
+from .linear_values import are_offsets
+from .quantized_linear import QuantizedLinear
+from .schemes.linear_scheme import W4A16, W8A16
+
+
+class WeightOnlyLinear(QuantizedLinear):
+    """Float inputs times a weight in codes, `(code - weight_offset) * weight_scale`, per output channel or in groups.
+
+    Args:
+        in_features, out_features: K and N.
+        has_bias: whether there is one.
+        num_groups: how many the K channels make; 1 is per output channel.
+    """
+
+    CODES: tuple[int, int]
+    """The smallest and largest code, between which the zero point of a range with 0 in it lies."""
+
+    def __init__(self, in_features: int, out_features: int, has_bias: bool, num_groups: int = 1) -> None:
+        super().__init__(in_features, out_features, has_bias)
+        self._hold_weight(torch.int8, (out_features, num_groups))
+        self._has_zero: bool | None = None
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._has_zero = None
+
+    def _zero(self) -> torch.Tensor | None:
+        """`weight_offset`, or None if it is 0 throughout, which is found out once, and not where that would break."""
+        if self._has_zero is None and not (torch.compiler.is_compiling() or self.weight_offset.is_meta):
+            self._has_zero = bool((self.weight_offset != 0).any())
+        return None if self._has_zero is False else self.weight_offset
+
+    def _unsound(self) -> Iterator[tuple[str, str]]:
+        yield from super()._unsound()
+        if not are_offsets(self.weight_offset, self.CODES):
+            yield "weight_offset", f"is no whole number from {self.CODES[0]} to {self.CODES[1]} throughout"
+
+    def check(self, name: str) -> None:
+        """As of `QuantizedLinear`; whether there is an offset at all is found out here, once."""
+        super().check(name)
+        self._zero()
+
+    def float_weight(self) -> torch.Tensor:
+        """What the codes of the weight stand for, float32 `[N, K]`."""
+        shape = self.out_features, self.in_features
+        codes = from_codes(self.weight, WEIGHT_BLOCK, torch.float32)
+        return (codes - expand_scale(self.weight_offset, *shape)) * expand_scale(self.weight_scale, *shape)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., K] -> [..., N]`."""
+        return linear_weight_only(x, self.weight, self.weight_scale, self._zero(), self._added_bias())
+
+
+class W8A16Linear(WeightOnlyLinear):
+    """Weights in int8 `[N, K]`."""
+
+    LABEL = W8A16
+    CODES = (INT8_MIN, INT8_MAX)
+
+
+class W4A16Linear(WeightOnlyLinear):
+    """Weights in int4, packed as the ops want them in uint8 `[N, K / 2]`, or unpacked in int8 `[N, K]`.
+
+    Args:
+        in_features, out_features, has_bias, num_groups: as of `WeightOnlyLinear`.
+        is_packed: False for checkpoints that hold a code per byte.
+    """
+
+    LABEL = W4A16
+    CODES = (-8, 7)
+
+    def __init__(
+        self, in_features: int, out_features: int, has_bias: bool, num_groups: int = 1, is_packed: bool = True
+    ) -> None:
+        super().__init__(in_features, out_features, has_bias, num_groups)
+        if is_packed:
+            self._hold("weight", (out_features, in_features // 2), torch.uint8)
+
+    def _unsound(self) -> Iterator[tuple[str, str]]:
+        yield from super()._unsound()
+        if self.weight.dtype == torch.int8 and not are_offsets(self.weight, self.CODES):
+            yield "weight", f"holds codes beyond {self.CODES[0]} and {self.CODES[1]}, those of int4"

@@ -1,9 +1,8 @@
 """All versions of an op refuse the same arguments, in one line, and write nothing; none lets a number wrap."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
 
 import pytest
 import torch
@@ -16,20 +15,11 @@ from octavo.ops.codec.cuda import decode_cuda, encode_cuda, encode_token_cuda
 from octavo.ops.codec.npu import decode_npu, encode_npu, encode_token_npu
 from octavo.ops.codec.reference import decode_reference, encode_reference, encode_token_reference
 from octavo.ops.linear.arguments import LARGEST_IN_FEATURES
-from octavo.ops.linear.cuda import linear_fp8_cuda, linear_w8a8_cuda, linear_w8a8_dynamic_cuda, linear_weight_only_cuda
-from octavo.ops.linear.npu import linear_w8a8_dynamic_npu, linear_w8a8_npu, linear_weight_only_npu
-from octavo.ops.linear.reference import (
-    linear_fp8_reference,
-    linear_w8a8_dynamic_reference,
-    linear_w8a8_reference,
-    linear_weight_only_reference,
-)
 from octavo.ops.shared.triton_helpers import triton
 
 from .cuda_double import interpreted, needs_triton
+from .linear_arguments import LINEAR_OPS, Arguments, Change, OpCase
 
-Arguments = dict[str, Any]
-Change = tuple[type[Exception], str, Arguments]
 B, G, S, D, H = 2, 2, 6, 32, 4
 LARGEST, SMALLEST = 2**63 - 1, -(2**63)
 
@@ -158,81 +148,6 @@ DECODE: list[Change] = [
     (ValueError, "in groups of 4", {"scale": torch.ones(B, G, S, 1), "token_group": 4}),
     (ValueError, "all tensors must be on", {"scale": torch.ones(G, 1, D, device="meta")}),
 ]
-X, N = torch.randn(3, 64).half(), 8
-CODES, ONES = torch.zeros((N, 64), dtype=torch.int8), torch.ones(N)
-DEEP = {
-    "x": torch.zeros(1, LARGEST_IN_FEATURES + 1).half(),
-    "weight": torch.zeros((N, LARGEST_IN_FEATURES + 1), dtype=torch.int8),
-}
-NO_CHANNELS = {"x": X[:, :0], "weight": CODES[:, :0]}
-BIAS: list[Change] = [
-    (ValueError, "bias (7,) in float32 does not belong", {"bias": torch.ones(7)}),
-    (ValueError, "bias (8, 1) in float32 does not belong", {"bias": torch.ones(8, 1)}),
-    (ValueError, "bias (8,) in int64 does not belong", {"bias": torch.ones(8, dtype=torch.int64)}),
-]
-MATRIX: list[Change] = [
-    (ValueError, "do not go together", {"x": X[:, 1:]}),
-    (ValueError, "do not go together", {"x": X[0, 0]}),
-    (ValueError, "do not go together", {"x": X.int()}),
-    (ValueError, "do not go together", {"weight": CODES[0]}),
-    (ValueError, "do not go together", {"weight": CODES.long()}),
-    (ValueError, "do not go together", NO_CHANNELS),
-]
-
-
-def w8a8_arguments() -> Arguments:
-    return {
-        "x": X,
-        "weight": CODES,
-        "input_scale": torch.ones(1),
-        "input_offset": torch.zeros(1),
-        "quant_bias": torch.zeros(N, dtype=torch.int32),
-        "deq_scale": ONES,
-    }
-
-
-def w8a8_dynamic_arguments() -> Arguments:
-    return {"x": X, "weight": CODES, "weight_scale": ONES, "bias": None}
-
-
-def weight_only_arguments() -> Arguments:
-    return {"x": X, "weight": CODES, "weight_scale": ONES[:, None], "weight_zero": None, "bias": None}
-
-
-def fp8_arguments() -> Arguments:
-    return {"x": X, "weight": CODES.to(torch.float8_e4m3fn), "weight_scale": ONES, "input_scale": None, "bias": None}
-
-
-W8A8: list[Change] = [
-    *MATRIX,
-    (ValueError, "W8A8 adds up to 131071 products exactly", DEEP),
-    (ValueError, "quant_bias must be int32 [8]", {"quant_bias": ONES}),
-    (ValueError, "deq_scale must be float32 [8]", {"deq_scale": ONES[:, None]}),
-    (ValueError, "input_scale must be float32 [1]", {"input_scale": torch.ones(2)}),
-    (ValueError, "input_offset must be float32 [1]", {"input_offset": torch.zeros(0)}),
-    (ValueError, "all tensors must be on", {"deq_scale": torch.ones(N, device="meta")}),
-]
-W8A8_DYNAMIC: list[Change] = [
-    *MATRIX,
-    *BIAS,
-    (ValueError, "W8A8 adds up to 131071 products exactly", DEEP),
-    (ValueError, "weight_scale must be float32 [8]", {"weight_scale": ONES.half()}),
-]
-WEIGHT_ONLY: list[Change] = [
-    *MATRIX,
-    *BIAS,
-    (ValueError, "weight_scale (8,) in float32 does not belong", {"weight_scale": ONES}),
-    (ValueError, "weight_scale (8, 0) in float32 does not belong", {"weight_scale": torch.ones(N, 0)}),
-    (ValueError, "weight_scale (8, 3) in float32 does not belong", {"weight_scale": torch.ones(N, 3)}),
-    (ValueError, "weight_zero (8, 2) in float32 must be", {"weight_zero": torch.ones(N, 2)}),
-    (ValueError, "weight_zero (8, 1) in int32 must be", {"weight_zero": torch.ones((N, 1), dtype=torch.int32)}),
-]
-FP8: list[Change] = [
-    *[change for change in MATRIX if change[2] is not NO_CHANNELS],
-    *BIAS,
-    (ValueError, "weight_scale must be float32 [8]", {"weight_scale": ONES[1:]}),
-    (ValueError, "input_scale must be float32 [1]", {"input_scale": ONES}),
-]
 
 
 @contextmanager
@@ -243,7 +158,7 @@ def on_gpu() -> Iterator[None]:
         yield
 
 
-OPS: dict[str, tuple[Callable[[], Arguments], list[Change], tuple[Callable | None, ...]]] = {
+OPS: dict[str, OpCase] = {
     "attention": (attention_arguments, ATTENTION, (ops.attention, attention_reference, attention_cuda, attention_npu)),
     "attention_lse": (
         attention_arguments,
@@ -257,22 +172,7 @@ OPS: dict[str, tuple[Callable[[], Arguments], list[Change], tuple[Callable | Non
         (ops.encode_token, encode_token_reference, encode_token_cuda, encode_token_npu),
     ),
     "decode": (decode_arguments, DECODE, (ops.decode, decode_reference, decode_cuda, decode_npu)),
-    "linear_w8a8": (
-        w8a8_arguments,
-        W8A8,
-        (ops.linear_w8a8, linear_w8a8_reference, linear_w8a8_cuda, linear_w8a8_npu),
-    ),
-    "linear_w8a8_dynamic": (
-        w8a8_dynamic_arguments,
-        W8A8_DYNAMIC,
-        (ops.linear_w8a8_dynamic, linear_w8a8_dynamic_reference, linear_w8a8_dynamic_cuda, linear_w8a8_dynamic_npu),
-    ),
-    "linear_weight_only": (
-        weight_only_arguments,
-        WEIGHT_ONLY,
-        (ops.linear_weight_only, linear_weight_only_reference, linear_weight_only_cuda, linear_weight_only_npu),
-    ),
-    "linear_fp8": (fp8_arguments, FP8, (ops.linear_fp8, linear_fp8_reference, linear_fp8_cuda, None)),
+    **LINEAR_OPS,
 }
 DEVICES = ("CPU", "reference", "CUDA", "NPU")
 
@@ -410,10 +310,10 @@ def test_the_deepest_sums_of_products_of_codes_are_exact() -> None:
 
 
 @pytest.mark.parametrize("device", ["CPU", "reference", "CUDA"])
-@pytest.mark.parametrize("depth", [5, 64, 1100])
-def test_what_is_no_number_shows_in_its_row_of_static_w8a8(device: str, depth: int) -> None:
-    x, weight = torch.randn(20, depth), torch.randint(-128, 128, (3, depth), dtype=torch.int8)
-    x[1, depth - 1], x[18, 0], x[3, 1] = float("nan"), float("nan"), float("inf")
+@pytest.mark.parametrize("in_features", [5, 64, 1100])
+def test_what_is_no_number_shows_in_its_row_of_static_w8a8(device: str, in_features: int) -> None:
+    x, weight = torch.randn(20, in_features), torch.randint(-128, 128, (3, in_features), dtype=torch.int8)
+    x[1, in_features - 1], x[18, 0], x[3, 1] = float("nan"), float("nan"), float("inf")
     rest = torch.ones(1), torch.ones(1), torch.zeros(3, dtype=torch.int32), torch.ones(3)
     run = OPS["linear_w8a8"][2][DEVICES.index(device)]
     with on_gpu() if device == "CUDA" else nullcontext():

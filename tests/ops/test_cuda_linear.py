@@ -30,23 +30,24 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 ROWS, COLUMNS = st.sampled_from([1, 3, 16, 20, 70]), st.sampled_from([1, 17, 40, 130])
 
 
-def static_layer(depth: int, columns: int) -> tuple[torch.Tensor, ...]:
+def static_layer(in_features: int, out_features: int) -> tuple[torch.Tensor, ...]:
     """Random weight, input scale and offset, bias and dequantization scale of a layer."""
     return (
-        torch.randint(-128, 128, (columns, depth), dtype=torch.int8),
+        torch.randint(-128, 128, (out_features, in_features), dtype=torch.int8),
         torch.rand(1) * 0.05 + 0.005,
         torch.randint(-50, 50, (1,)).float(),
-        torch.randint(-10000, 10000, (columns,), dtype=torch.int32),
-        torch.rand(columns) * 0.01,
+        torch.randint(-10000, 10000, (out_features,), dtype=torch.int32),
+        torch.rand(out_features) * 0.01,
     )
 
 
-def packed_layer(depth: int, columns: int, groups: int, is_int4: bool, has_zero: bool) -> tuple:
+def packed_layer(in_features: int, out_features: int, num_groups: int, is_int4: bool, has_zero: bool) -> tuple:
     """Random weight, scale, zero and bias of a weight-only layer."""
-    codes = torch.randint(-8, 8, (columns, depth)) if is_int4 else torch.randint(-128, 128, (columns, depth))
+    low, high = (-8, 8) if is_int4 else (-128, 128)
+    codes = torch.randint(low, high, (out_features, in_features))
     weight = pack_int4(codes, WEIGHT_BLOCK) if is_int4 else codes.to(torch.int8)
-    zero = torch.randn(columns, groups) * 3 if has_zero else None
-    return weight, (torch.rand(columns, groups) + 0.5).half(), zero, torch.randn(columns)
+    zero = torch.randn(out_features, num_groups) * 3 if has_zero else None
+    return weight, (torch.rand(out_features, num_groups) + 0.5).half(), zero, torch.randn(out_features)
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -60,20 +61,20 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 @settings(max_examples=15, deadline=None)
 @given(
     rows=ROWS,
-    depth=st.sampled_from([16, 77, 256, 300]),
-    columns=COLUMNS,
+    in_features=st.sampled_from([16, 77, 256, 300]),
+    out_features=COLUMNS,
     dtype=st.sampled_from(FLOATS),
     is_static=st.booleans(),
     has_bias=st.booleans(),
     seed=st.integers(0, 1000),
 )
 def test_integer_sums_equal_the_reference(
-    rows: int, depth: int, columns: int, dtype: torch.dtype, is_static: bool, has_bias: bool, seed: int
+    rows: int, in_features: int, out_features: int, dtype: torch.dtype, is_static: bool, has_bias: bool, seed: int
 ) -> None:
     torch.manual_seed(seed)
-    x = torch.randn(rows, depth).to(dtype)
-    static = static_layer(depth, columns)
-    dynamic = (static[0], static[4], torch.randn(columns).to(dtype) if has_bias else None)
+    x = torch.randn(rows, in_features).to(dtype)
+    static = static_layer(in_features, out_features)
+    dynamic = (static[0], static[4], torch.randn(out_features).to(dtype) if has_bias else None)
     with interpreted():
         actual = linear_w8a8_cuda(x, *static) if is_static else linear_w8a8_dynamic_cuda(x, *dynamic)
     expected = linear_w8a8_reference(x, *static) if is_static else linear_w8a8_dynamic_reference(x, *dynamic)
@@ -85,18 +86,18 @@ def test_integer_sums_equal_the_reference(
 @given(
     rows=ROWS,
     shape=st.sampled_from([(64, 1), (64, 2), (256, 2), (256, 8), (96, 3), (384, 1)]),
-    columns=COLUMNS,
+    out_features=COLUMNS,
     dtype=st.sampled_from(FLOATS),
     is_int4=st.booleans(),
     has_zero=st.booleans(),
     seed=st.integers(0, 1000),
 )
 def test_float_times_codes_equals_the_reference(
-    rows: int, shape: tuple[int, int], columns: int, dtype: torch.dtype, is_int4: bool, has_zero: bool, seed: int
+    rows: int, shape: tuple[int, int], out_features: int, dtype: torch.dtype, is_int4: bool, has_zero: bool, seed: int
 ) -> None:
     torch.manual_seed(seed)
     x = torch.randn(shape[0], rows).T.to(dtype)  # strided
-    arguments = packed_layer(shape[0], columns, shape[1], is_int4, has_zero)
+    arguments = packed_layer(shape[0], out_features, shape[1], is_int4, has_zero)
     with interpreted():
         actual = linear_weight_only_cuda(x, *arguments)
     assert_close(actual, linear_weight_only_reference(x, *arguments))
@@ -106,8 +107,8 @@ def test_float_times_codes_equals_the_reference(
 @settings(max_examples=15, deadline=None)
 @given(
     rows=ROWS,
-    depth=st.sampled_from([16, 77, 256, 300]),
-    columns=COLUMNS,
+    in_features=st.sampled_from([16, 77, 256, 300]),
+    out_features=COLUMNS,
     dtype=st.sampled_from(FLOATS),
     is_static=st.booleans(),
     is_per_tensor=st.booleans(),
@@ -116,8 +117,8 @@ def test_float_times_codes_equals_the_reference(
 )
 def test_fp8_equals_the_reference(
     rows: int,
-    depth: int,
-    columns: int,
+    in_features: int,
+    out_features: int,
     dtype: torch.dtype,
     is_static: bool,
     is_per_tensor: bool,
@@ -125,9 +126,9 @@ def test_fp8_equals_the_reference(
     seed: int,
 ) -> None:
     torch.manual_seed(seed)
-    x, weight = torch.randn(rows, depth).to(dtype), torch.randn(columns, depth).to(torch.float8_e4m3fn)
-    scale = torch.rand(1 if is_per_tensor else columns) + 0.1
-    arguments = (weight, scale, torch.rand(1) * 0.1 + 0.01 if is_static else None, torch.randn(columns))
+    x, weight = torch.randn(rows, in_features).to(dtype), torch.randn(out_features, in_features).to(torch.float8_e4m3fn)
+    scale = torch.rand(1 if is_per_tensor else out_features) + 0.1
+    arguments = (weight, scale, torch.rand(1) * 0.1 + 0.01 if is_static else None, torch.randn(out_features))
     with interpreted(capability):
         actual = linear_fp8_cuda(x, *arguments)
     assert_close(actual, linear_fp8_reference(x, *arguments))
@@ -216,7 +217,9 @@ def test_on_a_gpu(rows: int, dtype: torch.dtype) -> None:
     )
     for op, reference, arguments in exact:
         assert torch.equal(op(x.cuda(), *on_gpu(arguments)).cpu(), reference(x, *arguments))
-    layers = [packed_layer(4096, 1030, groups, is_int4, True) for groups in (1, 32, 128) for is_int4 in (True, False)]
+    layers = [
+        packed_layer(4096, 1030, num_groups, is_int4, True) for num_groups in (1, 32, 128) for is_int4 in (True, False)
+    ]
     for arguments in layers:
         actual = linear_weight_only(x.cuda(), *on_gpu(arguments)).cpu()
         assert_close(actual, linear_weight_only_reference(x, *arguments))

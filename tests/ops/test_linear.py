@@ -21,29 +21,29 @@ from ..tolerances import TOLERANCES
 pytestmark = pytest.mark.usefixtures("build")
 
 
-def layer(depth: int, columns: int) -> tuple[torch.Tensor, ...]:
+def layer(in_features: int, out_features: int) -> tuple[torch.Tensor, ...]:
     """Random weight, input scale and offset, bias and dequantization scale of a layer."""
     return (
-        torch.randint(-128, 128, (columns, depth), dtype=torch.int8),
+        torch.randint(-128, 128, (out_features, in_features), dtype=torch.int8),
         torch.rand(1) * 0.05 + 0.005,
         torch.randint(-50, 50, (1,)).float(),
-        torch.randint(-10000, 10000, (columns,), dtype=torch.int32),
-        torch.rand(columns) * 0.01,
+        torch.randint(-10000, 10000, (out_features,), dtype=torch.int32),
+        torch.rand(out_features) * 0.01,
     )
 
 
 @settings(max_examples=80, deadline=None)
 @given(
     rows=st.sampled_from([1, 2, 3, 4, 5, 7, 12, 13, 20, 37, 100, 400]),
-    depth=st.sampled_from([1, 7, 16, 31, 64, 77, 250, 576, 1000]),
-    columns=st.sampled_from([1, 3, 16, 17, 64, 65, 130]),
+    in_features=st.sampled_from([1, 7, 16, 31, 64, 77, 250, 576, 1000]),
+    out_features=st.sampled_from([1, 3, 16, 17, 64, 65, 130]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     seed=st.integers(0, 1000),
 )
-def test_equals_the_reference(rows: int, depth: int, columns: int, dtype: torch.dtype, seed: int) -> None:
+def test_equals_the_reference(rows: int, in_features: int, out_features: int, dtype: torch.dtype, seed: int) -> None:
     torch.manual_seed(seed)
-    x = torch.randn(rows, depth).to(dtype)
-    arguments = layer(depth, columns)
+    x = torch.randn(rows, in_features).to(dtype)
+    arguments = layer(in_features, out_features)
     assert torch.equal(linear_w8a8(x, *arguments), linear_w8a8_reference(x, *arguments))
 
 
@@ -53,8 +53,8 @@ COLUMNS = st.sampled_from([1, 3, 16, 17, 33, 64, 65, 130])
 BIASES = st.sampled_from([None, *FLOAT_DTYPES])
 
 
-def bias_of(columns: int, dtype: torch.dtype | None) -> torch.Tensor | None:
-    return None if dtype is None else torch.randn(columns).to(dtype)
+def bias_of(out_features: int, dtype: torch.dtype | None) -> torch.Tensor | None:
+    return None if dtype is None else torch.randn(out_features).to(dtype)
 
 
 def assert_close(output: torch.Tensor, expected: torch.Tensor) -> None:
@@ -69,27 +69,27 @@ def assert_close(output: torch.Tensor, expected: torch.Tensor) -> None:
 @settings(max_examples=80, deadline=None)
 @given(
     rows=ROWS,
-    depth=st.sampled_from([1, 7, 16, 31, 64, 77, 250, 576, 1100]),
-    columns=COLUMNS,
+    in_features=st.sampled_from([1, 7, 16, 31, 64, 77, 250, 576, 1100]),
+    out_features=COLUMNS,
     dtype=st.sampled_from(FLOAT_DTYPES),
     bias=BIASES,
     seed=st.integers(0, 1000),
 )
 def test_dynamic_equals_the_reference(
-    rows: int, depth: int, columns: int, dtype: torch.dtype, bias: torch.dtype | None, seed: int
+    rows: int, in_features: int, out_features: int, dtype: torch.dtype, bias: torch.dtype | None, seed: int
 ) -> None:
     torch.manual_seed(seed)
-    x = (torch.randn(rows, depth) * torch.rand(rows, 1) * 10).to(dtype)
-    weight = torch.randint(-128, 128, (columns, depth), dtype=torch.int8)
-    arguments = (x, weight, torch.rand(columns) * 0.01, bias_of(columns, bias))
+    x = (torch.randn(rows, in_features) * torch.rand(rows, 1) * 10).to(dtype)
+    weight = torch.randint(-128, 128, (out_features, in_features), dtype=torch.int8)
+    arguments = (x, weight, torch.rand(out_features) * 0.01, bias_of(out_features, bias))
     assert torch.equal(linear_w8a8_dynamic(*arguments), linear_w8a8_dynamic_reference(*arguments))
 
 
 @settings(max_examples=100, deadline=None)
 @given(
     rows=ROWS,
-    depth=st.sampled_from([1, 7, 31, 32, 77, 96, 128, 320, 576, 1024]),
-    columns=COLUMNS,
+    in_features=st.sampled_from([1, 7, 31, 32, 77, 96, 128, 320, 576, 1024]),
+    out_features=COLUMNS,
     group=st.sampled_from([None, 32, 64, 128]),
     is_int4=st.booleans(),
     has_zero=st.booleans(),
@@ -100,8 +100,8 @@ def test_dynamic_equals_the_reference(
 )
 def test_weight_only_is_close_to_the_reference(
     rows: int,
-    depth: int,
-    columns: int,
+    in_features: int,
+    out_features: int,
     group: int | None,
     is_int4: bool,
     has_zero: bool,
@@ -111,22 +111,22 @@ def test_weight_only_is_close_to_the_reference(
     seed: int,
 ) -> None:
     torch.manual_seed(seed)
-    depth = -(-depth // 32) * 32 if is_int4 else depth
-    groups = 1 if group is None or depth % group else depth // group
-    weight = torch.randint(-128, 128, (columns, depth), dtype=torch.int8)
+    in_features = -(-in_features // 32) * 32 if is_int4 else in_features
+    num_groups = 1 if group is None or in_features % group else in_features // group
+    weight = torch.randint(-128, 128, (out_features, in_features), dtype=torch.int8)
     if is_int4:
         weight = pack_int4(weight >> 4, 32)
-    scale = (torch.rand(columns, groups) * 0.02 + 0.001).to(scale_dtype)
-    zero = (torch.randn(columns, groups) * (2 if is_int4 else 30)).to(scale_dtype) if has_zero else None
-    arguments = (torch.randn(rows, depth).to(dtype), weight, scale, zero, bias_of(columns, bias))
+    scale = (torch.rand(out_features, num_groups) * 0.02 + 0.001).to(scale_dtype)
+    zero = (torch.randn(out_features, num_groups) * (2 if is_int4 else 30)).to(scale_dtype) if has_zero else None
+    arguments = (torch.randn(rows, in_features).to(dtype), weight, scale, zero, bias_of(out_features, bias))
     assert_close(linear_weight_only(*arguments), linear_weight_only_reference(*arguments))
 
 
 @settings(max_examples=60, deadline=None)
 @given(
     rows=ROWS,
-    depth=st.sampled_from([1, 7, 31, 32, 77, 320, 1024]),
-    columns=COLUMNS,
+    in_features=st.sampled_from([1, 7, 31, 32, 77, 320, 1024]),
+    out_features=COLUMNS,
     is_static=st.booleans(),
     is_per_tensor=st.booleans(),
     dtype=st.sampled_from(FLOAT_DTYPES),
@@ -135,8 +135,8 @@ def test_weight_only_is_close_to_the_reference(
 )
 def test_fp8_is_close_to_the_reference(
     rows: int,
-    depth: int,
-    columns: int,
+    in_features: int,
+    out_features: int,
     is_static: bool,
     is_per_tensor: bool,
     dtype: torch.dtype,
@@ -144,11 +144,11 @@ def test_fp8_is_close_to_the_reference(
     seed: int,
 ) -> None:
     torch.manual_seed(seed)
-    weight = (torch.randn(columns, depth) * 10 ** torch.randn(columns, depth)).clamp(-448, 448)
-    scale = torch.rand(1 if is_per_tensor else columns) * 0.01 + 0.001
+    weight = (torch.randn(out_features, in_features) * 10 ** torch.randn(out_features, in_features)).clamp(-448, 448)
+    scale = torch.rand(1 if is_per_tensor else out_features) * 0.01 + 0.001
     input_scale = torch.rand(1) * 0.05 + 0.001 if is_static else None
-    x = torch.randn(rows, depth).to(dtype)
-    arguments = (x, weight.to(torch.float8_e4m3fn), scale, input_scale, bias_of(columns, bias))
+    x = torch.randn(rows, in_features).to(dtype)
+    arguments = (x, weight.to(torch.float8_e4m3fn), scale, input_scale, bias_of(out_features, bias))
     assert_close(linear_fp8(*arguments), linear_fp8_reference(*arguments))
 
 
@@ -192,12 +192,12 @@ def test_a_row_of_zeros_gives_the_bias() -> None:
 
 @pytest.mark.parametrize("rows", [1, 6, 40])
 def test_the_extreme_codes_do_not_saturate(rows: int) -> None:
-    depth, columns = 4096, 3
-    x = torch.full((rows, depth), -1e6)  # codes of -128
-    weight = torch.full((columns, depth), -128, dtype=torch.int8)
-    bias, scale = torch.zeros(columns, dtype=torch.int32), torch.ones(columns)
+    in_features, out_features = 4096, 3
+    x = torch.full((rows, in_features), -1e6)  # codes of -128
+    weight = torch.full((out_features, in_features), -128, dtype=torch.int8)
+    bias, scale = torch.zeros(out_features, dtype=torch.int32), torch.ones(out_features)
     output = linear_w8a8(x, weight, torch.ones(1), torch.zeros(1), bias, scale)
-    assert torch.equal(output, torch.full((rows, columns), 128.0 * 128 * depth))
+    assert torch.equal(output, torch.full((rows, out_features), 128.0 * 128 * in_features))
 
 
 def test_leading_dimensions_and_strides_are_kept() -> None:

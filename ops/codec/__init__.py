@@ -3,7 +3,7 @@
 import torch
 
 from ..shared.codes import code_width
-from ..shared.registry import define, implement
+from ..shared.registry import define_op, implement
 from .cpu import CODEC_KERNEL, decode_cpu, encode_cpu, encode_token_cpu
 from .cuda import CODEC_CUDA, decode_cuda, encode_cuda, encode_token_cuda
 from .npu import DECODE_NPU, ENCODE_NPU, ENCODE_TOKEN_NPU, decode_npu, encode_npu, encode_token_npu
@@ -25,23 +25,9 @@ def _decode_fake(
     return codes.new_empty((*codes.shape[:-1], code_width(codes, bits)), dtype=torch.float32)
 
 
-encode = define(
-    "encode(Tensor x, Tensor scale, Tensor? zero, Tensor(a!) codes, "
-    "Tensor? position=None, int bits=4, Tensor? levels=None) -> ()",
-    encode_reference,
-    _encode_fake,
-)
-encode_token = define(
-    "encode_token(Tensor x, Tensor(a!) codes, Tensor(b!) scale, Tensor(c!)? zero=None, "
-    "Tensor? position=None, int bits=4) -> ()",
-    encode_token_reference,
-    _encode_fake,
-)
-decode = define(
-    "decode(Tensor codes, Tensor? scale, Tensor? zero, int token_group=1, int bits=4, Tensor? levels=None) -> Tensor",
-    decode_reference,
-    _decode_fake,
-)
+encode = define_op("encode", encode_reference, _encode_fake, mutates=("codes",))
+encode_token = define_op("encode_token", encode_token_reference, _encode_fake, mutates=("codes", "scale", "zero"))
+decode = define_op("decode", decode_reference, _decode_fake)
 implement("encode", "CPU", encode_cpu, CODEC_KERNEL.description)
 implement("encode_token", "CPU", encode_token_cpu, CODEC_KERNEL.description)
 implement("decode", "CPU", decode_cpu, CODEC_KERNEL.description)

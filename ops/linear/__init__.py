@@ -2,7 +2,7 @@
 
 import torch
 
-from ..shared.registry import define, implement
+from ..shared.registry import define_op, implement
 from .cpu import (
     LINEAR_KERNEL,
     linear_fp8_cpu,
@@ -40,27 +40,10 @@ def _linear_fake(x: torch.Tensor, weight: torch.Tensor, *unused: object) -> torc
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-linear_w8a8 = define(
-    "linear_w8a8(Tensor x, Tensor weight, Tensor input_scale, Tensor input_offset, Tensor quant_bias, "
-    "Tensor deq_scale) -> Tensor",
-    linear_w8a8_reference,
-    _linear_fake,
-)
-linear_w8a8_dynamic = define(
-    "linear_w8a8_dynamic(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias) -> Tensor",
-    linear_w8a8_dynamic_reference,
-    _linear_fake,
-)
-linear_weight_only = define(
-    "linear_weight_only(Tensor x, Tensor weight, Tensor weight_scale, Tensor? weight_zero, Tensor? bias) -> Tensor",
-    linear_weight_only_reference,
-    _linear_fake,
-)
-linear_fp8 = define(
-    "linear_fp8(Tensor x, Tensor weight, Tensor weight_scale, Tensor? input_scale, Tensor? bias) -> Tensor",
-    linear_fp8_reference,
-    _linear_fake,
-)
+linear_w8a8 = define_op("linear_w8a8", linear_w8a8_reference, _linear_fake)
+linear_w8a8_dynamic = define_op("linear_w8a8_dynamic", linear_w8a8_dynamic_reference, _linear_fake)
+linear_weight_only = define_op("linear_weight_only", linear_weight_only_reference, _linear_fake)
+linear_fp8 = define_op("linear_fp8", linear_fp8_reference, _linear_fake)
 implement("linear_w8a8", "CPU", linear_w8a8_cpu, LINEAR_KERNEL.description)
 implement("linear_w8a8_dynamic", "CPU", linear_w8a8_dynamic_cpu, LINEAR_KERNEL.description)
 implement("linear_weight_only", "CPU", linear_weight_only_cpu, LINEAR_KERNEL.description)

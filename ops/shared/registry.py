@@ -4,6 +4,7 @@ Every op has one schema and one Python signature. Its `reference.py` is the sema
 kernel of every device that has no better one; a device file registers a faster kernel of the same signature.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ different versions live in one process."""
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 _KERNELS: dict[tuple[str, str], str | Callable[[], str]] = {}
+_SIGNATURES: dict[str, inspect.Signature] = {}
 
 
 def _is_defined(name: str) -> bool:
@@ -59,11 +61,28 @@ def define(schema: str, reference: Callable, fake: Callable) -> Callable:
     return getattr(getattr(torch.ops, NAMESPACE), name)
 
 
+def define_op(name: str, reference: Callable, fake: Callable, mutates: tuple[str, ...] = ()) -> Callable:
+    """Define an op by the signature of its reference, from which the schema follows; return the callable op.
+
+    Args:
+        mutates: names of the arguments that are written.
+    """
+    _SIGNATURES[name] = inspect.signature(reference)
+    schema = torch.library.infer_schema(reference, mutates_args=mutates)
+    return define(name + schema.replace("SymInt", "int"), reference, fake)  # in a graph, numbers are constants
+
+
 def implement(name: str, dispatch_key: str, kernel: Callable, description: str | Callable[[], str]) -> None:
     """Register a kernel for one device (`dispatch_key`: "CPU", "CUDA", "PrivateUse1"), or nothing if one is there.
 
     `description` is for `report`: a text, or a function that finds out, called when somebody asks.
+
+    Raises:
+        TypeError: the kernel is not of the signature of the reference, names and defaults included.
     """
+    signature = inspect.signature(kernel)
+    if _SIGNATURES.get(name, signature) != signature:
+        raise TypeError(f"{kernel.__name__} must be of the signature of {name}, {_SIGNATURES[name]}, not {signature}")
     qualified = f"{NAMESPACE}::{name}"
     if not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, dispatch_key):
         _LIBRARY.impl(name, kernel, dispatch_key)

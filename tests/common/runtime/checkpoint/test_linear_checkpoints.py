@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from octavo.common.architecture import stated_or_known
 from octavo.common.convert.output.shards import header_of
 from octavo.common.convert.weights.quantize import quantize_linear
 from octavo.common.errors import OctavoError
@@ -118,6 +119,7 @@ def test_a_checkpoint_comes_back(kind: str, scheme: LinearScheme, tmp_path: Path
     with torch.no_grad():
         found, plain = loaded(ids).logits, model(ids).logits
     by_hand = build()
+    stated_or_known(by_hand)
     attach_buffers(by_hand, load_scheme("float"), layout_of(tensors, labels))
     by_hand.load_state_dict(tensors)
     with torch.no_grad():

@@ -31,8 +31,8 @@ CONVERT = """
 import json, sys
 import torch
 from safetensors.torch import save_file
-from octavo.common.convert.output import bundle
-from octavo.common.convert.api import main
+from octavo.common import bundle
+from octavo.common.convert import main
 from octavo.models.llama3 import ARCHITECTURE
 assert bundle.__file__.startswith(sys.argv[1]), bundle.__file__
 torch.set_num_threads(1)
@@ -63,9 +63,8 @@ def old(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict
     jobs = [convert_flags(source, directories[name], *flags) for name, flags in FLAGS.items()]
     arguments = [str(root), json.dumps(random_ids(2, 90).tolist()), json.dumps(jobs), CACHE_NAME]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(
-        [sys.executable, "-c", CONVERT, *arguments], capture_output=True, text=True, env=environment, timeout=300
-    )
+    command = [sys.executable, "-c", CONVERT, *arguments]  # run where the octavo of today is not beside it
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root, timeout=300)
     assert done.returncode == 0, done.stderr
     yield directories
 

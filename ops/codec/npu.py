@@ -27,7 +27,7 @@ ENCODE_TOKEN_NPU = npu_description(
 DECODE_NPU = "reference (PyTorch); fp8 raises"
 
 
-def npu_supports_encode(
+def encode_npu_supports(
     x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, levels: torch.Tensor | None
 ) -> str | None:
     """None, or why npu_quantize does not make these codes."""
@@ -69,7 +69,7 @@ def encode_npu(
     if x.numel() == 0:
         return
     position = position_in_storage(position, x.shape[2], codes)
-    if fell_back("encode", "NPU", npu_supports_encode(x, scale, zero, levels)):
+    if fell_back("encode", "NPU", encode_npu_supports(x, scale, zero, levels)):
         encode_reference(x, scale, zero, codes, position, bits, levels)
         return
     new = quantize_static(x, scale, zero)
@@ -79,7 +79,7 @@ def encode_npu(
     write_tokens(codes, new, position)
 
 
-def npu_supports_encode_token(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> str | None:
+def encode_token_npu_supports(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> str | None:
     """None, or why npu_dynamic_quant does not make these codes."""
     if codes.dtype != torch.int8:
         return "npu_dynamic_quant does not pack 2 to 4 bits; take a scheme in int8"
@@ -123,7 +123,7 @@ def encode_token_npu(
     if x.numel() == 0:
         return
     position = position_in_storage(position, x.shape[2], codes)
-    if fell_back("encode_token", "NPU", npu_supports_encode_token(codes, scale, zero)):
+    if fell_back("encode_token", "NPU", encode_token_npu_supports(codes, scale, zero)):
         encode_token_reference(x, codes, scale, zero, position, bits)
         return
     rows = x.reshape(-1, x.shape[-1] // scale.shape[-1])
@@ -153,7 +153,7 @@ def _dynamic_codes(rows: torch.Tensor, affine: bool) -> tuple[torch.Tensor, torc
     )
 
 
-def npu_supports_decode() -> str:
+def decode_npu_supports() -> str:
     """Why no op of the NPU decodes."""
     return "npu_anti_quant writes float16 and bfloat16, and the values are float32"
 
@@ -172,5 +172,5 @@ def decode_npu(
         NotImplementedError: codes in fp8.
     """
     refuse_fp8(codes)
-    fell_back("decode", "NPU", npu_supports_decode())
+    fell_back("decode", "NPU", decode_npu_supports())
     return decode_reference(codes, scale, zero, token_group, bits, levels)

@@ -2,13 +2,16 @@
 
 Tensors, for decoder layer `i` (H query heads, G KV heads, D head_dim), all float32:
 
-    layers.{i}.{q,k}.max          [H or G, D]    largest |x| of each channel after RoPE
-    layers.{i}.{q,k}.radius       [H or G, D/2]  largest sqrt(x_d^2 + x_{d+D/2}^2) of each rotary pair
+    layers.{i}.{q,k}.radius       [H or G, D/2]  largest sqrt(x_d^2 + x_{d+D/2}^2) of each rotary pair; where
+                                                 RoPE turns R channels alone, [H or G, D - R/2]: those, and then the
+                                                 largest |x| of each other channel
     layers.{i}.v.{low,high}       [G, D]         smallest and largest x of each channel
     layers.{i}.k.folded.radius, layers.{i}.v.folded.{low,high}: the same without the bias of the projection, if any
     layers.{i}.k.before.{low,high}  [G, D]       ends of the codebook of each channel before RoPE (`codebooks.py`)
     layers.{i}.{k,v}.levels.{bits}  [2**bits]    codebooks (`codebooks.py`)
     linears.{name}.{low,high,mean_abs,mean_square}  [K]  of each input channel of a linear layer
+
+Files of earlier versions hold `layers.{i}.{q,k}.max`, too, which nothing is derived from.
 """
 
 from dataclasses import dataclass

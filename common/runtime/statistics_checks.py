@@ -16,7 +16,7 @@ _NAME = re.compile(
     r"v\.(?:folded\.)?(?:low|high)|(?P<before>k\.before)\.(?:low|high)|[kv]\.levels\.(?P<bits>[1-4])"
     r")|linears\..+\.(?P<input>low|high|mean_abs|mean_square)"
 )
-_NEEDED = ("q.max", "q.radius", "k.max", "k.radius", "v.low", "v.high")
+_NEEDED = ("q.radius", "k.radius", "v.low", "v.high")
 _NOT_NEGATIVE = ("max", "radius", "mean_abs", "mean_square")
 _WAY_OUT = "write the statistics again with --save_statistics"
 

@@ -66,7 +66,6 @@ class AttentionObserver:
     def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         """See `[1, H or G, S, D]` states after RoPE, of tokens from the first on."""
         for name, states in (("q", query), ("k", key)):
-            self._keep(f"{name}.max", states.abs())
             self._keep(f"{name}.radius", rotary_radius(states.float(), len(self._frequencies)))
         self._keep_range("v", value)
         if self._key_bias is not None:

@@ -118,7 +118,7 @@ def test_everything_is_found_and_can_be_saved(fitted: tuple[str, Statistics], tm
                 levels = back.tensors[f"layers.{layer}.{name}.levels.{bits}"]
                 assert levels.dtype == torch.float32 and levels.shape == (2**bits,)
                 assert (levels.diff() > 0).all() and levels.abs().amax() < 1.2
-    assert back.tensors["layers.0.q.max"].shape == (4, 16)
+    assert back.tensors["layers.0.q.radius"].shape == (4, 8)
 
 
 @pytest.mark.parametrize("name", MODELS)

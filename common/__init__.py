@@ -26,6 +26,8 @@ PUBLIC = {
     "Codec": "runtime.schemes.tensor_codec",
     "Statistics": "runtime.static_scales",
     "load_statistics": "runtime.static_scales",
+    "ConversionReport": "convert.report",
+    "ConvertRequest": "convert.request",
     "convert": "convert.api",
     "diagnose": "doctor.diagnosis",
 }

@@ -6,7 +6,6 @@ held-back texts through the quantized one. S tokens, E hidden size.
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -30,6 +29,7 @@ from .calibration.observe import (
     observing_attention,
 )
 from .calibration.streams import Stream, Texts
+from .measure.costs import Cost
 from .measure.fidelity import Comparison, Fidelity
 from .outliers.smooth import smooth_head, smooth_layer
 from .output.shards import SAFETENSORS_DTYPES, header_of
@@ -43,21 +43,6 @@ SEARCH_ROWS = 512
 PROBE_TOKENS = 512
 """Held-back tokens on which the cost of each linear and attention is measured."""
 ROWS_COPIED = 2**14
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What quantizing one linear or attention alone costs, measured.
-
-    Attributes:
-        name: of the module.
-        outliers: `max|x| / rms` of its input; None of an attention.
-        error: mean over tokens of `|difference|^2 / |output|^2` at the output of its decoder layer.
-    """
-
-    name: str
-    outliers: float | None
-    error: float
 
 
 class Conversion:

@@ -12,6 +12,7 @@ from ..runtime.schemes.kv_scheme import Scheme
 from ..runtime.schemes.linear_scheme import LinearScheme
 from .outliers.subgraphs import norm_subgraphs
 from .source.layerwise import LayerwiseModel
+from .spelling import named
 
 OFFSETS = "m2"
 """The treatment of outliers that shifts inputs."""
@@ -70,7 +71,7 @@ def quantized_config(source: LayerwiseModel, plan: Plan) -> PreTrainedConfig:
             groups = plan.linear.num_groups(modules[name].in_features)
         except OctavoError as error:
             raise OctavoError(
-                f"{name}: {error}; leave it in float by --disable_names, or give --group_size 0"
+                f"{name}: {error}; leave it in float by {named('float_linears')}, or give {named('group_size=0')}"
             ) from None
         if plan.linear.per_tensor or groups > 1:
             scales[name] = [1 if plan.linear.per_tensor else modules[name].out_features, groups]

@@ -90,7 +90,7 @@ def convert_quietly(architecture: Architecture, argv: list[str], is_sharded: boo
     """Run the conversion script in this process; its exit code. Sharded: gigabytes are a few KB."""
     with contextlib.ExitStack() as stack:
         if is_sharded:
-            stack.enter_context(mock.patch("octavo.common.convert.api.GIGABYTE", SHARD_BYTES))
+            stack.enter_context(mock.patch("octavo.common.convert.run.GIGABYTE", SHARD_BYTES))
         return main(architecture, argv)
 
 

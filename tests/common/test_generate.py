@@ -101,7 +101,7 @@ def test_a_missing_shard(
 
     from ..support import convert_flags
 
-    monkeypatch.setattr(convert, "GIGABYTE", 100_000)
+    monkeypatch.setattr("octavo.common.convert.run.GIGABYTE", 100_000)
     assert convert.main(ARCHITECTURE, convert_flags(source, tmp_path / "out", "--part_file_size", "1")) == 0
     shard = sorted((tmp_path / "out").glob("quant_model_weight_w8a8-0*"))[1]
     shard.unlink()

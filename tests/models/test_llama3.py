@@ -68,7 +68,7 @@ def variants(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     made = {}
     root = tmp_path_factory.mktemp("models with spaces")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conversion, "GIGABYTE", 100_000)
+        patch.setattr("octavo.common.convert.run.GIGABYTE", 100_000)
         for name, (changes, flags) in VARIANTS.items():
             dtype = getattr(torch, changes.get("dtype", "float32"))
             model = tiny_llama(**{k: v for k, v in changes.items() if k != "dtype"}).to(dtype)

@@ -10,6 +10,7 @@ import torch
 
 from ....ops.shared.resources import resource
 from ...errors import OctavoError, first_line
+from ..spelling import named
 
 TEXT_KEY = "inputs_pretokenized"
 _MARK = "\ufeff"
@@ -72,7 +73,7 @@ def read_calibration_file(file: str | Path) -> list[str]:
     Raises:
         OctavoError: the file cannot be read or holds no texts; a line or item is empty or broken, with its number.
     """
-    where = f"--calib_file {file}"
+    where = f"{named('calibration')} {file}"
     try:
         text = Path(file).read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -113,9 +114,9 @@ def tokenize(
                 f"the tokenizer does not encode calibration text {number} ({first_line(error)}): mend "
                 "tokenizer_config.json"
             ) from None
-        for flag, name in (("--input_ids_name", ids_name), ("--attention_mask_name", mask_name)):
+        for field, name in (("input_ids_name", ids_name), ("attention_mask_name", mask_name)):
             if name not in encoded:
-                raise OctavoError(f"{flag} {name}: the tokenizer returns {', '.join(encoded)}")
+                raise OctavoError(f"{named(field)} {name}: the tokenizer returns {', '.join(encoded)}")
         if not tokenizer(text, add_special_tokens=False)[ids_name]:
             raise OctavoError(
                 f"calibration text {number} ({text[:20]!r}) is shorter than a token; lengthen or remove it"

@@ -13,6 +13,7 @@ from ...errors import OctavoError
 from ...runtime.decoder import Decoder
 from ...runtime.model_sizes import kv_heads_of
 from ...runtime.schemes.linear_scheme import LinearInputs
+from ..spelling import named
 from .search import OutputError, Producer, Search, Site, Smoothing, awq, flex_smooth, smoothquant, suppress_outliers
 from .subgraphs import Subgraph, backwards, forwards, norm_subgraphs
 
@@ -133,7 +134,7 @@ def smooth_layer(
         OctavoError: the method is unknown, a module is missing or has no weight, or inputs are unknown or not finite.
     """
     if method not in SMOOTHINGS:
-        raise OctavoError(f"--anti_method {method}: is none of {', '.join(SMOOTHINGS)}")
+        raise OctavoError(f"{named('anti_method')} {method}: is none of {', '.join(SMOOTHINGS)}")
     subgraphs, choose = SMOOTHINGS[method]
     done = {}
     for subgraph in subgraphs(decoder):

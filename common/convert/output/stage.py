@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ...errors import OctavoError
+from ..spelling import named_without_dashes
 
 PROGRESS = ".progress"
 """Directory within a stage; it is removed from the output once that is in its place."""
@@ -47,6 +48,7 @@ def _digest_of_file(file: Path) -> str:
 def _change(name: str, before: Any, now: Any) -> str:
     """What differs, with both values where they are short."""
     values = ["unset" if value is None else str(value).strip("'") for value in (before, now)]
+    name = named_without_dashes(name)
     return name if max(map(len, values)) > LONGEST_VALUE else f"{name} ({values[0]} then, {values[1]} now)"
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ...errors import OctavoError
+from ..spelling import named
 from .stage import PROGRESS, Kept, Stage, is_made_by_us, read_record, remove_progress, sync
 
 LONGEST_FILE_NAME = 255
@@ -62,7 +63,8 @@ def _tidy(output: Path, where: str) -> None:
             remove_progress(output)
     elif record is not None:
         raise Kept(
-            f"{where}: is an interrupted conversion; move it to {stage_path(output)} and give --resume, or remove it"
+            f"{where}: is an interrupted conversion; move it to {stage_path(output)} and give {named('resume=True')}, "
+            "or remove it"
         )
 
 
@@ -140,7 +142,7 @@ def whole_directory(directory: Path, flag: str, job: dict[str, Any], resumes: bo
         raise
     except BaseException as error:
         if stage.step:
-            kept = f": what is finished is kept in {path}; give --resume to go on, or remove it"
+            kept = f": what is finished is kept in {path}; give {named('resume=True')} to go on, or remove it"
             if isinstance(error, KeyboardInterrupt):
                 raise KeyboardInterrupt(kept) from None
             raise OctavoError(f"{where}: stopped by {type(error).__name__} ({error}){kept}") from error
@@ -162,10 +164,12 @@ def _open(stage: Stage, place: Path, where: str, job: dict[str, Any], resumes: b
         if not any(stage.path.iterdir()):
             stage.path.rmdir()
         raise
-    found = stage.resume(job, "--resume" if resumes else where)
+    found = stage.resume(job, named("resume=True") if resumes else where)
     if not resumes and (found or stage.damage):
         damage = f", of which {stage.damage}" if stage.damage else ""
-        raise Kept(f"{where}: an interrupted conversion is in {stage.path}{damage}; give --resume, or remove it")
+        raise Kept(
+            f"{where}: an interrupted conversion is in {stage.path}{damage}; give {named('resume=True')}, or remove it"
+        )
     if not found:
         _empty(stage.path)
         stage.begin(job)

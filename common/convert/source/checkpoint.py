@@ -24,11 +24,11 @@ from ...runtime.decoder import state_decoder
 from ...runtime.model_sizes import MOST_SIZE
 from ..output.shards import TensorFiles
 from ..output.writer import LONGEST_FILE_NAME
+from ..spelling import named
 from .config import LOAD_ERRORS, load_source_config
 from .layerwise import LayerwiseModel
 
 PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
-_TRUST = "; it has code of its own, which --trust_remote_code lets run"
 CODE_PATTERNS = ("*.py", "*.tiktoken")
 """What a tokenizer with code of its own needs besides."""
 ADAPTER_FILE = "adapter_config.json"
@@ -49,36 +49,36 @@ def find_source(model_path: str, with_code: bool = False) -> Path:
     try:
         is_directory, is_there = Path(model_path).is_dir(), Path(model_path).exists()
     except OSError as error:  # a name that is too long
-        raise OctavoError(f"--model_path {model_path[:40]}...: no such directory ({error.strerror})") from None
+        raise OctavoError(f"{named('model')} {model_path[:40]}...: no such directory ({error.strerror})") from None
     if is_directory:
         return Path(model_path)
     if is_there:
-        raise OctavoError(f"--model_path {model_path}: is a file; give the directory that holds config.json")
+        raise OctavoError(f"{named('model')} {model_path}: is a file; give the directory that holds config.json")
     if model_path.count("/") > 1 or model_path.startswith((".", "/", "~")):
-        raise OctavoError(f"--model_path {model_path}: no such directory")
+        raise OctavoError(f"{named('model')} {model_path}: no such directory")
     try:
         patterns = [*PATTERNS, *(CODE_PATTERNS if with_code else ())]
         return Path(snapshot_download(model_path, allow_patterns=patterns))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise OctavoError(
-            f"--model_path {model_path}: no such directory, and no hub model ({first_line(error)})"
+            f"{named('model')} {model_path}: no such directory, and no hub model ({first_line(error)})"
         ) from None
 
 
 def _weight_file(directory: Path) -> Path:
     """What transformers opens first: the file that config.json names, the single one, or the index, in this order."""
     file = directory / "config.json"
-    named = read_json(file).get("transformers_weights") if file.is_file() else None
-    if named is not None:
-        if not isinstance(named, str) or not named.endswith((".safetensors", ".safetensors.index.json")):
-            raise OctavoError(f"{file}: transformers_weights is {named!r}, which names no safetensors file; remove it")
-        return _inside(directory, named, file)
+    given = read_json(file).get("transformers_weights") if file.is_file() else None
+    if given is not None:
+        if not isinstance(given, str) or not given.endswith((".safetensors", ".safetensors.index.json")):
+            raise OctavoError(f"{file}: transformers_weights is {given!r}, which names no safetensors file; remove it")
+        return _inside(directory, given, file)
     single, index = directory / SAFE_WEIGHTS_NAME, directory / SAFE_WEIGHTS_INDEX_NAME
     if not (single.is_file() or index.is_file()):
         others = sorted(found.name for found in directory.glob("*.safetensors"))
         there = f" ({others[0]} is none of them)" if others else ""
         raise OctavoError(
-            f"--model_path {directory}: holds no model*.safetensors that transformers reads, {single.name} or "
+            f"{named('model')} {directory}: holds no model*.safetensors that transformers reads, {single.name} or "
             f"{index.name}{there}; save the model as safetensors first"
         )
     return single if single.is_file() else index
@@ -96,12 +96,12 @@ def _check_alone(directory: Path) -> None:
     """Raise an `OctavoError` if there is what transformers loads in the place of the weights, or on top of them."""
     if (directory / ADAPTER_FILE).is_file():
         raise OctavoError(
-            f"--model_path {directory}: {ADAPTER_FILE} adds an adapter to the weights; merge it first, or remove it"
+            f"{named('model')} {directory}: {ADAPTER_FILE} adds an adapter to the weights; merge it first, or remove it"
         )
     shards = [file.name for file in directory.iterdir() if _DISTRIBUTED.match(file.name)]
     if shards:
         raise OctavoError(
-            f"--model_path {directory}: {shards[0]} is part of a distributed checkpoint, which transformers reads "
+            f"{named('model')} {directory}: {shards[0]} is part of a distributed checkpoint, which transformers reads "
             "before any other; save the model whole first, or remove it"
         )
 
@@ -124,7 +124,7 @@ def source_files(directory: Path) -> list[Path]:
         files = [_inside(directory, name, first) for name in sorted(set(names))]
     for file in files:
         if not file.is_file():
-            raise OctavoError(f"--model_path {directory}: {file.name} is missing; copy the checkpoint again")
+            raise OctavoError(f"{named('model')} {directory}: {file.name} is missing; copy the checkpoint again")
     return files
 
 
@@ -138,7 +138,7 @@ def read_source_headers(directory: Path) -> dict[str, TensorHeader]:
     for name, header in headers.items():
         if header.dtype not in FLOAT_DTYPES:
             raise OctavoError(
-                f"--model_path {directory}: {name} is {header.dtype}; give a checkpoint in fp32, fp16 or bf16"
+                f"{named('model')} {directory}: {name} is {header.dtype}; give a checkpoint in fp32, fp16 or bf16"
             )
     return headers
 
@@ -153,7 +153,7 @@ def _device_map(device: str) -> str | None:
 def _check_spread(model: nn.Module, directory: Path) -> None:
     """Raise an `OctavoError` if accelerate left a part outside of the devices, where nothing is differentiated."""
     if {"cpu", "disk"} & set(map(str, model.hf_device_map.values())):
-        raise OctavoError(f"--model_path {directory}: does not fit on the devices as a whole, which codebooks need")
+        raise OctavoError(f"{named('model')} {directory}: does not fit on the devices as a whole, which codebooks need")
 
 
 def load_source(directory: Path, device: str, architecture: Architecture | None = None) -> nn.Module:
@@ -176,18 +176,18 @@ def load_source(directory: Path, device: str, architecture: Architecture | None 
             output_loading_info=True,
         )
     except LOAD_ERRORS as error:
-        raise OctavoError(f"--model_path {directory}: cannot be loaded ({first_line(error)})") from None
+        raise OctavoError(f"{named('model')} {directory}: cannot be loaded ({first_line(error)})") from None
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:
             first = sorted(map(str, info[problem]))[0]
             raise OctavoError(
-                f"--model_path {directory}: {problem.replace('_', ' ')}: {first}; the checkpoint is not whole"
+                f"{named('model')} {directory}: {problem.replace('_', ' ')}: {first}; the checkpoint is not whole"
             )
     if device_map:
         _check_spread(model, directory)
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
-            raise OctavoError(f"--model_path {directory}: {name} holds NaN or Inf; the checkpoint is damaged")
+            raise OctavoError(f"{named('model')} {directory}: {name} holds NaN or Inf; the checkpoint is damaged")
     state_decoder(model, (architecture or architecture_of(model.config)).decoder)
     return model.eval() if device_map else model.eval().to(device)
 
@@ -214,23 +214,24 @@ def load_tokenizer(directory: Path, arguments: dict[str, Any], trust_remote_code
             directory, local_files_only=True, trust_remote_code=trust_remote_code, **arguments
         )
     except Exception as error:  # the library for tokenizers raises just that of a file that it cannot read
-        way_out = "" if trust_remote_code or "trust_remote_code" not in str(error) else _TRUST
+        lacks_trust = not trust_remote_code and "trust_remote_code" in str(error)
+        way_out = f"; it has code of its own, which {named('trust_remote_code')} lets run" if lacks_trust else ""
         raise OctavoError(
-            f"--model_path {directory}: its tokenizer cannot be loaded ({first_line(error)}){way_out}"
+            f"{named('model')} {directory}: its tokenizer cannot be loaded ({first_line(error)}){way_out}"
         ) from None
     if not isinstance(tokenizer.model_max_length, (int, float)):
         raise OctavoError(f"{directory}/tokenizer_config.json: model_max_length is no number; mend or remove it")
     if max(tokenizer.get_vocab().values(), default=0) >= MOST_SIZE:  # its library makes lists as long as that
-        raise OctavoError(f"--model_path {directory}: its tokenizer has an id beyond {MOST_SIZE}; copy it again")
+        raise OctavoError(f"{named('model')} {directory}: its tokenizer has an id beyond {MOST_SIZE}; copy it again")
     return tokenizer
 
 
 def check_device(device: str) -> None:
     """Raise an `OctavoError` if torch cannot compute on the device."""
     if device == "cuda" and not torch.cuda.is_available():
-        raise OctavoError("--device_type cuda: torch sees no CUDA device; give cpu")
+        raise OctavoError(f"{named('device')} cuda: torch sees no CUDA device; give cpu")
     if device == "npu":
         try:
             import torch_npu  # noqa: F401, its import registers the device
         except Exception as error:  # a torch_npu without its drivers raises what it likes
-            raise OctavoError(f"--device_type npu: torch_npu cannot be imported ({error}); give cpu") from None
+            raise OctavoError(f"{named('device')} npu: torch_npu cannot be imported ({error}); give cpu") from None

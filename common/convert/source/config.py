@@ -7,10 +7,11 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig
 
-from ...architecture import Architecture, check_model_type
+from ...architecture import Architecture, check_model_type, load_architecture, stated_architectures
 from ...errors import OctavoError, first_line
 from ...runtime.checkpoint.ascend import DESCRIPTION_FILE
 from ...runtime.checkpoint.files import read_json
+from ..spelling import named
 
 LOAD_ERRORS = (
     OSError,
@@ -65,19 +66,45 @@ def bearable(config: dict[str, Any]) -> dict[str, Any]:
     return without_keys(config, CODE_KEYS + ATTENTION_KEYS + PATCH_KEYS)
 
 
+def _read_config(directory: Path) -> dict[str, Any]:
+    if not (directory / "config.json").is_file():
+        raise OctavoError(f"{named('model')} {directory}: holds no config.json, so it is no Hugging Face checkpoint")
+    return read_json(directory / "config.json")
+
+
+def chosen_architecture(directory: Path, chosen: Architecture | str | None) -> Architecture:
+    """The architecture that converts a checkpoint: the one that is given, by itself or by name, or else its own.
+
+    Raises:
+        OctavoError: the zoo has none of that name, or for that checkpoint; the message lists those it has.
+    """
+    if isinstance(chosen, Architecture):
+        return chosen
+    known = stated_architectures()
+    if chosen is not None:
+        if chosen not in known.values():
+            raise OctavoError(f"architecture {chosen}: is none of {', '.join(sorted(known.values()))}")
+        return load_architecture(chosen)
+    model_type = _read_config(directory).get("model_type")
+    if not isinstance(model_type, str) or model_type not in known:
+        raise OctavoError(
+            f"{directory}/config.json: model_type is {model_type!r}, and the zoo has none for it "
+            f"(it has {', '.join(sorted(known))})"
+        )
+    return load_architecture(known[model_type])
+
+
 def read_source_config(directory: Path, architecture: Architecture) -> dict[str, Any]:
     """The config.json of a float checkpoint of this architecture.
 
     Raises:
         OctavoError: there is none, it is another architecture's, or the checkpoint is quantized already.
     """
-    if not (directory / "config.json").is_file():
-        raise OctavoError(f"--model_path {directory}: holds no config.json, so it is no Hugging Face checkpoint")
-    config = read_json(directory / "config.json")
-    who, way_out = f"models/{architecture.name} converts", "run models/{}/convert_quant_weights.py"
+    config = _read_config(directory)
+    who, way_out = f"models/{architecture.name} converts", named("give architecture='{}'")
     check_model_type(directory / "config.json", config.get("model_type"), architecture, who, way_out)
     if config.get("quantization_config") is not None or (directory / DESCRIPTION_FILE).exists():
-        raise OctavoError(f"--model_path {directory}: is quantized already; give the float checkpoint")
+        raise OctavoError(f"{named('model')} {directory}: is quantized already; give the float checkpoint")
     if config.get("is_causal") is False:
         raise OctavoError(f"{directory}/config.json: is_causal is false, and a KV cache serves causal models only")
     return config
@@ -93,7 +120,7 @@ def load_source_config(directory: Path) -> PreTrainedConfig:
     try:
         config = CONFIG_MAPPING[found.get("model_type")].from_dict(found)
     except LOAD_ERRORS as error:
-        raise OctavoError(f"--model_path {directory}: cannot be loaded ({first_line(error)})") from None
+        raise OctavoError(f"{named('model')} {directory}: cannot be loaded ({first_line(error)})") from None
     if config.dtype not in (None, *MODEL_DTYPES):
         raise OctavoError(f"{directory}/config.json: dtype is {config.dtype}, in which no model is loaded; mend it")
     return config

@@ -19,6 +19,7 @@ from ...architecture import Architecture
 from ...errors import OctavoError, first_line
 from ...runtime.decoder import check_anatomy, state_decoder, stated_decoder
 from ..output.shards import TensorFiles
+from ..spelling import named
 
 MOST_LOGITS = 2**23
 """Logits that are held at a time."""
@@ -102,7 +103,7 @@ class LayerwiseModel:
         device: str,
         architecture: Architecture,
     ) -> None:
-        self._where = f"--model_path {directory}"
+        self._where = f"{named('model')} {directory}"
         self.files, self.device = files, torch.device(device)
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()

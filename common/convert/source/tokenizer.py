@@ -8,6 +8,7 @@ from typing import Any
 from ...errors import OctavoError, first_line
 from ...runtime.checkpoint.files import read_json
 from ..output.writer import write_json
+from ..spelling import named
 from .checkpoint import load_tokenizer
 from .config import CODE_KEYS, LOAD_ERRORS, without_keys
 
@@ -139,12 +140,12 @@ def carry_tokenizer(directory: Path, target: Path, trust_remote_code: bool, text
         tokenizer.save_pretrained(target)
     except (*LOAD_ERRORS, NotImplementedError) as error:
         raise OctavoError(
-            f"--model_path {directory}: its tokenizer cannot be saved ({first_line(error)}); convert a copy that has a "
-            "tokenizer.json"
+            f"{named('model')} {directory}: its tokenizer cannot be saved ({first_line(error)}); convert a copy that "
+            "has a tokenizer.json"
         ) from None
     _without_code(target, keeps_own=is_own)
     if not _loads_to(tokenizer, target, trust_remote_code, texts):
         raise OctavoError(
-            f"--model_path {directory}: its tokenizer, a {type(tokenizer).__name__}, does not load to the same from "
-            "what it saves; convert a copy that has a tokenizer.json"
+            f"{named('model')} {directory}: its tokenizer, a {type(tokenizer).__name__}, does not load to the same "
+            "from what it saves; convert a copy that has a tokenizer.json"
         )

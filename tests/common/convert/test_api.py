@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from octavo.common.convert.api import main
-from octavo.common.convert.flags import REFUSED, parse_flags
+from octavo.common.convert.flags import REFUSED, parse_flags, parse_request
 from octavo.common.convert.job import choose_linears
 from octavo.common.runtime.cache.sizes import kv_bytes_per_token
 from octavo.common.runtime.schemes.kv_scheme import load_scheme
@@ -303,15 +303,15 @@ def test_the_script_as_a_user_runs_it(source: Path, tmp_path: Path) -> None:
 def test_part_of_the_linears(source: Path, tmp_path: Path) -> None:
     def linears(*flags: str) -> list[str]:
         return choose_linears(
-            tiny_llama(), parse_flags("llama3", convert_flags(source, tmp_path, *flags)), recipe, "lm_head"
+            tiny_llama(), parse_request(ARCHITECTURE, convert_flags(source, tmp_path, *flags)), stated, "lm_head"
         )
 
-    recipe = ["*.mlp.down_proj", "lm_head"]
+    stated = ["*.mlp.down_proj", "lm_head"]
     assert len(linears()) == 3 * 6 and not any("down_proj" in name for name in linears())
     assert "lm_head" in linears("--disable_last_linear", "False")
     chosen = linears("--disable_names", "*.q_proj", "model.layers.1.*")
-    assert len(chosen) == 2 * 6 and "model.layers.0.mlp.down_proj" in chosen, "replaces the recipe's list"
-    assert len(linears("--is_dynamic", "True")) == 3 * 7, "the recipe is for static scales"
+    assert len(chosen) == 2 * 6 and "model.layers.0.mlp.down_proj" in chosen, "replaces the list that is stated"
+    assert len(linears("--is_dynamic", "True")) == 3 * 7, "what is stated is for static scales"
 
 
 def test_disable_level_in_the_output(converted: Callable[..., Path]) -> None:

@@ -64,7 +64,7 @@ def test_no_treatment_has_a_name() -> None:
 
 def test_defaults() -> None:
     flags = vars(parse_flags("llama3", REQUIRED))
-    derived = {"preset_group": None, "preset_sym": True, "linear": LinearScheme()}
+    derived = {"recipe_group": None, "recipe_sym": True, "linear": LinearScheme()}
     assert flags == {"model_path": "in", "save_directory": Path("out"), **DEFAULTS, **derived}
     assert REFUSED.keys() <= DEFAULTS.keys()
 

@@ -1,7 +1,6 @@
 """Conversion layer by layer: what it computes is what the whole model computes, and what is loaded afterwards."""
 
 import json
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,8 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from octavo.common.convert.api import main
 from octavo.common.convert.calibration.streams import Stream
-from octavo.common.convert.flags import parse_flags
+from octavo.common.convert.flags import parse_request
+from octavo.common.convert.request import ConvertRequest
 from octavo.common.convert.source.checkpoint import layerwise_source
 from octavo.common.runtime.quantized_linear import QuantizedLinear
 from octavo.common.runtime.schemes.linear_scheme import LINEAR_LABELS
@@ -139,18 +139,18 @@ def test_flags_override_a_preset(source: Path, tmp_path: Path) -> None:
 
 
 def test_flags_of_another_name_take_the_place_of_a_presets(source: Path, tmp_path: Path) -> None:
-    def parsed(*flags: str) -> Namespace:
-        return parse_flags("llama3", convert_flags(source, tmp_path / "out", *flags))
+    def parsed(*flags: str) -> ConvertRequest:
+        return parse_request(llama3.ARCHITECTURE, convert_flags(source, tmp_path / "out", *flags))
 
     found = parsed("--preset", "memory-first", "--quantization", "w8a8_dynamic", "--use_kvcache_quant", "True")
     assert (found.linear.label, found.linear.group_size, found.scheme, found.anti_method) == (
         "W8A8_DYNAMIC",
         0,
-        None,
+        "ascend-c8",
         "m3",
     )
     found = parsed("--preset", "ascend", "--scheme", "int8-token")
-    assert (found.linear.label, found.use_kvcache_quant, found.scheme) == ("W8A8", False, "int8-token")
+    assert (found.linear.label, found.scheme) == ("W8A8", "int8-token")
     assert parsed("--preset", "balanced", "--group_size", "64").linear.group_size == 64
     for same in ("--w_bit", "4"), ("--a_bit", "16"), ("--w_sym", "False"):
         found = parsed("--preset", "memory-first", *same).linear

@@ -103,7 +103,7 @@ def test_a_killed_conversion_is_neither_lost_nor_taken_for_another(
     assert main(ARCHITECTURE, convert_flags(deep_source, target)) == 1
     assert_one_error_line(capsys.readouterr().err, "an interrupted conversion is in", "--resume")
     assert main(ARCHITECTURE, convert_flags(deep_source, target, "--resume", "--act_method", "2")) == 1
-    assert_one_error_line(capsys.readouterr().err, "--resume", "differs in act_method (1 then, 2 now);")
+    assert_one_error_line(capsys.readouterr().err, "--resume", "differs in act_method (minmax then, histogram now);")
     assert files_below(stage_path(target)) == kept
     assert main(ARCHITECTURE, convert_flags(deep_source, target, "--resume")) == 0
     assert "going on behind layer" in capsys.readouterr().err
@@ -207,7 +207,7 @@ def test_a_layer_of_codebooks_in_one_of_several_files_is_done_again(
     deep_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With files as small as they get, codes that need all tokens of a layer, and codebooks of the whole model."""
-    monkeypatch.setattr("octavo.common.convert.api.GIGABYTE", 100_000)
+    monkeypatch.setattr("octavo.common.convert.run.GIGABYTE", 100_000)
     flags = ("--scheme", "kvquant-4", "--w_method", "GPTQ", "--is_dynamic", "True", "--part_file_size", "1")
     assert main(ARCHITECTURE, convert_flags(deep_source, tmp_path / "whole", *flags)) == 0
     stage = stopped(deep_source, tmp_path / "out", *flags)

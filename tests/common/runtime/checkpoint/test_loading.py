@@ -130,7 +130,7 @@ def test_labels_that_are_none(label: Any, converted: Callable[..., Path], tmp_pa
 def sharded(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("sharded") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conversion, "GIGABYTE", 100_000)
+        patch.setattr("octavo.common.convert.run.GIGABYTE", 100_000)
         assert conversion.main(ARCHITECTURE, convert_flags(source, target, *C8, "--part_file_size", "1")) == 0
     return target
 

@@ -1,0 +1,65 @@
+"""How linear layers are quantized, as flags say it in several ways."""
+
+import argparse
+
+from ..errors import OctavoError
+from ..runtime.schemes.linear_scheme import W4A16, W8A8, W8A8_DYNAMIC, W8A16, WEIGHT_ONLY, LinearScheme
+from .flag_values import ACT_METHOD_NAMES
+from .request import DEFAULT_GROUP, LINEAR_NAMES
+
+BITS = {(8, 16): W8A16, (4, 16): W4A16, (16, 16): None}
+"""Label by `--w_bit` and `--a_bit`; 8 and 8 depend on `--is_dynamic`."""
+FOR_LINEARS = {
+    "disable_names": None, "disable_level": 0, "is_dynamic": False, "anti_method": "", "group_size": None,
+    "w_method": "MinMax", "w_sym": True, "act_method": "1", "disable_last_linear": True,
+}  # fmt: skip
+"""Flags that mean nothing where every linear stays in float, and what they are unless given."""
+
+
+def linear_scheme_of_flags(flags: argparse.Namespace) -> LinearScheme | None:
+    """How linear layers are quantized, from the flags; None leaves them in float.
+
+    Raises:
+        OctavoError: flags that do not go together.
+    """
+    if flags.quantization and (flags.is_dynamic or (flags.w_bit, flags.a_bit) != (8, 8)):
+        raise OctavoError("--quantization, and --w_bit, --a_bit or --is_dynamic exclude each other: choose one way")
+    label = LINEAR_NAMES[flags.quantization] if flags.quantization else _label_of_bits(flags)
+    if label is None:
+        for flag, unless_given in FOR_LINEARS.items():
+            if getattr(flags, flag) != unless_given:
+                raise OctavoError(f"--{flag}: --w_bit 16 leaves every linear in float")
+        return None
+    if label not in WEIGHT_ONLY and (flags.group_size or not flags.w_sym):
+        given = f"--group_size {flags.group_size}" if flags.group_size else "--w_sym False"
+        raise OctavoError(
+            f"{given}: {label} has symmetric weights with a scale per output channel; W8A16 (--a_bit 16) and W4A16 "
+            "(--w_bit 4 --a_bit 16) take groups and zero points"
+        )
+    usual = (flags.recipe_group or DEFAULT_GROUP.get(label, 0)) if label in WEIGHT_ONLY else 0
+    scheme = LinearScheme(
+        label,
+        group_size=usual if flags.group_size is None else flags.group_size,
+        symmetric=flags.w_sym and (flags.recipe_sym or label not in WEIGHT_ONLY),
+        w_method=flags.w_method,
+        act_method=ACT_METHOD_NAMES[flags.act_method],
+    )
+    if not scheme.is_static and flags.act_method != "1":
+        raise OctavoError(
+            f"--act_method {flags.act_method}: {label} (--is_dynamic, --quantization) has no static ranges of inputs"
+        )
+    return scheme
+
+
+def _label_of_bits(flags: argparse.Namespace) -> str | None:
+    bits = flags.w_bit, flags.a_bit
+    if bits == (8, 8):
+        return W8A8_DYNAMIC if flags.is_dynamic else W8A8
+    if bits not in BITS:
+        raise OctavoError(
+            f"--w_bit {bits[0]} --a_bit {bits[1]}: "
+            "choose 8 and 8 (W8A8), 8 and 16 (W8A16), 4 and 16 (W4A16), or 16 and 16 (float)"
+        )
+    if flags.is_dynamic:
+        raise OctavoError(f"--is_dynamic: inputs are quantized by --w_bit 8 --a_bit 8, not {bits[0]} and {bits[1]}")
+    return BITS[bits]

@@ -1,0 +1,43 @@
+"""What quantizing one part of a model alone costs."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ...command import aligned
+
+ROWS_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What quantizing one linear or attention alone costs, measured.
+
+    Attributes:
+        name: of the module.
+        outliers: `max|x| / rms` of its input; None of an attention.
+        error: mean over tokens of `|difference|^2 / |output|^2` at the output of its decoder layer.
+    """
+
+    name: str
+    outliers: float | None
+    error: float
+
+
+def costliest(costs: Iterable[Cost]) -> list[Cost]:
+    """Costs, the largest first."""
+    return sorted(costs, key=lambda cost: -cost.error)
+
+
+def cost_table(costs: list[Cost], floats: Iterable[str]) -> str:
+    """The parts that cost most, those that stay in float among them, as a table."""
+    floats = set(floats)
+    shown = costliest(costs)[: max(ROWS_SHOWN, len(floats))]
+    caption = (
+        f"The {len(shown)} of {len(costs)} parts that cost most: relative squared error of the output of their layer "
+        "on held-back tokens, once the part is quantized; beside it, how large the outliers of its input are."
+    )
+    rows = [["part", "error of the layer's output", "outliers: max|x| / rms", ""]]
+    for cost in shown:
+        outliers = "-" if cost.outliers is None else f"{cost.outliers:.1f}"
+        rows.append([cost.name, f"{cost.error:.2e}", outliers, "stays in float" if cost.name in floats else ""])
+    return "\n".join([caption, *aligned(rows)])

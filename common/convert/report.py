@@ -1,0 +1,118 @@
+"""What a conversion made: sizes, fidelity, and what is quantized how."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..runtime.schemes.kv_scheme import Scheme
+from ..runtime.schemes.linear_scheme import LinearScheme
+from .measure.costs import Cost
+from .measure.fidelity import Fidelity
+from .output.writer import write_json
+
+FEW_TOKENS = 100
+"""Below this the summary says that its figures mean little."""
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What a conversion made, as `convert` returns it.
+
+    Attributes:
+        model: directory of the float checkpoint.
+        output: directory that was written.
+        architecture: folder under `models/`.
+        scheme: of KV cache and attention; its `float_layers` are those whose attention stays in float.
+        linear: of the linears that are quantized; None if none is.
+        linears: label by name of the linears that are quantized.
+        chosen_floats: linears and attentions that stay in float for their outliers or costs (`float_outliers`,
+            `float_costliest`).
+        odd_groups: input channels and size of the groups of linears that cannot have groups of `linear.group_size`.
+        float_bytes: of the float checkpoint's safetensors files.
+        output_bytes: of all files of the output.
+        float_kv_bytes, kv_bytes: that a token takes in the KV cache of the float and of the quantized model.
+        float_kv_bits, kv_bits: that an element of K and V takes, scales and all else counted.
+        texts: how many there are to calibrate on, those held back included.
+        held_back_texts: how many of them only the comparison saw; the one text there is serves for both.
+        fidelity: of the quantized model to the float one over the held-back texts; None if no token could be predicted.
+        costs: what quantizing each linear and attention alone costs; empty if that was not measured, which it is for
+            `float_costliest` and `max_kl`.
+        seconds: that the conversion took; of one that was resumed, since then.
+    """
+
+    model: Path
+    output: Path
+    architecture: str
+    scheme: Scheme
+    linear: LinearScheme | None
+    linears: Mapping[str, str]
+    chosen_floats: tuple[str, ...]
+    odd_groups: tuple[tuple[int, int], ...]
+    float_bytes: int
+    output_bytes: int
+    float_kv_bytes: int
+    kv_bytes: int
+    float_kv_bits: float
+    kv_bits: float
+    texts: int
+    held_back_texts: int
+    fidelity: Fidelity | None
+    costs: tuple[Cost, ...]
+    seconds: float
+
+    def summary(self) -> str:
+        """The lines that the conversion scripts print."""
+        return "\n".join([*_figures(self), *_conditions(self), *_contents(self)])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, which JSON can hold."""
+        plain = asdict(self) | {"scheme": self.scheme.to_dict()}
+        return plain | {"model": str(self.model), "output": str(self.output)}
+
+    def save(self, file: str | Path) -> None:
+        """Write `to_dict` as JSON.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        write_json(Path(file), self.to_dict())
+
+
+def _figures(report: ConversionReport) -> list[str]:
+    """Sizes and fidelity before and after, as a table."""
+    fidelity = report.fidelity
+    rows = [
+        ("", "float", "quantized"),
+        ("checkpoint, MB", f"{report.float_bytes / 1e6:.1f}", f"{report.output_bytes / 1e6:.1f}"),
+        ("KV cache, bytes per token", str(report.float_kv_bytes), str(report.kv_bytes)),
+        ("KV cache, bits per element, all counted", f"{report.float_kv_bits:g}", f"{report.kv_bits:.2f}"),
+    ]
+    if fidelity is not None:
+        rows.append(("perplexity", f"{fidelity.float_perplexity:.3f}", f"{fidelity.perplexity:.3f}"))
+        rows.append(("KL(float || quantized), nats per token", "", f"{fidelity.kl:.5f}"))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    return [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows]
+
+
+def _conditions(report: ConversionReport) -> list[str]:
+    """On what the fidelity was measured."""
+    fidelity, lines = report.fidelity, []
+    if fidelity is not None:
+        held_back = f"{report.held_back_texts} text(s) held back from calibration"
+        where = held_back if report.texts > 1 else "the one calibration text"
+        lines.append(f"perplexity and KL over {fidelity.tokens} tokens of {where}")
+        if fidelity.tokens < FEW_TOKENS:
+            lines.append(f"fewer than {FEW_TOKENS} tokens: give more calibration texts for figures that mean something")
+    return lines
+
+
+def _contents(report: ConversionReport) -> list[str]:
+    """What was written, and what of it is not as it was asked for."""
+    linears = f"{len(report.linears)} linears in {report.linear.label}" if report.linears else "linears in float"
+    floats = ", ".join(map(str, report.scheme.float_layers))
+    attention = f"attention {report.scheme.name}" + (f" but for layers {floats}" if floats else "")
+    return [f"wrote {report.output}: {linears}, {attention}"] + [
+        f"linears of {in_features} input channels have groups of {group}: {report.linear.group_size} do not divide them"
+        for in_features, group in report.odd_groups
+    ]

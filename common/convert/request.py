@@ -1,0 +1,174 @@
+"""What a conversion is asked for."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ..architecture import Architecture
+from ..command import DEVICES
+from ..errors import OctavoError
+from ..runtime.schemes.kv_scheme import Scheme
+from ..runtime.schemes.linear_scheme import FP8_DYNAMIC, LINEAR_LABELS, W4A16, LinearScheme
+
+ANTI_METHODS = ("", "m1", "m2", "m3", "m4", "m6")
+KV_SCALES = ("data", "random", "none")
+LINEAR_NAMES = {"float": None, **{label.lower(): label for label in LINEAR_LABELS}, "fp8": FP8_DYNAMIC}
+"""Labels by the names of linears, as MindIE spells them, and vLLM's fp8; None leaves linears in float."""
+DEFAULT_GROUP = {W4A16: 64}
+"""Input channels that share a scale of a weight, unless a number is given; 0 of labels that are not here."""
+FOR_LINEARS = {"anti_method": "", "float_linears": None, "float_head": True, "float_outliers": 0}
+"""Fields that mean nothing where every linear stays in float, and what they are unless given."""
+NOT_DECISIVE = ("model", "output", "architecture", "scheme", "linear", "calibration", "resume")
+"""Fields that the bytes of an output do not follow from, or not from what is written in them."""
+ONLY_WHETHER = ("max_kl", "save_statistics")
+"""Fields of which only matters whether they are given."""
+
+
+@dataclass(frozen=True)
+class ConvertRequest:
+    """One conversion of a float checkpoint, as `convert` takes it. All but the first two have defaults.
+
+    What can be checked without touching a file is checked here; the rest by `convert`.
+
+    Attributes:
+        model: directory of the float checkpoint (safetensors), or a hub id. `--model_path`
+        output: directory to write; must not exist, or be empty. `--save_directory`
+        scheme: of KV cache and attention: a `Scheme`, the name of a preset, a `kv_cache_dtype` of vLLM, or a JSON file;
+            "float" leaves them in float. `--scheme`, `--kv_cache_dtype`, `--use_kvcache_quant`, `--use_fa_quant`
+        linear: of the linear layers: a `LinearScheme`, or a name, as "w8a8", "w4a16" (groups of 64 input channels) or
+            "fp8"; None or "float" leaves them in float. `--quantization`, `--w_bit`, `--a_bit`, `--is_dynamic`,
+            `--w_sym`, `--group_size`, `--w_method`, `--act_method`
+        architecture: folder under `models/`, or what stands in it; None: found by config.json's model_type.
+            The script that is run
+        anti_method: treatment of outliers: "" none, "m1" SmoothQuant, "m2" with an offset, "m3" AWQ, "m4" iterative,
+            "m6" searched. `--anti_method`
+        kv_scales: where static scales of K and V come from: "data" the calibration texts, "random" random tokens,
+            "none" all are 1. `--kv_scales`
+        float_linears: names or globs of linears that stay in float; None: those that the architecture states for static
+            int8. `--disable_names`
+        float_head: whether lm_head stays in float. `--disable_last_linear`
+        float_outliers: so many linears, those with the worst outliers, stay in float. `--disable_level`
+        float_costliest: so many linears or attentions, those that cost most, stay in float. `--fa_amp`
+        max_kl: write nothing if the mean KL(float || quantized) over the held-back texts is larger, in nats per token.
+            `--max_kl`
+        calibration: the texts, a sequence of them; or a file of texts, one per line, plain or JSON; None: a small text
+            that comes with Octavo. `--calib_texts`, `--calib_file`
+        device: where calibration runs: "cpu", "cuda" or "npu". `--device_type`
+        tokenizer_arguments: what the tokenizer is loaded with besides. `--tokenizer_args`
+        input_ids_name, attention_mask_name: what the tokenizer calls them. Flags of the same names
+        trust_remote_code: run code that comes with the tokenizer. `--trust_remote_code`
+        max_shard_gb: split the weights into files of at most this size, in GB of 1e9 bytes; None: one file.
+            `--part_file_size`
+        save_statistics: file to write the calibration statistics to, too. `--save_statistics`
+        resume: go on with a conversion that was interrupted, if there is one. `--resume`
+
+    Raises:
+        OctavoError: a field holds what is none of its values, or fields do not go together; the message names it.
+    """
+
+    model: str | Path
+    output: str | Path
+    _: KW_ONLY
+    scheme: Scheme | str | Path = "float"
+    linear: LinearScheme | str | None = field(default_factory=LinearScheme)
+    architecture: Architecture | str | None = None
+    anti_method: str = ""
+    kv_scales: str = "data"
+    float_linears: Sequence[str] | None = None
+    float_head: bool = True
+    float_outliers: int = 0
+    float_costliest: int = 0
+    max_kl: float | None = None
+    calibration: Sequence[str] | str | Path | None = None
+    device: str = "cpu"
+    tokenizer_arguments: Mapping[str, Any] = field(default_factory=dict)
+    input_ids_name: str = "input_ids"
+    attention_mask_name: str = "attention_mask"
+    trust_remote_code: bool = False
+    max_shard_gb: float | None = None
+    save_statistics: str | Path | None = None
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value in _normalized(self).items():
+            object.__setattr__(self, name, value)
+        _check_choices(self)
+        _check_numbers(self)
+        _check_linear(self)
+
+    def decisive_fields(self) -> dict[str, Any]:
+        """What the bytes of an output follow from, as plain data, but for the model, its texts and the scheme.
+
+        Those are known once they are read; a name or a path says little of them.
+        """
+        known = {part.name: getattr(self, part.name) for part in fields(self) if part.name not in NOT_DECISIVE}
+        found = {name: None if value is None else repr(value) for name, value in known.items()}
+        found |= {name: "not given" if known[name] is None else "given" for name in ONLY_WHETHER}
+        return found | ({"label": "float"} if self.linear is None else asdict(self.linear))
+
+
+def linear_scheme_of(linear: LinearScheme | str | None) -> LinearScheme | None:
+    """A scheme of linears from a name in `LINEAR_NAMES`, of letters of any size, or as it is; None for float.
+
+    Raises:
+        OctavoError: there is no such name; the message lists those there are.
+    """
+    if not isinstance(linear, str):
+        return linear
+    if linear.lower() not in LINEAR_NAMES:
+        raise OctavoError(f"linear {linear}: is none of {', '.join(LINEAR_NAMES)}")
+    label = LINEAR_NAMES[linear.lower()]
+    return None if label is None else LinearScheme(label, group_size=DEFAULT_GROUP.get(label, 0))
+
+
+def _normalized(request: ConvertRequest) -> dict[str, Any]:
+    """Fields that may be given in several ways, in one way each, so that equal requests are equal."""
+    calibration, float_linears = request.calibration, request.float_linears
+    if isinstance(calibration, str):
+        calibration = Path(calibration)
+    elif calibration is not None and not isinstance(calibration, Path):
+        calibration = tuple(calibration)
+    if isinstance(float_linears, str):
+        float_linears = (float_linears,)
+    statistics = request.save_statistics
+    return {
+        "model": str(request.model),
+        "output": Path(request.output),
+        "scheme": str(request.scheme) if isinstance(request.scheme, Path) else request.scheme,
+        "linear": linear_scheme_of(request.linear),
+        "float_linears": None if float_linears is None else tuple(float_linears),
+        "calibration": calibration,
+        "tokenizer_arguments": dict(request.tokenizer_arguments),
+        "save_statistics": None if statistics is None else Path(statistics),
+    }
+
+
+def _check_choices(request: ConvertRequest) -> None:
+    for name, choices in (("anti_method", ANTI_METHODS), ("kv_scales", KV_SCALES), ("device", DEVICES)):
+        if getattr(request, name) not in choices:
+            listed = ", ".join(choice or '""' for choice in choices)
+            raise OctavoError(f"{name} {getattr(request, name)}: is none of {listed}")
+    if request.calibration == ():
+        raise OctavoError("calibration: holds no text; give some, or None for the small text that comes with Octavo")
+
+
+def _check_numbers(request: ConvertRequest) -> None:
+    for name in ("max_kl", "max_shard_gb"):
+        value = getattr(request, name)
+        if value is not None and not (isinstance(value, (int, float)) and value > 0):
+            raise OctavoError(f"{name} {value}: is no positive number")
+    for name in ("float_outliers", "float_costliest"):
+        value = getattr(request, name)
+        if not (isinstance(value, int) and value >= 0):
+            raise OctavoError(f"{name} {value}: is no number of layers")
+
+
+def _check_linear(request: ConvertRequest) -> None:
+    linear = request.linear
+    if linear is None:
+        for name, unless_given in FOR_LINEARS.items():
+            if getattr(request, name) != unless_given:
+                raise OctavoError(f"{name}: linear=None leaves every linear in float")
+    elif not linear.is_static and linear.act_method != "minmax":
+        raise OctavoError(f"linear: {linear.label} has no static ranges of inputs; leave out act_method")

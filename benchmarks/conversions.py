@@ -1,30 +1,16 @@
-"""Conversions as the scripts of `models/` make them, without what those print."""
+"""Conversions without what they say on the way."""
 
 import contextlib
 import io
-from collections.abc import Sequence
-from pathlib import Path
 
-from octavo.common.architecture import Architecture
-from octavo.common.convert.api import main
-
-INTERRUPTED = 130
+from octavo import ConversionReport, ConvertRequest, convert
 
 
-def convert_quietly(architecture: Architecture, source: Path, target: Path, flags: Sequence[str]) -> None:
-    """Convert the checkpoint in `source` into the directory `target`.
+def convert_quietly(request: ConvertRequest) -> ConversionReport:
+    """Convert, without bars and notes on stderr.
 
     Raises:
-        RuntimeError: the script failed; its error line.
+        OctavoError: anything that the user can mend.
     """
-    said = io.StringIO()
-    argv = ["--model_path", str(source), "--save_directory", str(target), *flags]
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        try:
-            code = main(architecture, argv)
-        except SystemExit as refused:
-            code = refused.code
-    if code == INTERRUPTED:
-        raise KeyboardInterrupt
-    if code:
-        raise RuntimeError(said.getvalue().strip().splitlines()[-1])
+    with contextlib.redirect_stderr(io.StringIO()):
+        return convert(request)

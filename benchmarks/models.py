@@ -20,10 +20,11 @@ from tokenizers import models as token_models
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
-from octavo.common.runtime.cache.quantized_cache import QuantizedCache
+from octavo import ConvertRequest, QuantizedCache
 from octavo.common.runtime.cache.sizes import kv_bits_per_element
 from octavo.common.runtime.compatibility import cache_argument
 from octavo.common.runtime.model_sizes import head_dim_of
+from octavo.common.runtime.schemes.linear_scheme import LinearScheme
 from octavo.models.llama3 import ARCHITECTURE
 from octavo.ops.shared.registry import NAMESPACE
 
@@ -55,14 +56,14 @@ LARGEST_ERROR_OF_4_BITS = 0.6
 CHECKED_TOKENS, CALIBRATION_TOKENS = 64, 512
 WORDS = 1000
 """Token ids in use, and words of the tokenizer, each of which is its id."""
-W4A16 = ("--w_bit", "4", "--a_bit", "16", "--group_size", "128")
-CONVERTED = {
-    "W8A8 dynamic + C8": ("--use_kvcache_quant", "True", "--is_dynamic", "True", "--disable_last_linear", "False"),
-    "W8A8 + C8": ("--use_kvcache_quant", "True"),
-    "W4A16 + int8-token": (*W4A16, "--scheme", "int8-token"),
-    "W4A16 + octavo-4": (*W4A16, "--scheme", "octavo-4"),
+W4A16 = LinearScheme("W4A16", group_size=128)
+CONVERTED: dict[str, dict[str, Any]] = {
+    "W8A8 dynamic + C8": {"scheme": "ascend-c8", "linear": "w8a8_dynamic", "float_head": False},
+    "W8A8 + C8": {"scheme": "ascend-c8", "linear": "w8a8"},
+    "W4A16 + int8-token": {"scheme": "int8-token", "linear": W4A16},
+    "W4A16 + octavo-4": {"scheme": "octavo-4", "linear": W4A16},
 }
-"""Flags of the conversion by variant."""
+"""What is asked of the conversion, by variant."""
 
 
 def _ids(tokens: int, device: torch.device) -> torch.Tensor:
@@ -93,10 +94,9 @@ def _converted(model: LlamaForCausalLM) -> dict[str, LlamaForCausalLM]:
         source = Path(directory, "float")
         model.save_pretrained(source)
         _save_tokenizer(source)
-        for number, (what, flags) in enumerate(CONVERTED.items()):
+        for number, (what, asked) in enumerate(CONVERTED.items()):
             target = Path(directory, str(number))
-            common = ("--device_type", model.device.type, "--calib_texts", text)
-            convert_quietly(ARCHITECTURE, source, target, (*flags, *common))
+            convert_quietly(ConvertRequest(source, target, calibration=[text], device=model.device.type, **asked))
             found[what] = ARCHITECTURE.model_class.from_pretrained(target).to(model.device).eval()
     return found
 

@@ -13,10 +13,10 @@ from quality import FLOAT_WEIGHTS, UNFOLDED
 from rows import RESULTS, Row, read_rows
 from support import support_rows
 from transformers import LlamaConfig
-from weights import CONDITIONS, PRESET, grid
+from weights import CONDITIONS, RECIPE, grid
 
 from models import SHAPES
-from octavo.common.convert.flags import ACT_METHOD_NAMES
+from octavo.common.convert.flag_values import ACT_METHOD_NAMES
 from octavo.common.runtime.cache.sizes import kv_bits_per_element, kv_bytes_per_token
 from octavo.common.runtime.schemes.kv_scheme import CROP_ROOM, PRESETS, load_scheme
 from octavo.common.runtime.schemes.linear_scheme import W8A8
@@ -234,7 +234,7 @@ def _weights() -> dict[str, list[Row]]:
 def _is_recipe(row: Row) -> bool:
     """Whether a row is one of Ascend's recipe, static W8A8 and C8, which stand in a matrix."""
     kind = row["kind"], row["cache"], row["linears"]
-    return kind == (W8A8, "ascend-c8", "recipe") and not row["case"].startswith(PRESET)
+    return kind == (W8A8, "ascend-c8", "recipe") and not row["case"].startswith(RECIPE)
 
 
 def _matrix(rows: list[Row]) -> str:
@@ -261,10 +261,10 @@ WEIGHTS_HEAD = ("linears", "K and V", "in float", "anti_method", "act_method", "
 
 
 def _weights_row(row: Row) -> tuple[str, ...]:
-    preset = f"`--preset {row['case'].removeprefix(PRESET)}`: " if row["case"].startswith(PRESET) else ""
+    recipe = f"`--preset {row['case'].removeprefix(RECIPE)}`: " if row["case"].startswith(RECIPE) else ""
     methods = (row["anti_method"] or "none", row["act_method"], row["w_method"])
     in_float = row["linears"].replace("*.", "")
-    return f"{preset}{row['kind']}", row["cache"], in_float, *methods, row["megabytes"], *_scores(row)
+    return f"{recipe}{row['kind']}", row["cache"], in_float, *methods, row["megabytes"], *_scores(row)
 
 
 def _weights_conditions(row: Row) -> str:

@@ -1,6 +1,6 @@
 """Measure what `--anti_method`, `--act_method` and each kind of quantized linears do to a model.
 
-Each case converts the model with the conversion's own script, loads the directory, scores it against the float model,
+Each case converts the model, loads the directory, scores it against the float model,
 appends a row to `results/weights.csv`, and deletes the directory. Where a case does not say otherwise K and V are in
 float, so that its figures are those of the linears. A case that the results hold already is skipped: of the same code,
 model, texts and windows; `--again` measures it again.
@@ -13,11 +13,12 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from conversions import convert_quietly
 from rows import RESULTS, Row, append_rows, read_rows
@@ -25,12 +26,21 @@ from scoring import Reference, add_scoring_flags, load_float, read_windows
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
+from octavo import ConvertRequest, load_scheme
 from octavo.common.architecture import Architecture
 from octavo.common.convert.calibration.texts import read_calibration_file
-from octavo.common.convert.flags import ACT_METHOD_NAMES, ANTI_METHODS, END_TO_END, parse_flags
-from octavo.common.convert.job import chosen_scheme
+from octavo.common.convert.flag_values import ACT_METHOD_NAMES
+from octavo.common.convert.flags import RECIPES, recipe_fields
 from octavo.common.convert.output.bundle import code_digest, commit
-from octavo.common.runtime.schemes.linear_scheme import W8A8, WEIGHT_METHODS
+from octavo.common.convert.request import ANTI_METHODS
+from octavo.common.runtime.schemes.linear_scheme import (
+    W4A16,
+    W8A8,
+    W8A8_DYNAMIC,
+    W8A16,
+    WEIGHT_METHODS,
+    LinearScheme,
+)
 
 FILE = "weights.csv"
 COLUMNS = ("commit", "code", "model", "case", "kind", "anti_method", "act_method", "w_method", "cache", "linears",
@@ -38,21 +48,20 @@ COLUMNS = ("commit", "code", "model", "case", "kind", "anti_method", "act_method
            "top1")  # fmt: skip
 CONDITIONS = ("calibration", "text", "windows", "length")
 """What rows that stand side by side have in common, but for the model."""
-PRESET = "preset "
-"""How the names of cases begin whose flags are a preset's."""
-ONLY_LM_HEAD = ("--disable_names", "lm_head")
+RECIPE = "preset "
+"""How the names of cases begin that are a recipe, after the flag that names it."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A case: its name, and the flags of the conversion that make it."""
+    """A case: its name, and the fields of the request that make it."""
 
     name: str
-    flags: tuple[str, ...]
+    asked: Mapping[str, Any]
 
 
-def _anti(method: str) -> tuple[str, tuple[str, ...]]:
-    return (f"anti {method}", ("--anti_method", method)) if method else ("anti none", ())
+def _anti(method: str) -> str:
+    return f"anti {method or 'none'}"
 
 
 def _static() -> Iterator[Setting]:
@@ -61,65 +70,66 @@ def _static() -> Iterator[Setting]:
     Ascend's recipe with C8, also untreated by every rule; and everything but lm_head, without C8.
     """
     for name, common, treated in (
-        ("W8A8 + C8", ("--use_kvcache_quant", "True"), ("", "m2")),
-        ("W8A8 all but lm_head", ONLY_LM_HEAD, ("m6",)),
+        ("W8A8 + C8", {"scheme": "ascend-c8"}, ("", "m2")),
+        ("W8A8 all but lm_head", {"float_linears": ("lm_head",)}, ("m6",)),
     ):
         for method in ANTI_METHODS:
-            anti, flags = _anti(method)
-            for act in ACT_METHOD_NAMES if method in treated else ("1",):
-                yield Setting(f"{name}, {anti}, act {act}", (*common, *flags, "--act_method", act))
+            for act, rule in ACT_METHOD_NAMES.items() if method in treated else (("1", "minmax"),):
+                asked = {**common, "anti_method": method, "linear": LinearScheme(act_method=rule)}
+                yield Setting(f"{name}, {_anti(method)}, act {act}", asked)
 
 
 def _weight_only() -> Iterator[Setting]:
-    yield Setting("W8A16, anti none", ("--a_bit", "16"))
-    yield Setting("W8A16 g32, anti none, MSE", ("--a_bit", "16", "--group_size", "32", "--w_method", "MSE"))
+    yield Setting("W8A16, anti none", {"linear": "w8a16"})
+    yield Setting("W8A16 g32, anti none, MSE", {"linear": LinearScheme(W8A16, group_size=32, w_method="MSE")})
     for group, methods in ((128, ("", "m3", "m6")), (64, ("",))):
-        common = ("--w_bit", "4", "--a_bit", "16", "--group_size", str(group))
         for method in methods:
-            anti, flags = _anti(method)
             for rule in WEIGHT_METHODS:
-                yield Setting(f"W4A16 g{group}, {anti}, {rule}", (*common, *flags, "--w_method", rule))
+                linear = LinearScheme(W4A16, group_size=group, w_method=rule)
+                yield Setting(f"W4A16 g{group}, {_anti(method)}, {rule}", {"linear": linear, "anti_method": method})
         for method, rule in (("", "MinMax"), ("", "GPTQ"), ("m3", "GPTQ")):
-            anti, flags = _anti(method)
-            affine = (*common, *flags, "--w_method", rule, "--w_sym", "False")
-            yield Setting(f"W4A16 g{group} affine, {anti}, {rule}", affine)
-    best = ("--w_bit", "4", "--a_bit", "16", "--group_size", "128", "--w_sym", "False", "--anti_method", "m3")
-    left = ("--w_method", "GPTQ", "--disable_names", "*.down_proj", "*.v_proj")
-    yield Setting("W4A16 g128 affine, anti m3, GPTQ, down and v in float", (*best, *left))
+            asked = {"linear": _affine(group, rule), "anti_method": method}
+            yield Setting(f"W4A16 g{group} affine, {_anti(method)}, {rule}", asked)
+    best = {"linear": _affine(128, "GPTQ"), "anti_method": "m3", "float_linears": ("*.down_proj", "*.v_proj")}
+    yield Setting("W4A16 g128 affine, anti m3, GPTQ, down and v in float", best)
+
+
+def _affine(group: int, rule: str) -> LinearScheme:
+    return LinearScheme(W4A16, group_size=group, symmetric=False, w_method=rule)
 
 
 def grid() -> list[Setting]:
     """Every case, in the order of the tables."""
-    every_linear = ("--is_dynamic", "True", "--disable_last_linear", "False")
+    every_linear = {"linear": "w8a8_dynamic", "float_head": False}
     found = list(_static())
     for method in ANTI_METHODS:
-        anti, flags = _anti(method)
-        found.append(Setting(f"W8A8_DYNAMIC all, {anti}", (*every_linear, *flags)))
-    gptq = (*every_linear, "--anti_method", "m3", "--w_method", "GPTQ")
-    found.append(Setting("W8A8_DYNAMIC all, anti m3, GPTQ", gptq))
+        found.append(Setting(f"W8A8_DYNAMIC all, {_anti(method)}", {**every_linear, "anti_method": method}))
+    gptq = LinearScheme(W8A8_DYNAMIC, w_method="GPTQ")
+    found.append(Setting("W8A8_DYNAMIC all, anti m3, GPTQ", {**every_linear, "anti_method": "m3", "linear": gptq}))
     found += _weight_only()
     for kind in ("wfp8afp8", "wfp8afp8_dynamic", "w8a8_mixed"):
         for method in ("", "m6"):
-            anti, flags = _anti(method)
-            found.append(Setting(f"{kind.upper()}, {anti}", ("--quantization", kind, *flags)))
-    return found + [Setting(f"{PRESET}{name}", ("--preset", name)) for name in END_TO_END]
+            asked = {"linear": kind, "anti_method": method}
+            found.append(Setting(f"{kind.upper()}, {_anti(method)}", asked))
+    return found + [Setting(f"{RECIPE}{name}", recipe_fields(name)) for name in RECIPES]
 
 
-def described(architecture: Architecture, setting: Setting) -> Row:
-    """The columns that follow from the flags of a case."""
-    flags = parse_flags(architecture.name, ["--model_path", "M", "--save_directory", "D", *setting.flags])
-    linear = flags.linear
+def described(setting: Setting) -> Row:
+    """The columns that follow from what is asked for."""
+    request = ConvertRequest("M", "D", **setting.asked)
+    linear = request.linear
     groups = f", groups of {linear.group_size}" if linear.group_size else ""
-    is_recipe = linear.label == W8A8 and not flags.disable_names
-    last = ["lm_head"] if flags.disable_last_linear else []
-    in_float = ", ".join(dict.fromkeys([*(flags.disable_names or ()), *last])) or "none"
+    is_recipe = linear.label == W8A8 and not request.float_linears
+    last = ["lm_head"] if request.float_head else []
+    in_float = ", ".join(dict.fromkeys([*(request.float_linears or ()), *last])) or "none"
+    acts = {rule: act for act, rule in ACT_METHOD_NAMES.items()}
     return {
         "case": setting.name,
         "kind": f"{linear.label}{groups}{'' if linear.symmetric else ', affine'}",
-        "anti_method": flags.anti_method,
-        "act_method": flags.act_method if linear.is_static else "",
+        "anti_method": request.anti_method,
+        "act_method": acts[linear.act_method] if linear.is_static else "",
         "w_method": linear.w_method,
-        "cache": chosen_scheme(flags).name,
+        "cache": load_scheme(request.scheme).name,
         "linears": "recipe" if is_recipe else in_float,
     }
 
@@ -160,20 +170,20 @@ class Bench:
         """Convert, load and score.
 
         Raises:
-            RuntimeError: the conversion failed; its error line.
+            OctavoError: the conversion failed.
         """
         reference = self.reference
         with tempfile.TemporaryDirectory() as directory:
             target = Path(directory, "quantized")
             began = time.perf_counter()
-            flags = (*setting.flags, "--calib_file", str(self.texts))
-            convert_quietly(self.architecture, self.source, target, flags)
+            where = {"architecture": self.architecture, "calibration": self.texts}
+            convert_quietly(ConvertRequest(self.source, target, **where, **setting.asked))
             seconds = time.perf_counter() - began
             nbytes = sum(file.stat().st_size for file in target.glob("*.safetensors"))
             model = self.architecture.model_class.from_pretrained(target).eval()
             facts = {"megabytes": f"{nbytes / 1e6:.1f}", "seconds": f"{seconds:.1f}"}
             scores = reference.score(setting.name, lambda ids: model(ids).logits)
-            return self.common | described(self.architecture, setting) | facts | scores
+            return self.common | described(setting) | facts | scores
 
 
 def measure(bench: Bench, settings: list[Setting], failed: list[str]) -> Iterator[Row]:

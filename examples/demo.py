@@ -15,13 +15,11 @@ from fetch_smollm2 import FetchError, default_directory, fetch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from octavo.common.convert.api import main as convert
+from octavo import ConvertRequest, OctavoError, convert, kv_bytes_per_token, load_scheme
 from octavo.common.convert.calibration.texts import default_texts, hold_back, tokenize
 from octavo.common.convert.measure.fidelity import compare
-from octavo.common.runtime.cache.sizes import kv_bytes_per_token
+from octavo.common.convert.output.writer import stage_path
 from octavo.common.runtime.checkpoint.ascend import DESCRIPTION_FILE
-from octavo.common.runtime.schemes.kv_scheme import load_scheme
-from octavo.models.llama3 import ARCHITECTURE
 
 PROMPT = "Explain in two sentences why the sky is blue."
 NEW_TOKENS = 60
@@ -54,11 +52,13 @@ def main() -> int:
         return 1
     if (output / DESCRIPTION_FILE).is_file():  # of the demo before; the conversion refuses any other directory
         shutil.rmtree(output)
-    flags = ["--model_path", str(source), "--save_directory", str(output), "--anti_method", "m3"]
-    if output.with_name(f".{output.name}.partial").exists():
-        flags.append("--resume")
-    if code := convert(ARCHITECTURE, [*flags, "--use_kvcache_quant", "True"]):
-        return code
+    resume = stage_path(output).exists()
+    try:
+        report = convert(ConvertRequest(source, output, scheme="ascend-c8", anti_method="m3", resume=resume))
+    except OctavoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(report.summary())
 
     tokenizer = AutoTokenizer.from_pretrained(output)
     plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)

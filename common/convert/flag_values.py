@@ -6,11 +6,10 @@ import math
 import re
 from typing import Any
 
+from .request import NO_M5
+
 ACT_METHOD_NAMES = {"1": "minmax", "2": "histogram", "3": "auto", "percentile": "percentile", "mse": "mse"}
 """Values of `--act_method`, and what `LinearScheme` calls them."""
-NO_M5 = (
-    "m5 is CBQ, which trains the weights of several layers together; m4 and m6 are the exact rewrites that come closest"
-)
 
 
 def boolean(text: str) -> bool:

@@ -12,6 +12,9 @@ from ..runtime.schemes.kv_scheme import Scheme
 from ..runtime.schemes.linear_scheme import FP8_DYNAMIC, LINEAR_LABELS, W4A16, LinearScheme
 
 ANTI_METHODS = ("", "m1", "m2", "m3", "m4", "m6")
+NO_M5 = (
+    "m5 is CBQ, which trains the weights of several layers together; m4 and m6 are the exact rewrites that come closest"
+)
 KV_SCALES = ("data", "random", "none")
 LINEAR_NAMES = {"float": None, **{label.lower(): label for label in LINEAR_LABELS}, "fp8": FP8_DYNAMIC}
 """Labels by the names of linears, as MindIE spells them, and vLLM's fp8; None leaves linears in float."""
@@ -145,6 +148,8 @@ def _normalized(request: ConvertRequest) -> dict[str, Any]:
 
 
 def _check_choices(request: ConvertRequest) -> None:
+    if request.anti_method == "m5":
+        raise OctavoError(f"anti_method: {NO_M5}")
     for name, choices in (("anti_method", ANTI_METHODS), ("kv_scales", KV_SCALES), ("device", DEVICES)):
         if getattr(request, name) not in choices:
             listed = ", ".join(choice or '""' for choice in choices)

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from octavo.common.convert.flags import parse_flags
-from octavo.models.llama3 import ARCHITECTURE
+from octavo import ConvertRequest
 
 from ..support import REPOSITORY, TEXTS, save_source, tiny_llama
 
@@ -52,9 +51,10 @@ def read(file: Path) -> list[dict[str, str]]:
 def test_cases_have_names_and_columns_of_their_own(weights: ModuleType) -> None:
     settings = weights.grid()
     assert len({setting.name for setting in settings}) == len(settings)
-    assert len({setting.flags for setting in settings}) == len(settings)
-    own = [setting for setting in settings if not setting.name.startswith(weights.PRESET)]
-    rows = [weights.described(ARCHITECTURE, setting) for setting in own]
+    own = [setting for setting in settings if not setting.name.startswith(weights.RECIPE)]
+    requests = [ConvertRequest("M", "D", **setting.asked) for setting in own]
+    assert all(request not in requests[:number] for number, request in enumerate(requests))
+    rows = [weights.described(setting) for setting in own]
     assert len({tuple(value for name, value in row.items() if name != "case") for row in rows}) == len(own)
 
 
@@ -73,15 +73,10 @@ def test_cases_have_names_and_columns_of_their_own(weights: ModuleType) -> None:
         ("preset ascend-fa", ("W8A8", "m6", "1", "MinMax", "ascend-fa", "recipe")),
     ],
 )
-def test_columns_say_what_the_flags_do(weights: ModuleType, name: str, expected: tuple[str, ...]) -> None:
+def test_columns_say_what_is_asked_for(weights: ModuleType, name: str, expected: tuple[str, ...]) -> None:
     (setting,) = (setting for setting in weights.grid() if setting.name == name)
-    row = weights.described(ARCHITECTURE, setting)
+    row = weights.described(setting)
     assert tuple(row[column] for column in weights.COLUMNS[4:10]) == expected
-
-
-def test_the_script_would_take_the_flags_of_every_case(weights: ModuleType) -> None:
-    for setting in weights.grid():
-        parse_flags("llama3", ["--model_path", "M", "--save_directory", "D", *setting.flags])
 
 
 def test_a_case_is_converted_scored_and_not_measured_twice(
@@ -109,9 +104,9 @@ def test_a_case_that_fails_is_reported_and_the_others_are_measured(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    broken = weights.Setting("broken", ("--disable_names", "no.such.linear"))
-    refused = weights.Setting("refused", ("--anti_method", "m5"))
-    monkeypatch.setattr(weights, "grid", lambda: [broken, refused, weights.Setting("whole", ("--a_bit", "16"))])
+    broken = weights.Setting("broken", {"float_linears": ["no.such.linear"]})
+    refused = weights.Setting("refused", {"anti_method": "m5"})
+    monkeypatch.setattr(weights, "grid", lambda: [broken, refused, weights.Setting("whole", {"linear": "w8a16"})])
     assert weights.main(arguments) == 1
     assert [row["case"] for row in read(tmp_path / "weights.csv")] == ["whole"]
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("not measured: ")]
@@ -129,7 +124,7 @@ def record(weights: ModuleType, file: Path, *rows: dict[str, Any]) -> None:
     settings = {setting.name: setting for setting in weights.grid()}
     rest = {"commit": "c", "code": "d", "model": "m", "megabytes": "1.5", "seconds": "2", "calibration": "3 texts of a"}
     rest |= {"text": "b", "windows": "2", "length": "2048", "perplexity": "11", "float_perplexity": "10", "top1": "0.9"}
-    whole = [rest | weights.described(ARCHITECTURE, settings[row["case"]]) | row for row in rows]
+    whole = [rest | weights.described(settings[row["case"]]) | row for row in rows]
     import_module("rows").append_rows(file, weights.COLUMNS, whole)
 
 

@@ -1,14 +1,18 @@
 """The flags of the conversion script: Ascend's names, types and defaults."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from octavo import ConvertRequest
 from octavo.common.command import run_script
-from octavo.common.convert.flags import REFUSED, build_parser, parse_flags
+from octavo.common.convert.flag_values import REFUSED
+from octavo.common.convert.flags import RECIPES, build_parser, parse_flags, parse_request, recipe_fields
 from octavo.common.errors import OctavoError, first_line
 from octavo.common.runtime.schemes.linear_scheme import LinearScheme
+from octavo.models.llama3 import ARCHITECTURE
 
 REQUIRED = ["--model_path", "in", "--save_directory", "out"]
 
@@ -126,3 +130,71 @@ def test_reasons_fit_on_a_line() -> None:
     assert first_line(ValueError("one\ntwo")) == "one"
     assert first_line(ValueError("Errors:\n  the first\nthe second")) == "Errors: the first"
     assert first_line(KeyError()) == "KeyError"
+
+
+# What flags ask of a conversion.
+
+
+def asked(*flags: str) -> ConvertRequest:
+    return parse_request(ARCHITECTURE, [*REQUIRED, *flags])
+
+
+REACHES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "part_file_size": (("4",), {"max_shard_gb": 4}),
+    "resume": ((), {"resume": True}),
+    "preset": (("ascend",), {"scheme": "ascend-c8", "anti_method": "m6"}),
+    "w_bit": (("8", "--a_bit", "16"), {"linear": LinearScheme("W8A16")}),
+    "a_bit": (("16", "--w_bit", "4"), {"linear": LinearScheme("W4A16", group_size=64)}),
+    "quantization": (("fp8",), {"linear": LinearScheme("WFP8AFP8_DYNAMIC")}),
+    "w_sym": (("False", "--a_bit", "16"), {"linear": LinearScheme("W8A16", symmetric=False)}),
+    "group_size": (("32", "--a_bit", "16"), {"linear": LinearScheme("W8A16", group_size=32)}),
+    "w_method": (("GPTQ",), {"linear": LinearScheme(w_method="GPTQ")}),
+    "anti_method": (("m2",), {"anti_method": "m2"}),
+    "use_kvcache_quant": (("True",), {"scheme": "ascend-c8"}),
+    "use_fa_quant": (("True",), {"scheme": "ascend-fa"}),
+    "scheme": (("octavo-4",), {"scheme": "octavo-4"}),
+    "kv_cache_dtype": (("fp8",), {"scheme": "fp8"}),
+    "kv_scales": (("none",), {"kv_scales": "none"}),
+    "calib_file": (("texts",), {"calibration": Path("texts")}),
+    "calib_texts": (("a", "b"), {"calibration": ("a", "b")}),
+    "act_method": (("2",), {"linear": LinearScheme(act_method="histogram")}),
+    "is_dynamic": (("True",), {"linear": LinearScheme("W8A8_DYNAMIC")}),
+    "disable_level": (("L3",), {"float_outliers": 3}),
+    "fa_amp": (("2",), {"float_costliest": 2}),
+    "max_kl": (("0.5",), {"max_kl": 0.5}),
+    "disable_names": (("a", "b*"), {"float_linears": ("a", "b*")}),
+    "disable_last_linear": (("False",), {"float_head": False}),
+    "device_type": (("npu",), {"device": "npu"}),
+    "tokenizer_args": (('{"padding_side": "left"}',), {"tokenizer_arguments": {"padding_side": "left"}}),
+    "input_ids_name": (("ids",), {"input_ids_name": "ids"}),
+    "attention_mask_name": (("mask",), {"attention_mask_name": "mask"}),
+    "trust_remote_code": ((), {"trust_remote_code": True}),
+    "save_statistics": (("file",), {"save_statistics": Path("file")}),
+}
+"""What follows a flag, and the fields that it sets."""
+
+
+@pytest.mark.parametrize("flag", REACHES)
+def test_every_flag_reaches_the_request(flag: str) -> None:
+    values, fields = REACHES[flag]
+    assert asked(f"--{flag}", *values) == replace(asked(), **fields) != asked()
+
+
+def test_no_flag_is_forgotten() -> None:
+    assert REACHES.keys() | REFUSED.keys() == DEFAULTS.keys()
+
+
+def test_no_flags_ask_for_what_a_request_without_fields_asks_for() -> None:
+    assert asked() == ConvertRequest("in", "out", architecture=ARCHITECTURE)
+
+
+def test_texts_and_a_file_of_texts_exclude_each_other() -> None:
+    with pytest.raises(OctavoError, match="--calib_file and --calib_texts: give one of the two"):
+        asked("--calib_file", "f", "--calib_texts", "a")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_in_python_is_the_one_of_the_flag(name: str) -> None:
+    assert ConvertRequest("in", "out", architecture=ARCHITECTURE, **recipe_fields(name)) == asked("--preset", name)
+    with pytest.raises(OctavoError, match="recipe fastest: is none of memory-first"):
+        recipe_fields("fastest")

@@ -14,13 +14,14 @@ import pytest
 import torch
 from tqdm import tqdm
 
+from octavo import ConvertRequest, OctavoError, convert
 from octavo.common.convert.api import main
 from octavo.common.convert.output.shards import TensorFiles
 from octavo.common.convert.output.writer import stage_path
 from octavo.common.convert.pipeline import Conversion
 from octavo.models.llama3 import ARCHITECTURE
 
-from ...support import assert_one_error_line, convert_flags, files_below, save_source, tiny_llama
+from ...support import TEXTS, assert_one_error_line, convert_flags, files_below, save_source, tiny_llama
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -122,11 +123,11 @@ def whole(deep_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def stopped(source: Path, target: Path, *flags: str) -> Path:
-    """The stage that an interruption in the sixth layer leaves."""
+    """The stage that an interruption in the sixth layer leaves, of the conversion itself, not of a survey before."""
     layer = Conversion.layer
 
     def interrupted(conversion: Conversion, index: int) -> dict[str, torch.Tensor]:
-        if index == STOPPED_BEHIND:
+        if index == STOPPED_BEHIND and any(stage_path(target).glob("quant_model_weight_*")):
             raise KeyboardInterrupt
         return layer(conversion, index)
 
@@ -221,3 +222,28 @@ def test_a_layer_of_codebooks_in_one_of_several_files_is_done_again(
 def test_resuming_nothing_says_so(deep_source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(ARCHITECTURE, convert_flags(deep_source, tmp_path / "out", "--resume")) == 0
     assert f"nothing to resume in {stage_path(tmp_path / 'out')}" in capsys.readouterr().err
+
+
+def test_what_the_script_began_goes_on_in_python_and_the_other_way_round(
+    deep_source: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Requests that are equal but for where they are written are one job, however they are spelled."""
+    asked = {"scheme": "ascend-c8", "anti_method": "m4", "calibration": TEXTS}
+    stopped(deep_source, tmp_path / "out", *SMOOTHED)
+    with pytest.raises(OctavoError, match=r"^resume=True: .* differs in anti_method \(m4 then, m1 now\)"):
+        convert(ConvertRequest(deep_source, tmp_path / "out", resume=True, **(asked | {"anti_method": "m1"})))
+    with pytest.raises(OctavoError, match=r"^output .* is in .*; give resume=True, or remove it$"):
+        convert(ConvertRequest(deep_source, tmp_path / "out", **asked))
+    convert(ConvertRequest(deep_source, tmp_path / "out", resume=True, **asked))
+    assert "going on behind layer 5 of 8" in capsys.readouterr().err
+    assert_same_bytes(tmp_path / "out", whole)
+
+
+def test_a_report_of_a_resumed_conversion_has_the_costs_of_the_survey(deep_source: Path, tmp_path: Path) -> None:
+    stopped_flags = ("--use_kvcache_quant", "True", "--fa_amp", "2")
+    asked = {"scheme": "ascend-c8", "float_costliest": 2, "calibration": TEXTS}
+    expected = convert(ConvertRequest(deep_source, tmp_path / "whole", **asked))
+    stopped(deep_source, tmp_path / "out", *stopped_flags)
+    found = convert(ConvertRequest(deep_source, tmp_path / "out", resume=True, **asked))
+    assert found.costs == expected.costs and found.chosen_floats == expected.chosen_floats
+    assert found.fidelity == expected.fidelity

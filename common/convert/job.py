@@ -6,14 +6,12 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedConfig
 
@@ -21,16 +19,16 @@ from ..errors import OctavoError
 from ..runtime.checkpoint.files import TensorHeader
 from ..runtime.checkpoint.loading import check_settings, check_stored_sizes
 from ..runtime.decoder import attention_modules
-from ..runtime.schemes.kv_scheme import Scheme, load_scheme
-from ..runtime.schemes.linear_scheme import W8A8, LinearScheme
+from ..runtime.schemes.linear_scheme import LinearScheme
 from .calibration.codebooks import fit_codebooks
 from .calibration.observe import calibrate
 from .calibration.streams import Texts
 from .calibration.texts import default_texts, hold_back, read_calibration_file, tokenize
+from .choices import check_treatment, choose_linears, chosen_scheme, needs_texts
 from .output.bundle import code_digest
 from .output.writer import check_output
 from .pipeline import Conversion
-from .plan import OFFSETS, Plan
+from .plan import Plan
 from .request import ConvertRequest
 from .source.checkpoint import (
     FLOAT_DTYPES,
@@ -55,23 +53,6 @@ def source_dtype(headers: dict[str, TensorHeader]) -> str:
     return Counter(header.dtype for header in headers.values()).most_common(1)[0][0]
 
 
-def chosen_scheme(request: ConvertRequest) -> Scheme:
-    """The scheme of cache and attention that is asked for.
-
-    Raises:
-        OctavoError: an unknown preset, a file that holds no scheme, one that leaves everything in float, or scales of 1
-            for codes that are no fp8.
-    """
-    scheme, scales = load_scheme(request.scheme), request.kv_scales
-    if scales != "data" and not scheme.is_static:
-        raise OctavoError(f"{named('kv_scales')} {scales}: scheme {scheme.name} has no static scales; leave it out")
-    if scales == "random" and scheme.has_codebooks:
-        raise OctavoError(f"{named('kv_scales')} random: the codebooks of {scheme.name} come from texts; leave it out")
-    if request.linear is None and not scheme.is_quantized:
-        raise OctavoError(f"{named('linear=None')}: scheme {scheme.name} quantizes nothing either; choose another")
-    return scheme.with_scales_of_one() if scales == "none" else scheme
-
-
 def random_samples(config: PreTrainedConfig) -> list[dict[str, torch.Tensor]]:
     """Random tokens, as of vLLM's warm-up with calculate_kv_scales."""
     generator = torch.Generator().manual_seed(0)
@@ -79,61 +60,9 @@ def random_samples(config: PreTrainedConfig) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
 
 
-def choose_linears(model: nn.Module, request: ConvertRequest, stated: list[str], head: str) -> list[str]:
-    """Names of the linear layers to quantize, before `float_outliers` and `float_costliest`.
-
-    Args:
-        stated: globs of those that the architecture leaves in float.
-        head: name of the last linear.
-
-    Raises:
-        OctavoError: a name or glob of `float_linears` matches no linear layer.
-    """
-    if request.linear is None:
-        return []
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    # What is stated is for static int8: inputs with scales of their own, or in floats, bear outliers of a few layers.
-    stated = [glob for glob in stated if glob != head] if request.linear.label == W8A8 else []
-    patterns = list(stated if request.float_linears is None else request.float_linears)
-    for pattern in request.float_linears or ():
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise OctavoError(
-                f"{named('float_linears')} {pattern}: matches no linear layer; they are named as {names[0]}"
-            )
-    if request.float_head:
-        patterns.append(head)
-    return [name for name in names if not any(fnmatchcase(name, pattern) for pattern in patterns)]
-
-
 def say(text: str) -> None:
     """Print a line on stderr, apart from the summary."""
     print(text, file=sys.stderr)
-
-
-def _check_statistics_file(file: Path | None, output: Path) -> None:
-    if file is None:
-        return
-    if file.is_dir() or not file.absolute().parent.is_dir():
-        raise OctavoError(f"{named('save_statistics')} {file}: is no file in a directory that exists")
-    if file.resolve().parent == output.resolve():
-        raise OctavoError(
-            f"{named('save_statistics')} {file}: lies in {named('output')}, written whole; name another place"
-        )
-
-
-def _check_request(request: ConvertRequest, scheme: Scheme) -> None:
-    """Raise an `OctavoError` if outliers cannot be treated as asked for, or statistics cannot be saved so."""
-    method, statistics = request.anti_method, request.save_statistics
-    if method == OFFSETS and scheme.has_codebooks:
-        raise OctavoError(
-            f"{named('anti_method')} m2: shifts what the codebooks of {scheme.name} are for; take another"
-        )
-    if method and statistics:
-        raise OctavoError(
-            f"{named('save_statistics')}: {named('anti_method')} {method} changes what is observed, and the file is "
-            "for the model as it is; save it in a run without"
-        )
-    _check_statistics_file(statistics, request.output)
 
 
 def _texts(request: ConvertRequest) -> list[str]:
@@ -143,14 +72,6 @@ def _texts(request: ConvertRequest) -> list[str]:
         return list(request.calibration)
     say(f"{named('no calibration')}: calibrating on the small text that comes with Octavo")
     return default_texts()
-
-
-def _needs_texts(request: ConvertRequest, scheme: Scheme, linears: list[str]) -> bool:
-    """Whether anything rests on the calibration texts."""
-    linear = request.linear
-    by_inputs = linears and (linear.needs_inputs or request.anti_method or linear.w_method != "MinMax")
-    chooses = request.float_outliers or request.float_costliest
-    return bool(by_inputs or scheme.is_static or request.save_statistics or chooses)
 
 
 class Job:
@@ -164,7 +85,7 @@ class Job:
         self.request = request
         check_output(request.output, named("output"))
         self.scheme = chosen_scheme(request)
-        _check_request(request, self.scheme)
+        check_treatment(request, self.scheme)
         check_device(request.device)
         self.directory = find_source(request.model, request.trust_remote_code)
         self.architecture = chosen_architecture(self.directory, request.architecture)
@@ -184,7 +105,7 @@ class Job:
         if request.anti_method and not self.linears:
             given = f"{named('anti_method')} {request.anti_method}"
             raise OctavoError(f"{given}: {named('float_linears')} leaves every linear in float")
-        self.samples = samples if _needs_texts(request, self.scheme, self.linears) else samples[:1]
+        self.samples = samples if needs_texts(request, self.scheme, self.linears) else samples[:1]
 
     def _tokenized(self) -> list[dict[str, torch.Tensor]]:
         """All texts as samples of `[1, S]` ids and mask."""

@@ -41,6 +41,11 @@ class Plan:
         """See `W8A8Linear`."""
         return torch.float32 if self.dtype == "BF16" else torch.int64
 
+    @property
+    def needs_hessian(self) -> bool:
+        """Whether calibration works out the mean of x x^T of the inputs of linears."""
+        return self.linear.w_method == "GPTQ"
+
     def of(self, module: str) -> list[str]:
         """Names within a module of its linears that are quantized."""
         return [name.removeprefix(f"{module}.") for name in self.linears if name.startswith(f"{module}.")]

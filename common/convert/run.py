@@ -63,8 +63,8 @@ def _survey(job: Job) -> tuple[list[str], list[Cost]]:
     trial = job.conversion(job.plan(floats), job.codebooks, measures=True)
     for index in tqdm(range(len(job.source)), desc="measuring", unit="layer"):
         trial.layer(index)
-    worst = costliest(trial.costs)[: request.float_costliest]
-    return [*floats, *(cost.name for cost in worst)], trial.costs
+    worst = costliest(trial.state.costs)[: request.float_costliest]
+    return [*floats, *(cost.name for cost in worst)], trial.state.costs
 
 
 def _begin(job: Job, stage: Stage) -> None:
@@ -133,8 +133,8 @@ def _mend(job: Job, plan: Plan, stage: Stage, files: PlannedFiles) -> None:
 def _go_on(job: Job, plan: Plan, stage: Stage, files: PlannedFiles, conversion: Conversion) -> None:
     """Bring a conversion to where a stage was left."""
     _mend(job, plan, stage, files)
-    conversion.restore(stage.state)
-    conversion.costs = _costs(stage.notes["measured"])
+    conversion.state.restore(stage.state, job.source.device)
+    conversion.state.costs = _costs(stage.notes["measured"])
     say(f"going on behind layer {stage.step} of {len(job.source)}")
 
 
@@ -145,13 +145,13 @@ def _convert_layers(job: Job, stage: Stage, files: PlannedFiles, conversion: Con
     for index in tqdm(layers, desc="converting", unit="layer", initial=stage.step, total=len(job.source)):
         digests = [*digests, _written(conversion.layer(index), files)]
         files.sync()
-        notes = stage.notes | {"measured": _plain(conversion.costs), "layers": digests}
-        stage.finish_step(index + 1, conversion.state(), notes)
+        notes = stage.notes | {"measured": _plain(conversion.state.costs), "layers": digests}
+        stage.finish_step(index + 1, conversion.state.tensors(), notes)
 
 
 def _convert_rest(files: PlannedFiles, conversion: Conversion) -> Fidelity | None:
     """Write what is outside of the layers; returns how far the model is from the float one."""
-    for name, rows, first in conversion.others():
+    for name, rows, first in conversion.output.unchanged():
         files.write(name, rows, first)
     tensors, fidelity = conversion.head()
     for name, tensor in tensors.items():
@@ -186,10 +186,8 @@ def run(job: Job, stage: Stage) -> Made:
     plan = job.plan(floats)
     known = job.codebooks if not stage.step else None
     conversion = job.conversion(plan, known, measures=request.max_kl is not None)
-    planned = conversion.planned()
-    description = build_description(
-        planned, conversion.tied(), conversion.labels(), plan.scheme, plan.linear.group_size
-    )
+    output, planned = conversion.output, conversion.output.planned()
+    description = build_description(planned, output.tied(), output.labels(), plan.scheme, plan.linear.group_size)
     most_bytes = None if request.max_shard_gb is None else round(request.max_shard_gb * GIGABYTE)
     files = PlannedFiles(stage.path, weight_file_names(description)[0], planned, most_bytes)
     files.create()
@@ -197,7 +195,7 @@ def run(job: Job, stage: Stage) -> Made:
         _go_on(job, plan, stage, files, conversion)
     _convert_layers(job, stage, files, conversion)
     fidelity = _convert_rest(files, conversion)
-    _check_kl(request.max_kl, fidelity, conversion.costs)
+    _check_kl(request.max_kl, fidelity, conversion.state.costs)
     _write_rest(stage.path, job, plan, description)
     nbytes = sum(file.stat().st_size for file in stage.path.iterdir() if file.is_file())
-    return Made(plan, tuple(floats), fidelity, tuple(conversion.costs or surveyed), nbytes, conversion.found())
+    return Made(plan, tuple(floats), fidelity, tuple(conversion.state.costs or surveyed), nbytes, conversion.found())

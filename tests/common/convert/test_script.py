@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from octavo.common.convert.api import main
+from octavo.common.convert.choices import choose_linears
 from octavo.common.convert.flag_values import REFUSED
 from octavo.common.convert.flags import parse_flags, parse_request
-from octavo.common.convert.job import choose_linears
 from octavo.common.runtime.cache.sizes import kv_bytes_per_token
 from octavo.common.runtime.schemes.kv_scheme import load_scheme
 from octavo.common.runtime.static_scales import load_statistics

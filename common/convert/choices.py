@@ -1,0 +1,90 @@
+"""What a request chooses: the scheme, the linears, and whether it needs texts; checked as far as it goes by itself."""
+
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from torch import nn
+
+from ..errors import OctavoError
+from ..runtime.schemes.kv_scheme import Scheme, load_scheme
+from ..runtime.schemes.linear_scheme import W8A8
+from .plan import OFFSETS
+from .request import ConvertRequest
+from .spelling import named
+
+
+def chosen_scheme(request: ConvertRequest) -> Scheme:
+    """The scheme of cache and attention that is asked for.
+
+    Raises:
+        OctavoError: an unknown preset, a file that holds no scheme, one that leaves everything in float, or scales of 1
+            for codes that are no fp8.
+    """
+    scheme, scales = load_scheme(request.scheme), request.kv_scales
+    if scales != "data" and not scheme.is_static:
+        raise OctavoError(f"{named('kv_scales')} {scales}: scheme {scheme.name} has no static scales; leave it out")
+    if scales == "random" and scheme.has_codebooks:
+        raise OctavoError(f"{named('kv_scales')} random: the codebooks of {scheme.name} come from texts; leave it out")
+    if request.linear is None and not scheme.is_quantized:
+        raise OctavoError(f"{named('linear=None')}: scheme {scheme.name} quantizes nothing either; choose another")
+    return scheme.with_scales_of_one() if scales == "none" else scheme
+
+
+def choose_linears(model: nn.Module, request: ConvertRequest, stated: list[str], head: str) -> list[str]:
+    """Names of the linear layers to quantize, before `float_outliers` and `float_costliest`.
+
+    Args:
+        stated: globs of those that the architecture leaves in float.
+        head: name of the last linear.
+
+    Raises:
+        OctavoError: a name or glob of `float_linears` matches no linear layer.
+    """
+    if request.linear is None:
+        return []
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    # What is stated is for static int8: inputs with scales of their own, or in floats, bear outliers of a few layers.
+    stated = [glob for glob in stated if glob != head] if request.linear.label == W8A8 else []
+    patterns = list(stated if request.float_linears is None else request.float_linears)
+    for pattern in request.float_linears or ():
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise OctavoError(
+                f"{named('float_linears')} {pattern}: matches no linear layer; they are named as {names[0]}"
+            )
+    if request.float_head:
+        patterns.append(head)
+    return [name for name in names if not any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def _check_statistics_file(file: Path | None, output: Path) -> None:
+    if file is None:
+        return
+    if file.is_dir() or not file.absolute().parent.is_dir():
+        raise OctavoError(f"{named('save_statistics')} {file}: is no file in a directory that exists")
+    if file.resolve().parent == output.resolve():
+        raise OctavoError(
+            f"{named('save_statistics')} {file}: lies in {named('output')}, written whole; name another place"
+        )
+
+
+def check_treatment(request: ConvertRequest, scheme: Scheme) -> None:
+    """Raise an `OctavoError` if outliers cannot be treated as asked for, or statistics cannot be saved so."""
+    method, statistics = request.anti_method, request.save_statistics
+    if method == OFFSETS and scheme.has_codebooks:
+        raise OctavoError(
+            f"{named('anti_method')} m2: shifts what the codebooks of {scheme.name} are for; take another"
+        )
+    if method and statistics:
+        raise OctavoError(
+            f"{named('save_statistics')}: {named('anti_method')} {method} changes what is observed, and the file is "
+            "for the model as it is; save it in a run without"
+        )
+    _check_statistics_file(statistics, request.output)
+
+
+def needs_texts(request: ConvertRequest, scheme: Scheme, linears: list[str]) -> bool:
+    """Whether anything rests on the calibration texts."""
+    linear = request.linear
+    by_inputs = linears and (linear.needs_inputs or request.anti_method or linear.w_method != "MinMax")
+    chooses = request.float_outliers or request.float_costliest
+    return bool(by_inputs or scheme.is_static or request.save_statistics or chooses)

@@ -1,0 +1,53 @@
+"""Calibrate: what a float layer's attention and linears see of the calibration texts, which go through it.
+
+S tokens, E hidden size.
+"""
+
+import torch
+
+from ...runtime.decoder import attention_modules
+from ...runtime.schemes.linear_scheme import LinearInputs
+from ...runtime.static_scales import Statistics
+from ..calibration.observe import InputObservers, attention_tensors, input_tensors, observing_attention
+from ..calibration.streams import Stream
+from ..plan import Plan
+from ..source.layerwise import LayerwiseModel
+from ..state import ConversionState, LayerWork
+
+
+def observed(
+    stream: Stream, work: LayerWork, linears: list[str], keeps_hessian: bool = False
+) -> tuple[dict[str, LinearInputs], list[torch.Tensor]]:
+    """What the inputs of linears of a layer are like, by name, and what the layer makes of texts, `[1, S, E]` each."""
+    observers = InputObservers({part: work.module.get_submodule(part) for part in linears}, keeps_hessian)
+    try:
+        outputs = stream.through(work.module, work.index)
+    finally:
+        observers.remove()
+    return observers.inputs(), outputs
+
+
+class Calibrate:
+    """Leaves statistics of attention and linears in the state, and the inputs of linears in the work.
+
+    Raises:
+        OctavoError: a statistic is not finite.
+    """
+
+    def __init__(self, source: LayerwiseModel, plan: Plan) -> None:
+        self._model, self._keeps_hessian = source.model, plan.needs_hessian
+
+    def __call__(self, work: LayerWork, state: ConversionState) -> None:
+        attentions = [attention_modules(self._model)[work.index]]
+        attention = attentions[0][1]
+        with observing_attention(self._model, attentions):
+            if state.for_scales is not None:
+                state.for_scales.hidden = state.for_scales.through(work.module, work.index)
+                found = attention_tensors(attention)
+            work.inputs, outputs = observed(state.calibration, work, work.quantized, self._keeps_hessian)
+            if state.for_scales is None:
+                found = attention_tensors(attention)
+        state.calibration.hidden = outputs
+        found |= input_tensors({f"{work.name}.{part}": seen for part, seen in work.inputs.items()})
+        Statistics(found, {}).check_finite()
+        state.statistics |= {name: tensor for name, tensor in found.items() if name not in state.statistics}

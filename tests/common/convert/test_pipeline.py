@@ -111,7 +111,7 @@ def test_what_is_summed_up_is_what_loads(
     assert len(quantized) == (6 if label == "W8A8" else 7) * 3 + 1, "the recipe leaves down_proj of W8A8"
 
 
-PRESETS = {
+RECIPES = {
     "memory-first": ({"W4A16"}, "int8-token"),
     "speed-first": ({"W8A8_DYNAMIC"}, "vllm-fp8-head"),
     "balanced": ({"W4A16"}, "octavo-4"),
@@ -120,17 +120,17 @@ PRESETS = {
 }
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_end_to_end_presets(name: str, source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes(name: str, source: Path, tmp_path: Path) -> None:
     target = tmp_path / "out"
     assert main(llama3.ARCHITECTURE, convert_flags(source, target, "--preset", name)) == 0
     model = llama3.ARCHITECTURE.model_class.from_pretrained(target).eval()
     labels = {module.LABEL for module in model.modules() if isinstance(module, QuantizedLinear)}
-    assert (labels, model.scheme.name) == PRESETS[name]
+    assert (labels, model.scheme.name) == RECIPES[name]
     assert torch.isfinite(model(random_ids(1, 9)).logits).all()
 
 
-def test_flags_override_a_preset(source: Path, tmp_path: Path) -> None:
+def test_flags_override_a_recipe(source: Path, tmp_path: Path) -> None:
     target = tmp_path / "out"
     flags = ("--preset", "memory-first", "--group_size", "32", "--w_method", "MinMax", "--scheme", "octavo-8")
     assert main(llama3.ARCHITECTURE, convert_flags(source, target, *flags)) == 0
@@ -138,7 +138,7 @@ def test_flags_override_a_preset(source: Path, tmp_path: Path) -> None:
     assert description["group_size"] == 32 and description["octavo_scheme"]["name"] == "octavo-8"
 
 
-def test_flags_of_another_name_take_the_place_of_a_presets(source: Path, tmp_path: Path) -> None:
+def test_flags_of_another_name_take_the_place_of_a_recipes(source: Path, tmp_path: Path) -> None:
     def parsed(*flags: str) -> ConvertRequest:
         return parse_request(llama3.ARCHITECTURE, convert_flags(source, tmp_path / "out", *flags))
 

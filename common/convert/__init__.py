@@ -1,7 +1,17 @@
 """From a float checkpoint to a quantized one; nothing here travels with an output."""
 
-from .api import convert, main
-from .report import ConversionReport
-from .request import ConvertRequest
+from importlib import import_module
+from typing import Any
 
-__all__ = ["ConversionReport", "ConvertRequest", "convert", "main"]
+PUBLIC = {"ConversionReport": "report", "ConvertRequest": "request", "convert": "api", "main": "api"}
+"""Public names, and the modules that define them, each imported when a name is first asked for."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{PUBLIC[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(PUBLIC)

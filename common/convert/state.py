@@ -79,6 +79,7 @@ class LayerWork:
         name: as `model.layers.3`.
         module: the float layer, which smoothing rewrites.
         quantized: names within the layer of the linears that will be quantized.
+        expected: what the layer makes of the first calibration text before it is rewritten; None if it is not.
         inputs: what calibration saw of their inputs.
         tensors: of the layer of the output, named for the file.
         coded: the layer that a load of the output gives, in float32.
@@ -88,6 +89,7 @@ class LayerWork:
     name: str
     module: nn.Module
     quantized: list[str]
+    expected: torch.Tensor | None = None
     inputs: dict[str, LinearInputs] = field(default_factory=dict)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     coded: nn.Module | None = None

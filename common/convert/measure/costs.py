@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
+
 from ...command import aligned
 
 ROWS_SHOWN = 10
@@ -41,3 +43,10 @@ def cost_table(costs: list[Cost], floats: Iterable[str]) -> str:
         outliers = "-" if cost.outliers is None else f"{cost.outliers:.1f}"
         rows.append([cost.name, f"{cost.error:.2e}", outliers, "stays in float" if cost.name in floats else ""])
     return "\n".join([caption, *aligned(rows)])
+
+
+def relative_error(expected: list[torch.Tensor], found: list[torch.Tensor]) -> float:
+    """Mean over tokens of `|found - expected|^2 / |expected|^2`."""
+    pairs = zip(expected, found, strict=True)
+    ratios = [((b - a).square().sum(dim=-1) / a.square().sum(dim=-1).clamp_min(1e-30)).flatten() for a, b in pairs]
+    return float(torch.cat(ratios).mean())

@@ -5,13 +5,16 @@ S tokens, E hidden size.
 
 import torch
 
+from ...errors import OctavoError
 from ...runtime.decoder import attention_modules
 from ...runtime.schemes.linear_scheme import LinearInputs
 from ...runtime.static_scales import Statistics
 from ..calibration.observe import InputObservers, attention_tensors, input_tensors, observing_attention
 from ..calibration.streams import Stream
+from ..measure.costs import relative_error
 from ..plan import Plan
 from ..source.layerwise import LayerwiseModel
+from ..spelling import named
 from ..state import ConversionState, LayerWork
 
 
@@ -27,15 +30,27 @@ def observed(
     return observers.inputs(), outputs
 
 
+MOST_CHANGE = 1e-4
+"""Mean over tokens of `|difference|^2 / |output|^2` by which smoothing may change a layer; rounding stays far below."""
+
+
 class Calibrate:
     """Leaves statistics of attention and linears in the state, and the inputs of linears in the work.
 
     Raises:
-        OctavoError: a statistic is not finite.
+        OctavoError: a statistic is not finite, or smoothing changed what the layer computes: it is not what its
+            architecture states.
     """
 
     def __init__(self, source: LayerwiseModel, plan: Plan) -> None:
         self._model, self._keeps_hessian = source.model, plan.needs_hessian
+
+    def _check_rewritten(self, work: LayerWork, outputs: list[torch.Tensor]) -> None:
+        if work.expected is not None and not relative_error([work.expected], outputs[:1]) < MOST_CHANGE:
+            raise OctavoError(
+                f"{work.name}: {named('anti_method')} changed what it computes: {type(work.module).__name__} is not "
+                "built as its architecture states; leave the treatment out"
+            )
 
     def __call__(self, work: LayerWork, state: ConversionState) -> None:
         attentions = [attention_modules(self._model)[work.index]]
@@ -47,6 +62,7 @@ class Calibrate:
             work.inputs, outputs = observed(state.calibration, work, work.quantized, self._keeps_hessian)
             if state.for_scales is None:
                 found = attention_tensors(attention)
+        self._check_rewritten(work, outputs)
         state.calibration.hidden = outputs
         found |= input_tensors({f"{work.name}.{part}": seen for part, seen in work.inputs.items()})
         Statistics(found, {}).check_finite()

@@ -3,11 +3,9 @@
 import copy
 from collections.abc import Iterator
 
-import torch
-
 from ...runtime.decoder import attention_modules
 from ...runtime.schemes.kv_scheme import load_scheme
-from ..measure.costs import Cost
+from ..measure.costs import Cost, relative_error
 from ..output.model import OutputModel
 from ..plan import Plan
 from ..source.layerwise import LayerwiseModel
@@ -42,7 +40,7 @@ class Measure:
                 found = probe.through(layer, work.index, PROBE_TOKENS)
             finally:
                 setattr(layer.get_submodule(parent), child, plain)
-            yield Cost(f"{work.name}.{part}", outlier_score(seen), _relative_error(expected, found))
+            yield Cost(f"{work.name}.{part}", outlier_score(seen), relative_error(expected, found))
 
     def _attention_cost(self, work: LayerWork, state: ConversionState) -> Iterator[Cost]:
         """Of the attention, between the quantized layer with a cache in float and with that of the scheme."""
@@ -53,11 +51,4 @@ class Measure:
             self._output.through(work.coded, work.index, state.held_back, scheme, PROBE_TOKENS)
             for scheme in (load_scheme("float"), self._scheme)
         )
-        yield Cost(name, None, _relative_error(expected, found))
-
-
-def _relative_error(expected: list[torch.Tensor], found: list[torch.Tensor]) -> float:
-    """Mean over tokens of `|found - expected|^2 / |expected|^2`."""
-    pairs = zip(expected, found, strict=True)
-    ratios = [((b - a).square().sum(dim=-1) / a.square().sum(dim=-1).clamp_min(1e-30)).flatten() for a, b in pairs]
-    return float(torch.cat(ratios).mean())
+        yield Cost(name, None, relative_error(expected, found))

@@ -36,7 +36,8 @@ class Smooth:
         if not method or not work.quantized:
             return
         every = [part for part, module in work.module.named_modules() if isinstance(module, nn.Linear)]
-        found, _ = observed(state.calibration, work, every)
+        found, outputs = observed(state.calibration, work, every)
+        work.expected = outputs[0]
         smaller = {id(inputs): inputs.thinned(SEARCH_ROWS) for inputs in found.values()}
         found = {part: smaller[id(inputs)] for part, inputs in found.items()}
         smooth_layer(work.module, found, method, work.quantized, error_of(self._plan), self._facts)

@@ -8,6 +8,7 @@ from cases import Case, Prepared, Variant, check_close, check_equal
 from torch.nn import functional
 
 from octavo import ops
+from octavo.ops.attention.call import ATTENTION_CALL, AttentionCall, Coded
 from octavo.ops.attention.reference import attention_reference
 from octavo.ops.codec.reference import encode_reference, encode_token_reference
 from octavo.ops.linear.reference import (
@@ -52,15 +53,20 @@ def _attention(
     arguments = {}
     for what, (kind, scale) in scales.items():
         key, value = (_codes(kind, shape, device) for _ in range(2))
-        arguments[what] = (query, key, value, scale, None, scale, None, None, None, scaling, True)
+        arguments[what] = AttentionCall(query, Coded(key, scale), Coded(value, scale), scaling)
     ours = [
-        Variant(what, partial(ops.attention, *given), 2 * query.nbytes + 2 * given[1].nbytes + 2 * given[3].nbytes)
-        for what, given in arguments.items()
+        Variant(
+            what,
+            partial(ops.attention, *ATTENTION_CALL.flat(call)),
+            2 * (query.nbytes + call.key.codes.nbytes + call.key.scale.nbytes),
+        )
+        for what, call in arguments.items()
     ]
 
     def check() -> None:
-        for what, given in arguments.items():
-            check_close(what, ops.attention(*given), attention_reference(*given), LIMITS[device.type])
+        for what, call in arguments.items():
+            output = ops.attention(*ATTENTION_CALL.flat(call))
+            check_close(what, output, attention_reference(call), LIMITS[device.type])
 
     key, value = (torch.randn(shape, device=device) for _ in range(2))
 

@@ -6,7 +6,6 @@
 
 enum { KEY_BLOCK = 192, MAX_ROWS = 192, DIRECT_ROWS = 8, GROUPED_ROWS = 64, MIN_CHUNK = 512 };
 enum { LARGEST_COUNT = 1 << 29 }; /* of ops/attention/arguments.py: no sum of lengths, windows and positions wraps */
-enum { MASK_NONE = 0, MASK_BOOL = 1, MASK_FLOAT = 2 };
 
 /* How the codes of K or V are multiplied: straight from memory, as whole numbers, or decoded into a tile of floats for
  * few rows or for many. */
@@ -16,34 +15,6 @@ enum { MODE_DIRECT = 0, MODE_INTEGER = 1, MODE_DECODED = 2, MODE_TILE = 3 };
  * multiple of GROUP_STEP tokens; or over groups of a multiple of GROUP_STEP channels; in any other way,
  * or for so many rows that decoding a block once is quicker than digits for each group and row. */
 enum { GROUPS_NONE = 0, GROUPS_TOKENS = 1, GROUPS_CHANNELS = 2, GROUPS_BOTH = 3, GROUP_STEP = 32 };
-
-/* A scale or a zero point: `data` 0 if there is none. `per_token` if it varies along the keys, then `group` keys share
- * a row; `span` channels share a column. */
-typedef struct {
-    int64_t data, kind, per_token, group, span, stride[4];
-} Part;
-
-/* K or V. Strides count elements. */
-typedef struct {
-    int64_t data, kind, stride[3];
-    Part scale, zero;
-} Side;
-
-/* Scores by position: `query` . row `start` + key of `table`, which has `rows` of them; `query` 0 if there are none. */
-typedef struct {
-    int64_t query, table, start, width, rows, row_stride, start_stride, query_stride[3];
-} Position;
-
-typedef struct {
-    int64_t query, output, query_scale, mask, length;
-    int64_t batch, heads, queries, width, groups, keys;
-    int64_t mask_kind, length_bytes, length_stride, causal, window, threads;
-    int64_t query_stride[3], query_scale_stride[3], mask_stride[4];
-    Side key, value;
-    int64_t lse; /* 0 if it is not wanted */
-    Position position;
-    double scaling;
-} AttentionArguments;
 
 /* How the work is cut: constant over a call. Parts are those that decoding has not applied already. */
 typedef struct {
@@ -142,7 +113,7 @@ INLINE int64_t bounded(int64_t count) {
 static int64_t length_of(const AttentionArguments *a, int64_t b) {
     if (!a->length) return a->keys;
     int64_t at = b * a->length_stride;
-    return bounded(a->length_bytes == 4 ? ((const int32_t *)a->length)[at] : ((const int64_t *)a->length)[at]);
+    return bounded(a->length_kind == KIND_INT32 ? ((const int32_t *)a->length)[at] : ((const int64_t *)a->length)[at]);
 }
 
 /* Keys that a query sees, masks aside. */
@@ -275,7 +246,7 @@ OUTLINE void fold_rows(const Plan *plan, int64_t first, int64_t stop, Scratch *s
 OUTLINE void load_bias(const AttentionArguments *a, int64_t b, int64_t head, int64_t query, int64_t start, int64_t keys,
                       float *bias) {
     int64_t at = b * a->mask_stride[0] + head * a->mask_stride[1] + query * a->mask_stride[2], step = a->mask_stride[3];
-    if (a->mask_kind == MASK_BOOL) {
+    if (a->mask_kind == KIND_BOOL) {
         const uint8_t *seen = (const uint8_t *)a->mask + at + start * step;
         for (int64_t j = 0; j < keys; j++) bias[j] = seen[j * step] ? 0.0f : -INFINITY;
     } else {
@@ -927,8 +898,10 @@ static Scratch *new_scratch(const Plan *plan) {
     return scratch;
 }
 
-/* Returns 0, or 1 if there is not enough memory. */
-EXPORT int attention(const AttentionArguments *a) {
+/* Returns 0, or 1 if there is not enough memory, or 2 if there is nothing to do or the arguments do not go together. */
+EXPORT int attention(const PackedAttentionCall *packed) {
+    if (!goes_together(&packed->call)) return 2;
+    const AttentionArguments arguments = arguments_of(packed), *a = &arguments;
     Plan plan = plan_of(a);
     int64_t pairs = a->batch * a->groups, tasks = pairs * plan.blocks * plan.chunks, rows = pairs * plan.rows;
     Row *part_rows = NULL;

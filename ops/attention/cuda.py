@@ -8,7 +8,7 @@ codes are decoded in registers, and a width is worked at in two halves, which is
 Nothing is read back from the device: the grid follows from the capacity, and programs share out the tokens in use.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -29,10 +29,10 @@ from ..shared.triton_helpers import (
     strided,
     tl,
     to_code,
-    triton_serves,
+    triton_supports,
 )
 from .arguments import LARGEST_COUNT, check_attention
-from .reference import attention_lse_reference, attention_reference
+from .call import AttentionCall, Coded, PositionScores
 
 ATTENTION_CUDA = cuda_description("codes decoded in registers, keys split over programs where queries are few")
 LARGEST_WIDTH = 256
@@ -519,8 +519,10 @@ def _part(name: str, part: torch.Tensor | None, shape: tuple[int, int, int, int]
     return _Part(form, rows, columns, (part, *strides, shape[3] // columns))
 
 
-def _joined(scale: _Part, zero: _Part) -> tuple[_Part, _Part]:
-    """Both applied to tiles where one of them has to be."""
+def _parts(name: str, side: Coded, shape: tuple[int, int, int, int]) -> tuple[_Part, _Part]:
+    """Scale and zero of K or V, both applied to tiles where one of them has to be."""
+    scale = _part(f"{name}_scale", side.scale, shape, side.group)
+    zero = _part(f"{name}_zero", side.zero, shape, side.group)
     if "tile" in (scale.form, zero.form):
         return scale._replace(form="tile"), zero._replace(form="tile")
     return scale, zero
@@ -555,23 +557,20 @@ def _tiles(
     return blocks, layouts
 
 
-def _position_operands(
-    position_query: torch.Tensor | None,
-    position_table: torch.Tensor | None,
-    position_start: torch.Tensor | None,
-) -> tuple[tuple[tuple | None, ...], int]:
+def _position_operands(position: PositionScores) -> tuple[tuple[tuple | None, ...], int]:
     """Checked arguments of scores by position as the kernel takes them, and their width, 0 of none.
 
     Raises:
         ValueError: they are too wide.
     """
-    if position_query is None:
+    query, table, start = position
+    if query is None:
         return (None, None, None), 0
-    rows, width = position_table.shape
+    rows, width = table.shape
     if width > LARGEST_WIDTH:
         raise ValueError(f"attention on CUDA takes scores by position up to {LARGEST_WIDTH} wide, not {width}")
-    first = (position_start, position_start.stride(0) if position_start.shape[0] > 1 else 0)
-    return (strided(position_query), (*strided(position_table), rows - 1), first), width
+    first = (start, start.stride(0) if start.shape[0] > 1 else 0)
+    return (strided(query), (*strided(table), rows - 1), first), width
 
 
 def _float_dot(values: torch.dtype, query: torch.dtype) -> str:
@@ -620,27 +619,7 @@ def _splits(programs: int, keys: int, processors: int, are_small: bool) -> int:
     return max(1, min(wanted, -(-keys // FEWEST_KEYS), MOST_SPLITS))
 
 
-def _attend_triton(
-    wants_lse: bool,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    key_scale: torch.Tensor | None,
-    key_zero: torch.Tensor | None,
-    value_scale: torch.Tensor | None,
-    value_zero: torch.Tensor | None,
-    query_scale: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    scaling: float,
-    causal: bool,
-    length: torch.Tensor | None = None,
-    window: int = 0,
-    key_group: int = 1,
-    value_group: int = 1,
-    position_query: torch.Tensor | None = None,
-    position_table: torch.Tensor | None = None,
-    position_start: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _attend_triton(call: AttentionCall, wants_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`attention_lse_reference` in Triton; the log-sum-exp only if it is wanted.
 
     Any strides. With queries of 16 bits, products are of 16 bits and sums of 32; weights are rounded to 16 bits, and to
@@ -649,24 +628,19 @@ def _attend_triton(
     Raises:
         ValueError: shapes that do not go together, or a head_dim or scores by position wider than 256.
     """
-    check_attention(
-        query, key, value, key_scale, key_zero, value_scale, value_zero, query_scale, mask, length, window, key_group,
-        value_group, position_query, position_table, position_start,
-    )  # fmt: skip
-    batch, heads, queries, width = query.shape
-    groups, keys = key.shape[1:3]
-    shape, window = (batch, groups, keys, width), min(window, LARGEST_COUNT)
+    shape = batch, groups, keys, width = check_attention(call)
+    query, key, value, query_scale = call.query, call.key.codes, call.value.codes, call.query_scale
+    mask, causal, length, window = call.visibility
+    heads, queries = query.shape[1:3]
+    window = min(window, LARGEST_COUNT)
     if width > LARGEST_WIDTH:
         raise ValueError(f"attention on CUDA takes a head_dim up to {LARGEST_WIDTH}, not {width}")
-    position, position_width = _position_operands(position_query, position_table, position_start)
+    position, position_width = _position_operands(call.position)
     output = query.new_empty((batch, queries, heads, width))
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=query.device) if wants_lse else None
     if output.numel() == 0 or keys == 0:
         return output.zero_(), None if lse is None else lse.fill_(float("-inf"))
-    key_parts = _joined(_part("key_scale", key_scale, shape, key_group), _part("key_zero", key_zero, shape, key_group))
-    value_parts = _joined(
-        _part("value_scale", value_scale, shape, value_group), _part("value_zero", value_zero, shape, value_group)
-    )
+    key_parts, value_parts = _parts("key", call.key, shape), _parts("value", call.value, shape)
     gpu = gpu_of(query.device)
     quantized = "float"
     if query_scale is not None:
@@ -684,7 +658,8 @@ def _attend_triton(
     position_block = power_of_two(position_width, 16)
     if position_width:
         blocks = _with_positions(blocks, half, position_block, gpu.capability)
-    blocks, layouts = _tiles(blocks, ((key_parts, key_group), (value_parts, value_group)), width, half)
+    both = (key_parts, call.key.group), (value_parts, call.value.group)
+    blocks, layouts = _tiles(blocks, both, width, half)
     programs = -(-rows // blocks.rows) * batch * groups
     splits = _splits(programs, keys, gpu.processors, blocks.rows == 16)
     parts, parts_lse = output, None
@@ -703,13 +678,13 @@ def _attend_triton(
             strided(query), strided(raw_codes(key)), strided(raw_codes(value)), parts, parts_lse, lse,
             key_parts[0].operand, key_parts[1].operand, value_parts[0].operand, value_parts[1].operand,
             query_scale, mask, length, *position,
-            groups, queries, keys, window, scaling * LOG2_E,
+            groups, queries, keys, window, call.scaling * LOG2_E,
             RATIO=ratio, WIDTH=width, BLOCK_M=blocks.rows, BLOCK_N=blocks.keys, BLOCK_H=half, IS_SPLIT=splits > 1,
             KEY_KIND=CODE_KINDS.get(key.dtype, "float"), VALUE_KIND=CODE_KINDS.get(value.dtype, "float"),
             QUERY_KIND=quantized, KEY_DOT=key_dot, VALUE_DOT=value_dot,
             KEY_SCALE=key_parts[0].form, KEY_ZERO=key_parts[1].form,
             VALUE_SCALE=value_parts[0].form, VALUE_ZERO=value_parts[1].form,
-            KEY_GROUP=key_group, VALUE_GROUP=value_group, KEY_TILE=layouts[0], VALUE_TILE=layouts[1],
+            KEY_GROUP=call.key.group, VALUE_GROUP=call.value.group, KEY_TILE=layouts[0], VALUE_TILE=layouts[1],
             CAUSAL=causal, WINDOW=causal and window > 0, MASK=mask_kind, NATIVE=native,
             WANTS_LSE=wants_lse, POSITION_WIDTH=position_width, BLOCK_E=position_block,
             num_warps=blocks.warps, num_stages=blocks.stages, maxnreg=blocks.registers, enable_fp_fusion=True,
@@ -723,11 +698,16 @@ def _attend_triton(
     return output, lse
 
 
-def attention_cuda(query: torch.Tensor, *others: Any) -> torch.Tensor:
-    """`attention_reference` in Triton, of the same arguments; the reference itself where Triton does not serve."""
-    return _attend_triton(False, query, *others)[0] if triton_serves(query) else attention_reference(query, *others)
+def attention_cuda_supports(call: AttentionCall) -> str | None:
+    """None, or why the kernels do not serve a call."""
+    return triton_supports(call.query)
 
 
-def attention_lse_cuda(query: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """`attention_lse_reference` in Triton, of the same arguments; the reference itself where Triton does not serve."""
-    return _attend_triton(True, query, *others) if triton_serves(query) else attention_lse_reference(query, *others)
+def attention_cuda(call: AttentionCall) -> torch.Tensor:
+    """`attention_reference` in Triton."""
+    return _attend_triton(call, False)[0]
+
+
+def attention_lse_cuda(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attention_lse_reference` in Triton."""
+    return _attend_triton(call, True)

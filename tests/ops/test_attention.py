@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octavo.ops import attention, attention_lse
+from octavo.ops.attention.call import ATTENTION_CALL
 from octavo.ops.attention.reference import attention_lse_reference, attention_reference
 
 from ..tolerances import TOLERANCES
@@ -64,13 +65,16 @@ class Call:
     position_start: torch.Tensor | None = None
 
     def run(self) -> torch.Tensor:
-        return attention(*vars(self).values())
+        return attention(**vars(self))
 
     def run_lse(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return attention_lse(*vars(self).values())
+        return attention_lse(**vars(self))
 
     def reference(self) -> torch.Tensor:
-        return attention_reference(*vars(self).values())
+        return attention_reference(ATTENTION_CALL.of(**vars(self)))
+
+    def reference_lse(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return attention_lse_reference(ATTENTION_CALL.of(**vars(self)))
 
     def oracle(self) -> torch.Tensor:
         return self.oracle_lse()[0]
@@ -309,7 +313,7 @@ def test_equals_the_reference(
     if positions:
         add_positions(call, positions)
     output, lse = call.run_lse()
-    expected, expected_lse = attention_lse_reference(*vars(call).values())
+    expected, expected_lse = call.reference_lse()
     assert torch.equal(output, call.run())
     assert_close(output, expected)
     assert_lse_close(lse, expected_lse)
@@ -398,7 +402,7 @@ def test_scores_by_position_that_are_no_number_stay_none(queries: int, broken: s
     call.position_start = torch.tensor([0])
     getattr(call, broken)[..., 0, 3] = what
     output, lse = call.run_lse()
-    expected, expected_lse = attention_lse_reference(*vars(call).values())
+    expected, expected_lse = call.reference_lse()
     assert torch.equal(output.isfinite(), expected.isfinite()) and torch.equal(lse.isfinite(), expected_lse.isfinite())
     assert not output.isfinite().all()
 
@@ -442,9 +446,9 @@ def test_segments_are_merged_by_their_log_sum_exp(
     call.length = None if lengths is None else torch.tensor(lengths)
     if positions:
         add_positions(call, 32)
-    expected, expected_lse = (part.double() for part in attention_lse_reference(*vars(call).values()))
-    for kernel in (attention_lse, attention_lse_reference):
-        parts = [kernel(*vars(segment).values()) for segment in segments_of(call, (20, 283))]
+    expected, expected_lse = (part.double() for part in call.reference_lse())
+    for kernel in (Call.run_lse, Call.reference_lse):
+        parts = [kernel(segment) for segment in segments_of(call, (20, 283))]
         assert_close(merged(parts), expected)
         assert_lse_close(torch.stack([lse for _, lse in parts]).logsumexp(dim=0), expected_lse)
 
@@ -549,7 +553,7 @@ def test_grouped_codes_keep_what_is_no_number(form: str, queries: int, broken: s
     call.value_group = call.key_group
     getattr(call, broken)[..., 0, 3] = what
     output, lse = call.run_lse()
-    expected, expected_lse = attention_lse_reference(*vars(call).values())
+    expected, expected_lse = call.reference_lse()
     if broken.startswith("value"):  # whole numbers spread it over all channels of a row
         assert torch.equal(output.isfinite().all(dim=-1), expected.isfinite().all(dim=-1))
     else:
@@ -706,7 +710,7 @@ def test_what_does_not_go_together_is_refused() -> None:
 @pytest.mark.parametrize("op", [torch.ops.octavo.attention.default, torch.ops.octavo.attention_lse.default])
 def test_opcheck(op: torch._ops.OpOverload, dtype: torch.dtype) -> None:
     for call in (int8_call(), add_positions(int8_call(), 16)):
-        torch.library.opcheck(op, tuple(vars(replace(call, query=call.query.to(dtype))).values()))
+        torch.library.opcheck(op, (), vars(replace(call, query=call.query.to(dtype))))
 
 
 @pytest.mark.parametrize("queries", [1, 40])
@@ -721,8 +725,7 @@ def test_what_is_no_number_stays_none(what: float, broken: str, queries: int) ->
         "value": torch.randn((1, 1, 200, 16), generator=generator),
     }
     parts[broken][0, 0, 0] = what
-    unused = [None] * 6
-    output = attention(*parts.values(), *unused, 0.25, True)
-    expected = attention_reference(*parts.values(), *unused, 0.25, True)
+    output = attention(**parts, scaling=0.25)
+    expected = attention_reference(ATTENTION_CALL.of(**parts, scaling=0.25))
     assert torch.equal(output.isfinite(), expected.isfinite())
     assert not output.isfinite().all()

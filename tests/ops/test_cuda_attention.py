@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octavo.ops import attention, attention_lse
+from octavo.ops.attention.call import ATTENTION_CALL
 from octavo.ops.attention.cuda import attention_cuda, attention_lse_cuda
 from octavo.ops.attention.reference import attention_lse_reference, attention_reference
 from octavo.ops.shared.codes import to_codes
@@ -108,14 +109,22 @@ def with_positions(arguments: dict[str, Any], width: int, rows: int = 90, size: 
     }
 
 
+def attend(arguments: dict[str, Any]) -> torch.Tensor:
+    return attention_cuda(ATTENTION_CALL.of(**arguments))
+
+
+def attend_lse(arguments: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    return attention_lse_cuda(ATTENTION_CALL.of(**arguments))
+
+
 def run(arguments: dict[str, Any], capability: int = 90, processors: int = 4) -> torch.Tensor:
     with interpreted(capability, processors):
-        return attention_cuda(*arguments.values())
+        return attend(arguments)
 
 
 def run_lse(arguments: dict[str, Any], capability: int = 90, processors: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
     with interpreted(capability, processors):
-        return attention_lse_cuda(*arguments.values())
+        return attend_lse(arguments)
 
 
 def relative_rmse(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -124,7 +133,7 @@ def relative_rmse(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 def assert_close(actual: torch.Tensor, arguments: dict[str, Any], tolerance: str | None = None) -> None:
     """Within the tolerance of the query's dtype of the reference in float32."""
-    expected = attention_reference(*{**arguments, "query": arguments["query"].float()}.values())
+    expected = attention_reference(ATTENTION_CALL.of(**{**arguments, "query": arguments["query"].float()}))
     assert (actual.shape, actual.dtype) == (expected.shape, arguments["query"].dtype)
     assert relative_rmse(actual, expected) <= TOLERANCES[tolerance or f"cuda attention {str(actual.dtype)[6:]}"]
 
@@ -134,7 +143,7 @@ def assert_both_close(
 ) -> None:
     """Output and log-sum-exp, an error in which is one of the weights."""
     assert_close(actual[0], arguments, tolerance)
-    expected = attention_lse_reference(*{**arguments, "query": arguments["query"].float()}.values())[1]
+    expected = attention_lse_reference(ATTENTION_CALL.of(**{**arguments, "query": arguments["query"].float()}))[1]
     assert actual[1].shape == expected.shape and actual[1].dtype == torch.float32
     sees = expected > float("-inf")
     assert torch.equal(actual[1] > float("-inf"), sees)
@@ -244,7 +253,7 @@ def test_large_scores_by_position_lose_no_more_than_float32(queries: int) -> Non
     arguments = with_positions(call(queries=queries, tokens=150), 64, size=400.0)
     output, lse = run_lse(arguments)
     exact = {**arguments, "query": arguments["query"].double()}
-    expected, expected_lse = attention_lse_reference(*exact.values())
+    expected, expected_lse = attention_lse_reference(ATTENTION_CALL.of(**exact))
     assert expected_lse.max() > 1000
     assert relative_rmse(output, expected) <= TOLERANCES["attention with large scores by position"]
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-6, atol=1e-4)
@@ -345,7 +354,7 @@ def test_what_is_no_number_stays_none(what: float, broken: str, queries: int) ->
     """An overflow must not become plausible text."""
     arguments = call("own", "own", ("none",) * 4, torch.float32, queries, 200, 16, 2)
     arguments[broken][0, 0, 0] = what
-    output, expected = run(arguments), attention_reference(*arguments.values())
+    output, expected = run(arguments), attention_reference(ATTENTION_CALL.of(**arguments))
     assert torch.equal(output.isfinite(), expected.isfinite()) and not output.isfinite().all()
 
 
@@ -354,7 +363,7 @@ def test_quantized_queries_that_are_no_number_stay_none() -> None:
     arguments = call("int8", "int8", ("head", "none", "head", "none"), torch.float32, 3, 40)
     arguments["query_scale"] = torch.full((GROUPS * 3, 1, 1), 0.02)
     arguments["query"][0, 0, 1, 5] = float("nan")
-    output, expected = run(arguments), attention_reference(*arguments.values())
+    output, expected = run(arguments), attention_reference(ATTENTION_CALL.of(**arguments))
     assert torch.equal(output.isfinite(), expected.isfinite()) and not output.isfinite().all()
 
 
@@ -419,7 +428,7 @@ def test_kernels_compile(capability: int) -> None:
         for name in PRESETS:
             for queries in (1, 64):
                 arguments = preset_call(name, queries, 128, torch.bfloat16, unused=512)
-                attention_cuda(*arguments.values())
+                attend(arguments)
     assert len(kernels) >= 2 * len(PRESETS)
     assert max(kernel.metadata.shared for kernel in kernels) <= SHARED_MEMORY[capability] * 1024
 
@@ -432,7 +441,9 @@ def test_a_cache_that_grows_compiles_nothing_anew() -> None:
     of_tokens = ("key", "value", "key_scale", "value_scale")
     with compiled(90, 132) as kernels:
         for tokens in (130, 300, 700, 4096):
-            attention_cuda(*{**arguments, **{name: arguments[name][:, :, :tokens] for name in of_tokens}}.values())
+            attention_cuda(
+                ATTENTION_CALL.of(**{**arguments, **{name: arguments[name][:, :, :tokens] for name in of_tokens}})
+            )
     assert len(kernels) == 8 and len({kernel.hash for kernel in kernels[::2]}) == 1
     assert len({kernel.hash for kernel in kernels[1::2]}) == 4  # those that merge up to 2, 4, 8 and 32
 
@@ -443,10 +454,12 @@ def test_other_widths_masks_and_types_compile() -> None:
     """For the GPUs with the least shared memory."""
     with compiled(89) as kernels:
         masked = call("e5m2", "int8", ("token", "channel", "tokens and channel", "none"), torch.float16, 1, 300, 80)
-        attention_cuda(*{**masked, "mask": torch.ones(1, 300, dtype=torch.bool), "length": None}.values())
+        attend({**masked, "mask": torch.ones(1, 300, dtype=torch.bool), "length": None})
         wide = call("own", "own", ("none",) * 4, torch.bfloat16, 64, 300, 256, 1)
-        attention_cuda(*{**wide, "window": 100}.values())
-        attention_cuda(*call("int8", "float32", ("channel", "token", "none", "none"), torch.float32, 64).values())
+        attend({**wide, "window": 100})
+        attention_cuda(
+            ATTENTION_CALL.of(**call("int8", "float32", ("channel", "token", "none", "none"), torch.float32, 64))
+        )
     assert max(kernel.metadata.shared for kernel in kernels) <= SHARED_MEMORY[89] * 1024
 
 
@@ -459,10 +472,12 @@ def test_scores_by_position_compile(capability: int) -> None:
         for name, width in (("int8 per token", 64), ("int4 as KIVI", 16), ("own", 128), ("e4m3 queries", 256)):
             for queries in (1, 64):
                 arguments = with_positions(preset_call(name, queries, 512, torch.bfloat16, unused=512), width)
-                attention_lse_cuda(*arguments.values())
+                attend_lse(arguments)
         wide = call("own", "own", ("none",) * 4, torch.bfloat16, 64, 300, 256, 1)
-        attention_lse_cuda(*with_positions(wide, 256).values())
-        attention_lse_cuda(*with_positions(call("float32", "float32", ("none",) * 4, queries=64), 128).values())
+        attend_lse(with_positions(wide, 256))
+        attention_lse_cuda(
+            ATTENTION_CALL.of(**with_positions(call("float32", "float32", ("none",) * 4, queries=64), 128))
+        )
     assert max(kernel.metadata.shared for kernel in kernels) <= SHARED_MEMORY[capability] * 1024
 
 
@@ -481,9 +496,9 @@ def test_on_a_gpu(name: str, queries: int, dtype: torch.dtype) -> None:
     arguments["length"] = torch.tensor([3000, 2500], dtype=torch.int32)
     in_fp8 = name == "e4m3 queries" and queries >= 64
     tolerance = "cuda attention in fp8" if in_fp8 else None
-    assert_close(attention(*to_gpu(arguments).values()).cpu(), arguments, tolerance)
+    assert_close(attention(**to_gpu(arguments)).cpu(), arguments, tolerance)
     arguments = with_positions(arguments, 64, rows=4096)
-    output, lse = attention_lse(*to_gpu(arguments).values())
+    output, lse = attention_lse(**to_gpu(arguments))
     assert_both_close((output.cpu(), lse.cpu()), arguments, tolerance)
 
 
@@ -491,12 +506,12 @@ def test_on_a_gpu(name: str, queries: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_opcheck_and_compile_on_a_gpu(name: str) -> None:
     arguments = to_gpu(preset_call(name, 1, 200, torch.bfloat16, unused=56))
-    torch.library.opcheck(torch.ops.octavo.attention.default, tuple(arguments.values()))
+    torch.library.opcheck(torch.ops.octavo.attention.default, (), arguments)
     positions = to_gpu(with_positions(arguments, 32))
-    torch.library.opcheck(torch.ops.octavo.attention_lse.default, tuple(positions.values()))
+    torch.library.opcheck(torch.ops.octavo.attention_lse.default, (), positions)
 
     def step(query: torch.Tensor) -> torch.Tensor:
-        return attention(query * 1, *list(arguments.values())[1:]) * 1
+        return attention(**{**arguments, "query": query * 1}) * 1
 
     compiled_step = torch.compile(step, fullgraph=True)
     torch.testing.assert_close(compiled_step(arguments["query"]), step(arguments["query"]))
@@ -508,9 +523,9 @@ def test_a_graph_replays_as_the_cache_grows(name: str) -> None:
     arguments = preset_call(name, 1, 2000, torch.bfloat16, unused=48)
     on_gpu = to_gpu(arguments)
     graph = torch.cuda.CUDAGraph()
-    attention(*on_gpu.values())  # compiles
+    attention(**on_gpu)  # compiles
     with torch.cuda.graph(graph):
-        output = attention(*on_gpu.values())
+        output = attention(**on_gpu)
     for length in (1, 130, 1999, 2000):
         on_gpu["length"].fill_(length)
         graph.replay()

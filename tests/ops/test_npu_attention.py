@@ -8,6 +8,7 @@ import torch
 from octavo.common.runtime.cache.quantized_cache import QuantizedCache
 from octavo.common.runtime.static_scales import LayerScales
 from octavo.ops import attention, attention_lse
+from octavo.ops.attention.call import ATTENTION_CALL
 from octavo.ops.attention.reference import attention_lse_reference, attention_reference
 from octavo.ops.codec.reference import encode_reference
 from octavo.ops.shared.codes import pack_int4
@@ -57,7 +58,7 @@ def int8_problem(dtype: torch.dtype, tokens: int, capacity: int) -> dict[str, An
 
 def both(arguments: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """What the NPU kernel and the reference make of the same arguments."""
-    return on_npu(attention, **arguments), attention_reference(**arguments)
+    return on_npu(attention, **arguments), attention_reference(ATTENTION_CALL.of(**arguments))
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -256,7 +257,7 @@ def test_what_the_ops_have_no_mode_for_takes_the_reference(npu: TorchNpu, name: 
 @pytest.mark.parametrize("name", ["token", None])
 def test_log_sum_exp_takes_the_reference(npu: TorchNpu, name: str | None) -> None:
     arguments = {**problem(name, False, torch.float16, 70, 96), "length": torch.tensor([90, 0])}
-    results, expected = on_npu(attention_lse, **arguments), attention_lse_reference(**arguments)
+    results, expected = on_npu(attention_lse, **arguments), attention_lse_reference(ATTENTION_CALL.of(**arguments))
     assert npu.calls == [] and all(torch.equal(*both_of) for both_of in zip(results, expected, strict=True))
     with pytest.raises(NotImplementedError, match="float8_e4m3fn"):
         on_npu(attention_lse, **{**arguments, "key": arguments["key"].to(torch.float8_e4m3fn)})

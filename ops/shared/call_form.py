@@ -5,6 +5,7 @@ tuple. That is the definition; what else has to say the same is derived from it 
 checked against it at import.
 """
 
+import functools
 import inspect
 import typing
 from collections.abc import Callable, Sequence
@@ -98,10 +99,16 @@ class CallForm(Generic[Call]):
             )
             for leaf in ordered
         ])  # fmt: skip
-        self.flat: Callable[[Call], tuple] = attrgetter(*[leaf.place for leaf in ordered])
-        """The flat arguments of a call."""
+        self._paths = tuple(leaf.path for leaf in ordered)
+        self._flat = attrgetter(*[leaf.place for leaf in ordered])
         self._defaults = tuple(leaf.default for leaf in ordered)
         self._made = _maker(definition, {leaf.path: number for number, leaf in enumerate(ordered)})
+
+    def flat(self, call: Call) -> tuple:
+        """The flat arguments of a call."""
+        if torch.compiler.is_compiling():  # it knows no attrgetter
+            return tuple([functools.reduce(getattr, path, call) for path in self._paths])
+        return self._flat(call)
 
     def of(self, *values: Any, **named: Any) -> Call:
         """The call of flat arguments.

@@ -32,16 +32,14 @@ _LOADABLE = {
     "position_start": Loadable((torch.int64,)),
 }
 _PACKED_ATTENTION = PackedCall(ATTENTION_CALL, ("output", "lse", "threads"), _LOADABLE)
+_SOURCES = (
+    "checks.h", "arguments.h", "micro.h", "integer.h", "visible.h", "plan.h", "scratch.h", "parts.h", "queries.h",
+    "softmax.h", "tiles.h", "position.h", "groups.h", "products.h", "attention.c",
+)  # fmt: skip
+"""What each needs stands before it."""
 ATTENTION_KERNEL = CKernel(
     "attention",
-    (
-        "ops/shared/vector.h",
-        "ops/attention/checks.h",
-        "ops/attention/arguments.h",
-        "ops/attention/micro.h",
-        "ops/attention/integer.h",
-        "ops/attention/attention.c",
-    ),
+    ("ops/shared/vector.h", *[f"ops/attention/{name}" for name in _SOURCES]),
     ("attention",),
     _PACKED_ATTENTION.declarations,
 )

@@ -216,7 +216,7 @@ class CKernel:
     def source(self) -> str:
         """The C source, one file."""
         texts = [f'#line 1 "{name}"\n{resource(name)}' for name in self.sources]
-        return "\n".join((texts[0], self.declarations, *texts[1:]))
+        return "\n".join((texts[0], f'#line 1 "declarations of {self.name}"\n{self.declarations}', *texts[1:]))
 
     def load(self) -> dict[str, Callable[[bytes], int]]:
         """The functions by name; empty if the reference has to serve, of which the first call warns."""

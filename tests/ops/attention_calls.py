@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from octavo.ops import attention, attention_lse
-from octavo.ops.attention.call import ATTENTION_CALL
+from octavo.ops.attention.call import ATTENTION_CALL, AttentionCall
 from octavo.ops.attention.reference import attention_lse_reference, attention_reference
 
 from ..tolerances import TOLERANCES
@@ -60,6 +60,9 @@ class Call:
     position_table: torch.Tensor | None = None
     position_start: torch.Tensor | None = None
 
+    def call(self) -> AttentionCall:
+        return ATTENTION_CALL.of(**vars(self))
+
     def run(self) -> torch.Tensor:
         return attention(**vars(self))
 
@@ -67,10 +70,10 @@ class Call:
         return attention_lse(**vars(self))
 
     def reference(self) -> torch.Tensor:
-        return attention_reference(ATTENTION_CALL.of(**vars(self)))
+        return attention_reference(self.call())
 
     def reference_lse(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return attention_lse_reference(ATTENTION_CALL.of(**vars(self)))
+        return attention_lse_reference(self.call())
 
     def oracle(self) -> torch.Tensor:
         return self.oracle_lse()[0]

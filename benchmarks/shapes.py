@@ -176,6 +176,7 @@ _ANYWHERE = [
     _attention_case("decode, 8,192 keys, 32/8 heads of 128", 1, 1, 8192, 32, 8, 128),
     _attention_case("decode, 8,192 keys, 9/3 heads of 64", 1, 1, 8192, 9, 3, 64),
     _attention_case("decode, 2,048 keys, 9/3 heads of 64", 1, 1, 2048, 9, 3, 64),
+    _attention_case("decode, 128 keys, 9/3 heads of 64", 1, 1, 128, 9, 3, 64),
     _attention_case("decode, 8,192 keys, 14/2 heads of 128", 1, 1, 8192, 14, 2, 128),
     _attention_case("prefill, 2,048 tokens, 32/8 heads of 128", 1, 2048, 2048, 32, 8, 128),
     _attention_case("prefill, 2,048 tokens, 9/3 heads of 64", 1, 2048, 2048, 9, 3, 64),

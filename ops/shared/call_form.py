@@ -130,7 +130,8 @@ class CallForm(Generic[Call]):
         def prototype() -> None: ...
 
         prototype.__signature__ = self.signature.replace(return_annotation=returns)
-        return name + torch.library.infer_schema(prototype, mutates_args=())
+        schema = torch.library.infer_schema(prototype, mutates_args=())
+        return name + schema.replace("SymInt", "int")  # in a graph, numbers are constants
 
     def check(self, function: Callable, returns: Any) -> None:
         """Raise TypeError unless a function takes a call alone, and returns a type."""

@@ -36,7 +36,7 @@ def test_what_every_call_gives_comes_first_and_defaults_are_those_of_the_definit
         "x", "left", "factor", "left_scale", "left_group", "options_causal", "options_scale",
     ]  # fmt: skip
     assert FORM.schema("sample", tuple[torch.Tensor, torch.Tensor]) == (
-        "sample(Tensor x, Tensor left, float factor, Tensor? left_scale=None, SymInt left_group=1, "
+        "sample(Tensor x, Tensor left, float factor, Tensor? left_scale=None, int left_group=1, "
         "bool options_causal=True, float options_scale=2.0) -> (Tensor, Tensor)"
     )
 

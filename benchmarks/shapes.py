@@ -8,6 +8,7 @@ from cases import Case, Prepared, Variant, check_close, check_equal
 from torch.nn import functional
 
 from octavo import ops
+from octavo.ops.attention.call import ATTENTION_CALL, AttentionCall, Coded
 from octavo.ops.attention.reference import attention_reference
 from octavo.ops.codec.reference import encode_reference, encode_token_reference
 from octavo.ops.linear.reference import (
@@ -52,15 +53,20 @@ def _attention(
     arguments = {}
     for what, (kind, scale) in scales.items():
         key, value = (_codes(kind, shape, device) for _ in range(2))
-        arguments[what] = (query, key, value, scale, None, scale, None, None, None, scaling, True)
+        arguments[what] = AttentionCall(query, Coded(key, scale), Coded(value, scale), scaling)
     ours = [
-        Variant(what, partial(ops.attention, *given), 2 * query.nbytes + 2 * given[1].nbytes + 2 * given[3].nbytes)
-        for what, given in arguments.items()
+        Variant(
+            what,
+            partial(ops.attention, *ATTENTION_CALL.flat(call)),
+            2 * (query.nbytes + call.key.codes.nbytes + call.key.scale.nbytes),
+        )
+        for what, call in arguments.items()
     ]
 
     def check() -> None:
-        for what, given in arguments.items():
-            check_close(what, ops.attention(*given), attention_reference(*given), LIMITS[device.type])
+        for what, call in arguments.items():
+            output = ops.attention(*ATTENTION_CALL.flat(call))
+            check_close(what, output, attention_reference(call), LIMITS[device.type])
 
     key, value = (torch.randn(shape, device=device) for _ in range(2))
 
@@ -170,6 +176,7 @@ _ANYWHERE = [
     _attention_case("decode, 8,192 keys, 32/8 heads of 128", 1, 1, 8192, 32, 8, 128),
     _attention_case("decode, 8,192 keys, 9/3 heads of 64", 1, 1, 8192, 9, 3, 64),
     _attention_case("decode, 2,048 keys, 9/3 heads of 64", 1, 1, 2048, 9, 3, 64),
+    _attention_case("decode, 128 keys, 9/3 heads of 64", 1, 1, 128, 9, 3, 64),
     _attention_case("decode, 8,192 keys, 14/2 heads of 128", 1, 1, 8192, 14, 2, 128),
     _attention_case("prefill, 2,048 tokens, 32/8 heads of 128", 1, 2048, 2048, 32, 8, 128),
     _attention_case("prefill, 2,048 tokens, 9/3 heads of 64", 1, 2048, 2048, 9, 3, 64),

@@ -15,9 +15,10 @@ from transformers.masking_utils import (
 )
 
 from ...ops import attention, attention_lse
+from ...ops.attention.call import ATTENTION_CALL, AttentionCall, Coded, PositionScores, Visibility
 from ...ops.shared.registry import NAMESPACE
 from ..errors import OctavoError
-from .cache.views import FOLD, Codes, Piece, PositionTerms, Segments, as_segments, block_size, pieces
+from .cache.views import FOLD, Codes, Piece, Segments, as_segments, block_size, pieces
 from .gradients import refuse_gradient
 from .precision import without_autocast
 from .rotary import hadamard
@@ -77,24 +78,22 @@ class _Call:
     scaling: float
     causal: bool
     window: int
-    position: PositionTerms | None
+    position: PositionScores
 
     def codes(self, keys: Codes, values: Codes) -> torch.Tensor:
         """All tokens in one call of the op."""
         mask = None if self.mask is None else self.mask[..., : keys.codes.shape[2]]
-        return attention(
-            self.query, *self._operands(keys, values, mask), length=keys.length, **self._rest(keys, values)
-        )
+        visibility = Visibility(mask, self.causal, keys.length, self.window)
+        return attention(*self._flat(self.query, self.query_scale, keys, values, visibility, self.position))
 
-    def _operands(self, keys: Codes, values: Codes, mask: torch.Tensor | None) -> tuple[Any, ...]:
-        return (keys.codes, values.codes, keys.scale, keys.zero, values.scale, values.zero, self.query_scale, mask,
-                self.scaling, self.causal)  # fmt: skip
-
-    def _rest(self, keys: Codes, values: Codes) -> dict[str, Any]:
-        rest = {"window": self.window, "key_group": keys.group, "value_group": values.group}
-        if self.position is not None:
-            rest |= self.position.arguments()
-        return rest
+    def _flat(
+        self, query: torch.Tensor, query_scale: torch.Tensor | None, keys: Codes, values: Codes,
+        visibility: Visibility, position: PositionScores,
+    ) -> tuple:  # fmt: skip
+        """The arguments of the op."""
+        key = Coded(keys.codes, keys.scale, keys.zero, keys.group)
+        value = Coded(values.codes, values.scale, values.zero, values.group)
+        return ATTENTION_CALL.flat(AttentionCall(query, key, value, self.scaling, query_scale, visibility, position))
 
     def segments(self, keys: Segments, values: Segments) -> torch.Tensor:
         """Piece by piece, each weighed by its sum of exponentials."""
@@ -130,12 +129,12 @@ class _Call:
             mask = mask if mask is None or mask.shape[-2] == 1 else mask[..., first:last, :]
         if mask is not None and mask.shape[-1] > 1:
             mask = mask[..., start:stop]
-        if position is not None:
-            position = position.part(first, last, start)
+        if position.query is not None:
+            position = PositionScores(position.query[:, :, first:last], position.table, position.start + start)
         length = torch.tensor([piece.seen - start], device=query.device) if last - first > 1 or self.window else None
         query_scale = self.query_scale if keys.scale is not None else None
-        call = _Call(query, query_scale, mask, self.scaling, self.causal, self.window, position)
-        return attention_lse(query, *call._operands(keys, values, mask), length=length, **call._rest(keys, values))
+        visibility = Visibility(mask, self.causal, length, self.window)
+        return attention_lse(*self._flat(query, query_scale, keys, values, visibility, position))
 
 
 def _merged(parts: list[Weighed]) -> Weighed:
@@ -223,7 +222,7 @@ def quantized_attention(
         query.shape[-1] ** -0.5 if scaling is None else scaling,
         causal,
         attention_mask.size if isinstance(attention_mask, SlidingWindow) else 0,
-        None
+        PositionScores()
         if fold is None
         else fold.terms(query, kwargs.get("position_ids"), _tokens_of(keys), getattr(keys, "length", None)),
     )

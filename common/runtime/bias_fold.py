@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...ops.attention.call import PositionScores
 from ...ops.shared.registry import NAMESPACE
 from ..errors import OctavoError
-from .cache.views import FOLD, PositionTerms
+from .cache.views import FOLD
 from .decoder import attention_modules, decoder_layers, linear_of, stated_decoder
 from .foldable_linear import FoldableLinear
 from .quantized_linear import QuantizedLinear
@@ -122,8 +123,8 @@ class BiasFold:
 
     def terms(
         self, query: torch.Tensor, position_ids: torch.Tensor | None, tokens: int, length: torch.Tensor | None
-    ) -> PositionTerms | None:
-        """What the bias of k adds to the scores; None where it adds nothing.
+    ) -> PositionScores:
+        """What the bias of k adds to the scores, in float32; without tensors where it adds nothing.
 
         Args:
             query: `[B, H, Q, D]` after RoPE.
@@ -135,7 +136,7 @@ class BiasFold:
             OctavoError: positions are missing, or do not follow one another.
         """
         if self._key is None or not len(columns := self._chosen_columns()):
-            return None
+            return PositionScores()
         if position_ids is None:
             raise OctavoError("attention is given no position_ids, which folded biases need; use fold_bias=False")
         table = self._table.rows(self._table.length_for(position_ids, tokens), query.device)
@@ -150,7 +151,7 @@ class BiasFold:
         (q1, q2), (b1, b2) = query.float().chunk(2, dim=-1), bias[:, None].chunk(2, dim=-1)
         both = torch.cat((q1 * b1 + q2 * b2, q2 * b1 - q1 * b2), dim=-1)
         newest = tokens if length is None else length
-        return PositionTerms(both[..., columns], self._rows[1], position_ids[:, -1] - (newest - 1))
+        return PositionScores(both[..., columns], self._rows[1], position_ids[:, -1] - (newest - 1))
 
     def with_value_bias(self, output: torch.Tensor) -> torch.Tensor:
         """Attention's `[B, Q, H, D]` with the bias of v added."""

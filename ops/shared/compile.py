@@ -201,11 +201,13 @@ class CKernel:
         name: of the kernel, in warnings and in the cache.
         sources: names of the resources that make up the source, in order.
         functions: names of the exported functions; each takes one pointer to packed arguments and returns an int.
+        declarations: C source that follows the first resource: what Python says of the packed arguments.
     """
 
-    def __init__(self, name: str, sources: tuple[str, ...], functions: tuple[str, ...]) -> None:
+    def __init__(self, name: str, sources: tuple[str, ...], functions: tuple[str, ...], declarations: str = "") -> None:
         self.name = name
         self.sources = sources
+        self.declarations = declarations
         self.functions = functions
         self.failure: str | None = None
         self._loaded: dict[str, Callable[[bytes], int]] | None = None
@@ -213,7 +215,8 @@ class CKernel:
 
     def source(self) -> str:
         """The C source, one file."""
-        return "\n".join(f'#line 1 "{name}"\n{resource(name)}' for name in self.sources)
+        texts = [f'#line 1 "{name}"\n{resource(name)}' for name in self.sources]
+        return "\n".join((texts[0], f'#line 1 "declarations of {self.name}"\n{self.declarations}', *texts[1:]))
 
     def load(self) -> dict[str, Callable[[bytes], int]]:
         """The functions by name; empty if the reference has to serve, of which the first call warns."""

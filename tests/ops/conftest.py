@@ -12,6 +12,8 @@ from octavo.ops.attention.cpu import ATTENTION_KERNEL
 from octavo.ops.codec.cpu import CODEC_KERNEL
 from octavo.ops.linear.cpu import LINEAR_KERNEL
 
+from .npu_double import TorchNpu, installed_double
+
 CPU_KERNELS = (ATTENTION_KERNEL, CODEC_KERNEL, LINEAR_KERNEL)
 
 
@@ -34,6 +36,12 @@ def poisoned_memory() -> Iterator[None]:
         for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
             patch.setattr(owner, name, _poisoned(getattr(owner, name)))
         yield
+
+
+@pytest.fixture
+def npu(monkeypatch: pytest.MonkeyPatch) -> TorchNpu:
+    """The double of torch_npu, which records what it is called with."""
+    return installed_double(monkeypatch)
 
 
 BUILDS = {"native": "", "avx2": "-mno-avx512f", "portable": "-mno-avx2 -mno-fma -mno-f16c"}

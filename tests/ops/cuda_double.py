@@ -19,6 +19,8 @@ from octavo.ops.shared.triton_helpers import GPUS, Gpu, tl, triton
 MODULES = (
     "octavo.ops.shared.triton_helpers",
     "octavo.ops.attention.cuda",
+    "octavo.ops.attention.cuda_kernels",
+    "octavo.ops.attention.cuda_tiles",
     "octavo.ops.codec.cuda",
     "octavo.ops.codec.cuda_kernels",
     "octavo.ops.linear.cuda",

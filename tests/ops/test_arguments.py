@@ -1,15 +1,16 @@
 """All versions of an op refuse the same arguments, in one line, and write nothing; none lets a number wrap."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import pytest
 import torch
 
 from octavo import ops
+from octavo.ops.attention.call import ATTENTION_CALL
 from octavo.ops.attention.cuda import attention_cuda, attention_lse_cuda
-from octavo.ops.attention.npu import attention_npu
 from octavo.ops.attention.reference import attention_lse_reference, attention_reference
 from octavo.ops.codec.cuda import decode_cuda, encode_cuda, encode_token_cuda
 from octavo.ops.codec.npu import decode_npu, encode_npu, encode_token_npu
@@ -19,9 +20,15 @@ from octavo.ops.shared.triton_helpers import triton
 
 from .cuda_double import interpreted, needs_triton
 from .linear_arguments import LINEAR_OPS, Arguments, Change, OpCase
+from .npu_double import on_npu
 
 B, G, S, D, H = 2, 2, 6, 32, 4
 LARGEST, SMALLEST = 2**63 - 1, -(2**63)
+
+
+def flat(function: Callable) -> Callable:
+    """A version of attention, which takes a call, of its arguments by name, as the op takes them."""
+    return lambda **arguments: function(ATTENTION_CALL.of(**arguments))
 
 
 def attention_arguments() -> Arguments:
@@ -159,11 +166,15 @@ def on_gpu() -> Iterator[None]:
 
 
 OPS: dict[str, OpCase] = {
-    "attention": (attention_arguments, ATTENTION, (ops.attention, attention_reference, attention_cuda, attention_npu)),
+    "attention": (
+        attention_arguments,
+        ATTENTION,
+        (ops.attention, flat(attention_reference), flat(attention_cuda), partial(on_npu, ops.attention)),
+    ),
     "attention_lse": (
         attention_arguments,
         ATTENTION,
-        (ops.attention_lse, attention_lse_reference, attention_lse_cuda, None),
+        (ops.attention_lse, flat(attention_lse_reference), flat(attention_lse_cuda), None),
     ),
     "encode": (encode_arguments, ENCODE, (ops.encode, encode_reference, encode_cuda, encode_npu)),
     "encode_token": (
@@ -189,7 +200,7 @@ def test_every_version_refuses_the_same_in_one_line(op: str, device: str) -> Non
             wrong = arguments() | change
             kept = {name: wrong[name].clone() for name in ("codes", "scale") if name in wrong}
             with pytest.raises(error, match=re.escape(reason)) as caught:
-                run(*wrong.values()) if op.startswith("attention") else run(**wrong)
+                run(**wrong)
             assert "\n" not in str(caught.value)
             for name, part in kept.items():
                 assert part.is_meta or torch.equal(wrong[name], part)
@@ -261,8 +272,8 @@ def test_no_length_and_no_window_wraps(length: int, window: int) -> None:
     """Far behind the last stored token all of them are seen, but for a window that has left them; before it, none."""
     arguments = segment(2, length, window)
     expected = segment(2, max(-9, min(length, 99)), window if window < 9 else 0)
-    output, _ = attention_lse_reference(**expected)
-    for run in (ops.attention, attention_reference):
+    output, _ = flat(attention_lse_reference)(**expected)
+    for run in (ops.attention, flat(attention_reference)):
         torch.testing.assert_close(run(**arguments), output, rtol=1e-4, atol=1e-4)
     assert output.any() == (length > 0 and not (length > S and window == 3))
 
@@ -272,16 +283,16 @@ def test_no_length_and_no_window_wraps(length: int, window: int) -> None:
 def test_no_length_and_no_window_wraps_on_a_gpu(length: int, window: int) -> None:
     arguments = segment(2, length, window)
     with interpreted():
-        output = attention_cuda(*arguments.values())
-    torch.testing.assert_close(output, attention_reference(**arguments), rtol=1e-3, atol=1e-3)
+        output = flat(attention_cuda)(**arguments)
+    torch.testing.assert_close(output, flat(attention_reference)(**arguments), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("start", [LARGEST, LARGEST - 2, 2**32, -(2**32), SMALLEST])
 def test_no_row_of_the_table_of_positions_wraps(start: int) -> None:
     arguments = segment(1, S, 0) | with_positions(position_start=torch.tensor([start]))
     nearest = arguments | {"position_start": torch.tensor([99 if start > 0 else -99])}
-    expected = attention_reference(**nearest)
-    for run in (ops.attention, attention_reference):
+    expected = flat(attention_reference)(**nearest)
+    for run in (ops.attention, flat(attention_reference)):
         torch.testing.assert_close(run(**arguments), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -290,8 +301,8 @@ def test_where_there_is_nothing_there_is_no_work(empty: str) -> None:
     batch, tokens, queries, heads = (0 if name == empty else 2 for name in ("batch", "tokens", "queries", "heads"))
     codes = torch.zeros((batch, 2, tokens, 16), dtype=torch.int8)
     query, one = torch.randn(batch, heads, queries, 16), torch.ones(1)
-    for run in (ops.attention_lse, attention_lse_reference):
-        output, lse = run(query, codes, codes, one, None, one, None, None, None, 1.0, True)
+    for run in (ops.attention_lse, flat(attention_lse_reference)):
+        output, lse = run(query=query, key=codes, value=codes, scaling=1.0, key_scale=one, value_scale=one)
         assert output.shape == (batch, queries, heads, 16) and lse.shape == (batch, heads, queries)
         assert not output.any() and (lse == float("-inf")).all()
     for run in (ops.encode, encode_reference):

@@ -5,79 +5,31 @@ from typing import Any
 import pytest
 import torch
 
+from octavo.common.runtime.attention import register_attention
 from octavo.common.runtime.cache.quantized_cache import QuantizedCache
 from octavo.common.runtime.static_scales import LayerScales
 from octavo.ops import attention, attention_lse
-from octavo.ops.attention.reference import attention_lse_reference, attention_reference
+from octavo.ops.attention.call import ATTENTION_CALL
+from octavo.ops.attention.reference import attention_lse_reference
 from octavo.ops.codec.reference import encode_reference
 from octavo.ops.shared.codes import pack_int4
 
 from ..support import random_ids, tiny_llama, with_cache
 from ..tolerances import TOLERANCES
-from .npu_double import EverythingOnNpu, TorchNpu, installed_double, on_npu, relative_rmse
-
-FLOATS = (torch.float16, torch.bfloat16)
-BATCH, HEADS, GROUPS, WIDTH = 2, 6, 3, 32
-NAMES = ("query", "key", "value", "key_scale", "key_zero", "value_scale", "value_zero", "query_scale", "mask")
-
-
-@pytest.fixture
-def npu(monkeypatch: pytest.MonkeyPatch) -> TorchNpu:
-    return installed_double(monkeypatch)
-
-
-def problem(granularity: str | None, affine: bool, dtype: torch.dtype, tokens: int, capacity: int) -> dict[str, Any]:
-    """Arguments of a decode step whose K and V are views of storage with garbage behind the valid tokens."""
-    generator = torch.Generator().manual_seed(tokens)
-
-    def part(code_range: int) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        if granularity is None:
-            storage = torch.full((BATCH, GROUPS, capacity, WIDTH), float("nan"), dtype=dtype)
-            storage[:, :, :tokens] = torch.randn((BATCH, GROUPS, tokens, WIDTH), generator=generator).to(dtype)
-            return storage[:, :, :tokens], None, None
-        storage = torch.randint(-code_range, code_range, (BATCH, GROUPS, capacity, WIDTH), generator=generator)
-        shape = {"channel": (GROUPS, 1, WIDTH), "head": (GROUPS, 1, 1), "token": (BATCH, GROUPS, capacity, 1)}
-        scale = torch.rand(shape[granularity], generator=generator) * 0.02 + 0.005
-        zero = torch.randint(-60, 60, scale.shape, generator=generator).float() if affine else None
-        if granularity == "token":
-            scale[:, :, tokens:] = float("nan")
-            scale, zero = scale[:, :, :tokens], None if zero is None else zero[:, :, :tokens]
-        return storage.to(torch.int8)[:, :, :tokens], scale, zero
-
-    (key, key_scale, key_zero), (value, value_scale, value_zero) = part(120), part(120)
-    query = torch.randn((BATCH, HEADS, 1, WIDTH), generator=generator).to(dtype)
-    values = (query, key, value, key_scale, key_zero, value_scale, value_zero, None, None)
-    return {**dict(zip(NAMES, values, strict=True)), "scaling": WIDTH**-0.5, "causal": True}
-
-
-def int8_problem(dtype: torch.dtype, tokens: int, capacity: int) -> dict[str, Any]:
-    scale = torch.rand((HEADS, 1, 1), generator=torch.Generator().manual_seed(3)) * 0.01 + 0.015
-    return {**problem("head", False, dtype, tokens, capacity), "query_scale": scale}
-
-
-def both(arguments: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the NPU kernel and the reference make of the same arguments."""
-    return on_npu(attention, **arguments), attention_reference(**arguments)
-
-
-def tolerance(dtype: torch.dtype) -> float:
-    return TOLERANCES[f"npu rmse {str(dtype)[6:]}"]
-
-
-def with_queries(arguments: dict[str, Any], queries: int) -> dict[str, Any]:
-    """The same K and V for several queries, in the layout of a model."""
-    generator = torch.Generator().manual_seed(queries)
-    query = torch.randn((BATCH, queries, HEADS, WIDTH), generator=generator).to(arguments["query"].dtype)
-    return {**arguments, "query": query.transpose(1, 2)}
-
-
-def with_room(arguments: dict[str, Any], capacity: int) -> dict[str, Any]:
-    """What a call over a whole storage with a `length` gets: K and V, and scales per token, with all their room."""
-    whole = dict(arguments)
-    for name, part in arguments.items():
-        if isinstance(part, torch.Tensor) and name.startswith(("key", "value")) and part.dim() == 4:
-            whole[name] = part.as_strided((*part.shape[:2], capacity, part.shape[3]), part.stride())
-    return whole
+from .npu_attention_calls import (
+    BATCH,
+    FLOATS,
+    GROUPS,
+    HEADS,
+    WIDTH,
+    both,
+    int8_problem,
+    padding_mask,
+    problem,
+    tolerance,
+    with_queries,
+)
+from .npu_double import EverythingOnNpu, TorchNpu, on_npu, relative_rmse
 
 
 def test_decode_over_codes_reads_the_storage_where_it_is(npu: TorchNpu) -> None:
@@ -155,13 +107,6 @@ def test_some_queries_over_codes_per_token_are_sequences_of_one_head(
     assert call["key_antiquant_mode"] == 1 and call["key"].shape == (BATCH * GROUPS, 1, 96, WIDTH)
     assert call["key"].data_ptr() == arguments["key"].data_ptr()
     assert relative_rmse(result, expected) <= tolerance(torch.bfloat16)
-
-
-def padding_mask(queries: int, tokens: int) -> torch.Tensor:
-    """Causal, and the second sequence begins with 3 tokens of padding, which see nothing."""
-    mask = torch.ones((BATCH, 1, queries, tokens), dtype=torch.bool).tril(tokens - queries)
-    mask[1, ..., :3] = False
-    return mask
 
 
 def test_float_states_of_a_padded_prompt_in_the_layout_of_a_model(npu: TorchNpu) -> None:
@@ -256,100 +201,10 @@ def test_what_the_ops_have_no_mode_for_takes_the_reference(npu: TorchNpu, name: 
 @pytest.mark.parametrize("name", ["token", None])
 def test_log_sum_exp_takes_the_reference(npu: TorchNpu, name: str | None) -> None:
     arguments = {**problem(name, False, torch.float16, 70, 96), "length": torch.tensor([90, 0])}
-    results, expected = on_npu(attention_lse, **arguments), attention_lse_reference(**arguments)
+    results, expected = on_npu(attention_lse, **arguments), attention_lse_reference(ATTENTION_CALL.of(**arguments))
     assert npu.calls == [] and all(torch.equal(*both_of) for both_of in zip(results, expected, strict=True))
     with pytest.raises(NotImplementedError, match="float8_e4m3fn"):
         on_npu(attention_lse, **{**arguments, "key": arguments["key"].to(torch.float8_e4m3fn)})
-
-
-@pytest.mark.parametrize("granularity", [None, "channel", "head", "token"])
-@pytest.mark.parametrize("case", [{}, {"causal": False}])
-def test_a_segment_at_decode_is_read_whole(npu: TorchNpu, granularity: str | None, case: dict[str, Any]) -> None:
-    """More tokens than are stored: the query stands further on."""
-    arguments = {**problem(granularity, False, torch.float16, 96, 96), "length": torch.tensor([300, -4]), **case}
-    result, expected = both(arguments)
-    (_, call), = npu.calls  # fmt: skip
-    assert call["actual_seq_lengths_kv"] == [96, 1] and not result[1].any()
-    assert relative_rmse(result, expected) <= tolerance(torch.float16)
-
-
-@pytest.mark.parametrize("granularity", [None, "channel", "head", "token"])
-@pytest.mark.parametrize("lengths", [[70, 9], [70], [1, 0]])
-@pytest.mark.parametrize("queries", [1, 12])
-def test_length(npu: TorchNpu, granularity: str | None, lengths: list[int], queries: int) -> None:
-    arguments = with_queries(with_room(problem(granularity, False, torch.float16, 70, 96), 96), queries)
-    result, expected = both({**arguments, "length": torch.tensor(lengths)})
-    assert npu.ops() == ["npu_fused_infer_attention_score"] * (queries == 1 or granularity != "token")
-    for _, call in npu.calls:
-        assert call["actual_seq_lengths_kv"] == [max(1, n) for n in (lengths if len(lengths) > 1 else lengths * BATCH)]
-        assert call["key"].data_ptr() == arguments["key"].data_ptr()
-    assert relative_rmse(result, expected) <= tolerance(torch.float16)
-
-
-@pytest.mark.parametrize("lengths", [[70, 9], [70], [1, 0]])
-@pytest.mark.parametrize("window", [0, 33])
-def test_length_with_int8_queries(npu: TorchNpu, lengths: list[int], window: int) -> None:
-    arguments = with_room(int8_problem(torch.float16, 70, 96), 96)
-    result, expected = both({**arguments, "length": torch.tensor(lengths), "window": window})
-    assert npu.ops() == ["npu_quantize"] + ["_npu_paged_attention_quant"] * GROUPS
-    assert relative_rmse(result, expected) <= TOLERANCES["npu int8 attention rmse"]
-
-
-@pytest.mark.parametrize("granularity", [None, "channel", "head", "token"])
-@pytest.mark.parametrize("affine", [False, True])
-@pytest.mark.parametrize("window", [1, 33, 69, 70])
-def test_window_at_decode_reads_what_is_in_it(
-    npu: TorchNpu, granularity: str | None, affine: bool, window: int
-) -> None:
-    result, expected = both({**problem(granularity, affine, torch.float16, 70, 96), "window": window})
-    (_, call), = npu.calls  # fmt: skip
-    assert call["actual_seq_lengths_kv"] == [window] * BATCH and call["key"].shape[2] == (96 if window == 70 else 128)
-    assert relative_rmse(result, expected) <= tolerance(torch.float16)
-
-
-@pytest.mark.parametrize("granularity", [None, "channel", "token"])
-@pytest.mark.parametrize("lengths", [[70, 9], [70, 40], [5, 3]])
-def test_window_at_decode_of_sequences_of_different_lengths(
-    npu: TorchNpu, granularity: str | None, lengths: list[int]
-) -> None:
-    arguments = with_room(problem(granularity, False, torch.float16, 70, 96), 96)
-    result, expected = both({**arguments, "length": torch.tensor(lengths), "window": 33})
-    assert npu.calls[0][1]["actual_seq_lengths_kv"] == [min(33, tokens) for tokens in lengths]
-    assert relative_rmse(result, expected) <= tolerance(torch.float16)
-
-
-@pytest.mark.parametrize("granularity", [None, "channel"])
-@pytest.mark.parametrize("window", [1, 5, 40, 70])
-@pytest.mark.parametrize("lengths", [None, [70, 30], [70, 4]])
-@pytest.mark.parametrize("queries", [2, 12])
-def test_window_of_several_queries(
-    npu: TorchNpu, granularity: str | None, window: int, lengths: list[int] | None, queries: int
-) -> None:
-    arguments = with_queries(problem(granularity, False, torch.float16, 70, 96), queries)
-    length = None if lengths is None else torch.tensor(lengths)
-    result, expected = both({**arguments, "window": window, "length": length})
-    (_, call), = npu.calls  # fmt: skip
-    assert call["sparse_mode"] == (3 if window == 70 else 4)
-    assert relative_rmse(result, expected) <= tolerance(torch.float16)
-
-
-def test_a_window_that_is_one_key_too_wide_fails(npu: TorchNpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = npu.npu_fused_infer_attention_score
-
-    def wrong(*args: Any, pre_tokens: int, **kwargs: Any) -> Any:
-        return right(*args, pre_tokens=pre_tokens + 1, **kwargs)
-
-    monkeypatch.setattr(npu, "npu_fused_infer_attention_score", wrong)
-    result, expected = both({**with_queries(problem(None, False, torch.float16, 70, 96), 12), "window": 5})
-    assert relative_rmse(result, expected) > 100 * tolerance(torch.float16)
-
-
-def test_a_window_without_causality_or_beside_a_mask_is_none(npu: TorchNpu) -> None:
-    arguments = {**with_queries(problem(None, False, torch.float16, 70, 96), 12), "window": 5}
-    for case in ({"causal": False}, {"mask": padding_mask(12, 70)}):
-        result, expected = both({**arguments, **case})
-        assert relative_rmse(result, expected) <= tolerance(torch.float16)
-    assert [call.get("sparse_mode", 0) for _, call in npu.calls] == [0, 1]
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -437,6 +292,7 @@ def static_scales(layers: int) -> list[LayerScales]:
 
 @pytest.mark.parametrize("scheme", ["float", "int8-token", "ascend-c8", "ascend-fa"])
 def test_a_model_decodes_as_on_the_cpu(npu: TorchNpu, scheme: str) -> None:
+    register_attention()
     """A whole model: a prompt of 60 tokens, then 8 one at a time, over a storage that grows meanwhile."""
     model = tiny_llama(head_dim=WIDTH).half()
     model.set_attn_implementation("octavo")

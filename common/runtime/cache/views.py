@@ -1,4 +1,4 @@
-"""What attention is handed: in place of K or V codes, or segments of codes and of floats; and terms by position.
+"""What attention is handed: in place of K or V codes, or segments of codes and of floats.
 
 B batch, G KV heads, S tokens, D head_dim. Slots count the tokens of a sequence from 0, padding included.
 """
@@ -143,29 +143,6 @@ def as_segments(handle: Codes | Segments) -> Segments:
         return handle
     total = handle.codes.shape[2]
     return Segments(None, handle, handle.codes[:, :, :0], total, lambda _: total, handle.rotated, handle.folded)
-
-
-@dataclass(frozen=True)
-class PositionTerms:
-    """The part of the scores that depends on a query and the position of a key, as the attention op takes it.
-
-    Attributes:
-        query: `[B, H, Q, E]` float32.
-        table: `[P, E]` float32, by position.
-        start: int64 `[B or 1]`: position of the first stored token of each sequence.
-    """
-
-    query: torch.Tensor
-    table: torch.Tensor
-    start: torch.Tensor
-
-    def part(self, first: int, last: int, slot: int) -> "PositionTerms":
-        """Of queries `first:last` and keys from `slot` on."""
-        return PositionTerms(self.query[:, :, first:last], self.table, self.start + slot)
-
-    def arguments(self) -> dict[str, torch.Tensor]:
-        """Keyword arguments of the op."""
-        return {"position_query": self.query, "position_table": self.table, "position_start": self.start}
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from octavo import ops
+from octavo.ops.attention.call import ATTENTION_CALL
 from octavo.ops.attention.reference import attention_lse_reference, attention_reference
 from octavo.ops.codec.reference import decode_reference, encode_reference, encode_token_reference
 from octavo.ops.linear.reference import (
@@ -37,9 +38,16 @@ REFUSALS = ("ValueError", "IndexError", "TypeError", "NotImplementedError", "Oct
 HALF = {torch.float16: TOLERANCES["cuda attention float16"], torch.bfloat16: TOLERANCES["cuda attention bfloat16"]}
 LARGEST = 1e12
 """Products of three such numbers are finite."""
+
+
+def _flat(reference: Callable) -> Callable:
+    """The reference of attention, which takes a call, of its arguments by name."""
+    return lambda **arguments: reference(ATTENTION_CALL.of(**arguments))
+
+
 OPS: dict[str, tuple[Callable, Callable, Callable[[Random], Arguments]]] = {
-    "attention": (ops.attention, attention_reference, attention),
-    "attention_lse": (ops.attention_lse, attention_lse_reference, attention),
+    "attention": (ops.attention, _flat(attention_reference), attention),
+    "attention_lse": (ops.attention_lse, _flat(attention_lse_reference), attention),
     "encode": (ops.encode, encode_reference, encode),
     "encode_token": (ops.encode_token, encode_token_reference, encode_token),
     "decode": (ops.decode, decode_reference, decode),

@@ -123,7 +123,7 @@ def test_biases_that_are_all_small_cost_nothing(std: float) -> None:
     attention = model.model.layers[0].self_attn
     query = torch.zeros(1, 4, 1, 16)
     terms = getattr(attention, FOLD).terms(query, torch.tensor([[0]]), 1, None)
-    assert (terms is None) == (std == 0)
+    assert (terms.query is None) == (std == 0)
 
 
 def test_rows_of_different_lengths(plain: torch.nn.Module) -> None:

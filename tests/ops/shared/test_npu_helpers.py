@@ -99,7 +99,7 @@ def test_fp8_raises_in_one_line(npu: TorchNpu, dtype: torch.dtype) -> None:
         lambda: on_npu(encode, x, scale[0, :, :1], None, codes),
         lambda: on_npu(encode_token, x, codes, scale),
         lambda: on_npu(decode, codes, scale, None),
-        lambda: on_npu(attention, x, codes, codes, scale, None, scale, None, None, None, 1.0, True),
+        lambda: on_npu(attention, x, codes, codes, 1.0, key_scale=scale, value_scale=scale),
         lambda: on_npu(linear_fp8, x, codes[0, 0], torch.ones(3), None, None),
     ]
     for call in calls:

@@ -22,6 +22,7 @@ from octavo.common.convert.api import main
 from octavo.models.llama3 import ARCHITECTURE as LLAMA
 from octavo.models.qwen2 import ARCHITECTURE as QWEN2
 
+from ..metrics import relative_rmse
 from ..support import convert_flags, random_ids, randomized, save_source, tiny_config
 from ..tolerances import TOLERANCES
 
@@ -109,7 +110,7 @@ def difference(found: torch.Tensor, expected: torch.Tensor) -> str:
     """How logits differ, in words; empty if they are equal within the tolerance."""
     if found.shape != expected.shape:
         return f"the result is {tuple(found.shape)}, not {tuple(expected.shape)}"
-    error = (found - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+    error = relative_rmse(found, expected)
     return "" if error <= TOLERANCES["logits"] else f"logits are off by a relative rmse of {error:.3g}"
 
 

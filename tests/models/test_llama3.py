@@ -14,6 +14,7 @@ from octavo.common.convert import api as conversion
 from octavo.models.llama3 import ARCHITECTURE, float_linears
 from octavo.models.llama3.modeling_llama_fa3 import LlamaForCausalLM
 
+from ..metrics import rmse_in_std
 from ..support import convert_flags, edit_json, random_ids, run_python, save_source, tiny_config, tiny_llama
 from ..tolerances import TOLERANCES
 from .loading import environment, load_without_octavo, save_expected
@@ -192,11 +193,11 @@ def test_biases_reach_the_quantized_model(variants: dict[str, Path]) -> None:
     ids = random_ids(1, 30)
     with torch.inference_mode():
         expected = tiny_llama(attention_bias=True, mlp_bias=True)(ids).logits
-        error = (model(ids).logits - expected).square().mean().sqrt() / expected.std()
+        error = rmse_in_std(model(ids).logits, expected)
         for name, buffer in model.named_buffers():
             if name.endswith("quant_bias"):
                 buffer.add_(3000)
-        broken = (model(ids).logits - expected).square().mean().sqrt() / expected.std()
+        broken = rmse_in_std(model(ids).logits, expected)
     assert error < 0.1 < broken
 
 
@@ -228,7 +229,7 @@ def test_static_and_dynamic_linears_live_in_one_directory(
     ids = random_ids(1, 30)
     with torch.inference_mode():
         expected = tiny_llama()(ids).logits
-        error = (model(ids).logits - expected).square().mean().sqrt() / expected.std()
+        error = rmse_in_std(model(ids).logits, expected)
     assert error < TOLERANCES["rmse of a tiny model, W8A8"]
 
 

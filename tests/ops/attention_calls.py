@@ -8,6 +8,7 @@ from octavo.ops import attention, attention_lse
 from octavo.ops.attention.call import ATTENTION_CALL, AttentionCall
 from octavo.ops.attention.reference import attention_lse_reference, attention_reference
 
+from ..metrics import relative_rmse
 from ..tolerances import TOLERANCES
 
 UNUSED = 9
@@ -152,11 +153,6 @@ def int8_call(
     queries: int = 3, keys: int = 40, groups: int = 2, ratio: int = 3, width: int = 32, batch: int = 2
 ) -> Call:
     return call_of(torch.int8, torch.int8, queries, keys, groups, ratio, width, batch)
-
-
-def relative_rmse(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    difference, expected = actual.double() - expected, expected.double()
-    return (difference.square().mean().sqrt() / expected.square().mean().sqrt().clamp_min(1e-30)).item()
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:

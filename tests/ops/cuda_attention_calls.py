@@ -9,6 +9,7 @@ from octavo.ops.attention.cuda import attention_cuda, attention_lse_cuda
 from octavo.ops.attention.reference import attention_lse_reference, attention_reference
 from octavo.ops.shared.codes import to_codes
 
+from ..metrics import relative_rmse
 from ..tolerances import TOLERANCES
 from .cuda_double import interpreted
 
@@ -121,10 +122,6 @@ def run(arguments: dict[str, Any], capability: int = 90, processors: int = 4) ->
 def run_lse(arguments: dict[str, Any], capability: int = 90, processors: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
     with interpreted(capability, processors):
         return attend_lse(arguments)
-
-
-def relative_rmse(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((actual.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30))
 
 
 def assert_close(actual: torch.Tensor, arguments: dict[str, Any], tolerance: str | None = None) -> None:

@@ -181,8 +181,3 @@ class EverythingOnNpu(TorchDispatchMode):
         if func.namespace == NAMESPACE:
             return func.redispatch(NPU_KEYS, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
-
-
-def relative_rmse(result: torch.Tensor, expected: torch.Tensor) -> float:
-    """Root mean square of the difference, relative to that of what is expected."""
-    return float((result.float() - expected.float()).norm() / expected.float().norm())

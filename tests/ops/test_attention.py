@@ -11,6 +11,7 @@ from octavo.ops import attention
 from octavo.ops.attention.call import ATTENTION_CALL
 from octavo.ops.attention.reference import attention_reference
 
+from ..metrics import relative_rmse
 from .attention_calls import (
     CODES,
     FLOATS,
@@ -25,7 +26,6 @@ from .attention_calls import (
     mask_of,
     part_of,
     query_scale_of,
-    relative_rmse,
 )
 
 pytestmark = pytest.mark.usefixtures("build")

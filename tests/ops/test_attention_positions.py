@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from ..metrics import relative_rmse
 from ..tolerances import TOLERANCES
 from .attention_calls import (
     CODES,
@@ -14,7 +15,6 @@ from .attention_calls import (
     assert_lse_close,
     call_of,
     int8_call,
-    relative_rmse,
 )
 
 pytestmark = pytest.mark.usefixtures("build")

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from octavo.ops.attention.call import ATTENTION_CALL
 from octavo.ops.attention.reference import attention_reference
 
+from ..metrics import relative_rmse
 from ..tolerances import TOLERANCES
 from .cuda_attention_calls import (
     BATCH,
@@ -16,7 +17,6 @@ from .cuda_attention_calls import (
     assert_both_close,
     assert_close,
     call,
-    relative_rmse,
     run,
     run_lse,
     with_positions,

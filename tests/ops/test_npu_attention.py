@@ -14,6 +14,7 @@ from octavo.ops.attention.reference import attention_lse_reference
 from octavo.ops.codec.reference import encode_reference
 from octavo.ops.shared.codes import pack_int4
 
+from ..metrics import relative_rmse
 from ..support import random_ids, tiny_llama, with_cache
 from ..tolerances import TOLERANCES
 from .npu_attention_calls import (
@@ -29,7 +30,7 @@ from .npu_attention_calls import (
     tolerance,
     with_queries,
 )
-from .npu_double import EverythingOnNpu, TorchNpu, on_npu, relative_rmse
+from .npu_double import EverythingOnNpu, TorchNpu, on_npu
 
 
 def test_decode_over_codes_reads_the_storage_where_it_is(npu: TorchNpu) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from ..metrics import relative_rmse
 from ..tolerances import TOLERANCES
 from .npu_attention_calls import (
     BATCH,
@@ -17,7 +18,7 @@ from .npu_attention_calls import (
     with_queries,
     with_room,
 )
-from .npu_double import TorchNpu, relative_rmse
+from .npu_double import TorchNpu
 
 
 @pytest.mark.parametrize("granularity", [None, "channel", "head", "token"])

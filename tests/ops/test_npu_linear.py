@@ -17,8 +17,9 @@ from octavo.ops.linear.reference import (
 )
 from octavo.ops.shared.codes import pack_int4
 
+from ..metrics import relative_rmse
 from ..tolerances import TOLERANCES
-from .npu_double import TorchNpu, installed_double, on_npu, relative_rmse
+from .npu_double import TorchNpu, installed_double, on_npu
 
 FLOATS = (torch.float16, torch.bfloat16)
 OUTPUTS, DEPTH = 40, 96

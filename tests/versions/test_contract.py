@@ -20,6 +20,7 @@ from octavo.common.runtime.cache.quantized_cache import QuantizedCache
 from octavo.common.stock_model import prepare
 from octavo.models import llama3, mistral, qwen2, qwen3
 
+from ..metrics import rmse_in_std
 from ..support import CACHE_NAME, convert_flags, random_ids, randomized, save_source, tiny_config, with_cache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -109,7 +110,7 @@ def test_a_plain_forward_reads_codes(name: str, load: Callable[[str], Any]) -> N
     model, ids = load(name), random_ids(2, 40)
     found, floats = logits(model, ids), logits(build(name), ids)
     assert (found - floats).abs().max() > QUANTIZED
-    assert (found - floats).square().mean().sqrt() < 0.15 * floats.std()
+    assert rmse_in_std(found, floats) < 0.15
     assert torch.equal(logits(model, ids, use_cache=False), found)
 
 
@@ -209,7 +210,7 @@ def test_two_lines_quantize_the_cache_of_a_stock_model(name: str, scheme: str) -
     floats = logits(model, ids)
     prepare(model)
     found = logits(model, ids, **with_cache(QuantizedCache(model.config, scheme)))
-    assert (found - floats).abs().max() > QUANTIZED and (found - floats).square().mean().sqrt() < 0.5 * floats.std()
+    assert (found - floats).abs().max() > QUANTIZED and rmse_in_std(found, floats) < 0.5
     cache = QuantizedCache(model.config, scheme)
     tokens = generate(model, ids, **with_cache(cache))
     assert cache.get_seq_length() == tokens.shape[1] - 1

@@ -11,6 +11,7 @@ from octavo.common.convert.output.writer import stage_path
 from octavo.common.runtime.schemes.kv_scheme import PRESETS
 from octavo.models.llama3 import ARCHITECTURE
 
+from ...metrics import relative_rmse
 from ...support import TEXTS
 from ..bases import convert_quietly, logits_of
 from ..trial import Accepted, Attempt, Room, Script, does_not_load
@@ -103,7 +104,7 @@ def _convert(line: list[str], target: Path, expected: Path) -> Script:
     except Exception as error:
         return Script(0, "", does_not_load(error))
     plain = _float_logits(expected)
-    error = float((found - plain).square().mean().sqrt() / plain.square().mean().sqrt())
+    error = relative_rmse(found, plain)
     good = bool(torch.isfinite(found).all()) and error < MOST_ERROR
     return Script(0, "", Accepted(good, f"logits are off from float by a relative rmse of {error:.3g}"))
 

@@ -27,6 +27,7 @@ from octavo.common.runtime.static_scales import scales_of
 from octavo.common.stock_model import prepare
 from octavo.models.qwen2.modeling_qwen2_fa3 import Qwen2ForCausalLM as QuantizedQwen2
 
+from ...metrics import rmse_in_std
 from ...support import random_ids, randomized, tiny_config, with_cache
 from ...tolerances import TOLERANCES
 from ..convert.weights.test_quantize import every_scheme, name_of, seen
@@ -186,7 +187,7 @@ def test_static_scales_go_with_what_they_were_made_for(is_folded: bool, preset: 
     assert torch.isfinite(found).all()
     if is_folded:
         expected = logits(plain, ids)
-        assert (found - expected).square().mean().sqrt() < 0.2 * expected.std()
+        assert rmse_in_std(found, expected) < 0.2
     with pytest.raises(OctavoError, match="prepare" if is_folded else "counts the biases"):
         other(ids, **with_cache(QuantizedCache(other.config, scheme, scales=scales)))
 
@@ -202,7 +203,7 @@ def test_static_scales_of_k_whose_bias_cannot_be_folded_count_it_in() -> None:
     cache = QuantizedCache(model.config, scheme, scales=scales_of(scheme, statistics))
     with torch.inference_mode():
         found = model(ids, **with_cache(cache)).logits
-    assert (found - expected).square().mean().sqrt() < 0.3 * expected.std()
+    assert rmse_in_std(found, expected) < 0.3
 
 
 def quantized(scheme: LinearScheme) -> torch.nn.Module:
@@ -245,7 +246,7 @@ def test_quantized_linears_leave_their_biases_to_attention(scheme: LinearScheme)
         found = model(ids, **with_cache(cache)).logits
     # The next layer's codes may tip over, of which those of fp8 are far apart.
     limit = 2e-2 if "FP8" in scheme.label else TOLERANCES["logits rmse with codes tipped over"]
-    assert (found - expected).square().mean().sqrt() < limit * expected.std()
+    assert rmse_in_std(found, expected) < limit
     assert cache.layers[0].key_store.codes().codes.abs().max() < 10
     chosen = attention.k_proj.left_out.ne(0)
     assert isinstance(attention.k_proj, QuantizedLinear) and chosen.any() and not chosen.all()
@@ -293,7 +294,7 @@ def test_layers_say_for_themselves_what_is_folded() -> None:
     ids = random_ids(1, 30)
     expected = logits(tiny_qwen2(), ids)
     with torch.inference_mode():
-        error = (model(ids).logits - expected).square().mean().sqrt() / expected.std()
+        error = rmse_in_std(model(ids).logits, expected)
     assert error < 0.2
 
 

@@ -30,6 +30,7 @@ from octavo.common.runtime.norm_bias import ShiftedNorm, add_norm_bias
 from octavo.common.runtime.schemes.linear_scheme import LinearInputs
 from octavo.models.llama3 import ARCHITECTURE as LLAMA
 
+from ....metrics import relative_rmse
 from ....support import random_ids, randomized, tiny_config, tiny_llama
 from ....tolerances import TOLERANCES
 
@@ -150,10 +151,6 @@ def unscaled(rewrite: Subgraph) -> tuple[str, ...]:
     return tuple(name for name in rewrite.consumers if name not in ("self_attn.v_proj", "mlp.up_proj"))
 
 
-def rmse(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).square().mean().sqrt() / expected.square().mean().sqrt())
-
-
 @pytest.mark.parametrize("method", SMOOTHINGS)
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
@@ -162,7 +159,7 @@ def test_logits_stay(kind: str, method: str) -> None:
     expected = model(IDS).logits
     rewrites = smoothed(model, method)
     assert all(len(done) >= 2 for done in rewrites)
-    assert rmse(model(IDS).logits, expected) < 1e-9
+    assert relative_rmse(model(IDS).logits, expected) < 1e-9
 
 
 @pytest.mark.parametrize("method", SMOOTHINGS)
@@ -327,7 +324,7 @@ def test_channels_of_zeros(method: str) -> None:
     expected = model(IDS).logits
     smoothed(model, method)
     assert all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values())
-    assert rmse(model(IDS).logits, expected) < 1e-9
+    assert relative_rmse(model(IDS).logits, expected) < 1e-9
 
 
 @pytest.mark.parametrize("method", SMOOTHINGS)
@@ -374,7 +371,9 @@ def test_half_precision() -> None:
         changed = copy.deepcopy(model)
         smoothed(changed, method)
         assert {tensor.dtype for tensor in changed.state_dict().values()} == {torch.bfloat16}
-        assert rmse(changed(IDS).logits.float(), expected) < 2 * rmse(model(IDS).logits.float(), expected)
+        assert relative_rmse(changed(IDS).logits.float(), expected) < 2 * relative_rmse(
+            model(IDS).logits.float(), expected
+        )
 
 
 def test_refusals() -> None:
@@ -438,7 +437,7 @@ def test_norm_biases_change_their_dtype(dtype: torch.dtype) -> None:
     model, expected = shifted()
     norm = model.to(dtype).model.layers[0].input_layernorm
     assert norm.bias.dtype == norm(torch.ones(1, 64, dtype=dtype)).dtype == dtype
-    assert rmse(model(IDS).logits.float(), expected) < 0.1
+    assert relative_rmse(model(IDS).logits.float(), expected) < 0.1
 
 
 @torch.no_grad()

@@ -28,6 +28,7 @@ from octavo.common.runtime.checkpoint.files import read_headers
 from octavo.models.llama3 import ARCHITECTURE
 from octavo.models.llama3.modeling_llama_fa3 import LlamaForCausalLM
 
+from ....metrics import rmse_in_std
 from ....support import convert_flags, random_ids, save_source, tiny_config, tiny_llama
 from ....tolerances import TOLERANCES
 
@@ -327,7 +328,7 @@ def test_a_directory_of_msmodelslim_in_float32(variant: str, w8a8: bool, tmp_pat
         logits = model(ids).logits.double()
         plain = tiny_llama()(ids).logits.double()
     wanted = Simulation(tensors, ids).logits
-    error = (logits - wanted).square().mean().sqrt() / wanted.std()
+    error = rmse_in_std(logits, wanted)
     distance = (wanted - plain).square().mean().sqrt() / wanted.std()
     # Rounding noise tips a few codes over; a wrong scale, offset or layer is as far off as quantization itself.
     assert error < 0.1 * distance and error < TOLERANCES["simulation rmse float32"], (error, distance)
@@ -347,7 +348,7 @@ def test_a_directory_of_msmodelslim_in_half_precision(attention: str, dtype: tor
     def error() -> float:
         with torch.inference_mode():
             logits = model(ids).logits.double()
-        return float((logits - wanted).square().mean().sqrt() / wanted.std())
+        return rmse_in_std(logits, wanted)
 
     assert error() < TOLERANCES["simulation rmse computed in half"]
     tokens = model.generate(ids, max_new_tokens=5, do_sample=False)

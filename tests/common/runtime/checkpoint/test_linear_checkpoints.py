@@ -41,6 +41,7 @@ from octavo.models.llama3.modeling_llama_fa3 import LlamaForCausalLM as Quantize
 from octavo.models.qwen2.modeling_qwen2_fa3 import Qwen2ForCausalLM as QuantizedQwen2
 from octavo.ops.shared.codes import unpack_int4
 
+from ....metrics import rmse_in_std
 from ....support import edit_json, random_ids, randomized, tiny_config, tiny_llama
 from ....tolerances import TOLERANCES
 from ...convert.weights.test_quantize import every_scheme, name_of, seen
@@ -126,7 +127,7 @@ def test_a_checkpoint_comes_back(kind: str, scheme: LinearScheme, tmp_path: Path
         expected = by_hand(ids).logits
     torch.testing.assert_close(found, expected, atol=10 * TOLERANCES["logits"], rtol=0)
     limit = 0.6 if scheme.label == W4A16 else 0.2
-    assert (found - plain).square().mean().sqrt() < limit * plain.std()
+    assert rmse_in_std(found, plain) < limit
     for name, tensor in loaded.state_dict().items():
         assert tensor.dtype == tensors[name].dtype and torch.equal(tensor.float(), tensors[name].float()), name
     description = json.loads((tmp_path / "out" / "quant_model_description.json").read_text())
@@ -150,7 +151,7 @@ def test_layers_of_one_model_may_be_of_all_kinds(tmp_path: Path) -> None:
     ids = random_ids(2, 20)
     with torch.no_grad():
         found, plain = loaded(ids).logits.float(), model(ids).logits.float()
-    assert (found - plain).square().mean().sqrt() < 0.4 * plain.std()
+    assert rmse_in_std(found, plain) < 0.4
     description = json.loads((tmp_path / "out" / "quant_model_description.json").read_text())
     most = max(labels.values(), key=list(labels.values()).count)
     assert list(labels.values()).count(description["model_quant_type"]) == list(labels.values()).count(most)

@@ -18,6 +18,7 @@ from octavo.common.runtime.schemes.kv_scheme import CROP_ROOM, PRESETS, Scheme, 
 from octavo.common.runtime.static_scales import Statistics, scales_of
 from octavo.common.stock_model import prepare
 
+from ....metrics import rmse_in_std
 from ....support import random_ids, randomized, tiny_config, tiny_llama, with_cache
 from ....tolerances import TOLERANCES
 
@@ -373,11 +374,6 @@ def expected() -> dict[str, torch.Tensor]:
         return {kind: build(kind)(random_ids(1, TOKENS)).logits for kind in KINDS}
 
 
-def error_of(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Root mean square of the difference, relative to the spread of what is expected."""
-    return float((found - expected).square().mean().sqrt() / expected.std())
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("preset", presets())
 def test_logits_are_close_to_float_and_do_not_depend_on_chunks(
@@ -386,8 +382,8 @@ def test_logits_are_close_to_float_and_do_not_depend_on_chunks(
     ids = random_ids(1, TOKENS)
     whole = logits(readers[kind], ids, cache(preset, kind))
     cut = logits(readers[kind], ids, cache(preset, kind), *CHUNKS)
-    assert error_of(cut, whole) <= 10 * TOLERANCES["logits rmse with codes tipped over"]
-    error = error_of(whole, expected[kind])
+    assert rmse_in_std(cut, whole) <= 10 * TOLERANCES["logits rmse with codes tipped over"]
+    error = rmse_in_std(whole, expected[kind])
     if kind != "qwen2":
         assert error < (0.08 if preset in SMALL_STEPS else 1.2 if preset.endswith("2") else 0.7)
     assert (error < 1e-4) == (preset == "float")
@@ -414,9 +410,9 @@ def test_a_left_padded_row_is_as_good_as_the_row_alone(
         together = model(both, **padded).logits
     alone = logits(model, ids, cache(preset, kind))
     if not (scheme.is_segmented or scheme.has_codebooks):
-        assert error_of(together[1:, pad:], alone) <= 10 * TOLERANCES["logits rmse with codes tipped over"]
+        assert rmse_in_std(together[1:, pad:], alone) <= 10 * TOLERANCES["logits rmse with codes tipped over"]
     else:
-        own, beside = (error_of(found, expected[kind]) for found in (alone, together[1:, pad:]))
+        own, beside = (rmse_in_std(found, expected[kind]) for found in (alone, together[1:, pad:]))
         assert beside < 1.7 * own + 0.02
 
 
@@ -452,6 +448,7 @@ def test_folded_biases_leave_less_to_lose(
 ) -> None:
     ids = random_ids(1, TOKENS)
     with_bias, folded = (
-        error_of(logits(readers[kind], ids, cache(preset, kind)), expected[kind]) for kind in ("qwen2", "qwen2 folded")
+        rmse_in_std(logits(readers[kind], ids, cache(preset, kind)), expected[kind])
+        for kind in ("qwen2", "qwen2 folded")
     )
     assert folded < (with_bias if load_scheme(preset).key.granularity != "channel" else 1.3 * with_bias)

@@ -26,12 +26,14 @@ class Architecture:
         model_class: the quantized model class, in `models/{name}/{module}.py`.
         float_linears: from a config and the dtype of the checkpoint, globs of the linear layers that the recipe leaves
             in float; see `floats`.
+        inside: model_type of multimodal checkpoints around such a model, which are refused with the way out.
     """
 
     name: str
     model_type: str
     model_class: type
     float_linears: Callable[[Any, torch.dtype], list[str]] | None = None
+    inside: str | None = None
 
     def floats(self, config: Any, dtype: torch.dtype) -> list[str]:
         """Globs of the linears that Ascend's recipe for static W8A8 leaves in float.
@@ -136,6 +138,11 @@ def check_model_type(config: Path, model_type: Any, architecture: Architecture, 
     """
     if model_type == architecture.model_type:
         return
+    if model_type is not None and model_type == architecture.inside:
+        raise OctavoError(
+            f"{config}: model_type is {model_type!r}, which takes images, and {who} {architecture.model_type!r}; save "
+            f"its text model first, as models/{architecture.name}/README.md shows"
+        )
     known = stated_architectures()
     other = known.get(model_type) if isinstance(model_type, str) else None
     mend = way_out.format(other) if other else f"the zoo has none for it (it has {', '.join(sorted(known))})"

@@ -3,4 +3,4 @@
 from ...common.architecture import Architecture
 from .modeling_gemma3_fa3 import Gemma3ForCausalLM
 
-ARCHITECTURE = Architecture("gemma3", "gemma3_text", Gemma3ForCausalLM)
+ARCHITECTURE = Architecture("gemma3", "gemma3_text", Gemma3ForCausalLM, inside="gemma3")

@@ -47,4 +47,5 @@ class Gemma3ForCausalLM(QuantizedCausalLM, transformers.Gemma3ForCausalLM):
         output_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
         norm_offset=1.0,
         embedding_scale=_embedding_scale,
+        caps_logits=True,
     )

@@ -48,7 +48,7 @@ PATCH_KEYS = (
 )
 """Keys that change modules or their outputs when a model is made."""
 CACHE_KEYS = ("cache_implementation", "cache_config")
-"""Keys that choose a cache for generation; an output has its own."""
+"""Keys of generation that choose a cache; an output has its own."""
 MODEL_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Dtypes of models."""
 GENERATION_FILE = "generation_config.json"
@@ -62,8 +62,8 @@ def without_keys(data: Any, keys: tuple[str, ...]) -> Any:
 
 
 def bearable(config: dict[str, Any]) -> dict[str, Any]:
-    """A config.json without what an output cannot bear: code of others, and choices of attention, cache and modules."""
-    return without_keys(config, CODE_KEYS + ATTENTION_KEYS + PATCH_KEYS + CACHE_KEYS)
+    """A config.json without what an output cannot bear: code of others, and choices of attention and modules."""
+    return without_keys(config, CODE_KEYS + ATTENTION_KEYS + PATCH_KEYS)
 
 
 def _read_config(directory: Path) -> dict[str, Any]:

@@ -127,6 +127,22 @@ def stated_architectures(models: Path = REPOSITORY / "models") -> dict[str, str]
     return {model_type: name for text in texts for name, model_type in _STATED.findall(text)}
 
 
+def refuse_around(config: Path, model_type: Any) -> None:
+    """Raise an `OctavoError` that says what to do if a config.json is of a multimodal model around one of the zoo.
+
+    Args:
+        config: the file, for the message.
+        model_type: what it says.
+    """
+    for name in architecture_names() if isinstance(model_type, str) else ():
+        architecture = load_architecture(name)
+        if architecture.inside == model_type:
+            raise OctavoError(
+                f"{config}: model_type is {model_type!r}, which takes more than text, and models/{name} serves "
+                f"{architecture.model_type!r}; save its text model first, as models/{name}/README.md shows"
+            )
+
+
 def check_model_type(config: Path, model_type: Any, architecture: Architecture, who: str, way_out: str) -> None:
     """Raise an `OctavoError` if a config.json is of another architecture than the one that is to serve it.
 
@@ -138,11 +154,7 @@ def check_model_type(config: Path, model_type: Any, architecture: Architecture, 
     """
     if model_type == architecture.model_type:
         return
-    if model_type is not None and model_type == architecture.inside:
-        raise OctavoError(
-            f"{config}: model_type is {model_type!r}, which takes images, and {who} {architecture.model_type!r}; save "
-            f"its text model first, as models/{architecture.name}/README.md shows"
-        )
+    refuse_around(config, model_type)
     known = stated_architectures()
     other = known.get(model_type) if isinstance(model_type, str) else None
     mend = way_out.format(other) if other else f"the zoo has none for it (it has {', '.join(sorted(known))})"

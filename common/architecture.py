@@ -26,12 +26,14 @@ class Architecture:
         model_class: the quantized model class, in `models/{name}/{module}.py`.
         float_linears: from a config and the dtype of the checkpoint, globs of the linear layers that the recipe leaves
             in float; see `floats`.
+        inside: model_type of multimodal checkpoints around such a model, which are refused with the way out.
     """
 
     name: str
     model_type: str
     model_class: type
     float_linears: Callable[[Any, torch.dtype], list[str]] | None = None
+    inside: str | None = None
 
     def floats(self, config: Any, dtype: torch.dtype) -> list[str]:
         """Globs of the linears that Ascend's recipe for static W8A8 leaves in float.
@@ -125,6 +127,22 @@ def stated_architectures(models: Path = REPOSITORY / "models") -> dict[str, str]
     return {model_type: name for text in texts for name, model_type in _STATED.findall(text)}
 
 
+def refuse_around(config: Path, model_type: Any) -> None:
+    """Raise an `OctavoError` that says what to do if a config.json is of a multimodal model around one of the zoo.
+
+    Args:
+        config: the file, for the message.
+        model_type: what it says.
+    """
+    for name in architecture_names() if isinstance(model_type, str) else ():
+        architecture = load_architecture(name)
+        if architecture.inside == model_type:
+            raise OctavoError(
+                f"{config}: model_type is {model_type!r}, which takes more than text, and models/{name} serves "
+                f"{architecture.model_type!r}; save its text model first, as models/{name}/README.md shows"
+            )
+
+
 def check_model_type(config: Path, model_type: Any, architecture: Architecture, who: str, way_out: str) -> None:
     """Raise an `OctavoError` if a config.json is of another architecture than the one that is to serve it.
 
@@ -136,6 +154,7 @@ def check_model_type(config: Path, model_type: Any, architecture: Architecture, 
     """
     if model_type == architecture.model_type:
         return
+    refuse_around(config, model_type)
     known = stated_architectures()
     other = known.get(model_type) if isinstance(model_type, str) else None
     mend = way_out.format(other) if other else f"the zoo has none for it (it has {', '.join(sorted(known))})"

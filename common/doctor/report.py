@@ -24,6 +24,7 @@ from ..runtime.cache.sizes import kv_bytes_per_token
 from ..runtime.checkpoint.ascend import DESCRIPTION_FILE
 from ..runtime.checkpoint.files import read_json
 from ..runtime.model_sizes import head_dim_of
+from ..runtime.rotary import rope_type
 from ..runtime.schemes.kv_scheme import PRESETS, load_scheme
 from ..runtime.schemes.tensor_codec import Codec
 from ..runtime.static_scales import Statistics, load_statistics
@@ -90,7 +91,6 @@ def facts_of(weights: KeyWeights, config: Any, layers: list[LayerDiagnosis]) -> 
     """What else decides about schemes, as plain data."""
     kinds = layer_types(config)
     full, sliding = (kinds.count(kind) for kind in ATTENTIONS)
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     total = sum(BYTES[header.dtype] * math.prod(header.shape) for header in weights.headers.values())
     each = {
         name: kv_bytes_per_token(config, load_scheme(preset), 2) / config.num_hidden_layers
@@ -98,6 +98,7 @@ def facts_of(weights: KeyWeights, config: Any, layers: list[LayerDiagnosis]) -> 
     }
     window = getattr(config, "sliding_window", None) or 0
     first = kinds.index("full_attention") if full else kinds.index("sliding_attention")
+    rope = rope_type(config, first)
     return {
         "model_type": config.model_type,
         "dtype": weights.headers[weights.key_name(first)].dtype,

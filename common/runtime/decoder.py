@@ -101,6 +101,7 @@ class Decoder:
         skips_rotation: whether the config's `no_rope_layers` counts: RoPE turns q and k of some layers only.
         is_partly_rotated: whether the config's `partial_rotary_factor` counts: RoPE turns the first channels of a head
             alone. Of those that it turns, channel d is paired with the one half of them further.
+        caps_logits: whether the config's `final_logit_softcapping` counts; see `capped_logits`.
     """
 
     layers: str
@@ -117,6 +118,7 @@ class Decoder:
     embedding_scale: Callable[[Any], float] | None = None
     skips_rotation: bool = False
     is_partly_rotated: bool = False
+    caps_logits: bool = False
 
     @property
     def norms(self) -> tuple[str, ...]:
@@ -220,7 +222,25 @@ def anatomy_fault(model: nn.Module, decoder: Decoder) -> str | None:
         fault = next(_anatomy_faults(decoder, layer), None)
         if fault is not None:
             return f"{decoder.layers}.{index}.{fault[0]}: {fault[1]}"
-    return _rotation_fault(base.config, decoder, len(base.get_submodule(decoder.layers)))
+        if getattr(layer.get_submodule(decoder.attention.name), "is_causal", True) is False:
+            return f"{decoder.layers}.{index}: its attention sees tokens that are still to come"
+    fault = _rotation_fault(base.config, decoder, len(base.get_submodule(decoder.layers)))
+    return fault or _cap_fault(base.config, decoder)
+
+
+def _cap_fault(config: Any, decoder: Decoder) -> str | None:
+    """What about the bounds of scores and logits is not as stated."""
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return "config: attn_logit_softcapping bounds the scores of attention, which attention over codes does not"
+    if getattr(config, "final_logit_softcapping", None) is not None and not decoder.caps_logits:
+        return "config: final_logit_softcapping bounds logits, and they are stated to be as the last linear makes them"
+    return None
+
+
+def capped_logits(decoder: Decoder, config: Any, logits: torch.Tensor) -> torch.Tensor:
+    """`c tanh(x / c)` of what the last linear makes, of any shape, where the config states a c."""
+    cap = getattr(config, "final_logit_softcapping", None) if decoder.caps_logits else None
+    return logits if cap is None else (logits / cap).tanh() * cap
 
 
 def _rotation_fault(config: Any, decoder: Decoder, layers: int) -> str | None:

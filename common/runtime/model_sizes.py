@@ -76,7 +76,11 @@ def check_stated(where: str, settings: Mapping[str, Any]) -> None:
     if settings.get("rms_norm_eps") is None:
         raise OctavoError(f"{where}: rms_norm_eps is missing, and what takes its place need not be right; add it")
     written_by, parameters = str(settings.get("transformers_version")), settings.get("rope_parameters")
+    parts = parameters.values() if isinstance(parameters, dict) else ()
+    of_layers = [part for part in parts if isinstance(part, dict)]  # by kind of layer, where they differ
     has_base = any(isinstance(part, dict) and "rope_theta" in part for part in (settings, parameters))
+    if of_layers:
+        has_base = all("rope_theta" in part for part in of_layers)
     if written_by.startswith(_STATES_ROPE) and not has_base:
         raise OctavoError(
             f"{where}: rope_theta is missing in rope_parameters, where transformers {written_by} writes it; add it"

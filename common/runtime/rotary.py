@@ -41,6 +41,11 @@ def _rope_parameters(config: Any, index: int) -> tuple[dict[str, Any], dict[str,
     return parameters[layer_type], {"layer_type": layer_type}
 
 
+def rope_type(config: Any, index: int = 0) -> str:
+    """How the angles of a layer are made, by transformers' names."""
+    return _rope_parameters(config, index)[0].get("rope_type", "default")
+
+
 def partial_rotary_factor(config: Any, index: int = 0) -> float:
     """The part of the channels of a head that RoPE turns in a layer, if it does so."""
     return float(_rope_parameters(config, index)[0].get("partial_rotary_factor", 1.0))
@@ -56,7 +61,7 @@ def rope_constants(config: Any, width: int, index: int = 0) -> tuple[torch.Tenso
     if not is_rotated(config, index):
         return torch.zeros(0), 1.0
     parameters, of_layer = _rope_parameters(config, index)
-    kind = parameters.get("rope_type", "default")
+    kind = rope_type(config, index)
     if kind in ROPE_INIT_FUNCTIONS:
         frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), **of_layer)
         return frequencies.float(), float(factor)

@@ -11,7 +11,7 @@ import transformers
 
 from octavo.common.architecture import Architecture
 from octavo.common.convert import api as conversion
-from octavo.models import mistral, qwen2, qwen3
+from octavo.models import gemma3, mistral, qwen2, qwen3
 
 from ..support import convert_flags, random_ids, randomized, save_source, tiny_config
 from ..tolerances import TOLERANCES
@@ -46,6 +46,19 @@ class Kind:
 
 
 KINDS = {
+    "gemma3": Kind(
+        gemma3.ARCHITECTURE,
+        transformers.Gemma3TextConfig,
+        transformers.Gemma3ForCausalLM,
+        {
+            "tie_word_embeddings": True,
+            "head_dim": 32,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+            "query_pre_attn_scalar": 100,
+            "rope_parameters": None,
+        },
+    ),
     "qwen2": Kind(
         qwen2.ARCHITECTURE,
         transformers.Qwen2Config,

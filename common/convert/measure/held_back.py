@@ -6,6 +6,7 @@ S tokens, E hidden size, V vocabulary.
 import torch
 from torch import nn
 
+from ...runtime.decoder import capped_logits
 from ..calibration.streams import Stream
 from ..source.layerwise import MOST_LOGITS, LayerwiseModel
 from .fidelity import Comparison, Fidelity
@@ -47,6 +48,7 @@ class HeldBack:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Of both models, `[S, V]`; a weight that they share is made float32 once for both."""
         if coded_linear is not None:
-            return self._source.logits(plain, weight), coded_linear(coded)
+            capped = capped_logits(self._source.facts, self._source.config, coded_linear(coded))
+            return self._source.logits(plain, weight), capped
         both = self._source.logits(torch.cat((plain, coded)), weight)
         return both[: len(plain)], both[len(plain) :]

@@ -54,11 +54,13 @@ class Producer:
         module: a norm with a weight `[P]`, or a linear `[..., K]`.
         first_row: from which on rows of the linear are read; those before make other things.
         offset: what the norm adds to its weight.
+        stored: dtype that the weight will be stored in; None is that which it has.
     """
 
     module: nn.Module
     first_row: int = 0
     offset: float = 0.0
+    stored: torch.dtype | None = None
 
     @property
     def weight(self) -> torch.Tensor:
@@ -70,6 +72,23 @@ class Producer:
     def channels(self) -> int:
         """P."""
         return len(self.module.weight[self.first_row :])
+
+    @property
+    def smallest(self) -> float:
+        """The least that scales may leave of a channel's weight; of `1 + w`, what w has digits for."""
+        digits = torch.finfo(self.stored or self.module.weight.dtype).eps if self.offset else 0.0
+        return max(SMALLEST_PRODUCER, digits)
+
+    def exact(self, scale: torch.Tensor) -> torch.Tensor:
+        """The scales nearest to `[P]` by which its weight, as it is stored, can be divided.
+
+        A weight keeps its digits when it is divided, and a w of `1 + w` does not: near -1 it has few for their sum.
+        """
+        if not self.offset:
+            return scale
+        weight = self.weight.to(scale.dtype)
+        left = (weight / scale - self.offset).to(self.stored or self.module.weight.dtype).to(scale.dtype) + self.offset
+        return torch.where(left == 0, scale, weight / left)
 
     def subtract(self, shift: torch.Tensor) -> None:
         """Take `[P]` off what a norm makes."""
@@ -144,8 +163,8 @@ class Site:
     def usable(self, scale: torch.Tensor) -> torch.Tensor:
         """Scales `[P]` within what 16 bits hold; 1 for channels that are not alive."""
         largest = self.producer.weight.abs().float().view(len(scale), -1).amax(dim=1)
-        lowest, highest = (largest / LARGEST_PRODUCER).clamp_max(1.0), (largest / SMALLEST_PRODUCER).clamp_min(1.0)
-        return torch.where(self.is_alive, scale.clamp(lowest, highest), 1.0)
+        lowest, highest = (largest / LARGEST_PRODUCER).clamp_max(1.0), (largest / self.producer.smallest).clamp_min(1.0)
+        return torch.where(self.is_alive, self.producer.exact(scale.clamp(lowest, highest)), 1.0)
 
     def normalised(self, scale: torch.Tensor) -> torch.Tensor:
         """Scales `[P]`, the smallest as far from 1 as the largest: a factor common to all changes no error."""

@@ -42,11 +42,13 @@ def _module(layer: nn.Module, name: str, dimensions: int) -> nn.Module:
     return module
 
 
-def _producer(layer: nn.Module, decoder: Decoder, subgraph: Subgraph) -> Producer:
+def _producer(
+    layer: nn.Module, decoder: Decoder, subgraph: Subgraph, stored: Callable[[str], torch.dtype] | None
+) -> Producer:
     """What makes the inputs of a subgraph: a norm, a linear, or the last rows of one, where v and up stand."""
     module = _module(layer, subgraph.producer, 1 if subgraph.is_norm else 2)
     if subgraph.is_norm:
-        return Producer(module, offset=decoder.norm_offset)
+        return Producer(module, offset=decoder.norm_offset, stored=stored and stored(f"{subgraph.producer}.weight"))
     if not subgraph.part:
         return Producer(module)
     attention = layer.get_submodule(decoder.attention.name)
@@ -61,9 +63,10 @@ def _site(
     subgraph: Subgraph,
     inputs: dict[str, LinearInputs],
     quantized: Collection[str],
+    stored: Callable[[str], torch.dtype] | None,
 ) -> Site | None:
     """The subgraph in a layer; None if none of its consumers will be quantized."""
-    producer = _producer(layer, decoder, subgraph)
+    producer = _producer(layer, decoder, subgraph, stored)
     consumers = {name: _module(layer, name, 2) for name in subgraph.consumers}
     chosen = [name for name in consumers if name in quantized]
     if not chosen:
@@ -110,6 +113,7 @@ def smooth_layer(
     quantized: Collection[str],
     error: OutputError,
     decoder: Decoder,
+    stored: Callable[[str], torch.dtype] | None = None,
 ) -> dict[Subgraph, Smoothing]:
     """Move outliers of the inputs of a decoder layer's linears into weights, in place; the layer computes what it did.
 
@@ -126,6 +130,7 @@ def smooth_layer(
             once both are quantized.
         decoder: what the layer's modules are. With "m2" its norms may have a bias then (see `add_norm_bias`), and their
             linears too.
+        stored: of a parameter's name within the layer, the dtype that it will be stored in; None is that which it has.
 
     Returns:
         What was rewritten, and how, in order.
@@ -138,7 +143,7 @@ def smooth_layer(
     subgraphs, choose = SMOOTHINGS[method]
     done = {}
     for subgraph in subgraphs(decoder):
-        site = _site(layer, decoder, subgraph, inputs, quantized)
+        site = _site(layer, decoder, subgraph, inputs, quantized, stored)
         if site is None:
             continue
         search = Search(site, error)
@@ -150,9 +155,7 @@ def smooth_layer(
 
 
 @torch.no_grad()
-def smooth_head(
-    norm: nn.Module, head: nn.Linear, inputs: LinearInputs, method: str, error: OutputError, norm_offset: float
-) -> None:
+def smooth_head(producer: Producer, head: nn.Linear, inputs: LinearInputs, method: str, error: OutputError) -> None:
     """Likewise for the last linear and the norm before it, in place, by every method but "m2", which leaves both.
 
     What is best is searched on evenly chosen output channels, `SEARCHED_OUTPUTS` to twice as many.
@@ -163,7 +166,6 @@ def smooth_head(
     step = max(1, len(head.weight) // SEARCHED_OUTPUTS)
     part = nn.Linear(head.in_features, len(head.weight[::step]), bias=False, device="meta")
     part.weight = nn.Parameter(head.weight[::step].clone(), requires_grad=False)
-    producer = Producer(norm, offset=norm_offset)
     site = Site(producer, [part], [part], inputs, producer.channels)
     search = Search(site, error)
     choose(site, search)

@@ -7,7 +7,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig
 
-from ...architecture import Architecture, check_model_type, load_architecture, stated_architectures
+from ...architecture import Architecture, check_model_type, load_architecture, refuse_around, stated_architectures
 from ...errors import OctavoError, first_line
 from ...runtime.checkpoint.ascend import DESCRIPTION_FILE
 from ...runtime.checkpoint.files import read_json
@@ -87,6 +87,7 @@ def chosen_architecture(directory: Path, chosen: Architecture | str | None) -> A
         return load_architecture(chosen)
     model_type = _read_config(directory).get("model_type")
     if not isinstance(model_type, str) or model_type not in known:
+        refuse_around(directory / "config.json", model_type)
         raise OctavoError(
             f"{directory}/config.json: model_type is {model_type!r}, and the zoo has none for it "
             f"(it has {', '.join(sorted(known))})"

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from ...architecture import Architecture
 from ...errors import OctavoError, first_line
-from ...runtime.decoder import check_anatomy, state_decoder, stated_decoder
+from ...runtime.decoder import Decoder, capped_logits, check_anatomy, state_decoder, stated_decoder
 from ..output.shards import TensorFiles
 from ..spelling import named
 
@@ -112,6 +112,7 @@ class LayerwiseModel:
                 model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
             state_decoder(model, architecture.decoder)
             check_anatomy(model, architecture.decoder, f"models/{architecture.name}")
+            self._check_embedding(model, architecture.decoder)
             self.model = with_real_rotary(model, self.device)
         except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, AssertionError) as error:
             raise OctavoError(f"{self._where}: cannot be loaded ({first_line(error)})") from None
@@ -123,6 +124,14 @@ class LayerwiseModel:
         self.layers_name = self._outer_name(self.facts.layers)
         self.tied: dict[str, str] = {}
         self._file_names = self._matched()
+
+    def _check_embedding(self, model: nn.Module, decoder: Decoder) -> None:
+        """Raise an `OctavoError` if the embedding does more than look rows up, and no factor of it is stated."""
+        embedding = model.base_model.get_submodule(decoder.embedding)
+        is_scaled = type(embedding).forward is not nn.Embedding.forward
+        if is_scaled != (decoder.embedding_scale is not None):
+            form = "computes more than a row of its weight" if is_scaled else "multiplies by nothing"
+            raise OctavoError(f"{self._where}: {decoder.embedding}: {type(embedding).__name__} {form}, unlike stated")
 
     def _outer_name(self, name: str) -> str:
         """Name in the model of a module of its decoder."""
@@ -264,4 +273,4 @@ class LayerwiseModel:
         """Float32 logits `[S, V]` of normed states `[S, E]`, by parts of the `[V, E]` head in any dtype."""
         step = max(1, MOST_HEAD // hidden.shape[-1])
         parts = [hidden @ part.to(self.device).float().T for part in head.split(step)]
-        return torch.cat(parts, dim=-1)
+        return capped_logits(self.facts, self.config, torch.cat(parts, dim=-1))

@@ -12,8 +12,10 @@ from torch import nn
 
 from ...runtime.schemes.linear_scheme import LinearInputs
 from ..calibration.observe import InputObserver, input_tensors
+from ..outliers.search import Producer
 from ..outliers.smooth import smooth_head
 from ..output.model import OutputModel
+from ..output.shards import SAFETENSORS_DTYPES
 from ..plan import Plan
 from ..source.layerwise import LayerwiseModel, assign_state
 from ..state import ConversionState
@@ -59,8 +61,9 @@ class QuantizeHead:
         found = copy.deepcopy(norm)
         if self._plan.anti_method:
             seen = _inputs_behind(norm, state.calibration.hidden).thinned(SEARCH_ROWS)
-            offset = self._source.facts.norm_offset
-            smooth_head(found, linear, seen, self._plan.anti_method, error_of(self._plan), offset)
+            stored = SAFETENSORS_DTYPES[self._source.source_dtype(self._source.norm_name)]
+            producer = Producer(found, offset=self._source.facts.norm_offset, stored=stored)
+            smooth_head(producer, linear, seen, self._plan.anti_method, error_of(self._plan))
         return found
 
     def _coded(self, norm: nn.Module, parts: dict[str, torch.Tensor]) -> CodedHead:

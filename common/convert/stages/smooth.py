@@ -6,6 +6,7 @@ from torch import nn
 from ...runtime.schemes.linear_scheme import LinearInputs
 from ..outliers.search import OutputError
 from ..outliers.smooth import smooth_layer
+from ..output.shards import SAFETENSORS_DTYPES
 from ..plan import Plan
 from ..source.layerwise import LayerwiseModel
 from ..state import ConversionState, LayerWork
@@ -29,7 +30,7 @@ class Smooth:
     """Rewrites the float layer, if the plan has a method for it and the layer a linear to quantize."""
 
     def __init__(self, source: LayerwiseModel, plan: Plan) -> None:
-        self._facts, self._plan = source.facts, plan
+        self._source, self._plan = source, plan
 
     def __call__(self, work: LayerWork, state: ConversionState) -> None:
         method = self._plan.anti_method
@@ -40,4 +41,9 @@ class Smooth:
         work.expected = outputs[0]
         smaller = {id(inputs): inputs.thinned(SEARCH_ROWS) for inputs in found.values()}
         found = {part: smaller[id(inputs)] for part, inputs in found.items()}
-        smooth_layer(work.module, found, method, work.quantized, error_of(self._plan), self._facts)
+
+        def stored(name: str) -> torch.dtype:
+            return SAFETENSORS_DTYPES[self._source.source_dtype(f"{work.name}.{name}")]
+
+        error = error_of(self._plan)
+        smooth_layer(work.module, found, method, work.quantized, error, self._source.facts, stored)

@@ -11,7 +11,7 @@ import transformers
 
 from octavo.common.architecture import Architecture
 from octavo.common.convert import api as conversion
-from octavo.models import gemma3, mistral, qwen2, qwen3
+from octavo.models import gemma3, mistral, phi3, qwen2, qwen3, smollm3
 
 from ..support import convert_flags, random_ids, randomized, save_source, tiny_config
 from ..tolerances import TOLERANCES
@@ -85,6 +85,29 @@ KINDS = {
         transformers.MistralConfig,
         transformers.MistralForCausalLM,
         {"sliding_window": 13, "head_dim": 16},
+    ),
+    "phi3": Kind(phi3.ARCHITECTURE, transformers.Phi3Config, transformers.Phi3ForCausalLM, {"sliding_window": 13}),
+    "phi3 partial LongRoPE": Kind(
+        phi3.ARCHITECTURE,
+        transformers.Phi3Config,
+        transformers.Phi3ForCausalLM,
+        {
+            "tie_word_embeddings": True,
+            "partial_rotary_factor": 0.75,
+            "original_max_position_embeddings": 1024,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "short_factor": [1.0] * 6,
+                "long_factor": [1.5] * 6,
+            },
+        },
+    ),
+    "smollm3": Kind(
+        smollm3.ARCHITECTURE,
+        transformers.SmolLM3Config,
+        transformers.SmolLM3ForCausalLM,
+        {"no_rope_layers": [1, 0, 1], "attention_bias": True},
     ),
 }
 

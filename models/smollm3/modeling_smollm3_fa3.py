@@ -2,7 +2,8 @@
 
     hidden [B, S, hidden]
       -> q_proj, k_proj, v_proj       on codes, in the kind that the checkpoint says
-      -> RoPE on q [B, H, S, D] and k [B, G, S, D], but in every fourth layer, or where the config's `no_rope_layers` is 0
+      -> RoPE on q [B, H, S, D] and k [B, G, S, D], but where the config's
+                                      `no_rope_layers` has a 0, which is every fourth layer
       -> cache.update(k, v)           encodes the new tokens once; returns the codes of all
       -> attention(q, codes)          reads the codes; in sliding layers the newest `sliding_window` of them
       -> o_proj

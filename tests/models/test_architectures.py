@@ -1,7 +1,10 @@
-"""Every architecture beside Llama: converts, loads without Octavo, and stays close to its float model."""
+"""Every architecture beside Llama: converts, loads without Octavo, computes what its codes say, is close to float."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +14,14 @@ import transformers
 
 from octavo.common.architecture import Architecture
 from octavo.common.convert import api as conversion
+from octavo.common.convert.measure.fidelity import compare
+from octavo.common.convert.pipeline import Conversion
 from octavo.models import gemma3, mistral, phi3, qwen2, qwen3, smollm3
 
-from ..support import convert_flags, random_ids, randomized, save_source, tiny_config
+from ..support import convert_flags, files_below, random_ids, randomized, save_source, tiny_config
 from ..tolerances import TOLERANCES
 from .loading import load_without_octavo, save_expected
+from .simulation import Simulation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -23,9 +29,19 @@ SLIDING = ["full_attention", "sliding_attention", "full_attention"]
 FLAGS = {
     "c8": ("--use_kvcache_quant", "True"),
     "fa": ("--use_fa_quant", "True"),
-    "dynamic": ("--is_dynamic", "True", "--use_kvcache_quant", "True"),
+    "dynamic": ("--is_dynamic", "True"),
     "float linears": ("--w_bit", "16", "--a_bit", "16", "--use_kvcache_quant", "True"),
+    "w8a16, codebooks": ("--w_bit", "8", "--a_bit", "16", "--scheme", "kvquant-4"),
+    "w4a16, groups": ("--w_bit", "4", "--a_bit", "16", "--scheme", "octavo-4"),
+    "offsets, by token": ("--anti_method", "m2", "--scheme", "int8-token"),
+    "smooth and dynamic, fp8": ("--is_dynamic", "True", "--anti_method", "m4", "--scheme", "vllm-fp8"),
 }
+"""Every kind of linear and every kind of cache."""
+CLOSE = ("c8", "fa", "dynamic", "float linears")
+"""Those that are expected to be close to a float model of three layers."""
+LOADED = ("c8", "fa", "offsets, by token")
+"""Those whose directories have what no other has: modules for scales, and norms with a bias."""
+Converted = Callable[[str, str], Path]
 
 
 @dataclass(frozen=True)
@@ -113,42 +129,89 @@ KINDS = {
 
 
 @pytest.fixture(scope="module")
-def converted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Path]]:
-    """Every architecture under every set of flags."""
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Converted:
+    """`converted(name, way)`: an architecture under a set of flags, made once."""
     root = tmp_path_factory.mktemp("architectures")
-    made: dict[str, dict[str, Path]] = {}
-    for name, kind in KINDS.items():
-        model = kind.build()
-        source = save_source(root / f"source of {name}", model)
-        for way, flags in FLAGS.items():
-            target = root / f"{name}, {way}"
-            assert conversion.main(kind.architecture, convert_flags(source, target, *flags)) == 0
-            made.setdefault(name, {})[way] = target
-    return made
+
+    @cache
+    def source(name: str) -> Path:
+        return save_source(root / f"source of {name}", KINDS[name].build())
+
+    @cache
+    def convert(name: str, way: str) -> Path:
+        target = root / f"{name}, {way}"
+        assert conversion.main(KINDS[name].architecture, convert_flags(source(name), target, *FLAGS[way])) == 0
+        return target
+
+    return convert
 
 
-def test_every_directory_loads_without_octavo_bit_for_bit(
-    converted: dict[str, dict[str, Path]], tmp_path: Path
-) -> None:
+def test_directories_load_without_octavo_bit_for_bit(converted: Converted, tmp_path: Path) -> None:
     rows = []
-    for name, directories in converted.items():
-        for way, directory in directories.items():
-            expected = tmp_path / f"{len(rows)}.safetensors"
-            save_expected(KINDS[name].architecture.model_class.from_pretrained(directory), expected)
-            rows.append((f"{name}, {way}", str(directory), str(expected)))
+    for name, way in product(KINDS, LOADED):
+        directory, expected = converted(name, way), tmp_path / f"{len(rows)}.safetensors"
+        save_expected(KINDS[name].architecture.model_class.from_pretrained(directory), expected)
+        rows.append((f"{name}, {way}", str(directory), str(expected)))
     found = load_without_octavo(rows, tmp_path)
     assert found == {name: [True, True, True, "torch.float32"] for name, *_ in rows}
 
 
 @pytest.mark.parametrize("way", FLAGS)
 @pytest.mark.parametrize("name", KINDS)
-def test_logits_stay_close_to_the_float_model(name: str, way: str, converted: dict[str, dict[str, Path]]) -> None:
+def test_logits_are_those_of_a_simulation(name: str, way: str, converted: Converted) -> None:
+    kind, ids = KINDS[name], random_ids(2, 90)
+    quantized = kind.architecture.model_class.from_pretrained(converted(name, way), dtype=torch.float64).eval()
+    with torch.inference_mode():
+        found, plain = quantized(ids).logits, kind.build().double()(ids).logits
+    wanted = Simulation(kind.build(), quantized).logits(ids)
+    error, distance = ((x - wanted).square().mean().sqrt() / wanted.std() for x in (found, plain))
+    # A wrong scale, channel or layer is as far off as quantization itself.
+    assert error < min(0.3 * distance, TOLERANCES["simulation rmse float64"]), (error, distance)
+
+
+@pytest.mark.parametrize("way", CLOSE)
+@pytest.mark.parametrize("name", KINDS)
+def test_logits_stay_close_to_the_float_model(name: str, way: str, converted: Converted) -> None:
     kind, ids = KINDS[name], random_ids(2, 40)
-    quantized = kind.architecture.model_class.from_pretrained(converted[name][way]).eval()
+    quantized = kind.architecture.model_class.from_pretrained(converted(name, way)).eval()
     with torch.inference_mode():
         expected = kind.build()(ids).logits
         error = (quantized(ids).logits - expected).square().mean().sqrt() / expected.std()
     assert error < TOLERANCES["rmse of a tiny model, " + ("C8" if way == "float linears" else "W8A8")]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_fidelity_of_dynamic_linears(name: str, converted: Converted) -> None:
+    kind = KINDS[name]
+    stock, quantized = kind.build(), kind.architecture.model_class.from_pretrained(converted(name, "dynamic")).eval()
+    samples = [random_ids(1, 100, seed=seed) for seed in range(3)]
+    found = compare(lambda ids: stock(ids).logits, lambda ids: quantized(ids).logits, samples)
+    print(found)
+    assert 0 < found.kl < TOLERANCES["kl of a tiny model, W8A8 dynamic"]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_stopped_conversion_goes_on_to_the_same_bytes(
+    name: str, converted: Converted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind the first layer, with a scheme whose codebooks are of the whole model."""
+    expected, target = converted(name, "w8a16, codebooks"), tmp_path / "out"
+    flags = convert_flags(expected.parent / f"source of {name}", target, *FLAGS["w8a16, codebooks"])
+    layer, done = Conversion.layer, []
+
+    def interrupted(conversion: Conversion, index: int) -> dict[str, torch.Tensor]:
+        if done == [0]:
+            raise KeyboardInterrupt
+        done.append(index)
+        return layer(conversion, index)
+
+    monkeypatch.setattr(Conversion, "layer", interrupted)
+    assert conversion.main(KINDS[name].architecture, flags) == 130
+    monkeypatch.setattr(Conversion, "layer", lambda self, index: done.append(index) or layer(self, index))
+    assert conversion.main(KINDS[name].architecture, [*flags, "--resume"]) == 0
+    assert done == [0, 1, 2] and files_below(target) == files_below(expected)
+    for file in files_below(target):
+        assert (target / file).read_bytes() == (expected / file).read_bytes(), file
 
 
 def test_architectures_convert_only_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -157,7 +220,7 @@ def test_architectures_convert_only_their_own(tmp_path: Path, capsys: pytest.Cap
     assert "qwen3" in capsys.readouterr().err
 
 
-def test_biases_travel(converted: dict[str, dict[str, Path]]) -> None:
-    description = json.loads((converted["qwen2"]["c8"] / "quant_model_description.json").read_text())
+def test_biases_travel(converted: Converted) -> None:
+    description = json.loads((converted("qwen2", "c8") / "quant_model_description.json").read_text())
     assert description["model.layers.0.self_attn.k_proj.bias"] == "FLOAT"
     assert description["model.layers.0.self_attn.k_proj.quant_bias"] == "W8A8"

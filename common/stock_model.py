@@ -12,6 +12,7 @@ from .errors import OctavoError, first_line
 from .runtime.attention import register_attention
 from .runtime.bias_fold import fold_biases
 from .runtime.decoder import Decoder, attention_modules, fits_attention, linear_of, state_decoder
+from .runtime.generation_step import keeping_class
 
 
 def _turns_halves(model: nn.Module, decoder: Decoder) -> bool:
@@ -83,6 +84,7 @@ def prepare(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} is not served: its attention is its own code and not that of transformers' "
             "AttentionInterface, so that it cannot read codes"
         )
+    model.__class__ = keeping_class(type(model))
     facts = _stated(model)
     if facts is not None:
         state_decoder(model, facts)

@@ -39,8 +39,8 @@ TOLERANCES = {
     # Logits of random models of a few layers, calibrated on eight short texts: 0.05 to 0.07 and 0.06 to 0.10 measured.
     "rmse of a tiny model, C8": 0.15,
     "rmse of a tiny model, W8A8": 0.3,
-    # KL(float || quantized), nats per token, of random models of three layers of every architecture: up to 2.8e-4, 2.1e-2
-    # and 3.4e-3 measured.
+    # KL(float || quantized), nats per token, of random models of three layers of every architecture: up to 2.8e-4,
+    # 2.1e-2 and 3.4e-3 measured.
     "kl of a tiny model, int8-token": 6e-4,
     "kl of a tiny model, octavo-4": 4e-2,
     "kl of a tiny model, W8A8 dynamic": 7e-3,

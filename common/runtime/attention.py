@@ -21,7 +21,7 @@ from ..errors import OctavoError
 from .cache.views import FOLD, Codes, Piece, Segments, as_segments, block_size, pieces
 from .gradients import refuse_gradient
 from .precision import without_autocast
-from .rotary import hadamard
+from .rotary import hadamard, steady_length
 
 DECODED_BLOCK = 4096
 """Tokens decoded at a time, at most, where the attention op does not read the codes of a scheme."""
@@ -153,6 +153,21 @@ def _hides_the_first(mask: torch.Tensor) -> bool:
     return not bool((newest if newest.dtype == torch.bool else newest == 0).all())
 
 
+def _check_slots(module: torch.nn.Module, tokens: int, mask: torch.Tensor | SlidingWindow | None) -> None:
+    """Raise an `OctavoError` unless slots tell by which angles RoPE turned the keys of so many stored tokens."""
+    if isinstance(mask, torch.Tensor) and _hides_the_first(mask):
+        raise OctavoError(
+            "this scheme stores K as before RoPE and serves no padding at the left; give such sequences one by one"
+        )
+    config = getattr(module, "config", None)
+    most = None if config is None else steady_length(config, module.layer_idx)
+    if most is not None and tokens > most:
+        raise OctavoError(
+            f"this scheme stores K as before RoPE, whose angles are others beyond {most} tokens (LongRoPE); give a "
+            "scheme without 'before_rope', or shorter sequences"
+        )
+
+
 def _tokens_of(handle: Codes | Segments) -> int:
     return handle.total if hasattr(handle, "edges") else handle.codes.shape[2]
 
@@ -211,10 +226,8 @@ def quantized_attention(
             "the scheme of this cache counts the biases of k and v in (fold_bias=False), and this model folds them; "
             "call set_attn_implementation on a model loaded anew instead of folds.prepare"
         )
-    if keys.before_rope and isinstance(attention_mask, torch.Tensor) and _hides_the_first(attention_mask):
-        raise OctavoError(
-            "this scheme stores K as before RoPE and serves no padding at the left; give such sequences one by one"
-        )
+    if keys.before_rope:
+        _check_slots(module, _tokens_of(keys), attention_mask)
     call = _Call(
         hadamard(query) if keys.rotated else query,
         keys.query_scale,

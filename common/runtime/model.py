@@ -19,6 +19,7 @@ from .checkpoint.loading import CONFIG_KEY, check_shapes, describe_checkpoint, r
 from .checkpoint.values import check_values
 from .compatibility import cache_argument, check_stand_in, parameter_names, take_cache, without_cache
 from .decoder import Decoder, attention_modules, state_decoder, stated_decoder
+from .generation_step import keep_cache
 from .quantized_linear import QuantizedLinear
 from .schemes.kv_scheme import CROP_ROOM, Scheme, load_scheme
 
@@ -121,6 +122,10 @@ class QuantizedCausalLM:
     """
 
     octavo_decoder: Decoder
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        keep_cache(cls)
 
     def __init__(
         self, config: Any, *args: Any, stored: Mapping[str, TensorHeader] | None = None, **kwargs: Any

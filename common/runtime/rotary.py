@@ -51,6 +51,15 @@ def partial_rotary_factor(config: Any, index: int = 0) -> float:
     return float(_rope_parameters(config, index)[0].get("partial_rotary_factor", 1.0))
 
 
+def steady_length(config: Any, index: int = 0) -> int | None:
+    """Tokens up to which the angles of a layer are those of `rope_constants`, beyond which they are far from them.
+
+    None where they are the same for all lengths, or near (dynamic scaling).
+    """
+    parameters = _rope_parameters(config, index)[0]
+    return parameters["original_max_position_embeddings"] if parameters.get("rope_type") == "longrope" else None
+
+
 def rope_constants(config: Any, width: int, index: int = 0) -> tuple[torch.Tensor, float]:
     """Angles per token of the rotary pairs of a layer, float32 `[R / 2]`, and the factor of its cos and sin.
 

@@ -43,6 +43,7 @@ from ..architecture import architecture_of
 from ..convert.output.shards import TensorFiles
 from ..convert.source.checkpoint import read_source_headers, source_files
 from ..errors import OctavoError, first_line
+from ..runtime.bias_fold import can_fold_key_bias
 from ..runtime.model_sizes import attention_sizes
 from ..runtime.rotary import rope_constants
 from ..runtime.static_scales import Statistics, of_channels, rotary_radius
@@ -73,6 +74,7 @@ class KeyWeights:
     Attributes:
         headers: dtype and shape of each tensor of the checkpoint, by name.
         key_is_normalized: whether keys have norms of their own.
+        folds_key_bias: whether a bias of K can be folded in every layer.
 
     Raises:
         OctavoError: no anatomy is stated of its architecture, or there are no sound files.
@@ -88,6 +90,8 @@ class KeyWeights:
         self.headers = read_source_headers(directory)
         self._files = TensorFiles(source_files(directory))
         self.key_is_normalized = self._decoder.attention.key_norm is not None
+        layers = range(config.num_hidden_layers)
+        self.folds_key_bias = all(can_fold_key_bias(config, self._decoder, index) for index in layers)
 
     def name(self, layer: int, module: str, part: str = "weight") -> str:
         """Name of a tensor of a layer."""

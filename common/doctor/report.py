@@ -19,7 +19,6 @@ from transformers import CONFIG_MAPPING, AutoConfig
 from ..command import OneLineParser, run_script
 from ..convert.source.checkpoint import find_source
 from ..errors import OctavoError, first_line
-from ..runtime.bias_fold import STEADY_ROPE_TYPES
 from ..runtime.cache.sizes import kv_bytes_per_token
 from ..runtime.checkpoint.ascend import DESCRIPTION_FILE
 from ..runtime.checkpoint.files import read_json
@@ -112,7 +111,7 @@ def facts_of(weights: KeyWeights, config: Any, layers: list[LayerDiagnosis]) -> 
         "key_is_normalized": weights.key_is_normalized,
         "key_bias": max(layer.key_bias for layer in layers),
         "value_bias": max(layer.value_bias for layer in layers),
-        "bias_can_be_folded": rope in STEADY_ROPE_TYPES and not weights.key_is_normalized,
+        "bias_can_be_folded": weights.folds_key_bias,
         "tied_embeddings": bool(getattr(config, "tie_word_embeddings", False)),
         "weight_bytes": total,
         "cache_bytes_per_token": {name: round(size * (full + sliding)) for name, size in each.items()},

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..command import aligned
+from ..runtime.bias_fold import STEADY_ROPE_TYPES
 from .diagnosis import ATTENTIONS, BLOCK, BROKEN, KINDS, STRAINED, is_broken
 
 
@@ -91,9 +92,14 @@ def _fact_rows(facts: dict[str, Any]) -> list[list[str]]:
         for kind, count in facts["layer_types"].items()
     )
     window = f", window {facts['sliding_window']}" if facts["sliding_window"] else ""
-    fold = "frequencies stay, a bias of K can be folded" if facts["bias_can_be_folded"] else (
-        "frequencies change with the length, a bias of K cannot be folded"
-    )  # fmt: skip
+    is_partial = facts["rope_type"] in STEADY_ROPE_TYPES and not facts["key_is_normalized"]
+    fold = "frequencies change with the length, a bias of K cannot be folded"
+    if facts["bias_can_be_folded"]:
+        fold = "frequencies stay, a bias of K can be folded"
+    elif is_partial:
+        fold = (
+            "not alike for all channels and layers, or K is made with q and V: a bias of K cannot be folded everywhere"
+        )
     normalized = ", normalized after its projection" if facts["key_is_normalized"] else ""
     biases = [f"{facts[key]:.1f} at most" if facts[key] else "none" for key in ("key_bias", "value_bias")]
     sizes = ", ".join(f"{name} {size:,}" for name, size in facts["cache_bytes_per_token"].items())

@@ -20,7 +20,7 @@ from ...ops.attention.call import PositionScores
 from ...ops.shared.registry import NAMESPACE
 from ..errors import OctavoError
 from .cache.views import FOLD
-from .decoder import attention_modules, decoder_layers, linear_of, stated_decoder
+from .decoder import Decoder, attention_modules, decoder_layers, linear_of, stated_decoder
 from .foldable_linear import FoldableLinear
 from .quantized_linear import QuantizedLinear
 from .rotary import is_rotated, partial_rotary_factor
@@ -180,18 +180,22 @@ def _refuse_other_attention(decoder: nn.Module, *_: Any) -> None:
         )
 
 
-def folds_key_bias(model: nn.Module, index: int = 0) -> bool:
+def can_fold_key_bias(config: Any, decoder: Decoder, index: int = 0) -> bool:
     """Whether K of a layer is the rotation of `W x + b`, by angles that stay, so that a bias of k can be folded.
 
     Not where angles change with the length (dynamic scaling, LongRoPE) or with the kind of layer, where RoPE turns a
-    part of the channels or none, and not where k is normed behind its projection.
+    part of the channels or none, and not where k is made with q and v in one, or normed behind its projection.
     """
-    decoder, config = stated_decoder(model), model.base_model.config
     parameters = getattr(config, "rope_parameters", None) or {}
     is_one = not any(isinstance(part, dict) for part in parameters.values())
     is_steady = is_one and parameters.get("rope_type", "default") in STEADY_ROPE_TYPES
     is_whole = is_rotated(config, index) and partial_rotary_factor(config, index) == 1.0
-    return is_steady and is_whole and decoder.attention.key_norm is None
+    return is_steady and is_whole and not decoder.attention.is_fused and decoder.attention.key_norm is None
+
+
+def folds_key_bias(model: nn.Module, index: int = 0) -> bool:
+    """`can_fold_key_bias` of a stated model."""
+    return can_fold_key_bias(model.base_model.config, stated_decoder(model), index)
 
 
 def fold_biases(model: nn.Module, scheme: Scheme | None = None, has_keys: bool = True) -> int:

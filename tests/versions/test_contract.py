@@ -18,7 +18,7 @@ from octavo.common.architecture import Architecture
 from octavo.common.convert import api as conversion
 from octavo.common.runtime.cache.quantized_cache import QuantizedCache
 from octavo.common.stock_model import prepare
-from octavo.models import llama3, mistral, qwen2, qwen3
+from octavo.models import llama3, mistral, phi3, qwen2, qwen3, smollm3
 
 from ..metrics import rmse_in_std
 from ..support import CACHE_NAME, convert_flags, random_ids, randomized, save_source, tiny_config, with_cache
@@ -30,8 +30,10 @@ LAYERS = ["full_attention", "full_attention", "sliding_attention"]
 ARCHITECTURES: dict[str, tuple[Architecture, str, dict[str, Any]]] = {
     "llama3": (llama3.ARCHITECTURE, "Llama", {}),
     "mistral": (mistral.ARCHITECTURE, "Mistral", {"sliding_window": 13}),
+    "phi3": (phi3.ARCHITECTURE, "Phi3", {"sliding_window": 13}),
     "qwen2": (qwen2.ARCHITECTURE, "Qwen2", {"use_sliding_window": True, "sliding_window": 11, "layer_types": LAYERS}),
     "qwen3": (qwen3.ARCHITECTURE, "Qwen3", {}),
+    "smollm3": (smollm3.ARCHITECTURE, "SmolLM3", {"no_rope_layers": [1, 0, 1]}),
 }
 NEW_TOKENS = 16
 EXACT = 1e-6

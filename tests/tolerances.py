@@ -39,11 +39,11 @@ TOLERANCES = {
     # Logits of random models of a few layers, calibrated on eight short texts: 0.05 to 0.07 and 0.06 to 0.10 measured.
     "rmse of a tiny model, C8": 0.15,
     "rmse of a tiny model, W8A8": 0.3,
-    # KL(float || quantized), nats per token, of random models of three layers of every architecture: up to 2.8e-4,
-    # 2.1e-2 and 3.4e-3 measured.
-    "kl of a tiny model, int8-token": 6e-4,
+    # KL(float || quantized), nats per token, of random models of three layers of every architecture: up to 1.0e-3,
+    # 2.1e-2 and 7.3e-3 measured, the first and the last of Gemma 3 and a third of that of the others.
+    "kl of a tiny model, int8-token": 2e-3,
     "kl of a tiny model, octavo-4": 4e-2,
-    "kl of a tiny model, W8A8 dynamic": 7e-3,
+    "kl of a tiny model, W8A8 dynamic": 1.5e-2,
     # KL(in float32 || in 16 bits), nats per token, of random models with caches of 2 to 8 bits: 0.10 measured.
     "kl of a tiny model in 16 bits": 0.15,
     # KL(float || quantized), nats per token, SmolLM2-135M on a window of 2,048 tokens of Wikipedia.

@@ -20,6 +20,9 @@ class SegmentStore:
     Where tokens become codes later than they come, the floats of some tokens are kept beside their codes, so that after
     a crop the window is what it was: the tail begins where codes ended `crop_room` tokens ago.
 
+    Where the layer slides, codes are forgotten as `CodeStore` does. The front, a few tokens, stays, and is read as long
+    as a query sees it.
+
     Args:
         scheme: of the layer; its sinks, window and groups of tokens count.
         codec: of this tensor.
@@ -40,6 +43,11 @@ class SegmentStore:
     def sinks(self) -> int:
         """Number of tokens in the front."""
         return 0 if self._front is None else self._front.shape[2]
+
+    @property
+    def first(self) -> int:
+        """The slot from which on all tokens are stored."""
+        return self.sinks + self.body.first if self.body.first else 0
 
     @property
     def length(self) -> int:
@@ -132,6 +140,10 @@ class SegmentStore:
         self.body.crop(min(coded, self.body.length))
         self._offset = min(self._offset, coded)
         self._kept = length - front - self._offset
+
+    def trim(self) -> None:
+        """As `CodeStore.trim`."""
+        self.body.trim()
 
     def map_storage(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """As `CodeStore.map_storage`."""

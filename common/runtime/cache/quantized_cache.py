@@ -3,18 +3,34 @@
 B batch, G KV heads, S tokens, D head_dim. `attention.py` has the function that reads the codes.
 """
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
-from ...errors import OctavoError
-from ..model_sizes import check_cache_sizes, head_dim_of
+from ...errors import OctavoError, first_line
+from ..model_sizes import check_cache_sizes, head_dim_of, kv_heads_of
 from ..rotary import rope_constants
 from ..schemes.kv_scheme import CROP_ROOM, Scheme, load_scheme
-from ..static_scales import Scales, load_statistics, scales_of
+from ..static_scales import LayerScales, Scales, load_statistics, scales_of
+from .cache_file import Tensors, named, part_of, read_cache_file, scales_from, write_cache_file
 from .quantized_layer import QuantizedLayer, StaticQuantizedLayer
 from .sliding import sliding_windows
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheOptions:
+    """How a cache was made; the arguments of `QuantizedCache` that every layer shares, and the sizes of its model."""
+
+    max_length: int | None
+    offloading: bool
+    compileable: bool
+    crop_room: int
+    kv_heads: int
+    head_dim: int
 
 
 class QuantizedCache(Cache):
@@ -82,13 +98,106 @@ class QuantizedCache(Cache):
             scales = scales_of(self.scheme, found)
         if scales is not None and len(scales) != count:
             raise OctavoError(f"there are scales for {len(scales)} layers and the model has {count}: another model's?")
+        self._set_layers(
+            [self.scheme.of_layer(index) for index in range(count)],
+            scales or [LayerScales()] * count,
+            sliding_windows(config),
+            [rope_constants(config, head_dim_of(config), index)[0] for index in range(count)],
+            CacheOptions(max_length, offloading, compileable, crop_room, kv_heads_of(config), head_dim_of(config)),
+        )
+
+    def _set_layers(
+        self,
+        schemes: list[Scheme],
+        scales: Scales,
+        windows: list[int | None],
+        frequencies: list[torch.Tensor],
+        options: CacheOptions,
+    ) -> None:
+        self._options = options
         layers = []
-        for index, window in enumerate(sliding_windows(config)):
-            layer_scales = scales[index] if scales else None
-            frequencies = rope_constants(config, head_dim_of(config), index)[0]
-            arguments = (self.scheme.of_layer(index), layer_scales, max_length, frequencies, crop_room)
-            layers.append(StaticQuantizedLayer(*arguments) if compileable else QuantizedLayer(*arguments, window))
-        super().__init__(layers=layers, offloading=offloading, offload_only_non_sliding=False)
+        for scheme, layer_scales, window, angles in zip(schemes, scales, windows, frequencies, strict=True):
+            arguments = (scheme, layer_scales, options.max_length, angles, options.crop_room)
+            is_static = options.compileable
+            layers.append(StaticQuantizedLayer(*arguments) if is_static else QuantizedLayer(*arguments, window))
+        super().__init__(layers=layers, offloading=options.offloading, offload_only_non_sliding=False)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """As in transformers: encode and append the `[B, G, S, D]` states of a layer; return handles to all codes.
+
+        Raises:
+            OctavoError: there is no such layer in the cache, or what it holds is of other heads or another batch.
+        """
+        if layer_idx >= len(self.layers):
+            raise OctavoError(f"the cache is of {len(self.layers)} layers and the model has more: another model's?")
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def save(self, file: str | Path) -> None:
+        """Write all that the cache holds, its scheme and constants, to a safetensors file, whole or not at all.
+
+        Raises:
+            OctavoError: it cannot be written.
+        """
+        facts: dict[str, Any] = {"scheme": self.scheme.to_dict(), "options": dataclasses.asdict(self._options)}
+        tensors, facts["layers"] = {}, []
+        for index, layer in enumerate(self.layers):
+            counts, parts = layer.saved()
+            facts["layers"].append(counts)
+            tensors |= named(f"layers.{index}.", parts)
+        write_cache_file(Path(file), facts, tensors)
+
+    @classmethod
+    def load(
+        cls, file: str | Path, device: torch.device | str | None = None, config: PreTrainedConfig | None = None
+    ) -> "QuantizedCache":
+        """The cache that `save` wrote: going on from it gives what going on from that one would, bit for bit.
+
+        Args:
+            file: what was written.
+            device: where the model is; None: the CPU.
+            config: the model's config, to refuse a cache of other sizes at once and not at its first use.
+
+        Raises:
+            OctavoError: the file is no cache, of another version or damaged; its scheme is unknown; its sizes are not
+                those of `config`.
+        """
+        facts, tensors = read_cache_file(Path(file))
+        try:
+            cache = cls.__new__(cls)
+            cache._restore(facts, tensors, torch.device(device or "cpu"))
+        except OctavoError as error:
+            raise OctavoError(f"{file}: {error}") from None
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise OctavoError(f"{file}: is no whole cache ({first_line(error)}); save it again") from None
+        if config is not None:
+            cache._check_model(str(file), config.get_text_config(decoder=True))
+        return cache
+
+    def _restore(self, facts: dict[str, Any], tensors: Tensors, device: torch.device) -> None:
+        self.scheme, options = load_scheme(facts["scheme"]), CacheOptions(**facts["options"])
+        parts = [part_of(tensors, f"layers.{index}.") for index in range(len(facts["layers"]))]
+        self._set_layers(
+            [self.scheme.of_layer(index) for index in range(len(parts))],
+            [scales_from(part, counts["folded"]) for part, counts in zip(parts, facts["layers"], strict=True)],
+            [counts["window"] for counts in facts["layers"]],
+            [part["frequencies"] for part in parts],
+            options,
+        )
+        for layer, part, counts in zip(self.layers, parts, facts["layers"], strict=True):
+            batch = next((value.shape[0] for name, value in part.items() if name.startswith("key.")), 1)
+            layer.restore(counts, part, torch.empty((batch, options.kv_heads, 0, options.head_dim), device=device))
+
+    def _check_model(self, where: str, config: PreTrainedConfig) -> None:
+        """Raise an `OctavoError` unless the cache is of the sizes of a decoder's config."""
+        ours = {"layers": len(self.layers), "KV heads": self._options.kv_heads, "head_dim": self._options.head_dim}
+        theirs = (config.num_hidden_layers, kv_heads_of(config), head_dim_of(config))
+        for (name, found), wanted in zip(ours.items(), theirs, strict=True):
+            if found != wanted:
+                raise OctavoError(f"{where}: is a cache of another model: {name} {found}, and this model has {wanted}")
+        if not self._options.compileable and [layer.window for layer in self.layers] != sliding_windows(config):
+            raise OctavoError(f"{where}: is a cache of another model, whose layers slide otherwise")
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest `-tokens_to_remove` tokens in every layer, or in none, as `QuantizedLayer.crop` says."""

@@ -16,6 +16,7 @@ from ..rotary import hadamard
 from ..schemes.kv_scheme import CROP_ROOM, Scheme
 from ..schemes.tensor_codec import Codec
 from ..static_scales import LayerScales
+from .cache_file import Tensors, constants_of, named, part_of
 from .code_store import CodeStore
 from .segment_store import SegmentStore
 from .sliding import Sliding
@@ -53,10 +54,11 @@ class QuantizedLayer(CacheLayerMixin):
         self.scheme = scheme
         self.max_length = max_length
         self.crop_room = crop_room
-        self.is_folded = scales.folded
+        self._scales, self.is_folded = scales, scales.folded
+        self._frequencies = torch.zeros(0) if frequencies is None else frequencies
         step = max(scheme.step(scheme.key), scheme.step(scheme.value))
         self.sliding = None if window is None else Sliding(window, crop_room, step)
-        self.is_sliding = window is not None
+        self.window, self.is_sliding = window, window is not None
         self.key_store = self._store(scheme.key, scales.key, scales.key_levels, frequencies, scheme.sinks)
         self.value_store = self._store(scheme.value, scales.value, scales.value_levels)
         self.query_scale = scales.query if scheme.query is not None else None
@@ -214,6 +216,35 @@ class QuantizedLayer(CacheLayerMixin):
             self.value_store.map_storage(change)
             self._key_mean = None if self._key_mean is None else change(self._key_mean)
 
+    def saved(self) -> tuple[dict[str, Any], Tensors]:
+        """Counts and tensors from which `restore` makes this layer again, its constants included."""
+        tokens = int(self.get_seq_length())
+        key_counts, keys = self.key_store.saved(tokens)
+        value_counts, values = self.value_store.saved(tokens)
+        counts = {"key": key_counts, "value": value_counts, "mean_of": self._mean_of, "folded": self.is_folded}
+        counts["window"] = self.window
+        others = {"frequencies": self._frequencies}
+        if self._key_mean is not None:
+            others["key_mean"] = self._key_mean
+        return counts, {**named("key.", keys), **named("value.", values), **constants_of(self._scales), **others}
+
+    def restore(self, counts: dict[str, Any], tensors: Tensors, like: torch.Tensor) -> None:
+        """The inverse of `saved`, of an empty layer, for tokens like `[B, G, 0, D]`.
+
+        Raises:
+            OctavoError: the tensors are not of such tokens.
+        """
+        self.device = like.device
+        self.key_store.restore(counts["key"], part_of(tensors, "key."), like)
+        self.value_store.restore(counts["value"], part_of(tensors, "value."), like)
+        if self.key_store.length != self.value_store.length:
+            raise OctavoError(f"there are {self.key_store.length} keys and {self.value_store.length} values")
+        self._key_mean = tensors["key_mean"].to(like.device) if "key_mean" in tensors else None
+        self._mean_of = counts["mean_of"]
+        if self.query_scale is not None:
+            self.query_scale = self.query_scale.to(like.device)
+        self.is_initialized = self.key_store.length > 0
+
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row `i` of the batch becomes what row `beam_idx[i]` was."""
         self.batch_select_indices(beam_idx)
@@ -260,8 +291,11 @@ class StaticQuantizedLayer(QuantizedLayer):
         with torch.inference_mode(False):  # it outlives this pass, and a later one may count outside of that mode
             self.cumulative_length = self.cumulative_length.to(self.device)
         if not torch.compiler.is_compiling():
-            for part in (*self.key_store.parts(), *self.value_store.parts(), self.cumulative_length):
-                torch._dynamo.mark_static_address(part)
+            self._mark_addresses()
+
+    def _mark_addresses(self) -> None:
+        for part in (*self.key_store.parts(), *self.value_store.parts(), self.cumulative_length):
+            torch._dynamo.mark_static_address(part)
 
     @without_autocast
     def update(
@@ -283,6 +317,16 @@ class StaticQuantizedLayer(QuantizedLayer):
             keys, values = self._handles(self.key_store.codes(length), self.value_store.codes(length))
         keys.wants_gradient = wants_gradient
         return keys, values
+
+    def restore(self, counts: dict[str, Any], tensors: Tensors, like: torch.Tensor) -> None:
+        """As in `QuantizedLayer`."""
+        super().restore(counts, tensors, like)
+        tokens = self.key_store.length
+        self.key_store.length = self.value_store.length = 0  # the device counts them
+        self.cumulative_length = torch.tensor([tokens], device=like.device)
+        self.is_first = tokens == 0
+        if self.is_initialized:
+            self._mark_addresses()
 
     def get_seq_length(self) -> int | torch.Tensor:
         """Number of tokens stored, on the device."""

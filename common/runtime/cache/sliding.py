@@ -11,7 +11,7 @@ SMALLEST_CHUNK = 64
 CHUNKS_OF_WINDOW = 16
 """So many chunks make a window, where that is more tokens."""
 STORAGE_STEP = 32
-"""Storage is a multiple of it, as in layers that keep all."""
+"""Storage is a multiple of it: the pages in which an Ascend NPU reads int8 codes are."""
 
 
 @dataclass(frozen=True)

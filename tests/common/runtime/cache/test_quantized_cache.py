@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from octavo.common.convert.calibration.observe import calibrate
 from octavo.common.errors import OctavoError
 from octavo.common.runtime.attention import Codes, quantized_attention
-from octavo.common.runtime.cache.code_store import SMALLEST_CAPACITY, capacity_for
+from octavo.common.runtime.cache.code_storage import SMALLEST_CAPACITY, capacity_for
 from octavo.common.runtime.cache.quantized_cache import QuantizedCache
 from octavo.common.runtime.checkpoint.ascend import scale_tensors
 from octavo.common.runtime.decoder import attention_modules

@@ -15,7 +15,7 @@ from ....ops.shared.registry import NAMESPACE
 from ...errors import OctavoError
 
 FOLD = "octavo_fold"
-"""Attribute of an attention module whose biases are folded (`folds.py`)."""
+"""Attribute of an attention module whose biases are folded (`bias_fold.py`)."""
 NO_TENSOR = (
     "a quantized cache hands out codes, which have no {!r}; call octavo.prepare(model) first, or "
     f"model.set_attn_implementation({NAMESPACE!r}), which leaves biases of k in the cache; a model for which that was "

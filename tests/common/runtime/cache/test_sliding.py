@@ -13,11 +13,11 @@ from octavo.common.convert.calibration.codebooks import fit_codebooks
 from octavo.common.convert.calibration.observe import calibrate
 from octavo.common.errors import OctavoError
 from octavo.common.runtime.attention import SlidingWindow, quantized_attention
-from octavo.common.runtime.bias_fold import prepare
 from octavo.common.runtime.cache.quantized_cache import QuantizedCache
 from octavo.common.runtime.cache.sliding import Sliding, sliding_windows
 from octavo.common.runtime.schemes.kv_scheme import CROP_ROOM, PRESETS, Scheme, load_scheme
 from octavo.common.runtime.static_scales import Statistics, scales_of
+from octavo.common.stock_model import prepare
 from octavo.ops.shared.registry import NAMESPACE
 
 from ....support import random_ids, randomized, tiny_config, with_cache

@@ -27,12 +27,12 @@ from ..static_scales import LayerScales
 from ..strict_json import parse_json
 
 CACHE_FORMAT = "octavo-cache-1"
-_FAMILY = "octavo-cache-"
-_AGAIN = "save the cache again"
+_CACHE_FORMATS = "octavo-cache-"
+_SAVE_AGAIN = "save the cache again"
 Tensors = dict[str, torch.Tensor]
 
 
-def _checksum(facts: str, tensors: Mapping[str, torch.Tensor]) -> str:
+def _cache_checksum(facts: str, tensors: Mapping[str, torch.Tensor]) -> str:
     """CRC-32 of the facts, and of the names and bytes of all tensors, in the order of the names."""
     total = zlib.crc32(facts.encode())
     for name in sorted(tensors):
@@ -50,7 +50,7 @@ def write_cache_file(file: Path, facts: dict[str, Any], tensors: Tensors) -> Non
     # Of views, of which several may be of one storage, each a copy of its own.
     tensors = {name: part.detach().to("cpu", copy=True).contiguous() for name, part in tensors.items()}
     text = json.dumps(facts)
-    metadata = {"format": CACHE_FORMAT, "checksum": _checksum(text, tensors), "cache": text}
+    metadata = {"format": CACHE_FORMAT, "checksum": _cache_checksum(text, tensors), "cache": text}
     beside = file.with_name(f".{file.name}.{os.getpid()}.part")
     try:
         save_file(tensors, beside, metadata=metadata)
@@ -72,21 +72,21 @@ def read_cache_file(file: Path) -> tuple[dict[str, Any], Tensors]:
             metadata = opened.metadata() or {}
             found = metadata.get("format", "")
             if found != CACHE_FORMAT:
-                is_ours = found.startswith(_FAMILY)
+                is_ours = found.startswith(_CACHE_FORMATS)
                 what = (
                     f"is a cache of format {found}, and this is code for {CACHE_FORMAT}" if is_ours else "is no cache"
                 )
                 raise OctavoError(f"{file}: {what}; give a file of QuantizedCache.save of this version")
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118, it is no dict
     except (OSError, SafetensorError) as error:
-        raise OctavoError(f"{file}: cannot be read as a cache ({first_line(error)}); {_AGAIN}") from None
+        raise OctavoError(f"{file}: cannot be read as a cache ({first_line(error)}); {_SAVE_AGAIN}") from None
     text = metadata.get("cache", "")
-    if metadata.get("checksum") != _checksum(text, tensors):
-        raise OctavoError(f"{file}: is damaged, its checksum is of other contents; {_AGAIN}")
+    if metadata.get("checksum") != _cache_checksum(text, tensors):
+        raise OctavoError(f"{file}: is damaged, its checksum is of other contents; {_SAVE_AGAIN}")
     try:
         facts = parse_json(text)
     except ValueError as error:
-        raise OctavoError(f"{file}: is damaged, its metadata are no JSON ({error}); {_AGAIN}") from None
+        raise OctavoError(f"{file}: is damaged, its metadata are no JSON ({error}); {_SAVE_AGAIN}") from None
     return facts, tensors
 
 

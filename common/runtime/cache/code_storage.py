@@ -14,7 +14,7 @@ from .dynamic_scales import gaussian_levels
 from .sliding import STORAGE_STEP, Sliding
 
 SMALLEST_CAPACITY = 64
-_STORAGE = ("codes", "scale", "zero", "outliers", "channels")
+_STORAGE_PARTS = ("codes", "scale", "zero", "outliers", "channels")
 
 
 def capacity_for(tokens: int) -> int:
@@ -199,7 +199,7 @@ class CodeStorage:
 
     def map_storage(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replace each storage tensor by `change(tensor)`: a selection along the batch, or a move to another device."""
-        for name in _STORAGE:
+        for name in _STORAGE_PARTS:
             part = getattr(self, f"_{name}")
             setattr(self, f"_{name}", None if part is None else change(part))
 
@@ -208,7 +208,7 @@ class CodeStorage:
         return list(self._named_parts().values())
 
     def _named_parts(self) -> dict[str, torch.Tensor]:
-        parts = {name: getattr(self, f"_{name}") for name in _STORAGE}
+        parts = {name: getattr(self, f"_{name}") for name in _STORAGE_PARTS}
         return {name: part for name, part in parts.items() if part is not None}
 
     def saved(self, tokens: int) -> tuple[dict[str, int], dict[str, torch.Tensor]]:

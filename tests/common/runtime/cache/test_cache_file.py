@@ -15,6 +15,7 @@ from octavo.common.errors import OctavoError
 from octavo.common.runtime.cache.cache_file import CACHE_FORMAT
 from octavo.common.runtime.cache.quantized_cache import QuantizedCache
 from octavo.common.runtime.schemes.kv_scheme import Scheme, load_scheme
+from octavo.models.llama3.modeling_llama_fa3 import LlamaForCausalLM
 
 from ....support import REPOSITORY, random_ids, tiny_config, with_cache
 from .test_sliding import SCHEMES, pair, reader
@@ -195,6 +196,15 @@ def test_a_cache_of_another_model_is_refused(saved: Path) -> None:
         cache.update(torch.zeros((2, 2, 1, 16)), torch.zeros((2, 2, 1, 16)), 0)
     with pytest.raises(OctavoError, match="is of 3 layers"):
         cache.update(torch.zeros((2, 2, 1, 32)), torch.zeros((2, 2, 1, 32)), 3)
+
+
+def test_a_converted_model_refuses_a_cache_of_another_depth(tmp_path: Path) -> None:
+    config = tiny_config(num_hidden_layers=2)
+    config.octavo = {"scheme": "int8-token"}
+    model, file = LlamaForCausalLM(config).eval(), tmp_path / "cache"
+    QuantizedCache(tiny_config(), "int8-token").save(file)
+    with pytest.raises(OctavoError, match="is of 3 layers, and this model has 2"):
+        model(IDS, **with_cache(QuantizedCache.load(file)))
 
 
 def test_what_stood_there_stays_when_a_cache_cannot_be_written(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

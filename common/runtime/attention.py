@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import (
     causal_mask_function,
@@ -70,7 +71,7 @@ class _Decoded:
 
 @dataclass(frozen=True)
 class _Call:
-    """What calls of the op over the same queries have in common."""
+    """What calls of the op over the same queries have in common; `first` is the slot of the mask's first column."""
 
     query: torch.Tensor
     query_scale: torch.Tensor | None
@@ -79,12 +80,15 @@ class _Call:
     causal: bool
     window: int
     position: PositionScores
+    first: int = 0
 
     def codes(self, keys: Codes, values: Codes) -> torch.Tensor:
         """All tokens in one call of the op."""
         mask = None if self.mask is None else self.mask[..., : keys.codes.shape[2]]
-        visibility = Visibility(mask, self.causal, keys.length, self.window)
-        return attention(*self._flat(self.query, self.query_scale, keys, values, visibility, self.position))
+        visibility, position = Visibility(mask, self.causal, keys.length, self.window), self.position
+        if self.first and position.query is not None:
+            position = position._replace(start=position.start + self.first)
+        return attention(*self._flat(self.query, self.query_scale, keys, values, visibility, position))
 
     def _flat(
         self, query: torch.Tensor, query_scale: torch.Tensor | None, keys: Codes, values: Codes,
@@ -117,8 +121,8 @@ class _Call:
         if stop <= first or start >= last:
             return Codes(side.floats(start, stop))
         if side.decoder is not None:
-            return Codes(decoded(start - first, stop - first))
-        return side.body.part(start - first, stop - first)
+            return Codes(decoded(start - side.start, stop - side.start))
+        return side.body.part(start - side.start, stop - side.start)
 
     def _weighed(self, keys: Codes, values: Codes, piece: Piece) -> Weighed:
         """The queries of a piece over its keys."""
@@ -128,7 +132,7 @@ class _Call:
             query = query[:, :, first:last]
             mask = mask if mask is None or mask.shape[-2] == 1 else mask[..., first:last, :]
         if mask is not None and mask.shape[-1] > 1:
-            mask = mask[..., start:stop]
+            mask = mask[..., start - self.first : stop - self.first]
         if position.query is not None:
             position = PositionScores(position.query[:, :, first:last], position.table, position.start + start)
         length = torch.tensor([piece.seen - start], device=query.device) if last - first > 1 or self.window else None
@@ -148,9 +152,9 @@ def _merged(parts: list[Weighed]) -> Weighed:
 
 
 def _hides_the_first(mask: torch.Tensor) -> bool:
-    """Whether the newest query of some sequence does not see slot 0."""
-    newest = mask[..., -1, 0]
-    return not bool((newest if newest.dtype == torch.bool else newest == 0).all())
+    """Whether the oldest query of some sequence does not see the first slot of the mask, whatever windows hide."""
+    oldest = mask[..., 0, 0]
+    return not bool((oldest if oldest.dtype == torch.bool else oldest == 0).all())
 
 
 def _check_slots(module: torch.nn.Module, tokens: int, mask: torch.Tensor | SlidingWindow | None) -> None:
@@ -169,7 +173,38 @@ def _check_slots(module: torch.nn.Module, tokens: int, mask: torch.Tensor | Slid
 
 
 def _tokens_of(handle: Codes | Segments) -> int:
-    return handle.total if hasattr(handle, "edges") else handle.codes.shape[2]
+    return handle.total if hasattr(handle, "edges") else handle.first + handle.codes.shape[2]
+
+
+def _over_stored(
+    mask: torch.Tensor | SlidingWindow | None, keys: Codes | Segments, first: int, queries: int
+) -> torch.Tensor | SlidingWindow | None:
+    """The mask of a sliding layer over the slots from `first` on, those before which are forgotten.
+
+    Its own columns end with the newest token and begin where the window of the oldest query does, or with slot 0.
+
+    Raises:
+        OctavoError: it shows a query a slot before `first`, or leaves out some that the window does not hide.
+    """
+    total = _tokens_of(keys)
+    if not isinstance(mask, torch.Tensor):
+        is_hidden = first <= max(0, total - queries + 1 - mask.size if mask is not None else 0)
+    elif not keys.window or mask.dim() == 0 or mask.shape[-1] == 1:
+        is_hidden = first == 0
+    else:
+        start = max(0, total - mask.shape[-1])
+        if first < start <= max(0, total - queries + 1 - keys.window):
+            return functional.pad(mask, (start - first, 0), value=False if mask.dtype == torch.bool else -torch.inf)
+        before, mask = mask[..., : max(0, first - start)], mask[..., max(0, first - start) :]
+        is_hidden = start == first or (
+            start < first and not bool((before if mask.dtype == torch.bool else before == 0).any())
+        )
+    if not is_hidden:
+        raise OctavoError(
+            f"the mask does not go with a cache that has forgotten {first} tokens, as its config's sliding_window "
+            f"({keys.window}) says: give it the config of this model, or one with sliding_window=None"
+        )
+    return mask
 
 
 @without_autocast
@@ -219,15 +254,18 @@ def quantized_attention(
     if keys.folded and fold is None:
         raise OctavoError(
             "the static scales of this cache are for keys and values without their biases; call "
-            "octavo.common.runtime.bias_fold.prepare(model) first"
+            "octavo.prepare(model) first"
         )
     if keys.folded is False and fold is not None:
         raise OctavoError(
             "the scheme of this cache counts the biases of k and v in (fold_bias=False), and this model folds them; "
-            "call set_attn_implementation on a model loaded anew instead of folds.prepare"
+            "call set_attn_implementation on a model loaded anew instead of octavo.prepare"
         )
     if keys.before_rope:
         _check_slots(module, _tokens_of(keys), attention_mask)
+    first = max(keys.first, values.first)
+    attention_mask = _over_stored(attention_mask, keys, first, query.shape[2])
+    is_plain = not any(hasattr(side, "edges") or side.decoder for side in (keys, values))
     call = _Call(
         hadamard(query) if keys.rotated else query,
         keys.query_scale,
@@ -238,8 +276,8 @@ def quantized_attention(
         PositionScores()
         if fold is None
         else fold.terms(query, kwargs.get("position_ids"), _tokens_of(keys), getattr(keys, "length", None)),
+        first,
     )
-    is_plain = not any(hasattr(side, "edges") or side.decoder for side in (keys, values))
     output = call.codes(keys, values) if is_plain else call.segments(as_segments(keys), as_segments(values))
     if values.rotated:
         output = hadamard(output)

@@ -74,6 +74,9 @@ def _provide_cache(decoder: torch.nn.Module, args: tuple, kwargs: dict[str, Any]
         cache = _new_cache(decoder)
     elif not hasattr(cache, "scheme"):
         raise OctavoError(f"{name} is a {type(cache).__name__}; pass model.new_cache() or leave it out")
+    elif len(cache.layers) != decoder.config.num_hidden_layers:
+        layers = decoder.config.num_hidden_layers
+        raise OctavoError(f"{name} is of {len(cache.layers)} layers, and this model has {layers}: another model's?")
     return (), {**arguments, name: cache}
 
 

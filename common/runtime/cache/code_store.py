@@ -1,36 +1,18 @@
-"""Storage of codes that grows: what one layer keeps of K, or of V.
+"""Codes of K or of V of one layer: encoded once, handed out as views.
 
 B batch, G KV heads, S tokens, D head_dim, W groups of channels that have a scale of their own.
 """
 
-import math
-from collections.abc import Callable
+import copy
 
 import torch
 
 from ....ops import decode, encode, encode_token
 from ....ops.shared.codes import LARGEST_ZERO
-from ...errors import OctavoError
 from ..rotary import rotated_by_slot
-from ..schemes.tensor_codec import Codec
-from .dynamic_scales import gaussian_levels, group_scale, llamacpp_codes
+from .code_storage import CodeStorage
+from .dynamic_scales import group_scale, llamacpp_codes
 from .views import Codes
-
-SMALLEST_CAPACITY = 64
-CAPACITY_STEP = 32
-"""Storage is a multiple of it: the pages in which an Ascend NPU reads int8 codes are."""
-
-
-def capacity_for(tokens: int) -> int:
-    """The smallest storage size that holds `tokens`: 64, 96, 128, and then four sizes per power of two.
-
-    Sizes grow geometrically, so that appending copies each token a bounded number of times, and never by more than a
-    quarter beyond 128, so that little is left unused; powers of two are among them.
-    """
-    if tokens <= SMALLEST_CAPACITY:
-        return SMALLEST_CAPACITY
-    step = max(CAPACITY_STEP, 1 << (math.ceil(math.log2(tokens)) - 3))
-    return -(-tokens // step) * step
 
 
 def split_outliers(
@@ -52,98 +34,8 @@ def split_outliers(
     return values.scatter(-1, channels, rest.expand_as(outliers)), outliers.half(), channels.to(torch.uint8)
 
 
-class CodeStore:
-    """The codes of K or of V of one layer, in storage `[B, G, capacity, D]` of which `length` tokens are in use.
-
-    Args:
-        codec: how values are coded; None stores them as they are.
-        scales: static scale and zero of the codec, each of a shape broadcastable to `[G, 1, D]`; None where dynamic.
-        max_length: allocate this many tokens at once and never grow; None grows as needed.
-        levels: codebook of a codec with calibrated levels, float32 `[2**bits]`.
-        frequencies: angles per slot of the rotary pairs `[D / 2]`, for a codec that stores K as before RoPE.
-        first_slot: tokens of a sequence that come before those of this storage, its sinks.
-    """
-
-    def __init__(
-        self,
-        codec: Codec | None,
-        scales: tuple[torch.Tensor, torch.Tensor | None] | None = None,
-        max_length: int | None = None,
-        levels: torch.Tensor | None = None,
-        frequencies: torch.Tensor | None = None,
-        first_slot: int = 0,
-    ) -> None:
-        self.codec = codec
-        self.first_slot = first_slot
-        self.max_length = max_length
-        self.length = 0
-        if codec is not None and codec.fixed_scale:
-            scales = torch.full((1, 1, 1), codec.fixed_scale), None
-        self._static_scale, self._static_zero = scales if scales is not None else (None, None)
-        self._levels, self._frequencies = levels, frequencies
-        self._codes: torch.Tensor | None = None
-        self._scale: torch.Tensor | None = None  # [B, G, capacity / token group, W] where dynamic
-        self._zero: torch.Tensor | None = None  # likewise, where affine
-        self._outliers: torch.Tensor | None = None  # [B, G, capacity, outliers] float16, where the codec keeps some
-        self._channels: torch.Tensor | None = None  # their channels, uint8
-
-    @property
-    def _group(self) -> int:
-        return 1 if self.codec is None else self.codec.token_group
-
-    def check_room(self, tokens: int) -> None:
-        """Raise an `OctavoError` if a storage of fixed length does not hold so many tokens."""
-        if self.max_length is not None and tokens > self.max_length:
-            raise OctavoError(
-                f"the cache holds max_length={self.max_length} tokens and {tokens} are needed; make it larger"
-            )
-
-    def allocate(self, like: torch.Tensor, tokens: int) -> None:
-        """Make room for `tokens` tokens in all, of the batch, heads, width and device of `like` (`[B, G, *, D]`).
-
-        Without a codec the storage takes the dtype of `like`, so that no pass reads a mixture.
-        """
-        self.check_room(tokens)
-        if self._codes is not None and self._codes.shape[:2] != like.shape[:2]:
-            raise OctavoError(
-                f"the cache holds {self._codes.shape[0]} sequences of {self._codes.shape[1]} heads, and "
-                f"{like.shape[0]} of {like.shape[1]} come; use a new cache"
-            )
-        if self.codec is None and self._codes is not None:
-            with torch.inference_mode(False):
-                self._codes = self._codes.to(like.dtype)
-        if self._codes is not None and tokens <= self._codes.shape[2]:
-            return
-        capacity = self.max_length if self.max_length is not None else capacity_for(tokens)
-        rows = -(-capacity // self._group)
-        width = like.shape[-1]
-
-        def grown(old: torch.Tensor | None, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-            with torch.inference_mode(False):  # it outlives this pass, and a later one may write outside of that mode
-                new = torch.empty((*like.shape[:2], rows, columns), dtype=dtype, device=like.device)
-            used = self.length // (capacity // rows)
-            if old is not None and used > 0:
-                new[:, :, :used] = old[:, :, :used]
-            return new
-
-        if self.codec is None:
-            self._codes = grown(self._codes, capacity, width, like.dtype)
-            return
-        capacity = rows * self._group
-        self._codes = grown(self._codes, capacity, self.codec.stored_width(width), self.codec.stored_dtype)
-        if self.codec.dynamic:
-            groups, dtype = self.codec.channel_groups(width), self.codec.stored_scale_dtype
-            self._scale = grown(self._scale, rows, groups, dtype)
-            if self.codec.has_zero:
-                self._zero = grown(self._zero, rows, groups, dtype)
-        if self.codec.outliers:
-            self._outliers = grown(self._outliers, capacity, self.codec.outliers, torch.float16)
-            self._channels = grown(self._channels, capacity, self.codec.outliers, torch.uint8)
-        if self.codec.levels == "gaussian":
-            self._levels = gaussian_levels(self.codec.bits, like.device)
-        for name in ("_static_scale", "_static_zero", "_levels", "_frequencies"):
-            part = getattr(self, name)
-            setattr(self, name, None if part is None else part.to(like.device))
+class CodeStore(CodeStorage):
+    """Codes in a `CodeStorage`: what encodes tokens into it, and what decodes them."""
 
     def append(self, values: torch.Tensor) -> Codes:
         """Encode new tokens `[B, G, S, D]`, S a multiple of the codec's token group, behind those that are stored.
@@ -151,8 +43,9 @@ class CodeStore:
         Returns:
             a handle to all that is stored then.
         """
-        start, stop = self.length, self.length + values.shape[2]
-        self.allocate(values, stop)
+        self.allocate(values, self.length + values.shape[2])
+        start = self.length - self.forgotten
+        stop = start + values.shape[2]
         codes, codec = self._codes[:, :, start:stop], self.codec
         if codec is None:
             codes.copy_(values)
@@ -162,20 +55,24 @@ class CodeStore:
             encode(values, self._static_scale, self._static_zero, codes)
         else:
             self._encode(values.float(), start, stop)
-        self.length = stop
+        self.length += values.shape[2]
         return self.codes()
 
     def _of(self, part: torch.Tensor | None, start: int, stop: int) -> torch.Tensor | None:
-        """Rows of a scale, zero or list of outliers that belong to tokens `start:stop`, whole groups."""
+        """Rows of a scale, zero or list of outliers that belong to rows `start:stop` of codes, whole groups."""
         if part is None:
             return None
         return part[:, :, start // self._group : -(-stop // self._group)]
+
+    def _slot(self, row: int) -> int:
+        """The slot of a row of the storage."""
+        return self.first_slot + self.forgotten + row
 
     def _encode(self, values: torch.Tensor, start: int, stop: int) -> None:
         """Encode `[B, G, S, D]` float32 in PyTorch's terms: what no fused op does in one."""
         codec = self.codec
         if codec.before_rope:
-            values = rotated_by_slot(values, self._frequencies, self.first_slot + start, backwards=True)
+            values = rotated_by_slot(values, self._frequencies, self._slot(start), backwards=True)
         if codec.outliers:
             if codec.dynamic:
                 distance = (values - values.mean(dim=-1, keepdim=True)).abs()
@@ -191,11 +88,11 @@ class CodeStore:
         if not codec.dynamic:
             encode(values, self._static_scale, self._static_zero, codes, bits=codec.bits, levels=self._levels)
             return
-        width, group = values.shape[-1], codec.token_group
+        group = codec.token_group
         if group > 1:
             groups = values.unflatten(2, (-1, group)).transpose(-1, -2)  # [B, G, T, D, group]
         else:
-            groups = values.unflatten(-1, (codec.channel_groups(width), -1))  # [B, G, S, W, n]
+            groups = values.unflatten(-1, (codec.channel_groups(values.shape[-1]), -1))  # [B, G, S, W, n]
         scale, zero = group_scale(codec, groups)
         self._of(self._scale, start, stop).copy_(scale)
         if zero is not None:
@@ -237,7 +134,7 @@ class CodeStore:
             encode(values, self._static_scale, self._static_zero, self._codes, position=position)
 
     def decoded(self, start: int, stop: int) -> torch.Tensor:
-        """The values that the codes of tokens `start:stop`, whole groups, stand for: float32 `[B, G, S, D]`."""
+        """The values that rows `start:stop` of codes, whole groups, stand for: float32 `[B, G, S, D]`."""
         codes, codec = self._codes[:, :, start:stop], self.codec
         if codec is None:
             return codes.float()
@@ -248,42 +145,20 @@ class CodeStore:
             channels = self._of(self._channels, start, stop).long()
             values.scatter_(-1, channels, self._of(self._outliers, start, stop).float())
         if codec.before_rope:
-            values = rotated_by_slot(values, self._frequencies, self.first_slot + start)
+            values = rotated_by_slot(values, self._frequencies, self._slot(start))
         return values
 
     def codes(self, length: torch.Tensor | None = None) -> Codes:
         """What is stored, as views: no copy, nothing decoded. With `length`, int64 `[1]`, the whole storage."""
-        tokens = self.length if length is None else self._codes.shape[2]
+        rows = self.length - self.forgotten if length is None else self._codes.shape[2]
 
         def in_use(storage: torch.Tensor | None, static: torch.Tensor | None) -> torch.Tensor | None:
-            return static if storage is None else self._of(storage, 0, tokens)
+            return static if storage is None else self._of(storage, 0, rows)
 
         scale, zero = in_use(self._scale, self._static_scale), in_use(self._zero, self._static_zero)
-        is_native = self.codec is None or self.codec.is_native
-        decoder = None if is_native else self.decoded
-        return Codes(self._codes[:, :, :tokens], scale, zero, length=length, group=self._group, decoder=decoder)
-
-    def crop(self, length: int) -> None:
-        """Keep the first `length` tokens."""
-        self.length = length
-
-    def map_storage(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Replace each storage tensor by `change(tensor)`: a selection along the batch, or a move to another device."""
-        for name in ("_codes", "_scale", "_zero", "_outliers", "_channels"):
-            part = getattr(self, name)
-            setattr(self, name, None if part is None else change(part))
-
-    def parts(self) -> list[torch.Tensor]:
-        """The storage tensors: codes, and where there are any scales, zeros, outliers, `[B, G, capacity, *]`."""
-        parts = (self._codes, self._scale, self._zero, self._outliers, self._channels)
-        return [part for part in parts if part is not None]
-
-    def nbytes(self) -> int:
-        """Bytes allocated, unused capacity included."""
-        return sum(part.untyped_storage().nbytes() for part in self.parts())
-
-    def clear(self) -> None:
-        """Forget all tokens, and the storage unless it is of a fixed length."""
-        self.length = 0
-        if self.max_length is None:
-            self._codes = self._scale = self._zero = self._outliers = self._channels = None
+        decoder = None
+        if self.codec is not None and not self.codec.is_native:
+            as_it_is = self if self.sliding is None else copy.copy(self)  # its storage may be another after this pass
+            decoder = as_it_is.decoded
+        codes = self._codes[:, :, :rows]
+        return Codes(codes, scale, zero, length=length, group=self._group, first=self.forgotten, decoder=decoder)

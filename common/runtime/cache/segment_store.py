@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from ...errors import OctavoError
 from ..precision import kept_dtype
 from ..schemes.kv_scheme import CROP_ROOM, Scheme
 from ..schemes.tensor_codec import Codec
@@ -19,6 +20,9 @@ class SegmentStore:
 
     Where tokens become codes later than they come, the floats of some tokens are kept beside their codes, so that after
     a crop the window is what it was: the tail begins where codes ended `crop_room` tokens ago.
+
+    Where the layer slides, codes are forgotten as `CodeStore` does. The front, a few tokens, stays, and is read as long
+    as a query sees it.
 
     Args:
         scheme: of the layer; its sinks, window and groups of tokens count.
@@ -40,6 +44,11 @@ class SegmentStore:
     def sinks(self) -> int:
         """Number of tokens in the front."""
         return 0 if self._front is None else self._front.shape[2]
+
+    @property
+    def first(self) -> int:
+        """The slot from which on all tokens are stored."""
+        return self.sinks + self.body.first if self.body.first else 0
 
     @property
     def length(self) -> int:
@@ -133,6 +142,10 @@ class SegmentStore:
         self._offset = min(self._offset, coded)
         self._kept = length - front - self._offset
 
+    def trim(self) -> None:
+        """As `CodeStore.trim`."""
+        self.body.trim()
+
     def map_storage(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """As `CodeStore.map_storage`."""
         self.body.map_storage(change)
@@ -142,6 +155,28 @@ class SegmentStore:
     def parts(self) -> list[torch.Tensor]:
         """The storage tensors, `[B, G, *, *]`."""
         return [*(part for part in (self._front, self._tail) if part is not None), *self.body.parts()]
+
+    def saved(self, tokens: int) -> tuple[dict[str, int], dict[str, torch.Tensor]]:
+        """As `CodeStore.saved`."""
+        counts, parts = self.body.saved(self.body.length)
+        floats = {"front": self._front, "tail": None if self._tail is None else self._tail[:, :, : self._kept]}
+        used = {name: part for name, part in floats.items() if part is not None} if tokens else {}
+        return {**counts, "offset": self._offset, "tokens": tokens}, {**parts, **used}
+
+    def restore(self, counts: dict[str, int], parts: dict[str, torch.Tensor], like: torch.Tensor) -> None:
+        """As `CodeStore.restore`."""
+        floats = {name: part for name, part in parts.items() if name in ("front", "tail")}
+        self.body.restore(counts, {name: part for name, part in parts.items() if name not in floats}, like)
+        if counts["tokens"] == 0:
+            return
+        tail, front = floats["tail"].to(like.device), floats.get("front")
+        for name, part in floats.items():
+            if part.shape[:2] != like.shape[:2] or part.shape[3] != like.shape[3] or part.shape[2] > counts["tokens"]:
+                raise OctavoError(f"{name} of {tuple(part.shape)} is not of tokens of this model, {tuple(like.shape)}")
+        self._tail = self._new_tail(like, tail.dtype)
+        self._kept, self._offset = tail.shape[2], counts["offset"]
+        self._tail[:, :, : self._kept] = tail
+        self._front = None if front is None else front.to(like.device)
 
     def nbytes(self) -> int:
         """Bytes allocated, unused capacity included."""

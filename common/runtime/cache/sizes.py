@@ -4,6 +4,7 @@ from transformers import PreTrainedConfig
 
 from ..model_sizes import head_dim_of, kv_heads_of
 from ..schemes.kv_scheme import Scheme, bits_per_element
+from .sliding import sliding_windows
 
 COUNTED_LENGTH = 2048
 """Tokens of a sequence over which sinks, windows and codebooks are spread when bits are counted."""
@@ -12,15 +13,34 @@ COUNTED_LENGTH = 2048
 def kv_bytes_per_token(config: PreTrainedConfig, scheme: Scheme, float_bytes: int) -> int:
     """Bytes that one token takes in the cache, over all layers: codes, scales, zeros and outliers.
 
-    Sinks and windows, of which there are no more in a longer sequence, are in `kv_bits_per_element`.
+    Sinks and windows, of which there are no more in a longer sequence, are in `kv_bits_per_element`. A layer that
+    slides counts as one that keeps all; `kv_bytes` says what it keeps.
     """
-    width, heads = head_dim_of(config), kv_heads_of(config)
+    head_dim, kv_heads = head_dim_of(config), kv_heads_of(config)
     total = 0.0
     for index in range(config.num_hidden_layers):
         part = scheme.of_layer(index)
         for codec in (part.key, part.value):
-            each = width * float_bytes if codec is None else codec.token_bits(width) / 8
-            total += heads * each
+            each = head_dim * float_bytes if codec is None else codec.token_bits(head_dim) / 8
+            total += kv_heads * each
+    return round(total)
+
+
+def kv_bytes(config: PreTrainedConfig, scheme: Scheme, length: int, crop_room: int = 0) -> int:
+    """Bytes that a sequence of `length` tokens takes in the cache, floats in 16 bits; layers that slide forget.
+
+    These are the bytes in use. Storage grows in steps, so that up to a quarter more is allocated, and in a layer that
+    slides a chunk of tokens (`Sliding`).
+
+    Args:
+        crop_room: as in `bits_per_element`; a layer that slides keeps so many tokens more than its window.
+    """
+    head_dim, kv_heads = head_dim_of(config), kv_heads_of(config)
+    total = 0.0
+    for index, window in enumerate(sliding_windows(config)):
+        kept = length if window is None else min(length, window - 1 + crop_room)
+        bits = bits_per_element(scheme.of_layer(index), kv_heads, head_dim, kept, crop_room)
+        total += bits * 2 * kept * kv_heads * head_dim / 8
     return round(total)
 
 
@@ -29,9 +49,11 @@ def kv_bits_per_element(
 ) -> float:
     """Bits of an element of K and V in sequences of `length` tokens, everything counted, as a mean over the layers.
 
+    Of elements that are stored: it does not count what layers that slide forget.
+
     Args:
         crop_room: as in `bits_per_element`: 0 counts the scheme alone, that of a `QuantizedCache` what it stores.
     """
     layers = [scheme.of_layer(index) for index in range(config.num_hidden_layers)]
-    width, heads = head_dim_of(config), kv_heads_of(config)
-    return sum(bits_per_element(layer, heads, width, length, crop_room) for layer in layers) / len(layers)
+    head_dim, kv_heads = head_dim_of(config), kv_heads_of(config)
+    return sum(bits_per_element(layer, kv_heads, head_dim, length, crop_room) for layer in layers) / len(layers)

@@ -15,7 +15,7 @@ from ....ops.shared.registry import NAMESPACE
 from ...errors import OctavoError
 
 FOLD = "octavo_fold"
-"""Attribute of an attention module whose biases are folded (`folds.py`)."""
+"""Attribute of an attention module whose biases are folded (`bias_fold.py`)."""
 NO_TENSOR = (
     "a quantized cache hands out codes, which have no {!r}; call octavo.prepare(model) first, or "
     f"model.set_attn_implementation({NAMESPACE!r}), which leaves biases of k in the cache; a model for which that was "
@@ -38,7 +38,9 @@ class Codes:
         query_scale: with K only, `[H or 1, 1, 1]`: scale by which the queries are quantized; None leaves them in float.
         length: int64 `[1]` on the device, where not all of the S tokens are in use; None where they are.
         group: consecutive tokens that share a row of scale and zero.
-        decoder: where the attention op does not read such codes, the float32 values `[B, G, *, D]` of tokens from, to.
+        first: tokens that came before these and are forgotten, since no query sees them.
+        window: tokens that a query sees, of a layer that forgets the others; 0: all.
+        decoder: where the attention op does not read such codes, the float32 values `[B, G, *, D]` of rows from, to.
         rotated: whether the values are rotated by `hadamard`.
         folded: whether the values have to be without the bias of their projection; None where either serves.
         before_rope: whether K is stored as it was before RoPE, by slots, which padding at the left would shift.
@@ -51,6 +53,8 @@ class Codes:
     query_scale: torch.Tensor | None = None
     length: torch.Tensor | None = None
     group: int = 1
+    first: int = 0
+    window: int = 0
     decoder: Callable[[int, int], torch.Tensor] | None = None
     rotated: bool = False
     folded: bool | None = None
@@ -67,7 +71,7 @@ class Codes:
         _refuse_function(function)
 
     def part(self, start: int, stop: int) -> "Codes":
-        """Tokens `start:stop`, of which `start` is a multiple of the group."""
+        """Rows `start:stop` of the codes, of which `start` is a multiple of the group."""
 
         def rows(part: torch.Tensor | None) -> torch.Tensor | None:
             if part is None or part.dim() < 4 or part.shape[-2] == 1:
@@ -83,8 +87,8 @@ class Segments:
     """K or V of a layer that keeps some tokens in float, or codes that have to be decoded.
 
     Attributes:
-        front: `[B, G, *, D]`, the first tokens in float, or None.
-        body: the codes of the tokens that follow.
+        front: `[B, G, *, D]`, the first tokens in float, or None. It stays when no query sees it any more.
+        body: the codes of the tokens that follow, but those that are forgotten.
         tail: `[B, G, *, D]`, in float, up to the newest token: all that were before this pass, and this pass's.
         total: tokens stored.
         coded: of a number of tokens, those behind the front that are codes once so many are stored.
@@ -115,6 +119,11 @@ class Segments:
         return self.body.query_scale
 
     @property
+    def window(self) -> int:
+        """As in `Codes`."""
+        return self.body.window
+
+    @property
     def before_rope(self) -> bool:
         """As in `Codes`."""
         return self.body.before_rope
@@ -123,6 +132,16 @@ class Segments:
     def decoder(self) -> Callable[[int, int], torch.Tensor] | None:
         """As in `Codes`."""
         return self.body.decoder
+
+    @property
+    def start(self) -> int:
+        """The slot of the first token of the body that is stored."""
+        return self.body.first + (0 if self.front is None else self.front.shape[2])
+
+    @property
+    def first(self) -> int:
+        """The slot from which on all tokens are stored."""
+        return self.start if self.body.first else 0
 
     def edges(self, tokens: int) -> tuple[int, int]:
         """Slots where codes begin and end, as a query sees them after which `tokens` tokens are stored."""
@@ -141,7 +160,7 @@ def as_segments(handle: Codes | Segments) -> Segments:
     """Codes as a single segment."""
     if hasattr(handle, "edges"):
         return handle
-    total = handle.codes.shape[2]
+    total = handle.first + handle.codes.shape[2]
     return Segments(None, handle, handle.codes[:, :, :0], total, lambda _: total, handle.rotated, handle.folded)
 
 
@@ -186,15 +205,19 @@ def block_size(keys: Segments, values: Segments, most: int) -> int:
 
 
 def pieces(keys: Segments, values: Segments, queries: int, block: int) -> list[Piece]:
-    """The calls that serve the newest `queries` tokens, by slot; codes that have to be decoded in blocks of `block`."""
+    """The calls that serve the newest `queries` tokens, by slot; codes that have to be decoded in blocks of `block`.
+
+    They leave out the tokens that K or V has forgotten.
+    """
     result = []
     before = keys.total - queries
+    oldest = max(keys.first, values.first)
     for start, seen in _runs(keys, values, queries):
-        cuts = {0, seen}
+        cuts = {oldest, seen}
         for side in (keys, values):
             first, last = side.edges(seen)
-            cuts |= {first, last, *(range(first + block, last, block) if side.decoder is not None else ())}
-        slots = sorted(cut for cut in cuts if cut <= seen)
+            cuts |= {first, last, *(range(side.start + block, last, block) if side.decoder is not None else ())}
+        slots = sorted(cut for cut in cuts if oldest <= cut <= seen)
         chosen = (start - before, seen - before)
         result += [Piece(chosen, seen, pair) for pair in pairwise(slots)]
     return sorted(result, key=lambda piece: piece.slots)

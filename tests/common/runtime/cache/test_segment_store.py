@@ -11,7 +11,7 @@ from torch.nn import functional
 from octavo.common.runtime import attention
 from octavo.common.runtime.attention import quantized_attention
 from octavo.common.runtime.cache.code_store import CodeStore
-from octavo.common.runtime.cache.quantized_cache import QuantizedLayer
+from octavo.common.runtime.cache.quantized_layer import QuantizedLayer
 from octavo.common.runtime.cache.segment_store import SegmentStore
 from octavo.common.runtime.cache.views import as_segments, block_size, pieces
 from octavo.common.runtime.schemes.kv_scheme import Scheme

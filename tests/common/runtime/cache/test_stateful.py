@@ -20,7 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from octavo.common.convert.calibration.codebooks import fit_codebooks
 from octavo.common.convert.calibration.observe import calibrate
 from octavo.common.errors import OctavoError
-from octavo.common.runtime.attention import quantized_attention
+from octavo.common.runtime.attention import SlidingWindow, quantized_attention
 from octavo.common.runtime.cache.quantized_cache import QuantizedCache
 from octavo.common.runtime.schemes.kv_scheme import PRESETS, Scheme, load_scheme
 from octavo.common.runtime.static_scales import Scales, scales_of
@@ -36,7 +36,9 @@ EXAMPLES_AT_A_TIME = 20
 LAYERS, HEADS, GROUPS, WIDTH = 2, 4, 2, 64
 SIZES = {"num_hidden_layers": LAYERS, "hidden_size": 64, "head_dim": WIDTH}
 MOST_TOKENS, MOST_ROWS = 330, 4
+WINDOW = 20
 CONFIG = tiny_config(**SIZES)
+SLIDING = tiny_config(**SIZES, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"])
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -52,6 +54,9 @@ SCHEMES = {
     "first pass in float": changed("ascend-c8", prefill="float"),
     "layers that differ": changed("octavo-2", layers={"1": "int8-token"}),
 }
+
+SCHEMES_THAT_SLIDE = ("float", "int8-token", "ascend-c8", "kivi-2", "kvquant-4", "octavo-4", "smoothed")
+"""Of a model whose first layer slides."""
 
 
 def scales_for(scheme: Scheme) -> Scales | None:
@@ -71,6 +76,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     scheme: Scheme
     scales: Scales | None
+    is_sliding = False
     steps = 0
 
     @initialize(
@@ -90,8 +96,9 @@ class CacheMachine(RuleBasedStateMachine):
         self.forget(rows=None)
         self.update(prompt, rows, [])
 
-    def new_cache(self) -> QuantizedCache:
-        return QuantizedCache(CONFIG, self.scheme, max_length=self.max_length, **self.arguments)
+    def new_cache(self, is_sliding: bool | None = None) -> QuantizedCache:
+        config = SLIDING if (self.is_sliding if is_sliding is None else is_sliding) else CONFIG
+        return QuantizedCache(config, self.scheme, max_length=self.max_length, **self.arguments)
 
     def forget(self, rows: int | None) -> None:
         """There are no tokens; storage is of so many rows, or there is none."""
@@ -120,8 +127,12 @@ class CacheMachine(RuleBasedStateMachine):
         assert self.used.nbytes() <= other.nbytes()
 
     def replayed(self, cuts: list[int]) -> QuantizedCache:
-        """A new cache of the tokens that are left, given in passes of other sizes."""
-        other, sizes, left = self.new_cache(), [self.first] if self.scheme.smooth_key else [], self.length
+        """A new cache of the tokens that are left, given in passes of other sizes; it forgets nothing."""
+        other, sizes, left = (
+            self.new_cache(is_sliding=False),
+            [self.first] if self.scheme.smooth_key else [],
+            self.length,
+        )
         left -= sum(sizes)
         for cut in cuts:
             sizes.append(min(cut, left))
@@ -141,13 +152,14 @@ class CacheMachine(RuleBasedStateMachine):
     def update(self, tokens: int, rows: int, cuts: list[int]) -> None:
         """What attention reads is what it would from a cache that is built anew."""
         tokens = min(tokens, MOST_TOKENS - self.length)
-        other = self.replayed(cuts) if self.length else self.new_cache()
+        other = self.replayed(cuts) if self.length else self.new_cache(is_sliding=False)
         self.rows = self.rows or rows
         new = [(self.random(GROUPS, tokens), self.random(GROUPS, tokens)) for _ in range(LAYERS)]
         query = self.random(HEADS, tokens)
         for layer, pair in enumerate(new):
+            mask = SlidingWindow(WINDOW) if self.is_sliding and layer == 0 else None
             found, wanted = (
-                quantized_attention(torch.nn.Module().eval(), query, *each.update(*pair, layer), None)[0]
+                quantized_attention(torch.nn.Module().eval(), query, *each.update(*pair, layer), mask)[0]
                 for each in (self.used, other)
             )
             torch.testing.assert_close(found, wanted, atol=TOLERANCES["attention"], rtol=0)
@@ -174,7 +186,8 @@ class CacheMachine(RuleBasedStateMachine):
         except OctavoError as error:
             assert "\n" not in str(error)
             is_smoothed = self.scheme.smooth_key and left < self.first
-            assert left > 0 and (is_smoothed or (self.scheme.is_segmented and left < self.newest - self.room))
+            has_room = self.scheme.is_segmented or self.is_sliding
+            assert left > 0 and (is_smoothed or (has_room and left < self.newest - self.room))
             assert all(self.same(now, then) for now, then in zip(self.parts(), before, strict=True))
         else:
             if left == 0:
@@ -237,14 +250,16 @@ def resident_megabytes() -> float:
     return int(file.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6 if file.exists() else 0.0
 
 
-@pytest.mark.parametrize("name", SCHEMES)
-def test_a_cache_is_what_the_tokens_that_are_left_make_of_a_new_one(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "is_sliding"), [*((name, False) for name in SCHEMES), *((name, True) for name in SCHEMES_THAT_SLIDE)]
+)
+def test_a_cache_is_what_the_tokens_that_are_left_make_of_a_new_one(name: str, is_sliding: bool) -> None:
     scheme = SCHEMES[name]
 
     class Machine(CacheMachine):
         pass
 
-    Machine.scheme, Machine.scales, Machine.steps = scheme, scales_for(scheme), 0
+    Machine.scheme, Machine.scales, Machine.steps, Machine.is_sliding = scheme, scales_for(scheme), 0, is_sliding
     resident = []
     while Machine.steps < STEPS:
         run_state_machine_as_test(

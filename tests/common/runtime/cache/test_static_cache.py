@@ -15,7 +15,7 @@ from octavo.models.llama3.modeling_llama_fa3 import LlamaForCausalLM
 
 from ....support import random_ids, tiny_config, tiny_llama, with_cache
 from ....tolerances import TOLERANCES
-from .test_quantized_cache import tiny_mistral, tiny_qwen2
+from .tiny import tiny_mistral, tiny_qwen2
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,7 +11,7 @@ import transformers
 
 from octavo.common.architecture import Architecture
 from octavo.common.convert import api as conversion
-from octavo.models import gemma3, mistral, qwen2, qwen3
+from octavo.models import gemma3, mistral, qwen2, qwen3, qwen3_moe
 
 from ..support import convert_flags, random_ids, randomized, save_source, tiny_config
 from ..tolerances import TOLERANCES
@@ -85,6 +85,19 @@ KINDS = {
         transformers.MistralConfig,
         transformers.MistralForCausalLM,
         {"sliding_window": 13, "head_dim": 16},
+    ),
+    "qwen3_moe": Kind(
+        qwen3_moe.ARCHITECTURE,
+        transformers.Qwen3MoeConfig,
+        transformers.Qwen3MoeForCausalLM,
+        {
+            "head_dim": 16,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+        },
     ),
 }
 

@@ -39,11 +39,13 @@ class Architecture:
         """Globs of the linears that Ascend's recipe for static W8A8 leaves in float.
 
         Where an architecture has no recipe of its own, that of MindIE-LLM (qwen/convert_quant_weights_72b.py) and
-        msmodelslim for most models: the last linear of each MLP, and that of the model.
+        msmodelslim for most models: the last linear of each MLP, of each expert, and of the model.
         """
         if self.float_linears is not None:
             return self.float_linears(config, dtype)
-        return [f"*.{self.decoder.mlp.down}", self.decoder.head]
+        experts = self.decoder.experts
+        of_experts = [] if experts is None else [f"*.{experts.name}.*.{experts.down}"]
+        return [f"*.{self.decoder.mlp.down}", *of_experts, self.decoder.head]
 
     @property
     def decoder(self) -> Decoder:

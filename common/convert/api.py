@@ -39,6 +39,7 @@ def _report(job: Job, made: Made, seconds: float) -> ConversionReport:
         held_back_texts=len(job.held_back),
         fidelity=made.fidelity,
         costs=made.costs,
+        unreached=made.unreached,
         seconds=seconds,
     )
 

@@ -61,7 +61,7 @@ class Conversion:
         """Convert a decoder layer, and take all texts through it; return its tensors, named for the file."""
         name = self.source.layer_name(index)
         with torch.no_grad(), self.source.layer(index) as module:
-            work = LayerWork(index, name, module, self.plan.of(name))
+            work = LayerWork(index, name, module, self.plan.of(name), self.source.experts_of(module, index))
             for stage in self.stages:
                 stage(work, self.state)
         return work.tensors

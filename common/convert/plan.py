@@ -10,7 +10,7 @@ from ..errors import OctavoError
 from ..runtime.checkpoint.loading import CONFIG_KEY
 from ..runtime.schemes.kv_scheme import Scheme
 from ..runtime.schemes.linear_scheme import LinearScheme
-from .outliers.subgraphs import norm_subgraphs
+from .outliers.subgraphs import shifted_subgraphs
 from .source.layerwise import LayerwiseModel
 from .spelling import named
 
@@ -46,6 +46,12 @@ class Plan:
         """Whether calibration works out the mean of x x^T of the inputs of linears."""
         return self.linear.w_method == "GPTQ"
 
+    @property
+    def uses_inputs(self) -> bool:
+        """Whether anything of the linears follows from their inputs."""
+        by_inputs = self.linear.needs_inputs or self.anti_method or self.linear.w_method != "MinMax"
+        return bool(self.linears and by_inputs)
+
     def of(self, module: str) -> list[str]:
         """Names within a module of its linears that are quantized."""
         return [name.removeprefix(f"{module}.") for name in self.linears if name.startswith(f"{module}.")]
@@ -59,7 +65,7 @@ def _added_biases(source: LayerwiseModel, plan: Plan) -> list[str]:
     for index in range(len(source)):
         layer = source.layer_name(index)
         quantized = plan.of(layer)
-        for subgraph in norm_subgraphs(source.facts):
+        for subgraph in shifted_subgraphs(source.facts, source.experts_in(index)):
             if any(part in quantized for part in subgraph.consumers):
                 names += [f"{layer}.{part}" for part in (subgraph.producer, *subgraph.consumers)]
     return names

@@ -38,6 +38,8 @@ class ConversionReport:
         fidelity: of the quantized model to the float one over the held-back texts; None if no token could be predicted.
         costs: what quantizing each linear and attention alone costs; empty if that was not measured, which it is for
             `float_costliest` and `max_kl`.
+        unreached: names of the experts that no calibration token chose, where anything follows from their inputs: they
+            were calibrated on the tokens of all.
         seconds: that the conversion took; of one that was resumed, since then.
     """
 
@@ -59,6 +61,7 @@ class ConversionReport:
     held_back_texts: int
     fidelity: Fidelity | None
     costs: tuple[Cost, ...]
+    unreached: tuple[str, ...]
     seconds: float
 
     def summary(self) -> str:
@@ -112,7 +115,11 @@ def _contents(report: ConversionReport) -> list[str]:
     linears = f"{len(report.linears)} linears in {report.linear.label}" if report.linears else "linears in float"
     floats = ", ".join(map(str, report.scheme.float_layers))
     attention = f"attention {report.scheme.name}" + (f" but for layers {floats}" if floats else "")
-    return [f"wrote {report.output}: {linears}, {attention}"] + [
+    lines = [f"wrote {report.output}: {linears}, {attention}"] + [
         f"linears of {in_features} input channels have groups of {group}: {report.linear.group_size} do not divide them"
         for in_features, group in report.odd_groups
     ]
+    if report.unreached:
+        count, first = len(report.unreached), report.unreached[0]
+        lines.append(f"no calibration text reaches {count} expert(s), as {first}: calibrated on the tokens of all")
+    return lines

@@ -42,6 +42,7 @@ class Made:
         floats: linears and attentions that were chosen to stay in float.
         fidelity: to the float model; None if no token could be predicted.
         costs: of linears and attentions, if measured.
+        unreached: experts that no calibration token chose, where that matters.
         nbytes: of the output.
         statistics: of calibration.
     """
@@ -50,6 +51,7 @@ class Made:
     floats: tuple[str, ...]
     fidelity: Fidelity | None
     costs: tuple[Cost, ...]
+    unreached: tuple[str, ...]
     nbytes: int
     statistics: Statistics
 
@@ -135,6 +137,7 @@ def _go_on(job: Job, plan: Plan, stage: Stage, files: PlannedFiles, conversion: 
     _mend(job, plan, stage, files)
     conversion.state.restore(stage.state, job.source.device)
     conversion.state.costs = _costs(stage.notes["measured"])
+    conversion.state.unreached = list(stage.notes["unreached"])
     say(f"going on behind layer {stage.step} of {len(job.source)}")
 
 
@@ -145,8 +148,9 @@ def _convert_layers(job: Job, stage: Stage, files: PlannedFiles, conversion: Con
     for index in tqdm(layers, desc="converting", unit="layer", initial=stage.step, total=len(job.source)):
         digests = [*digests, _written(conversion.layer(index), files)]
         files.sync()
-        notes = stage.notes | {"measured": _plain(conversion.state.costs), "layers": digests}
-        stage.finish_step(index + 1, conversion.state.tensors(), notes)
+        state = conversion.state
+        notes = {"measured": _plain(state.costs), "unreached": state.unreached, "layers": digests}
+        stage.finish_step(index + 1, state.tensors(), stage.notes | notes)
 
 
 def _convert_rest(files: PlannedFiles, conversion: Conversion) -> Fidelity | None:
@@ -198,4 +202,5 @@ def run(job: Job, stage: Stage) -> Made:
     _check_kl(request.max_kl, fidelity, conversion.state.costs)
     _write_rest(stage.path, job, plan, description)
     nbytes = sum(file.stat().st_size for file in stage.path.iterdir() if file.is_file())
-    return Made(plan, tuple(floats), fidelity, tuple(conversion.state.costs or surveyed), nbytes, conversion.found())
+    costs, unreached = tuple(conversion.state.costs or surveyed), tuple(conversion.state.unreached)
+    return Made(plan, tuple(floats), fidelity, costs, unreached, nbytes, conversion.found())

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from ..runtime.experts import ExpertList
 from ..runtime.schemes.linear_scheme import LinearInputs
 from ..runtime.static_scales import Statistics, statistics_facts
 from .calibration.streams import Stream, Texts
@@ -30,6 +31,8 @@ class ConversionState:
         for_scales: texts that static scales come from; None where those are the calibration texts.
         statistics: of calibration, by their names in a statistics file.
         costs: what quantizing each linear and attention alone costs, if measured.
+        unreached: names of the experts that no calibration token chose, where anything follows from their inputs; those
+            of all tokens were taken for theirs.
     """
 
     calibration: Stream
@@ -38,6 +41,7 @@ class ConversionState:
     for_scales: Stream | None
     statistics: dict[str, torch.Tensor] = field(default_factory=dict)
     costs: list[Cost] = field(default_factory=list)
+    unreached: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, source: LayerwiseModel, texts: Texts, known: dict[str, torch.Tensor]) -> "ConversionState":
@@ -57,7 +61,7 @@ class ConversionState:
         return streams if self.for_scales is None else streams | {"for_scales": self.for_scales}
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All but the costs, to be kept for another process."""
+        """All but costs and names, to be kept for another process."""
         states = {f"{name}.{i}": t for name, stream in self._streams().items() for i, t in enumerate(stream.hidden)}
         return states | {f"{_STATISTICS}{name}": tensor for name, tensor in self.statistics.items()}
 
@@ -80,6 +84,7 @@ class LayerWork:
         module: the float layer, which smoothing rewrites.
         quantized: names within the layer of the linears that will be quantized.
         expected: what the layer makes of the first calibration text before it is rewritten; None if it is not.
+        experts: of the layer; None if it has none.
         inputs: what calibration saw of their inputs.
         tensors: of the layer of the output, named for the file.
         coded: the layer that a load of the output gives, in float32.
@@ -89,6 +94,7 @@ class LayerWork:
     name: str
     module: nn.Module
     quantized: list[str]
+    experts: ExpertList | None = None
     expected: torch.Tensor | None = None
     inputs: dict[str, LinearInputs] = field(default_factory=dict)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)

@@ -67,6 +67,19 @@ def without_cache(output: Any, cache: Any) -> Any:
     return type(output)(**{name: part for name, part in output.items() if part is not cache})
 
 
+def _is_custom() -> bool:
+    return True
+
+
+def keep_stored_names(decoder: torch.nn.Module) -> None:
+    """Let transformers load and save a decoder's tensors under the names that its modules have.
+
+    It merges the experts of a checkpoint into one tensor for its own classes, by the model type of every model that is
+    not custom code; the decoder within one of ours is its own, with other modules.
+    """
+    decoder.is_custom_code = _is_custom
+
+
 def check_stand_in(build: Callable[[], torch.nn.Module], layers: int, tokens: int) -> None:
     """Raise an `OctavoError` unless a forward of a tiny model leaves codes in the cache that it hands out.
 

@@ -13,12 +13,11 @@ import torch
 from torch import nn
 
 from ..errors import OctavoError
+from .experts import PROBE_SIZE, PROBE_TOLERANCE, ExpertsFacts, experts_faults, list_layer_experts
 from .rotary import is_rotated, partial_rotary_factor
 
 STATED = "octavo_decoder"
 """Attribute of a model, and of its decoder, that holds its `Decoder`."""
-_PROBE_SIZE = 8
-_PROBE_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,9 @@ class Decoder:
             norm behind the last layer, and the rotary embedding.
         head: name within the causal model of the last linear.
         attention, mlp: see there.
-        attention_norm, mlp_norm: norms, whose output nothing reads but the projections of attention and of the MLP.
+        attention_norm, mlp_norm: norms, whose output nothing reads but the projections of attention and of the MLP,
+            or of the experts and their router.
+        experts: what some layers, or all, have in the place of the MLP; None where none has.
         output_norms: norms of what attention and MLP add to the states.
         norm_offset: what every norm adds to its weight: 1 where it multiplies by `1 + w`.
         embedding_scale: from a config, the factor that the embedding multiplies its rows by; None where it has none.
@@ -116,6 +117,7 @@ class Decoder:
     output_norms: tuple[str, ...] = ()
     norm_offset: float = 0.0
     embedding_scale: Callable[[Any], float] | None = None
+    experts: ExpertsFacts | None = None
     skips_rotation: bool = False
     is_partly_rotated: bool = False
     caps_logits: bool = False
@@ -126,10 +128,24 @@ class Decoder:
         heads = [name for name in (self.attention.query_norm, self.attention.key_norm) if name]
         return (self.attention_norm, self.mlp_norm, *self.output_norms, *heads)
 
-    @property
-    def modules(self) -> set[str]:
-        """All modules of a layer that have parameters."""
-        return {*self.norms, *self.attention.modules, *self.mlp.modules}
+    def experts_in(self, config: Any, index: int) -> int:
+        """How many experts a layer has in the place of the MLP."""
+        return 0 if self.experts is None else self.experts.count(config, index)
+
+    def mlps(self, experts: int = 0) -> tuple[MlpFacts, ...]:
+        """The MLPs of a layer: its one, or those of so many experts."""
+        if not experts:
+            return (self.mlp,)
+        facts = self.experts
+        return tuple(
+            MlpFacts(*(facts.part(expert, part) for part in (facts.gate, facts.up, facts.down)))
+            for expert in range(experts)
+        )
+
+    def modules(self, experts: int = 0) -> set[str]:
+        """All modules of a layer of transformers that have parameters."""
+        of_mlp = {self.experts.name, self.experts.router} if experts else self.mlp.modules
+        return {*self.norms, *self.attention.modules, *of_mlp}
 
 
 def state_decoder(model: nn.Module, decoder: Decoder) -> None:
@@ -164,6 +180,14 @@ def attention_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(f"{layer_name}.{name}", layer.get_submodule(name)) for layer_name, layer in decoder_layers(model)]
 
 
+def list_experts(model: nn.Module) -> None:
+    """Let the layers of a stated model of transformers hold their experts as lists, see `ExpertList`."""
+    decoder = stated_decoder(model)
+    for index, (_, layer) in enumerate(decoder_layers(model)):
+        if decoder.experts_in(model.base_model.config, index):
+            list_layer_experts(layer, decoder.experts)
+
+
 def _with_parameters(layer: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
@@ -176,7 +200,7 @@ def multiplies_by(norm: nn.Module) -> float | None:
     """What an RMSNorm adds to its weight before it multiplies by it: 0 or 1; None if it computes something else."""
     probe = copy.copy(norm)
     generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(_PROBE_SIZE, generator=generator) for _ in range(2))
+    x, weight = (torch.randn(PROBE_SIZE, generator=generator) for _ in range(2))
     probe._parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
     probe._forward_hooks, probe._forward_pre_hooks = {}, {}
     try:
@@ -185,17 +209,17 @@ def multiplies_by(norm: nn.Module) -> float | None:
         return None
     normed = x / x.square().mean().sqrt()
     for offset in (0.0, 1.0):
-        if torch.allclose(found, normed * (offset + weight), atol=_PROBE_TOLERANCE):
+        if torch.allclose(found, normed * (offset + weight), atol=PROBE_TOLERANCE):
             return offset
     return None
 
 
-def _anatomy_faults(decoder: Decoder, layer: nn.Module) -> Iterator[tuple[str, str]]:
+def _anatomy_faults(decoder: Decoder, layer: nn.Module, experts: int) -> Iterator[tuple[str, str]]:
     """Modules of a layer that its statement does not say, or says otherwise, and what is the matter."""
-    found = _with_parameters(layer)
-    for name in sorted(decoder.modules - set(found)):
+    found, stated = _with_parameters(layer), decoder.modules(experts)
+    for name in sorted(stated - set(found)):
         yield name, "is stated and not there"
-    for name in sorted(set(found) - decoder.modules):
+    for name in sorted(set(found) - stated):
         yield name, "is there and not stated"
     for name in sorted(set(decoder.norms) & set(found)):
         offset = multiplies_by(found[name])
@@ -207,6 +231,8 @@ def _anatomy_faults(decoder: Decoder, layer: nn.Module) -> Iterator[tuple[str, s
     for name in sorted((decoder.attention.modules | decoder.mlp.modules) - set(decoder.norms)):
         if name in found and not isinstance(found[name], nn.Linear):
             yield name, f"is stated as a linear and is a {type(found[name]).__name__}"
+    if experts:
+        yield from experts_faults(layer, decoder.experts, experts)
 
 
 def anatomy_fault(model: nn.Module, decoder: Decoder) -> str | None:
@@ -219,7 +245,7 @@ def anatomy_fault(model: nn.Module, decoder: Decoder) -> str | None:
     if offset != decoder.norm_offset:
         return f"{decoder.norm}: is not of the form that is stated for norms"
     for index, layer in enumerate(base.get_submodule(decoder.layers)):
-        fault = next(_anatomy_faults(decoder, layer), None)
+        fault = next(_anatomy_faults(decoder, layer, decoder.experts_in(base.config, index)), None)
         if fault is not None:
             return f"{decoder.layers}.{index}.{fault[0]}: {fault[1]}"
         if getattr(layer.get_submodule(decoder.attention.name), "is_causal", True) is False:

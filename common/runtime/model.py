@@ -17,8 +17,15 @@ from .checkpoint.buffers import attach_buffers, read_scales
 from .checkpoint.files import TensorHeader
 from .checkpoint.loading import CONFIG_KEY, check_shapes, describe_checkpoint, read_config
 from .checkpoint.values import check_values
-from .compatibility import cache_argument, check_stand_in, parameter_names, take_cache, without_cache
-from .decoder import Decoder, attention_modules, state_decoder, stated_decoder
+from .compatibility import (
+    cache_argument,
+    check_stand_in,
+    keep_stored_names,
+    parameter_names,
+    take_cache,
+    without_cache,
+)
+from .decoder import Decoder, attention_modules, list_experts, state_decoder, stated_decoder
 from .generation_step import keep_cache
 from .quantized_linear import QuantizedLinear
 from .schemes.kv_scheme import CROP_ROOM, Scheme, load_scheme
@@ -149,6 +156,9 @@ class QuantizedCausalLM:
             ) from error
         recipe = getattr(config, CONFIG_KEY, None) or {}
         state_decoder(self, self.octavo_decoder)
+        if self.octavo_decoder.experts is not None:
+            list_experts(self)
+            keep_stored_names(self.base_model)
         self.scheme: Scheme = load_scheme(recipe.get("scheme", "float"))
         attach_buffers(self, self.scheme, recipe)
         if self.scheme.is_quantized:
@@ -236,8 +246,10 @@ class QuantizedCausalLM:
             raise OctavoError(f"cache_implementation={kind!r}: this model's cache is quantized already; leave it out")
         length = max(max_length, generation_config.max_cache_len or 0) if kind in _STATIC_CACHES else None
         offloading = bool(kind) and "offloaded" in kind
-        # generate compiles the steps over such a cache where that pays, which transformers says is on CUDA
-        compileable = kind == "static" and self.device.type == "cuda" and self.scheme.is_compileable
+        # generate compiles the steps over such a cache where that pays, which transformers says is on CUDA; which
+        # experts a step takes is not known when it is compiled
+        is_steady = self.scheme.is_compileable and self.octavo_decoder.experts is None
+        compileable = kind == "static" and self.device.type == "cuda" and is_steady
         room = CROP_ROOM
         if getattr(mode, "value", mode) == "assisted_generation":
             self._check_assisted()

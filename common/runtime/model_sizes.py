@@ -6,13 +6,23 @@ from typing import Any
 
 from ..errors import OctavoError
 
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
 """Sizes of tensors, by their names in a config; none is larger than the largest tensor is wide."""
+COUNTS = ("num_experts", "num_local_experts", "num_experts_per_tok")
+"""Numbers of modules in a layer, by their names in a config."""
 EPSILONS = ("_eps", "_epsilon")
 """Endings of what norms add to a variance."""
 _STATES_ROPE = "5."
 """Versions of transformers that write `rope_parameters` into every config.json."""
-MOST_LAYERS = 4096
+MOST_LAYERS = MOST_EXPERTS = 4096
 MOST_SIZE = 2**24
 MOST_TOKENS = 2**40
 
@@ -47,7 +57,8 @@ def check_sizes(where: str, settings: Mapping[str, Any]) -> None:
         where: the file, for the message.
         settings: what it holds; sizes may be missing or None.
     """
-    most = {"num_hidden_layers": MOST_LAYERS, **dict.fromkeys(SIZES, MOST_SIZE), "max_position_embeddings": MOST_TOKENS}
+    most = {"num_hidden_layers": MOST_LAYERS, **dict.fromkeys(SIZES, MOST_SIZE), **dict.fromkeys(COUNTS, MOST_EXPERTS)}
+    most["max_position_embeddings"] = MOST_TOKENS
     for name, bound in most.items():
         value = settings.get(name)
         if value is not None and (type(value) is not int or not 0 < value <= bound):

@@ -16,7 +16,7 @@ from octavo.common.architecture import Architecture
 from octavo.common.convert import api as conversion
 from octavo.common.convert.measure.fidelity import compare
 from octavo.common.convert.pipeline import Conversion
-from octavo.models import gemma3, mistral, phi3, qwen2, qwen3, smollm3
+from octavo.models import gemma3, mistral, phi3, qwen2, qwen3, qwen3_moe, smollm3
 
 from ..support import convert_flags, files_below, random_ids, randomized, save_source, tiny_config
 from ..tolerances import TOLERANCES
@@ -124,6 +124,19 @@ KINDS = {
         transformers.SmolLM3Config,
         transformers.SmolLM3ForCausalLM,
         {"no_rope_layers": [1, 0, 1], "attention_bias": True},
+    ),
+    "qwen3_moe": Kind(
+        qwen3_moe.ARCHITECTURE,
+        transformers.Qwen3MoeConfig,
+        transformers.Qwen3MoeForCausalLM,
+        {
+            "head_dim": 16,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+        },
     ),
 }
 

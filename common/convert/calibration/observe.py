@@ -14,6 +14,7 @@ from ....ops.shared.registry import NAMESPACE
 from ...architecture import stated_or_known
 from ...runtime.bias_fold import folds_key_bias, large_key_bias
 from ...runtime.decoder import attention_modules, decoder_layers, linear_of, stated_decoder
+from ...runtime.experts import ExpertList
 from ...runtime.rotary import rope_constants, rotated_by_slot
 from ...runtime.schemes.linear_scheme import LinearInputs
 from ...runtime.static_scales import Statistics, rotary_radius, statistics_facts
@@ -21,6 +22,8 @@ from ...runtime.static_scales import Statistics, rotary_radius, statistics_facts
 OBSERVING = f"{NAMESPACE}_observe"
 MOST_BYTES = 2**26
 """Of rows that are kept of the inputs of a linear layer."""
+MOST_EXPERT_BYTES = 2**22
+"""Likewise of one of an expert, of which a decoder layer has many: 512 rows of 2,048 channels."""
 INPUT_PARTS = ("low", "high", "mean_abs", "mean_square")
 
 
@@ -90,10 +93,12 @@ class InputObserver:
 
     Args:
         keeps_hessian: whether the mean of x x^T is worked out too, `[K, K]`.
+        most_bytes: in the place of `MOST_BYTES`, if given.
     """
 
-    def __init__(self, keeps_hessian: bool = False) -> None:
+    def __init__(self, keeps_hessian: bool = False, most_bytes: int | None = None) -> None:
         self.count = 0
+        self._most_bytes = most_bytes or MOST_BYTES
         self._hessian: torch.Tensor | None = None
         self._keeps_hessian = keeps_hessian
         self._stride = 1
@@ -117,7 +122,7 @@ class InputObserver:
         self._rows.append(values[-self.count % self._stride :: self._stride].clone())
         self._bytes += self._rows[-1].nbytes
         self.count += len(values)
-        while self._bytes > MOST_BYTES:
+        while self._bytes > self._most_bytes:
             self._stride *= 2
             self._rows = [torch.cat(self._rows)[::2].clone()]
             self._bytes = self._rows[0].nbytes
@@ -129,16 +134,56 @@ class InputObserver:
         return LinearInputs(self.low, self.high, *means, torch.cat(self._rows), hessian)
 
 
+class ExpertWatch:
+    """Which experts of a layer calibration reaches, and what it gives to all of them.
+
+    Args:
+        experts: of the layer.
+    """
+
+    def __init__(self, experts: ExpertList) -> None:
+        self._experts = experts
+        self._unreached = dict.fromkeys(range(len(experts)))
+        self._states: list[torch.Tensor] = []
+        self._bytes = 0
+        self._hook = experts.register_forward_pre_hook(self._see)
+
+    def _see(self, _: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        states, chosen = args[:2]
+        for number in chosen.unique().tolist():
+            self._unreached.pop(number, None)
+        if self._bytes < MOST_BYTES:
+            self._states.append(states)
+            self._bytes += states.nbytes
+
+    def reach_all(self) -> list[int]:
+        """Give those that no token chose the tokens of all; returns their numbers."""
+        for number in self._unreached:
+            for states in self._states:
+                self._experts[number](states)
+        return list(self._unreached)
+
+    def remove(self) -> None:
+        """Stop watching."""
+        self._hook.remove()
+
+
 class InputObservers:
     """The observers of some linear layers; layers that are given the same tensor (q, k and v; gate and up) share one.
 
     Args:
         linears: by name.
         keeps_hessian: see `InputObserver`.
+        experts: of the layer that they are in, if it has any; see `reach_all_experts`.
     """
 
-    def __init__(self, linears: dict[str, nn.Module], keeps_hessian: bool = False) -> None:
+    def __init__(
+        self, linears: dict[str, nn.Module], keeps_hessian: bool = False, experts: ExpertList | None = None
+    ) -> None:
         self._keeps_hessian = keeps_hessian
+        self._watch = None if experts is None else ExpertWatch(experts)
+        of_experts = set() if experts is None else set(experts.modules())
+        self._most_bytes = {name: MOST_EXPERT_BYTES for name, linear in linears.items() if linear in of_experts}
         self._of: dict[str, InputObserver] = {}
         self._last: tuple[torch.Tensor | None, InputObserver | None] = (None, None)
         self._hooks = [
@@ -150,7 +195,7 @@ class InputObservers:
         if x is self._last[0]:
             self._of.setdefault(name, self._last[1])
             return
-        observer = self._of.setdefault(name, InputObserver(self._keeps_hessian))
+        observer = self._of.setdefault(name, InputObserver(self._keeps_hessian, self._most_bytes.get(name)))
         observer(x)
         self._last = (x, observer)
 
@@ -159,9 +204,15 @@ class InputObservers:
         found = {id(observer): observer.inputs() for observer in self._of.values()}
         return {name: found[id(observer)] for name, observer in self._of.items()}
 
+    def reach_all_experts(self) -> list[int]:
+        """Give the experts that no token has chosen the tokens of all; returns their numbers."""
+        return [] if self._watch is None else self._watch.reach_all()
+
     def remove(self) -> None:
         """Stop observing."""
         self._last = (None, None)
+        if self._watch is not None:
+            self._watch.remove()
         for hook in self._hooks:
             hook.remove()
 

@@ -15,14 +15,14 @@ from ...runtime.model_sizes import kv_heads_of
 from ...runtime.schemes.linear_scheme import LinearInputs
 from ..spelling import named
 from .search import OutputError, Producer, Search, Site, Smoothing, awq, flex_smooth, smoothquant, suppress_outliers
-from .subgraphs import Subgraph, backwards, forwards, norm_subgraphs
+from .subgraphs import Subgraph, backwards, forwards, norm_subgraphs, shifted_subgraphs
 
 SEARCHED_OUTPUTS = 4096
 
 
-SMOOTHINGS: dict[str, tuple[Callable[[Decoder], tuple[Subgraph, ...]], Callable[[Site, Search], None]]] = {
+SMOOTHINGS: dict[str, tuple[Callable[[Decoder, int], tuple[Subgraph, ...]], Callable[[Site, Search], None]]] = {
     "m1": (norm_subgraphs, smoothquant),
-    "m2": (norm_subgraphs, suppress_outliers),
+    "m2": (shifted_subgraphs, suppress_outliers),
     "m3": (forwards, awq),
     "m4": (backwards, smoothquant),
     "m6": (forwards, flex_smooth),
@@ -71,7 +71,7 @@ def _site(
     chosen = [name for name in consumers if name in quantized]
     if not chosen:
         return None
-    seen = next((inputs[name] for name in chosen if name in inputs), None)
+    seen = next((inputs[name] for name in [subgraph.router or chosen[0], *chosen] if name in inputs), None)
     if seen is None:
         raise OctavoError(f"{chosen[0]}: calibration saw no inputs of it")
     if not bool((seen.low.isfinite() & seen.high.isfinite()).all()):
@@ -114,16 +114,18 @@ def smooth_layer(
     error: OutputError,
     decoder: Decoder,
     stored: Callable[[str], torch.dtype] | None = None,
+    experts: int = 0,
 ) -> dict[Subgraph, Smoothing]:
     """Move outliers of the inputs of a decoder layer's linears into weights, in place; the layer computes what it did.
 
     Args:
         layer: a decoder layer, in float.
         inputs: of its linears, by name within the layer, on its device. Those of q, k and v are the same, and of gate
-            and up; of those that share inputs, one that will be quantized is enough.
+            and up; of those that share inputs, one that will be quantized is enough. Of experts, a scale of what all
+            are given is made by the inputs of their router.
         method: one of `SMOOTHINGS`: "m1" SmoothQuant, before attention and MLP only; "m2" Outlier Suppression+, there
-            too; "m3" AWQ; "m4" SmoothQuant's formula everywhere; "m6" likewise with the exponents of least error. What
-            "m2", "m3" and "m6" do not better, they leave as it is.
+            too, but not before experts; "m3" AWQ; "m4" SmoothQuant's formula everywhere; "m6" likewise with the
+            exponents of least error. What "m2", "m3" and "m6" do not better, they leave as it is.
         quantized: names within the layer of the linears that will be quantized. Others are rewritten where they share
             an input with these, and count for nothing.
         error: from a weight `[N, K]` in float32, inputs, and the exact output `[R, N]`, the squared error of the output
@@ -131,6 +133,7 @@ def smooth_layer(
         decoder: what the layer's modules are. With "m2" its norms may have a bias then (see `add_norm_bias`), and their
             linears too.
         stored: of a parameter's name within the layer, the dtype that it will be stored in; None is that which it has.
+        experts: that the layer has in the place of its MLP, as `ExpertList`, see `Decoder.experts_in`.
 
     Returns:
         What was rewritten, and how, in order.
@@ -142,7 +145,7 @@ def smooth_layer(
         raise OctavoError(f"{named('anti_method')} {method}: is none of {', '.join(SMOOTHINGS)}")
     subgraphs, choose = SMOOTHINGS[method]
     done = {}
-    for subgraph in subgraphs(decoder):
+    for subgraph in subgraphs(decoder, experts):
         site = _site(layer, decoder, subgraph, inputs, quantized, stored)
         if site is None:
             continue

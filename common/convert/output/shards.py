@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -89,6 +89,21 @@ class TensorFiles:
             for name, entry in entries.items():
                 header = TensorHeader(entry["dtype"], tuple(entry["shape"]))
                 self.placed[name] = Placed(file, 8 + length + entry["data_offsets"][0], header)
+
+    def cut(self, name: str, parts: list[str]) -> None:
+        """Know a tensor `[E, N, K]` as matrices `[N E / P, K]` of P names, which lie in it one behind the other.
+
+        One that is not there, or is of another shape, stays as it is.
+        """
+        shape = self.placed[name].header.shape if name in self.placed else ()
+        if len(shape) != 3 or 0 in shape or len(parts) % shape[0] or shape[0] * shape[1] % len(parts):
+            return
+        merged = self.placed.pop(name)
+        rows = shape[0] * shape[1] // len(parts)
+        header = TensorHeader(merged.header.dtype, (rows, shape[2]))
+        for part in parts:
+            self.placed[part] = Placed(merged.file, merged.offset, header)
+            merged = replace(merged, offset=merged.offset + rows * self.placed[part].row_bytes)
 
     def rows(self, name: str, first: int, last: int) -> torch.Tensor:
         """Rows `first` to `last` (not included) of a tensor of at least one dimension, in its own dtype."""

@@ -17,7 +17,8 @@ from transformers.utils import logging
 
 from ...architecture import Architecture
 from ...errors import OctavoError, first_line
-from ...runtime.decoder import Decoder, capped_logits, check_anatomy, state_decoder, stated_decoder
+from ...runtime.decoder import Decoder, capped_logits, check_anatomy, list_experts, state_decoder, stated_decoder
+from ...runtime.experts import ExpertList, list_layer_experts
 from ..output.shards import TensorFiles
 from ..spelling import named
 
@@ -113,8 +114,18 @@ class LayerwiseModel:
             state_decoder(model, architecture.decoder)
             check_anatomy(model, architecture.decoder, f"models/{architecture.name}")
             self._check_embedding(model, architecture.decoder)
+            with torch.device("meta"):
+                list_experts(model)
             self.model = with_real_rotary(model, self.device)
-        except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        except (
+            ValueError,
+            RuntimeError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            AssertionError,
+            ZeroDivisionError,
+        ) as error:
             raise OctavoError(f"{self._where}: cannot be loaded ({first_line(error)})") from None
         finally:
             logging.set_verbosity(verbosity)
@@ -123,6 +134,7 @@ class LayerwiseModel:
         self.layers = self.decoder.get_submodule(self.facts.layers)
         self.layers_name = self._outer_name(self.facts.layers)
         self.tied: dict[str, str] = {}
+        self._cut_merged_experts()
         self._file_names = self._matched()
 
     def _check_embedding(self, model: nn.Module, decoder: Decoder) -> None:
@@ -136,6 +148,28 @@ class LayerwiseModel:
     def _outer_name(self, name: str) -> str:
         """Name in the model of a module of its decoder."""
         return f"{self.model.base_model_prefix}.{name}"
+
+    def experts_in(self, index: int) -> int:
+        """How many experts a decoder layer has in the place of its MLP."""
+        return self.facts.experts_in(self.config, index)
+
+    def experts_of(self, layer: nn.Module, index: int) -> ExpertList | None:
+        """The experts of a decoder layer that is in memory; None if it has none."""
+        return layer.get_submodule(self.facts.experts.name) if self.experts_in(index) else None
+
+    def expert_name(self, index: int, number: int) -> str:
+        """Name of an expert, with that of its layer before it."""
+        return f"{self.layer_name(index)}.{self.facts.experts.name}.{number}"
+
+    def _cut_merged_experts(self) -> None:
+        """Know by their names the linears of experts that a save merged into one tensor, as transformers holds them."""
+        for index in range(len(self)):
+            count, facts = self.experts_in(index), self.facts.experts
+            layer = self.layer_name(index)
+            for name in (layer, layer.removeprefix(f"{self.model.base_model_prefix}.")) if count else ():
+                for parameter, parts in facts.merged.items():
+                    linears = [facts.part(expert, part) for expert in range(count) for part in parts]
+                    self.files.cut(f"{name}.{facts.name}.{parameter}", [f"{name}.{part}.weight" for part in linears])
 
     def _stored_names(self) -> dict[str, str]:
         """The name in the files of each tensor of the model, as it is or without the model's prefix."""
@@ -245,6 +279,8 @@ class LayerwiseModel:
         empty = self.layers[index]
         with torch.device("meta"):
             fresh = type(empty)(self.config, index)
+            if self.experts_in(index):
+                list_layer_experts(fresh, self.facts.experts)
         self.layers[index] = self._filled(fresh.eval(), self.layer_name(index))
         try:
             yield fresh

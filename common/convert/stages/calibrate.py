@@ -20,14 +20,19 @@ from ..state import ConversionState, LayerWork
 
 def observed(
     stream: Stream, work: LayerWork, linears: list[str], keeps_hessian: bool = False
-) -> tuple[dict[str, LinearInputs], list[torch.Tensor]]:
-    """What the inputs of linears of a layer are like, by name, and what the layer makes of texts, `[1, S, E]` each."""
-    observers = InputObservers({part: work.module.get_submodule(part) for part in linears}, keeps_hessian)
+) -> tuple[dict[str, LinearInputs], list[torch.Tensor], list[int]]:
+    """What the inputs of linears of a layer are like, by name, and what the layer makes of texts, `[1, S, E]` each.
+
+    Experts that no token chose are given those of all; their numbers come third.
+    """
+    modules = {part: work.module.get_submodule(part) for part in linears}
+    observers = InputObservers(modules, keeps_hessian, work.experts)
     try:
         outputs = stream.through(work.module, work.index)
+        unreached = observers.reach_all_experts()
     finally:
         observers.remove()
-    return observers.inputs(), outputs
+    return observers.inputs(), outputs, unreached
 
 
 MOST_CHANGE = 1e-4
@@ -43,7 +48,7 @@ class Calibrate:
     """
 
     def __init__(self, source: LayerwiseModel, plan: Plan) -> None:
-        self._model, self._keeps_hessian = source.model, plan.needs_hessian
+        self._model, self._facts, self._plan = source.model, source.facts, plan
 
     def _check_rewritten(self, work: LayerWork, outputs: list[torch.Tensor]) -> None:
         if work.expected is not None and not relative_error([work.expected], outputs[:1]) < MOST_CHANGE:
@@ -52,6 +57,11 @@ class Calibrate:
                 "built as its architecture states; leave the treatment out"
             )
 
+    def _note_unreached(self, work: LayerWork, state: ConversionState, numbers: list[int]) -> None:
+        names = [f"{self._facts.experts.name}.{number}" for number in numbers] if self._plan.uses_inputs else []
+        is_quantized = [any(part.startswith(f"{name}.") for part in work.quantized) for name in names]
+        state.unreached += [f"{work.name}.{name}" for name, matters in zip(names, is_quantized, strict=True) if matters]
+
     def __call__(self, work: LayerWork, state: ConversionState) -> None:
         attentions = [attention_modules(self._model)[work.index]]
         attention = attentions[0][1]
@@ -59,11 +69,13 @@ class Calibrate:
             if state.for_scales is not None:
                 state.for_scales.hidden = state.for_scales.through(work.module, work.index)
                 found = attention_tensors(attention)
-            work.inputs, outputs = observed(state.calibration, work, work.quantized, self._keeps_hessian)
+            needs_hessian = self._plan.needs_hessian
+            work.inputs, outputs, unreached = observed(state.calibration, work, work.quantized, needs_hessian)
             if state.for_scales is None:
                 found = attention_tensors(attention)
         self._check_rewritten(work, outputs)
         state.calibration.hidden = outputs
+        self._note_unreached(work, state, unreached)
         found |= input_tensors({f"{work.name}.{part}": seen for part, seen in work.inputs.items()})
         Statistics(found, {}).check_finite()
         state.statistics |= {name: tensor for name, tensor in found.items() if name not in state.statistics}

@@ -37,7 +37,9 @@ class Smooth:
         if not method or not work.quantized:
             return
         every = [part for part, module in work.module.named_modules() if isinstance(module, nn.Linear)]
-        found, outputs = observed(state.calibration, work, every)
+        if work.experts is not None:
+            every.append(self._source.facts.experts.router)
+        found, outputs, _ = observed(state.calibration, work, every)
         work.expected = outputs[0]
         smaller = {id(inputs): inputs.thinned(SEARCH_ROWS) for inputs in found.values()}
         found = {part: smaller[id(inputs)] for part, inputs in found.items()}
@@ -45,5 +47,5 @@ class Smooth:
         def stored(name: str) -> torch.dtype:
             return SAFETENSORS_DTYPES[self._source.source_dtype(f"{work.name}.{name}")]
 
-        error = error_of(self._plan)
-        smooth_layer(work.module, found, method, work.quantized, error, self._source.facts, stored)
+        error, experts = error_of(self._plan), len(work.experts or ())
+        smooth_layer(work.module, found, method, work.quantized, error, self._source.facts, stored, experts)

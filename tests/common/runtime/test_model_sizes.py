@@ -6,12 +6,12 @@ import pytest
 
 from octavo.common.errors import OctavoError
 from octavo.common.runtime.cache.quantized_cache import QuantizedCache
-from octavo.common.runtime.model_sizes import MOST_LAYERS, SIZES, check_sizes, check_sizes_stored, check_stated
+from octavo.common.runtime.model_sizes import COUNTS, MOST_LAYERS, SIZES, check_sizes, check_sizes_stored, check_stated
 
 from ...support import tiny_config
 
 
-@pytest.mark.parametrize("name", [*SIZES, "num_hidden_layers", "max_position_embeddings"])
+@pytest.mark.parametrize("name", [*SIZES, *COUNTS, "num_hidden_layers", "max_position_embeddings"])
 @pytest.mark.parametrize("value", [0, -1, 10**18, 2.0, "3", True, [4], float("nan")], ids=str)
 def test_no_model_has_such_a_size(name: str, value: Any) -> None:
     with pytest.raises(OctavoError, match=f"^here: {name} "):

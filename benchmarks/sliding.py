@@ -28,7 +28,7 @@ MODELS = {
 def keeps_all(config: PreTrainedConfig) -> PreTrainedConfig:
     """The config of the same model without windows."""
     config = copy.deepcopy(config)
-    config.sliding_window, config.layer_types = None, None
+    config.sliding_window = None
     return config
 
 

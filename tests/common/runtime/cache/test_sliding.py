@@ -80,7 +80,7 @@ def statistics(name: str) -> Statistics:
 def keeps_all(config: transformers.PreTrainedConfig) -> transformers.PreTrainedConfig:
     """The config of a cache that forgets nothing."""
     config = copy.deepcopy(config)
-    config.sliding_window, config.layer_types = None, None
+    config.sliding_window = None
     return config
 
 

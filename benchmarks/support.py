@@ -25,6 +25,8 @@ def anatomy(decoder: Decoder) -> str:
         "scaled embeddings": decoder.embedding_scale is not None,
         "RoPE on a part of a head": decoder.is_partly_rotated,
         "layers without RoPE": decoder.skips_rotation,
+        "capped logits": decoder.caps_logits,
+        "experts, each quantized on its own, and routers in float": decoder.experts is not None,
     }
     return ", ".join(words for words, is_so in marks.items() if is_so)
 

@@ -1,169 +1,36 @@
 """Outlier treatment: exact in float, better in int8, and norms with a bias."""
 
 import copy
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    SmolLM3Config,
-    SmolLM3ForCausalLM,
-)
 
 from octavo.common.architecture import architecture_of
-from octavo.common.convert.outliers.search import OutputError, Smoothing
-from octavo.common.convert.outliers.smooth import SMOOTHINGS, smooth_layer
-from octavo.common.convert.outliers.subgraphs import Subgraph, forwards, norm_subgraphs
+from octavo.common.convert.outliers.smooth import SMOOTHINGS
+from octavo.common.convert.outliers.subgraphs import Subgraph
 from octavo.common.errors import OctavoError
-from octavo.common.runtime.decoder import Decoder
-from octavo.common.runtime.norm_bias import ShiftedNorm, add_norm_bias
 from octavo.common.runtime.schemes.linear_scheme import LinearInputs
 from octavo.models.llama3 import ARCHITECTURE as LLAMA
 
 from ....metrics import relative_rmse
-from ....support import random_ids, randomized, tiny_config, tiny_llama
+from ....support import tiny_llama
 from ....tolerances import TOLERANCES
+from .layers import (
+    IDS,
+    KINDS,
+    LINEARS,
+    QKV,
+    int8_error,
+    layer_inputs,
+    seen,
+    smooth,
+    smoothed,
+    total_error,
+    with_outliers,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def linears_of(decoder: Decoder) -> tuple[str, ...]:
-    """The linears of a layer whose inputs are treated."""
-    return tuple(dict.fromkeys(name for subgraph in forwards(decoder) for name in subgraph.consumers))
-
-
-LINEARS = linears_of(LLAMA.decoder)
-QKV = LINEARS[:3]
-IDS = random_ids(2, 24)
-LOUD = (3, 17, 40)
-"""Channels that are made outliers, of those of every producer."""
-
-
-def of_kind(config: type, model: type, **changes: Any) -> Callable[[], PreTrainedModel]:
-    """A maker of a random model of two layers, 4 query heads on 2 KV heads of width 16."""
-
-    def make() -> PreTrainedModel:
-        torch.manual_seed(0)
-        known = tiny_config(num_hidden_layers=2).to_dict()
-        fields = {name: value for name, value in known.items() if name not in ("model_type", "architectures")}
-        return randomized(model(config(**{**fields, **changes})))
-
-    return make
-
-
-KINDS = {
-    "llama": of_kind(LlamaConfig, LlamaForCausalLM),
-    "llama with biases": of_kind(LlamaConfig, LlamaForCausalLM, attention_bias=True, mlp_bias=True),
-    "llama with a KV head per head": of_kind(LlamaConfig, LlamaForCausalLM, num_key_value_heads=4),
-    "mistral": of_kind(MistralConfig, MistralForCausalLM),
-    "qwen2": of_kind(Qwen2Config, Qwen2ForCausalLM),
-    "qwen3": of_kind(Qwen3Config, Qwen3ForCausalLM),
-    "phi3": of_kind(
-        Phi3Config, Phi3ForCausalLM, rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5}
-    ),
-    "smollm3": of_kind(SmolLM3Config, SmolLM3ForCausalLM, no_rope_layers=[1, 0], attention_bias=True),
-}
-
-
-@torch.no_grad()
-def with_outliers(model: PreTrainedModel, gain: float = 40.0) -> PreTrainedModel:
-    """The same function, where some channels of every input are loud, and those of norms off their middle too."""
-    decoder = architecture_of(model.config).decoder
-    for layer in model.model.layers:
-        for subgraph in forwards(decoder):
-            producer = layer.get_submodule(subgraph.producer)
-            loud, offset = torch.tensor(LOUD), decoder.norm_offset if subgraph.is_norm else 0.0
-            if subgraph.by_heads:
-                loud = loud[:2]
-            if subgraph.part:
-                loud += len(producer.weight) - (32 if subgraph.by_heads else len(producer.weight) // 2)
-            producer.weight[loud] = (producer.weight[loud] + offset) * gain - offset
-            if not subgraph.by_heads:
-                for name in subgraph.consumers:
-                    layer.get_submodule(name).weight[:, list(LOUD)] /= gain
-    return model
-
-
-def seen(x: torch.Tensor) -> LinearInputs:
-    """What calibration would know of `[..., K]`."""
-    rows = x.detach().float().flatten(0, -2)
-    magnitude, square = rows.abs().mean(dim=0), rows.square().mean(dim=0)
-    return LinearInputs(rows.amin(dim=0), rows.amax(dim=0), magnitude, square, rows)
-
-
-@torch.no_grad()
-def layer_inputs(model: PreTrainedModel) -> list[dict[str, LinearInputs]]:
-    """The inputs of all linears of each layer; those given the same tensor have the same object."""
-    found: list[dict[str, LinearInputs]] = [{} for _ in model.model.layers]
-    linears = linears_of(architecture_of(model.config).decoder)
-    last: list[Any] = [None, None]
-
-    def see(layer: int, name: str, x: torch.Tensor) -> None:
-        if x is not last[0]:
-            last[:] = x, seen(x)
-        found[layer][name] = last[1]
-
-    hooks = [
-        layer.get_submodule(name).register_forward_pre_hook(lambda _, args, n=number, name=name: see(n, name, args[0]))
-        for number, layer in enumerate(model.model.layers)
-        for name in linears
-    ]
-    model(IDS)
-    for hook in hooks:
-        hook.remove()
-    return found
-
-
-def int8_error(weight: torch.Tensor, inputs: LinearInputs, exact: torch.Tensor) -> torch.Tensor:
-    """Of a linear with a scale per output channel of the weight, and a scale and a zero point of the whole input."""
-    low, high = inputs.low.amin().clamp_max(0), inputs.high.amax().clamp_min(0)
-    step = ((high - low) / 255).clamp_min(1e-12)
-    zero = (-low / step).round()
-    rows = (((inputs.rows / step).round() + zero).clamp(0, 255) - zero) * step
-    steps = (weight.abs().amax(dim=1, keepdim=True) / 127).clamp_min(1e-12)
-    return (rows @ ((weight / steps).round() * steps).T - exact).square().sum()
-
-
-Rewritten = dict[Subgraph, Smoothing]
-
-
-def smooth(
-    layer: nn.Module,
-    inputs: dict[str, LinearInputs],
-    method: str,
-    quantized: tuple[str, ...],
-    error: OutputError,
-    decoder: Decoder = LLAMA.decoder,
-) -> Rewritten:
-    return smooth_layer(layer, inputs, method, quantized, error, decoder)
-
-
-def smoothed(model: PreTrainedModel, method: str, quantized: tuple[str, ...] = ()) -> list[Rewritten]:
-    """Smooth every layer by what is seen before; all linears are to be quantized if none are named."""
-    layers = zip(model.model.layers, layer_inputs(model), strict=True)
-    decoder = architecture_of(model.config).decoder
-    quantized = quantized or linears_of(decoder)
-    return [smooth(layer, inputs, method, quantized, int8_error, decoder) for layer, inputs in layers]
-
-
-def total_error(layer: nn.Module, inputs: dict[str, LinearInputs], names: tuple[str, ...]) -> float:
-    """The squared error of some linears of a layer."""
-    weights = {name: layer.get_submodule(name).weight.detach().float() for name in names}
-    return sum(float(int8_error(w, inputs[name], inputs[name].rows @ w.T)) for name, w in weights.items())
 
 
 def unscaled(rewrite: Subgraph) -> tuple[str, ...]:
@@ -414,65 +281,3 @@ def test_refusals() -> None:
     del layer.mlp.up_proj
     with pytest.raises(OctavoError, match=r"mlp\.up_proj: LlamaDecoderLayer has no such module"):
         smooth(layer, {}, "m4", LINEARS, int8_error)
-
-
-def shifted() -> tuple[PreTrainedModel, torch.Tensor]:
-    """A model after "m2", and the logits from before."""
-    model = with_outliers(tiny_llama())
-    with torch.no_grad():
-        expected = model(IDS).logits
-    smoothed(model, "m2")
-    return model, expected
-
-
-class ShiftedLlama(LlamaForCausalLM):
-    """A Llama whose norms before attention and MLP, and their linears, have biases."""
-
-    def __init__(self, config: LlamaConfig) -> None:
-        super().__init__(config)
-        for layer in self.model.layers:
-            for subgraph in norm_subgraphs(LLAMA.decoder):
-                norm = layer.get_submodule(subgraph.producer)
-                add_norm_bias(norm, torch.empty_like(norm.weight))
-                for name in subgraph.consumers:
-                    linear = layer.get_submodule(name)
-                    linear.bias = nn.Parameter(torch.empty_like(linear.weight[:, 0]))
-
-
-@torch.no_grad()
-def test_norm_biases_are_loaded(tmp_path: Path) -> None:
-    model, expected = shifted()
-    state = model.state_dict()
-    assert {"model.layers.0.input_layernorm.bias", "model.layers.2.post_attention_layernorm.bias"} <= state.keys()
-    with torch.device("meta"):
-        empty = ShiftedLlama(model.config)
-    assert empty.model.layers[0].input_layernorm.bias.is_meta
-    empty.load_state_dict(state, assign=True)
-    assert torch.equal(empty.model.layers[1].input_layernorm.bias, model.model.layers[1].input_layernorm.bias)
-    model.save_pretrained(tmp_path)
-    loaded = ShiftedLlama.from_pretrained(tmp_path)
-    torch.testing.assert_close(loaded(IDS).logits, expected, rtol=0, atol=TOLERANCES["logits"] * float(expected.std()))
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@torch.no_grad()
-def test_norm_biases_change_their_dtype(dtype: torch.dtype) -> None:
-    model, expected = shifted()
-    norm = model.to(dtype).model.layers[0].input_layernorm
-    assert norm.bias.dtype == norm(torch.ones(1, 64, dtype=dtype)).dtype == dtype
-    assert relative_rmse(model(IDS).logits.float(), expected) < 0.1
-
-
-@torch.no_grad()
-def test_a_norm_and_its_bias() -> None:
-    norms = [copy.deepcopy(tiny_llama().model.norm) for _ in range(2)]
-    x, bias = torch.randn(2, 3, 64), torch.randn(64)
-    plain = norms[0](x)
-    for norm in norms:
-        add_norm_bias(norm, bias)
-    assert isinstance(norms[0], ShiftedNorm) and type(norms[0]) is type(norms[1])
-    assert type(norms[0]).__name__ == "ShiftedLlamaRMSNorm" and list(norms[0].state_dict()) == ["weight", "bias"]
-    assert torch.equal(norms[0](x), plain + bias)
-    assert torch.equal(copy.deepcopy(norms[0])(x), plain + bias)
-    add_norm_bias(norms[0], 2 * bias)
-    assert torch.equal(norms[0](x), plain + 2 * bias)

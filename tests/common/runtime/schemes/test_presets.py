@@ -5,95 +5,28 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from octavo.common.convert.calibration.codebooks import fit_codebooks
-from octavo.common.convert.calibration.observe import calibrate
 from octavo.common.errors import OctavoError
 from octavo.common.runtime.attention import quantized_attention
 from octavo.common.runtime.cache.quantized_cache import QuantizedCache
 from octavo.common.runtime.cache.segment_store import SegmentStore
 from octavo.common.runtime.cache.sizes import kv_bits_per_element
 from octavo.common.runtime.schemes.kv_scheme import CROP_ROOM, PRESETS, Scheme, load_scheme
-from octavo.common.runtime.static_scales import Statistics, scales_of
-from octavo.common.stock_model import prepare
 
-from ....metrics import rmse_in_std
-from ....support import random_ids, randomized, tiny_config, tiny_llama, with_cache
+from ....support import tiny_config
 from ....tolerances import TOLERANCES
+from .models import (
+    CHUNKS,
+    GROUPS,
+    HEADS,
+    LAYERS,
+    SIZES,
+    TOKENS,
+    WIDTH,
+    Make,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-TOKENS = 200  # more than a window of 128 and a group of 64
-LAYERS, HEADS, GROUPS, WIDTH = 2, 4, 2, 32
-CHUNKS = (37, 83, 1, 79)
-SIZES = {"num_hidden_layers": LAYERS, "hidden_size": HEADS * WIDTH, "head_dim": WIDTH}
-KINDS = ("llama", "qwen2", "qwen2 folded")
-REPRESENTATIVES = ("float", "int8-token", "llamacpp-q4_1", "vllm-fp8-head", "kivi-2", "kvquant-3", "octavo-4")
-"""One preset of each way to store K and V; the others of the models' tests are marked as slow."""
-SMALL_STEPS = ("float", "ascend-c8", "ascend-fa", "int8-token", "llamacpp-q8_0", "lmdeploy-int8", "octavo-8")
-
-
-def presets(*others: str) -> list[Any]:
-    """All presets but `others`, those that are not representative as slow."""
-    chosen = [name for name in PRESETS if name not in others]
-    return [name if name in REPRESENTATIVES else pytest.param(name, marks=pytest.mark.slow) for name in chosen]
-
-
-def build(kind: str) -> torch.nn.Module:
-    """A tiny model in float32; Qwen2 with biases of k that are large beside its keys."""
-    if kind == "llama":
-        return tiny_llama(**SIZES)
-    settings = {k: v for k, v in tiny_config(**SIZES).to_diff_dict().items() if k not in ("model_type", "head_dim")}
-    torch.manual_seed(0)
-    model = randomized(Qwen2ForCausalLM(Qwen2Config(**settings)))
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.k_proj.bias.normal_(std=5)
-    return model
-
-
-@pytest.fixture(scope="module")
-def found() -> dict[str, Statistics]:
-    """Statistics of each model, codebooks included."""
-    samples = [{"input_ids": random_ids(1, 250, seed=seed)} for seed in (7, 8)]
-    result = {}
-    for kind in ("llama", "qwen2"):
-        model = build(kind)
-        result[kind] = fit_codebooks(model, samples, calibrate(model, [], samples))
-    return {**result, "qwen2 folded": result["qwen2"]}
-
-
-@pytest.fixture(scope="module")
-def readers() -> dict[str, torch.nn.Module]:
-    """Each model, reading codes."""
-    made = {kind: build(kind) for kind in KINDS}
-    for kind, model in made.items():
-        prepare(model) if kind == "qwen2 folded" else model.set_attn_implementation("octavo")
-    return made
-
-
-Make = Callable[..., QuantizedCache]
-
-
-def scheme_for(kind: str, preset: str) -> Scheme:
-    """The preset, with biases in the cache where the model has them there."""
-    scheme = load_scheme(preset)
-    if kind == "qwen2" and scheme.has_codebooks:
-        pytest.skip("codebooks are for K without its bias")
-    return scheme if kind == "llama" else load_scheme({**scheme.to_dict(), "fold_bias": kind == "qwen2 folded"})
-
-
-@pytest.fixture(scope="module")
-def cache(found: dict[str, Statistics], readers: dict[str, torch.nn.Module]) -> Make:
-    """`cache(preset, kind, ...)`: an empty cache."""
-
-    def make(preset: str, kind: str = "llama", **arguments: Any) -> QuantizedCache:
-        scheme = scheme_for(kind, preset)
-        scales = scales_of(scheme, found[kind]) if scheme.is_static else None
-        return QuantizedCache(readers[kind].config, scheme, scales=scales, **arguments)
-
-    return make
 
 
 def states(tokens: int, batch: int = 1, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -355,100 +288,3 @@ def test_counted_bits_are_what_is_stored(preset: str, tokens: int, cache: Make) 
 def readers_config(used: QuantizedCache) -> Any:
     """The config of the tiny Llama, whose sizes those of the states are."""
     return tiny_config(**SIZES)
-
-
-# On models.
-
-
-@torch.inference_mode()
-def logits(model: torch.nn.Module, ids: torch.Tensor, used: QuantizedCache, *sizes: int, **more: Any) -> torch.Tensor:
-    """Of all tokens, which come in chunks."""
-    parts = ids.split(sizes or (ids.shape[1],), dim=1)
-    return torch.cat([model(part, **with_cache(used), **more).logits for part in parts], dim=1)
-
-
-@pytest.fixture(scope="module")
-def expected() -> dict[str, torch.Tensor]:
-    """Logits of the float models."""
-    with torch.inference_mode():
-        return {kind: build(kind)(random_ids(1, TOKENS)).logits for kind in KINDS}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("preset", presets())
-def test_logits_are_close_to_float_and_do_not_depend_on_chunks(
-    preset: str, kind: str, cache: Make, readers: dict[str, torch.nn.Module], expected: dict[str, torch.Tensor]
-) -> None:
-    ids = random_ids(1, TOKENS)
-    whole = logits(readers[kind], ids, cache(preset, kind))
-    cut = logits(readers[kind], ids, cache(preset, kind), *CHUNKS)
-    assert rmse_in_std(cut, whole) <= 10 * TOLERANCES["logits rmse with codes tipped over"]
-    error = rmse_in_std(whole, expected[kind])
-    if kind != "qwen2":
-        assert error < (0.08 if preset in SMALL_STEPS else 1.2 if preset.endswith("2") else 0.7)
-    assert (error < 1e-4) == (preset == "float")
-
-
-@pytest.mark.parametrize("kind", ["llama", "qwen2 folded"])
-@pytest.mark.parametrize("preset", presets())
-def test_a_left_padded_row_is_as_good_as_the_row_alone(
-    preset: str, kind: str, cache: Make, readers: dict[str, torch.nn.Module], expected: dict[str, torch.Tensor]
-) -> None:
-    """Equal to it where each token has a scale of its own; groups, sinks and slots of tokens are others otherwise."""
-    model, ids, pad = readers[kind], random_ids(1, TOKENS), 21
-    other = random_ids(1, TOKENS + pad, seed=9)
-    both = torch.cat((other, torch.cat((torch.full((1, pad), 2), ids), dim=1)))
-    mask = torch.ones_like(both)
-    mask[1, :pad] = 0
-    positions, scheme = (mask.cumsum(1) - 1).clamp_min(0), load_scheme(preset)
-    padded = {"attention_mask": mask, "position_ids": positions, **with_cache(cache(preset, kind))}
-    if scheme.key is not None and scheme.key.before_rope:
-        with pytest.raises(OctavoError, match="padding at the left"):
-            model(both, **padded)
-        return
-    with torch.inference_mode():
-        together = model(both, **padded).logits
-    alone = logits(model, ids, cache(preset, kind))
-    if not (scheme.is_segmented or scheme.has_codebooks):
-        assert rmse_in_std(together[1:, pad:], alone) <= 10 * TOLERANCES["logits rmse with codes tipped over"]
-    else:
-        own, beside = (rmse_in_std(found, expected[kind]) for found in (alone, together[1:, pad:]))
-        assert beside < 1.7 * own + 0.02
-
-
-def score(model: torch.nn.Module, ids: torch.Tensor, prompt: int, used: QuantizedCache) -> torch.Tensor:
-    """Log-probabilities of what was generated, in one pass over everything, `[B, S - prompt]`."""
-    found = logits(model, ids, used)[:, prompt - 1 : -1].float().log_softmax(dim=-1)
-    return found.gather(-1, ids[:, prompt:, None])[..., 0], found.amax(dim=-1)
-
-
-@pytest.mark.parametrize("kind", ["llama", "qwen2 folded"])
-@pytest.mark.parametrize("preset", presets())
-def test_generation_and_beams_give_what_one_pass_says(
-    preset: str, kind: str, cache: Make, readers: dict[str, torch.nn.Module]
-) -> None:
-    model, ids = readers[kind], random_ids(2, 150)
-    arguments = {"max_new_tokens": 14, "do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
-    greedy = model.generate(ids, **with_cache(cache(preset, kind)), **arguments).sequences
-    chosen, best = score(model, greedy, 150, cache(preset, kind))
-    # Float noise tips a code over now and then, which at 2 bits is a third of the range of its group.
-    assert ((best - chosen) < 2e-2).float().mean() > (0.85 if preset.endswith("2") else 0.999)
-    fixed = model.generate(ids, **with_cache(cache(preset, kind, max_length=170)), **arguments).sequences
-    assert torch.equal(fixed, greedy)
-    beams = {**arguments, "num_beams": 3, "length_penalty": 0.0, "output_scores": True}
-    result = model.generate(ids, **with_cache(cache(preset, kind)), **beams)
-    found = score(model, result.sequences, 150, cache(preset, kind))[0].sum(dim=1)
-    tolerance = 1.0 if preset.endswith("2") else 5e-2
-    torch.testing.assert_close(result.sequences_scores, found, atol=tolerance, rtol=0)
-
-
-@pytest.mark.parametrize("preset", presets("float"))
-def test_folded_biases_leave_less_to_lose(
-    preset: str, cache: Make, readers: dict[str, torch.nn.Module], expected: dict[str, torch.Tensor]
-) -> None:
-    ids = random_ids(1, TOKENS)
-    with_bias, folded = (
-        rmse_in_std(logits(readers[kind], ids, cache(preset, kind)), expected[kind])
-        for kind in ("qwen2", "qwen2 folded")
-    )
-    assert folded < (with_bias if load_scheme(preset).key.granularity != "channel" else 1.3 * with_bias)

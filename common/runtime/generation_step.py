@@ -19,11 +19,12 @@ _STEP = "prepare_inputs_for_generation"
 def _keeping(prepare_inputs: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
     @wraps(prepare_inputs)  # `generate` reads the signature
     def prepared(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        inputs = prepare_inputs(model, *args, **kwargs)
-        given = next((kwargs[name] for name in CACHE_ARGUMENTS if kwargs.get(name) is not None), None)
-        name = cache_argument(model)
+        inputs, name = prepare_inputs(model, *args, **kwargs), cache_argument(model)
+        given = next((kwargs[known] for known in CACHE_ARGUMENTS if kwargs.get(known) is not None), None)
         if hasattr(given, "scheme") and inputs.get(name) is None:
             given.reset()
+            # all tokens: transformers 5.17 drops the cache and still takes the newest alone
+            inputs = prepare_inputs(model, *args, **{**kwargs, name: None, "next_sequence_length": None})
             inputs[name] = given
         return inputs
 

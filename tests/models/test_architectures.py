@@ -16,6 +16,7 @@ from octavo.common.architecture import Architecture
 from octavo.common.convert import api as conversion
 from octavo.common.convert.measure.fidelity import compare
 from octavo.common.convert.pipeline import Conversion
+from octavo.common.runtime.decoder import list_experts, state_decoder
 from octavo.models import gemma3, mistral, phi3, qwen2, qwen3, qwen3_moe, smollm3
 
 from ..support import convert_flags, files_below, random_ids, randomized, save_source, tiny_config
@@ -59,6 +60,20 @@ class Kind:
         fields = tiny_config().to_diff_dict()
         known = {name: value for name, value in fields.items() if name not in ("model_type", "head_dim")}
         return randomized(self.model(self.config(**{**known, **self.changes})))
+
+    def build_double(self) -> torch.nn.Module:
+        """The same in float64, which not every way to compute merged experts serves."""
+        model = self.build().double()
+        if self.architecture.decoder.experts is not None:
+            model.set_experts_implementation("eager")
+        return model
+
+    def build_listed(self) -> torch.nn.Module:
+        """The same with the names of tensors on disk, where each expert lies on its own."""
+        model = self.build()
+        state_decoder(model, self.architecture.decoder)
+        list_experts(model)
+        return model
 
 
 KINDS = {
@@ -175,8 +190,8 @@ def test_logits_are_those_of_a_simulation(name: str, way: str, converted: Conver
     kind, ids = KINDS[name], random_ids(2, 90)
     quantized = kind.architecture.model_class.from_pretrained(converted(name, way), dtype=torch.float64).eval()
     with torch.inference_mode():
-        found, plain = quantized(ids).logits, kind.build().double()(ids).logits
-    wanted = Simulation(kind.build(), quantized).logits(ids)
+        found, plain = quantized(ids).logits, kind.build_double()(ids).logits
+    wanted = Simulation(kind.build_listed(), quantized).logits(ids)
     error, distance = ((x - wanted).square().mean().sqrt() / wanted.std() for x in (found, plain))
     # A wrong scale, channel or layer is as far off as quantization itself.
     assert error < min(0.3 * distance, TOLERANCES["simulation rmse float64"]), (error, distance)

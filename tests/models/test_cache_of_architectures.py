@@ -31,7 +31,7 @@ Cached = tuple[torch.nn.Module, Callable[[], QuantizedCache]]
 
 def two_lines(name: str) -> torch.nn.Module:
     """A stock model that reads codes."""
-    return prepare(KINDS[name].build().double())
+    return prepare(KINDS[name].build_double())
 
 
 @cache
@@ -45,7 +45,7 @@ def cached(name: str, scheme: str) -> Cached:
     config = type(stock.config)(**{**stock.config.to_dict(), "octavo": {"scheme": scheme}})
     model = KINDS[name].architecture.model_class(config).double()
     stored = scale_tensors(attention_modules(model), load_scheme(scheme), scales)
-    model.load_state_dict({**stock.state_dict(), **stored})
+    model.load_state_dict({**KINDS[name].build_listed().state_dict(), **stored})
     return model.eval(), model.new_cache
 
 
@@ -62,7 +62,7 @@ def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("name", KINDS)
 def test_a_cache_of_floats_changes_nothing(name: str, padded: bool) -> None:
-    stock, ids = KINDS[name].build().double(), random_ids(2, 40)
+    stock, ids = KINDS[name].build_double(), random_ids(2, 40)
     mask = torch.ones_like(ids)
     if padded:
         mask[1, :17] = 0
@@ -134,7 +134,7 @@ def test_rows_padded_at_the_left_are_as_alone(name: str, scheme: str) -> None:
 @pytest.mark.parametrize("scheme", ["int8-token", "octavo-4"])
 @pytest.mark.parametrize("name", KINDS)
 def test_fidelity(name: str, scheme: str) -> None:
-    stock, (model, new_cache) = KINDS[name].build().double(), cached(name, scheme)
+    stock, (model, new_cache) = KINDS[name].build_double(), cached(name, scheme)
     samples = [random_ids(1, TOKENS, seed=seed) for seed in range(3)]
     found = compare(lambda ids: stock(ids).logits, lambda ids: logits(model, new_cache(), ids), samples)
     print(found)

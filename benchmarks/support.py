@@ -22,9 +22,10 @@ def anatomy(decoder: Decoder) -> str:
         "norms of q and k": heads,
         f"{2 + len(decoder.output_norms)} norms a layer": bool(decoder.output_norms),
         "norms that multiply by 1 + w": decoder.norm_offset == 1.0,
-        "scaled embeddings": decoder.embedding_scale is not None,
+        "scaled embeddings": decoder.embedding_scale is not None or decoder.states_scale is not None,
         "RoPE on a part of a head": decoder.is_partly_rotated,
         "layers without RoPE": decoder.skips_rotation,
+        "divided logits": decoder.logits_divisor is not None,
         "capped logits": decoder.caps_logits,
         "experts, each quantized on its own, and routers in float": decoder.experts is not None,
     }

@@ -99,6 +99,8 @@ class Decoder:
         output_norms: norms of what attention and MLP add to the states.
         norm_offset: what every norm adds to its weight: 1 where it multiplies by `1 + w`.
         embedding_scale: from a config, the factor that the embedding multiplies its rows by; None where it has none.
+        states_scale: from a config, the factor that the decoder itself multiplies embeddings by; None where by none.
+        logits_divisor: from a config, what the model divides the outputs of the last linear by; None where by nothing.
         skips_rotation: whether the config's `no_rope_layers` counts: RoPE turns q and k of some layers only.
         is_partly_rotated: whether the config's `partial_rotary_factor` counts: RoPE turns the first channels of a head
             alone. Of those that it turns, channel d is paired with the one half of them further.
@@ -117,6 +119,8 @@ class Decoder:
     output_norms: tuple[str, ...] = ()
     norm_offset: float = 0.0
     embedding_scale: Callable[[Any], float] | None = None
+    states_scale: Callable[[Any], float] | None = None
+    logits_divisor: Callable[[Any], float] | None = None
     experts: ExpertsFacts | None = None
     skips_rotation: bool = False
     is_partly_rotated: bool = False
@@ -263,8 +267,16 @@ def _cap_fault(config: Any, decoder: Decoder) -> str | None:
     return None
 
 
+def scaled_states(decoder: Decoder, config: Any, embedded: torch.Tensor) -> torch.Tensor:
+    """What the first layer is given of embeddings of any shape."""
+    return embedded if decoder.states_scale is None else embedded * decoder.states_scale(config)
+
+
 def capped_logits(decoder: Decoder, config: Any, logits: torch.Tensor) -> torch.Tensor:
-    """`c tanh(x / c)` of what the last linear makes, of any shape, where the config states a c."""
+    """What the model makes of the outputs of its last linear, of any shape: it divides by a divisor that is stated,
+    and takes `c tanh(x / c)` where the config states a c."""
+    if decoder.logits_divisor is not None:
+        logits = logits / decoder.logits_divisor(config)
     cap = getattr(config, "final_logit_softcapping", None) if decoder.caps_logits else None
     return logits if cap is None else (logits / cap).tanh() * cap
 

@@ -14,10 +14,12 @@ import transformers
 
 from octavo.common.architecture import Architecture
 from octavo.common.convert import api as conversion
+from octavo.common.convert.calibration.streams import Stream
 from octavo.common.convert.measure.fidelity import compare
 from octavo.common.convert.pipeline import Conversion
+from octavo.common.convert.source.checkpoint import layerwise_source
 from octavo.common.runtime.decoder import list_experts, state_decoder
-from octavo.models import gemma3, mistral, phi3, qwen2, qwen3, qwen3_moe, smollm3
+from octavo.models import gemma3, granite, mistral, phi3, qwen2, qwen3, qwen3_moe, smollm3
 
 from ..support import convert_flags, files_below, random_ids, randomized, save_source, tiny_config
 from ..tolerances import TOLERANCES
@@ -88,6 +90,17 @@ KINDS = {
             "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
             "query_pre_attn_scalar": 100,
             "rope_parameters": None,
+        },
+    ),
+    "granite": Kind(
+        granite.ARCHITECTURE,
+        transformers.GraniteConfig,
+        transformers.GraniteForCausalLM,
+        {
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.1,
+            "logits_scaling": 8.0,
         },
     ),
     "qwen2": Kind(
@@ -206,6 +219,21 @@ def test_logits_stay_close_to_the_float_model(name: str, way: str, converted: Co
         expected = kind.build()(ids).logits
         error = (quantized(ids).logits - expected).square().mean().sqrt() / expected.std()
     assert error < TOLERANCES["rmse of a tiny model, " + ("C8" if way == "float linears" else "W8A8")]
+
+
+@pytest.mark.parametrize("name", KINDS)
+@torch.no_grad()
+def test_a_conversion_sees_the_states_and_logits_of_the_float_model(name: str, tmp_path: Path) -> None:
+    native, ids = KINDS[name].build().eval(), random_ids(1, 40)
+    source = layerwise_source(save_source(tmp_path / "source", native), "cpu")
+    stream = Stream.of(source, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}])
+    expected = native(ids, output_hidden_states=True)
+    for index, states in enumerate(expected.hidden_states[:-1]):
+        assert torch.allclose(stream.hidden[0], states, rtol=1e-4, atol=1e-4), index
+        with source.layer(index) as layer:
+            stream.hidden = stream.through(layer, index)
+    found = source.logits(source.final_norm()(stream.hidden[0])[0], source.tensor("lm_head.weight"))
+    assert torch.allclose(found, expected.logits[0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", KINDS)

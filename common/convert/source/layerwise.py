@@ -17,8 +17,16 @@ from transformers.utils import logging
 
 from ...architecture import Architecture
 from ...errors import OctavoError, first_line
-from ...runtime.decoder import Decoder, capped_logits, check_anatomy, list_experts, state_decoder, stated_decoder
-from ...runtime.experts import ExpertList, list_layer_experts
+from ...runtime.decoder import (
+    Decoder,
+    capped_logits,
+    check_anatomy,
+    list_experts,
+    scaled_states,
+    state_decoder,
+    stated_decoder,
+)
+from ...runtime.experts import PROBE_TOLERANCE, ExpertList, list_layer_experts
 from ..output.shards import TensorFiles
 from ..spelling import named
 
@@ -34,7 +42,7 @@ class _Recorder(nn.Module):
     """Stands in for a decoder layer, and keeps what it is called with."""
 
     def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
-        self.arguments = arguments
+        self.arguments, self.hidden = arguments, hidden_states
         return hidden_states
 
 
@@ -57,6 +65,35 @@ def layer_arguments(model: nn.Module, hidden: torch.Tensor, **arguments: Any) ->
         decoder.set_submodule(facts.layers, layers)
         decoder.set_submodule(facts.norm, norm)
     return [recorder.arguments for recorder in recorders]
+
+
+def ends_fault(model: nn.Module, device: torch.device) -> str | None:
+    """What a model computes before its first layer or behind its last linear that is not stated; None if nothing.
+
+    Args:
+        model: a stated causal language model; only its rotary embedding need be in memory.
+        device: that it lies on.
+    """
+    decoder, facts, config = model.base_model, stated_decoder(model), model.config
+    probe = torch.linspace(-3, 3, 2 * config.hidden_size, device=device).view(1, 2, -1)
+    recorders = nn.ModuleList(_Recorder() for _ in decoder.get_submodule(facts.layers))
+    stand_ins = {facts.layers: recorders, facts.norm: nn.Identity()}
+    kept, head = {name: decoder.get_submodule(name) for name in stand_ins}, model.get_submodule(facts.head)
+    try:
+        for name, module in stand_ins.items():
+            decoder.set_submodule(name, module)
+        model.set_submodule(facts.head, nn.Identity())
+        logits = model(inputs_embeds=probe, use_cache=False).logits
+    finally:
+        for name, module in kept.items():
+            decoder.set_submodule(name, module)
+        model.set_submodule(facts.head, head)
+    first = recorders[0].hidden
+    if not torch.allclose(first, scaled_states(facts, config, probe), atol=PROBE_TOLERANCE):
+        return f"{facts.layers}.0: is not given embeddings as they are stated to be (states_scale)"
+    if not torch.allclose(logits, capped_logits(facts, config, first), atol=PROBE_TOLERANCE):
+        return f"{facts.head}: logits are not what it makes, as they are stated to be (logits_divisor, caps_logits)"
+    return None
 
 
 def with_real_rotary(model: nn.Module, device: torch.device) -> nn.Module:
@@ -117,6 +154,7 @@ class LayerwiseModel:
             with torch.device("meta"):
                 list_experts(model)
             self.model = with_real_rotary(model, self.device)
+            self._check_ends()
         except (
             ValueError,
             RuntimeError,
@@ -144,6 +182,12 @@ class LayerwiseModel:
         if is_scaled != (decoder.embedding_scale is not None):
             form = "computes more than a row of its weight" if is_scaled else "multiplies by nothing"
             raise OctavoError(f"{self._where}: {decoder.embedding}: {type(embedding).__name__} {form}, unlike stated")
+
+    def _check_ends(self) -> None:
+        """Raise an `OctavoError` if the model computes more before or behind its layers than is stated."""
+        fault = ends_fault(self.model, self.device)
+        if fault is not None:
+            raise OctavoError(f"{self._where}: {type(self.model).__name__}: {fault}")
 
     def _outer_name(self, name: str) -> str:
         """Name in the model of a module of its decoder."""
@@ -294,7 +338,9 @@ class LayerwiseModel:
             raise OctavoError(f"{self._where}: the tokenizer has more than the {size} tokens that config.json counts")
         name = self._outer_name(f"{self.facts.embedding}.weight")
         found = self.files.gathered(self.file_name(name), ids[0])[None].to(self.device).float()
-        return found if self.facts.embedding_scale is None else found * self.facts.embedding_scale(self.config)
+        if self.facts.embedding_scale is not None:
+            found = found * self.facts.embedding_scale(self.config)
+        return scaled_states(self.facts, self.config, found)
 
     def final_norm(self) -> nn.Module:
         """The norm behind the last layer, in memory."""

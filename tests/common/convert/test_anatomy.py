@@ -51,9 +51,34 @@ def fused_projection(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(modeling_llama.LlamaMLP, "__init__", init)
 
 
+def scaled_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Llama whose decoder multiplies embeddings."""
+    plain = modeling_llama.LlamaModel.forward
+
+    def forward(self: nn.Module, input_ids: torch.Tensor | None = None, **given: object) -> object:
+        embedded = given.pop("inputs_embeds", None)
+        return plain(self, inputs_embeds=2 * (self.embed_tokens(input_ids) if embedded is None else embedded), **given)
+
+    monkeypatch.setattr(modeling_llama.LlamaModel, "forward", forward)
+
+
+def divided_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Llama that divides its logits."""
+    plain = modeling_llama.LlamaForCausalLM.forward
+
+    def forward(self: nn.Module, *args: object, **given: object) -> object:
+        found = plain(self, *args, **given)
+        found.logits = found.logits / 2
+        return found
+
+    monkeypatch.setattr(modeling_llama.LlamaForCausalLM, "forward", forward)
+
+
 CHANGED: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
     "an extra norm": (extra_norm, "layers.0.post_feedforward_layernorm: is there and not stated (in models/llama3)"),
     "(1 + w) norms": (offset_norms, "norm: is not of the form that is stated for norms (in models/llama3)"),
+    "scaled states": (scaled_states, "layers.0: is not given embeddings as they are stated to be"),
+    "divided logits": (divided_logits, "lm_head: logits are not what it makes, as they are stated to be"),
     "a fused projection": (fused_projection, "layers.0.mlp.gate_proj: is stated and not there (in models/llama3)"),
 }
 

@@ -1,0 +1,12 @@
+"""Generate text, or chat, with a converted Granite checkpoint; `--help` lists the flags."""
+
+import sys
+
+try:
+    from octavo.common.generate import main
+    from octavo.models.granite import ARCHITECTURE
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error}; run 'make setup' once and then .venv/bin/python instead of python")
+
+if __name__ == "__main__":
+    sys.exit(main(ARCHITECTURE))

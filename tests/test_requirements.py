@@ -47,3 +47,17 @@ def test_the_floor_of_the_contract_is_that_of_the_project() -> None:
     found = floor_requirements(REPOSITORY / "pyproject.toml")
     assert "transformers==5.17" in found and not any(name.startswith("torch") for name in found)
     assert len(found) == len(PROJECT["dependencies"]) - 1
+
+
+def test_every_package_of_the_tree_is_installed() -> None:
+    settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]
+    roots = [
+        file.parent
+        for root in ("common", "models", "ops", "octavo")
+        for file in REPOSITORY.glob(f"{root}/**/__init__.py")
+    ]
+    found = {folder.relative_to(REPOSITORY).as_posix().replace("/", ".") for folder in roots}
+    wanted = {"octavo" if name == "octavo" else f"octavo.{name}" for name in found}
+    assert set(settings["packages"]) == wanted
+    models = {f"octavo.{name}" for name in found if name.startswith("models.")}
+    assert models <= set(settings["package-dir"])

@@ -232,6 +232,10 @@ def _anatomy_faults(decoder: Decoder, layer: nn.Module, experts: int) -> Iterato
         elif offset != decoder.norm_offset:
             forms = {0.0: "w", 1.0: "1 + w"}
             yield name, f"multiplies by {forms[offset]}, and is stated to multiply by {forms[decoder.norm_offset]}"
+    head_dim = layer.get_submodule(decoder.attention.name).head_dim
+    for name in (decoder.attention.query_norm, decoder.attention.key_norm):
+        if name in found and found[name].weight.numel() != head_dim:
+            yield name, f"norms {found[name].weight.numel()} channels, and is stated to norm the {head_dim} of a head"
     for name in sorted((decoder.attention.modules | decoder.mlp.modules) - set(decoder.norms)):
         if name in found and not isinstance(found[name], nn.Linear):
             yield name, f"is stated as a linear and is a {type(found[name]).__name__}"

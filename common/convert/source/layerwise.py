@@ -155,6 +155,8 @@ class LayerwiseModel:
                 list_experts(model)
             self.model = with_real_rotary(model, self.device)
             self._check_ends()
+        except OctavoError:
+            raise
         except (
             ValueError,
             RuntimeError,
@@ -180,8 +182,12 @@ class LayerwiseModel:
         embedding = model.base_model.get_submodule(decoder.embedding)
         is_scaled = type(embedding).forward is not nn.Embedding.forward
         if is_scaled != (decoder.embedding_scale is not None):
-            form = "computes more than a row of its weight" if is_scaled else "multiplies by nothing"
-            raise OctavoError(f"{self._where}: {decoder.embedding}: {type(embedding).__name__} {form}, unlike stated")
+            form = (
+                "computes more than a row of its weight, and no embedding_scale is stated"
+                if is_scaled
+                else "multiplies by nothing, unlike stated (a factor of the decoder itself is states_scale)"
+            )
+            raise OctavoError(f"{self._where}: {decoder.embedding}: {type(embedding).__name__} {form}")
 
     def _check_ends(self) -> None:
         """Raise an `OctavoError` if the model computes more before or behind its layers than is stated."""

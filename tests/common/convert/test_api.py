@@ -117,7 +117,7 @@ def test_an_architecture_that_does_not_fit_is_refused(source: Path, strange: Pat
         strange, None
     )
     assert "models/qwen2 converts 'qwen2'; give architecture='llama3'" in refused(source, qwen2.ARCHITECTURE)
-    assert refused(source, "llama").startswith("architecture llama: is none of gemma3, llama3, mistral")
+    assert refused(source, "llama").startswith("architecture llama: is none of gemma3, granite, llama3, mistral")
 
 
 @pytest.mark.parametrize(

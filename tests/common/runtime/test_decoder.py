@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from octavo import prepare
@@ -94,6 +94,15 @@ def test_the_two_line_use_checks_the_stock_model_the_same_way(change: str) -> No
     apply(model)
     with pytest.raises(OctavoError, match=message):
         prepare(model)
+
+
+def test_norms_of_q_and_k_are_those_of_a_head() -> None:
+    """OLMo 2 norms all heads at once, by a module of the same name."""
+    settings = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=32, intermediate_size=64, head_dim=16, **settings))
+    assert anatomy_fault(model, QWEN3.decoder) is None
+    model.model.layers[0].self_attn.k_norm = LlamaRMSNorm(32)
+    assert "k_norm: norms 32 channels, and is stated to norm the 16 of a head" in anatomy_fault(model, QWEN3.decoder)
 
 
 def test_a_model_on_the_meta_device_is_checked_too() -> None:

@@ -230,6 +230,14 @@ def test_facts_of_layers_heads_and_sizes(tmp_path: Path) -> None:
     assert facts["weight_bytes"] == sum(4 * tensor.numel() for tensor in make_tensors().values())
 
 
+def test_layers_slide_where_there_is_a_window(tmp_path: Path) -> None:
+    """As the cache has it: without one, layers that are called sliding keep all their tokens."""
+    settings = {"sliding_window": None, "layer_types": ["sliding_attention"] * LAYERS}
+    facts = examine(str(write(tmp_path, make_tensors(), "qwen2", **settings)))["facts"]
+    assert facts["layer_types"] == {"full_attention": LAYERS}
+    assert isinstance(facts["cache_passes_weights_at"]["float16"], int)
+
+
 @pytest.mark.parametrize("full, sliding, expected", [(2, 0, 500), (2, 2, 300), (1, 1, 900), (0, 2, None), (0, 20, 50)])
 def test_length_at_which_the_cache_passes_the_weights(full: int, sliding: int, expected: int | None) -> None:
     assert _passes_at(10_000, 10, full, sliding, window={2: 200}.get(full, 100)) == expected

@@ -28,7 +28,7 @@ PUBLIC = {
     "ConversionReport": "convert.report",
     "ConvertRequest": "convert.request",
     "convert": "convert.api",
-    "diagnose": "doctor.diagnosis",
+    "diagnose": "doctor.report",
 }
 """Public names, and the modules that define them."""
 

@@ -272,7 +272,7 @@ def layer_types(config: Any) -> list[str]:
     return [sliding if window else full if kind in ATTENTIONS else kind for kind, window in found]
 
 
-def diagnose(weights: KeyWeights, config: Any, statistics: Statistics | None) -> Iterator[LayerDiagnosis]:
+def diagnose_layers(weights: KeyWeights, config: Any, statistics: Statistics | None) -> Iterator[LayerDiagnosis]:
     """The diagnoses of all layers of full or sliding attention, one by one."""
     for layer, kind in enumerate(layer_types(config)):
         if kind in ATTENTIONS:

@@ -28,6 +28,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
+from octavo.common.command import aligned
 from octavo.common.convert.calibration.streams import Stream
 from octavo.common.convert.calibration.texts import read_calibration_file, tokenize
 from octavo.common.convert.output.shards import SAFETENSORS_DTYPES, PlannedFiles
@@ -208,9 +209,8 @@ def main() -> int:
     finally:
         if not flags.keep:
             shutil.rmtree(flags.work)
-    widths = [max(len(row[column]) for row in rows) for column in range(2)]
-    for what, figure, is_within in rows:
-        print(f"{what:<{widths[0]}}  {figure:>{widths[1]}}{'' if is_within else '  over the limit'}")
+    for line, (_, _, is_within) in zip(aligned([row[:2] for row in rows], texts=1), rows, strict=True):
+        print(line if is_within else f"{line}  over the limit")
     return int(not all(is_within for _, _, is_within in rows))
 
 

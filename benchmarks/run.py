@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from models import MODEL_CASES
 from octavo import ops
+from octavo.common.command import aligned
 from octavo.common.convert.output.bundle import commit
 
 CASES = {kind: [*OP_CASES[kind], *MODEL_CASES[kind]] for kind in OP_CASES}
@@ -82,14 +83,7 @@ def measure(case: Case, device: torch.device, bandwidth: float, version: str) ->
 
 def print_table(rows: list[Row]) -> None:
     """The columns that a reader compares, aligned."""
-    lines = [PRINTED, *(tuple(row[column] for column in PRINTED) for row in rows)]
-    widths = [max(len(line[index]) for line in lines) for index in range(len(PRINTED))]
-    for line in lines:
-        cells = (
-            text.ljust(width) if index < 3 else text.rjust(width)
-            for index, (text, width) in enumerate(zip(line, widths, strict=True))
-        )
-        print("  ".join(cells).rstrip())
+    print("\n".join(aligned([PRINTED, *(tuple(row[column] for column in PRINTED) for row in rows)], texts=3)))
 
 
 def main() -> int:

@@ -52,6 +52,7 @@ def model_bytes(config: PreTrainedConfig, scheme: str, tokens: int) -> int:
 
 
 def rows(schemes: list[str], tokens: int) -> Iterator[str]:
+    """A line for each model and scheme."""
     for name, config in MODELS.items():
         for scheme in schemes:
             all_kept, kept = (model_bytes(each, scheme, tokens) for each in (keeps_all(config), config))
@@ -63,6 +64,7 @@ def rows(schemes: list[str], tokens: int) -> Iterator[str]:
 
 
 def main() -> None:
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--schemes", nargs="+", default=["float", "int8-token", "octavo-4"])

@@ -1,8 +1,7 @@
 """What all architectures share; the public names, each imported when it is first asked for.
 
 `from octavo import NAME` and `from octavo.common import NAME` give the same objects, but for `convert`, which is the
-package here. Modules go on being found by the
-names that they had in earlier versions.
+package here. Modules go on being found by the names that they had in earlier versions.
 """
 
 import sys
@@ -29,7 +28,7 @@ PUBLIC = {
     "ConversionReport": "convert.report",
     "ConvertRequest": "convert.request",
     "convert": "convert.api",
-    "diagnose": "doctor.diagnosis",
+    "diagnose": "doctor.report",
 }
 """Public names, and the modules that define them."""
 
@@ -81,7 +80,9 @@ class _OldName(Loader):
         """Give the module its lookup."""
 
         def lookup(name: str) -> Any:
-            for target in map(import_module, self._targets):
+            # `inspect` asks every loaded module for `__file__`, also while what is behind is being imported
+            is_special = name.startswith("__")
+            for target in () if is_special else map(import_module, self._targets):
                 if hasattr(target, name):
                     return getattr(target, name)
             raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")

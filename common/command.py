@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from transformers.utils import logging
@@ -39,9 +40,14 @@ def run_script(work: Any, argv: list[str] | None) -> int:
     return 0
 
 
-def aligned(rows: list[list[str]]) -> list[str]:
-    """Rows of a table as lines; all columns but the last are padded."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
-    return [
-        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]) for row in rows
-    ]
+def aligned(rows: Sequence[Sequence[str]], texts: int | None = None) -> list[str]:
+    """Rows of a table as lines.
+
+    Args:
+        rows: of as many cells each.
+        texts: so many columns are texts, which begin below each other, and the others figures, which end so; None: all.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    count = len(widths) if texts is None else texts
+    pads = [str.ljust if index < count else str.rjust for index in range(len(widths))]
+    return ["  ".join(pad(*cell) for pad, *cell in zip(pads, row, widths, strict=True)).rstrip() for row in rows]

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from octavo import ConvertRequest, OctavoError, convert, kv_bytes_per_token, load_scheme
+from octavo.common.command import aligned
 from octavo.common.convert.calibration.texts import default_texts, hold_back, tokenize
 from octavo.common.convert.measure.fidelity import compare
 from octavo.common.convert.output.writer import stage_path
@@ -78,7 +79,7 @@ def main() -> int:
         ("KL(float || quantized), nats per token", "0", f"{fidelity.kl:.4f}"),
         ("tokens per second", f"{plain_speed:.1f}", f"{speed:.1f}"),
     ]
-    print("\n".join(f"{name:<40}{left:>12}{right:>12}" for name, left, right in rows))
+    print("\n".join(aligned(rows, texts=1)))
     print(f"\nSmolLM2-135M-Instruct, W8A8 and int8 KV cache; {fidelity.tokens} held-back tokens of text; ", end="")
     print(f"{torch.get_num_threads()} CPU threads")
     print(f"The quantized model is in {output}; load it anywhere with trust_remote_code=True.")

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..command import aligned
 from ..runtime.schemes.kv_scheme import Scheme
 from ..runtime.schemes.linear_scheme import LinearScheme
 from .measure.costs import Cost
@@ -94,8 +95,7 @@ def _figures(report: ConversionReport) -> list[str]:
     if fidelity is not None:
         rows.append(("perplexity", f"{fidelity.float_perplexity:.3f}", f"{fidelity.perplexity:.3f}"))
         rows.append(("KL(float || quantized), nats per token", "", f"{fidelity.kl:.5f}"))
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    return [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows]
+    return aligned(rows, texts=1)
 
 
 def _conditions(report: ConversionReport) -> list[str]:

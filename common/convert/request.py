@@ -1,5 +1,6 @@
 """What a conversion is asked for."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, field, fields
 from pathlib import Path
@@ -115,10 +116,12 @@ def linear_scheme_of(linear: LinearScheme | str | None) -> LinearScheme | None:
     """A scheme of linears from a name in `LINEAR_NAMES`, of letters of any size, or as it is; None for float.
 
     Raises:
-        OctavoError: there is no such name; the message lists those there are.
+        OctavoError: it is none, or there is no such name; the message lists those there are.
     """
-    if not isinstance(linear, str):
+    if linear is None or isinstance(linear, LinearScheme):
         return linear
+    if not isinstance(linear, str):
+        raise OctavoError(f"linear {linear!r}: is no LinearScheme and none of {', '.join(LINEAR_NAMES)}")
     if linear.lower() not in LINEAR_NAMES:
         raise OctavoError(f"linear {linear}: is none of {', '.join(LINEAR_NAMES)}")
     label = LINEAR_NAMES[linear.lower()]
@@ -154,6 +157,9 @@ def _check_choices(request: ConvertRequest) -> None:
         if getattr(request, name) not in choices:
             listed = ", ".join(choice or '""' for choice in choices)
             raise OctavoError(f"{name} {getattr(request, name)}: is none of {listed}")
+    for name in ("float_head", "trust_remote_code", "resume"):
+        if not isinstance(getattr(request, name), bool):
+            raise OctavoError(f"{name} {getattr(request, name)!r}: is neither True nor False")
     if request.calibration == ():
         raise OctavoError("calibration: holds no text; give some, or None for the small text that comes with Octavo")
 
@@ -163,6 +169,8 @@ def _check_numbers(request: ConvertRequest) -> None:
         value = getattr(request, name)
         if value is not None and not (isinstance(value, (int, float)) and value > 0):
             raise OctavoError(f"{name} {value}: is no positive number")
+    if request.max_shard_gb == math.inf:
+        raise OctavoError("max_shard_gb inf: is no size; give None for one file")
     for name in ("float_outliers", "float_costliest"):
         value = getattr(request, name)
         if not (isinstance(value, int) and value >= 0):

@@ -44,6 +44,7 @@ from ..convert.output.shards import TensorFiles
 from ..convert.source.checkpoint import read_source_headers, source_files
 from ..errors import OctavoError, first_line
 from ..runtime.bias_fold import can_fold_key_bias
+from ..runtime.cache.sliding import sliding_windows
 from ..runtime.model_sizes import attention_sizes
 from ..runtime.rotary import rope_constants
 from ..runtime.static_scales import Statistics, of_channels, rotary_radius
@@ -264,13 +265,14 @@ def diagnose_layer(weights: KeyWeights, config: Any, layer: int, statistics: Sta
 
 
 def layer_types(config: Any) -> list[str]:
-    """The kind of each layer: as the config lists them, or else all sliding or all full."""
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    default = "sliding_attention" if window else "full_attention"
-    return list(getattr(config, "layer_types", None) or [default] * config.num_hidden_layers)
+    """The kind of each layer: as the config lists them, but sliding where the cache finds a window and nowhere else."""
+    full, sliding = ATTENTIONS
+    listed = getattr(config, "layer_types", None) or [full] * config.num_hidden_layers
+    found = zip(listed, sliding_windows(config), strict=True)
+    return [sliding if window else full if kind in ATTENTIONS else kind for kind, window in found]
 
 
-def diagnose(weights: KeyWeights, config: Any, statistics: Statistics | None) -> Iterator[LayerDiagnosis]:
+def diagnose_layers(weights: KeyWeights, config: Any, statistics: Statistics | None) -> Iterator[LayerDiagnosis]:
     """The diagnoses of all layers of full or sliding attention, one by one."""
     for layer, kind in enumerate(layer_types(config)):
         if kind in ATTENTIONS:

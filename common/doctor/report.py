@@ -31,7 +31,7 @@ from .diagnosis import (
     ATTENTIONS,
     KeyWeights,
     LayerDiagnosis,
-    diagnose,
+    diagnose_layers,
     is_broken,
     layer_types,
 )
@@ -169,7 +169,7 @@ def recommend(facts: dict[str, Any], verdicts: dict[str, dict[str, Any]]) -> dic
     }
 
 
-def examine(model_path: str, statistics: Statistics | None = None) -> dict[str, Any]:
+def diagnose(model_path: str, statistics: Statistics | None = None) -> dict[str, Any]:
     """Everything the doctor has to say of a checkpoint, as plain data.
 
     Args:
@@ -188,7 +188,7 @@ def examine(model_path: str, statistics: Statistics | None = None) -> dict[str, 
             f"--statistics: is of {statistics.layers} layers, and the model has {config.num_hidden_layers}"
         )
     count = sum(kind in ATTENTIONS for kind in layer_types(config))
-    found = diagnose(weights, config, statistics)
+    found = diagnose_layers(weights, config, statistics)
     layers = list(tqdm(found, total=count, unit="layer", delay=PROGRESS_AFTER, leave=False, file=sys.stderr))
     facts = facts_of(weights, config, layers)
     verdicts = judge_schemes(layers, facts["bias_can_be_folded"])
@@ -215,7 +215,7 @@ def _work(argv: list[str] | None) -> None:
     parser.add_argument("--json", action="store_true", help="print data instead of a table")
     flags = parser.parse_args(argv)
     statistics = load_statistics(flags.statistics) if flags.statistics else None
-    report = examine(flags.model_path, statistics)
+    report = diagnose(flags.model_path, statistics)
     print(json.dumps(report, indent=2) if flags.json else render(report))
 
 

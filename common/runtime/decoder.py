@@ -162,7 +162,7 @@ def stated_decoder(model: nn.Module) -> Decoder:
     """What `state_decoder` was told of a model.
 
     Raises:
-        OctavoError: nothing; what the model is, nobody has said.
+        OctavoError: it was told nothing.
     """
     found = getattr(model, STATED, None)
     if found is None:

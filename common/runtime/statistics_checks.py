@@ -1,4 +1,4 @@
-"""Whether a statistics file is one, and of the model that it is used with: see `statistics.py` for what it holds."""
+"""Whether a statistics file is one, and of the model that it is used with: see `static_scales.py` for what it holds."""
 
 import re
 from collections.abc import Mapping

@@ -3,6 +3,8 @@
 from collections import Counter
 from collections.abc import Sequence
 
+from octavo.common.command import aligned
+
 from .kinds import KINDS
 from .outcomes import BAD, GOOD, Result
 
@@ -20,14 +22,7 @@ def table(results: Sequence[Result]) -> str:
         rows.append([kind, *(str(count or "-") for count in found), str(sum(found))])
     totals = [sum(counts[kind, end] for kind in kinds) for end in ends]
     rows.append(["all", *map(str, totals), str(len(results))])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
-    ]
-    return "\n".join(lines)
+    return "\n".join(aligned(rows, texts=1))
 
 
 def extremes(results: Sequence[Result]) -> str:

@@ -38,6 +38,13 @@ def test_import_paths_that_were_shown_go_on_working(path: str) -> None:
     assert all(getattr(module, name) is not None for name in SHOWN[path])
 
 
+def test_old_paths_can_be_imported_before_what_is_behind_them() -> None:
+    """In a process that has loaded nothing: inspecting all modules, as torch does, loads nothing in between."""
+    code = f"import {', '.join(sorted(SHOWN))}, octavo.common.convert.api"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_an_old_path_gives_the_same_object() -> None:
     assert import_module("octavo.common.cache").QuantizedCache is QuantizedCache is octavo.QuantizedCache
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from octavo.common.convert.calibration.observe import calibrate
-from octavo.common.doctor.report import examine
+from octavo.common.doctor.report import diagnose
 from octavo.common.errors import OctavoError
 from octavo.common.runtime.schemes.kv_scheme import load_scheme
 from octavo.common.runtime.static_scales import scales_of
@@ -44,6 +44,6 @@ def test_statistics_are_of_the_layers_that_a_config_leaves_without_rope() -> Non
 
 def test_the_doctor_knows_that_their_bias_stays(tmp_path: Path) -> None:
     source = save_source(tmp_path / "source", KINDS["smollm3"].build())
-    assert not examine(str(source))["facts"]["bias_can_be_folded"]
+    assert not diagnose(str(source))["facts"]["bias_can_be_folded"]
     edit_json(source / "config.json", no_rope_layers=[1, 1, 1])
-    assert examine(str(source))["facts"]["bias_can_be_folded"]
+    assert diagnose(str(source))["facts"]["bias_can_be_folded"]

@@ -193,7 +193,7 @@ class _StateSampler:
         return (values / scale + zero)[kept], (gradients * scale).square()[kept]
 
     def tensors(self, bits: Iterable[int]) -> dict[str, torch.Tensor]:
-        """Ranges and codebooks, by the names of `statistics.py` within a layer."""
+        """Ranges and codebooks, by the names of `static_scales.py` within a layer."""
         low, high = self.extremes.ends()
         found = {"k.before.low": low, "k.before.high": high}
         for name, (values, weights) in (("k", self.normalized_keys()), ("v", self.normalized_values())):

@@ -1,4 +1,4 @@
-"""Calibration: run the float model over texts and keep what scales are derived from (see `statistics`)."""
+"""Calibration: run the float model over texts and keep what scales are derived from (see `static_scales.py`)."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -78,7 +78,7 @@ class AttentionObserver:
             self._keep_range("v.folded", value.float() - self._value_bias)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What was found, by the names of `statistics.py` within a layer."""
+        """What was found, by the names of `static_scales.py` within a layer."""
         return {
             name.replace("negative_low", "low"): (-found if "negative" in name else found).cpu()
             for name, found in self.found.items()
@@ -248,13 +248,13 @@ def observing_attention(model: nn.Module, attentions: list[tuple[str, nn.Module]
 
 
 def attention_tensors(attention: nn.Module) -> dict[str, torch.Tensor]:
-    """What the observer of an attention module found, by the names of `statistics.py`."""
+    """What the observer of an attention module found, by the names of `static_scales.py`."""
     found = attention.attention_observer.tensors()
     return {f"layers.{attention.layer_idx}.{name}": tensor for name, tensor in found.items()}
 
 
 def input_tensors(inputs: dict[str, LinearInputs]) -> dict[str, torch.Tensor]:
-    """What is kept of the inputs of linear layers, by the names of `statistics.py`."""
+    """What is kept of the inputs of linear layers, by the names of `static_scales.py`."""
     return {
         f"linears.{name}.{part}": getattr(found, part).cpu().clone()
         for name, found in inputs.items()

@@ -113,11 +113,11 @@ def test_an_architecture_that_does_not_fit_is_refused(source: Path, strange: Pat
             convert(ConvertRequest(model, tmp_path / "out", architecture=given, calibration=TEXTS))
         return str(error.value)
 
-    assert "model_type is 'gpt2', and the zoo has none for it (it has gemma3_text, " in refused(
-        strange, None
-    )
+    message = refused(strange, None)
+    assert "model_type is 'gpt2', and the zoo has none for it (it has" in message and "llama, mistral" in message
     assert "models/qwen2 converts 'qwen2'; give architecture='llama3'" in refused(source, qwen2.ARCHITECTURE)
-    assert refused(source, "llama").startswith("architecture llama: is none of gemma3, granite, llama3, mistral")
+    message = refused(source, "llama")
+    assert message.startswith("architecture llama: is none of") and "llama3, mistral" in message
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
+import octavo
 from octavo.common.doctor.diagnosis import BROKEN, KINDS, PEAK, KeyWeights, bits_lost, is_broken
-from octavo.common.doctor.report import _passes_at, examine, kind_of, main
+from octavo.common.doctor.report import _passes_at, diagnose, kind_of, main
 from octavo.common.doctor.text import render, spans
 from octavo.common.errors import OctavoError
 from octavo.common.runtime.schemes.kv_scheme import PRESETS, load_scheme
@@ -130,7 +131,7 @@ def test_a_scale_per_channel_loses_nothing_and_one_for_all_heads_most() -> None:
 
 def test_key_size_is_that_of_normalized_inputs(tmp_path: Path) -> None:
     tensors = make_tensors()
-    layer = examine(str(write(tmp_path, tensors)))["layers"][0]
+    layer = diagnose(str(write(tmp_path, tensors)))["layers"][0]
     x = torch.randn((4000, HIDDEN), generator=torch.Generator().manual_seed(2))
     x = x / x.square().mean(-1, keepdim=True).sqrt() * tensors["model.layers.0.input_layernorm.weight"]
     keys = (x @ tensors["model.layers.0.self_attn.k_proj.weight"].T).view(-1, GROUPS, WIDTH)
@@ -150,7 +151,7 @@ def test_every_preset_has_a_kind() -> None:
 @pytest.mark.parametrize("model_type", list(CONFIGS))
 def test_a_decoder_without_biases_has_nothing_in_the_way(model_type: str, tmp_path: Path) -> None:
     tensors = make_tensors(normalized=model_type == "qwen3")
-    report = examine(str(write(tmp_path, tensors, model_type)))
+    report = diagnose(str(write(tmp_path, tensors, model_type)))
     assert all(not verdict["broken_by"] for verdict in report["schemes"].values())
     assert "layers 0-2: nothing in the way" in render(report)
     assert report["recommendation"]["8 bits"]["preset"] == "int8-token"
@@ -161,7 +162,7 @@ def test_a_decoder_without_biases_has_nothing_in_the_way(model_type: str, tmp_pa
 @pytest.mark.parametrize("shards", [1, 3])
 def test_a_big_bias_is_found_where_it_is(dtype: torch.dtype, shards: int, tmp_path: Path) -> None:
     tensors = with_big_bias(make_tensors(bias=True, dtype=dtype))
-    report = examine(str(write(tmp_path, tensors, "qwen2", shards)))
+    report = diagnose(str(write(tmp_path, tensors, "qwen2", shards)))
     for scheme in ("int8-token", "int4-token", "fp8-token"):
         assert broken(report, scheme) == ([1], [])
     assert broken(report, "ascend-c8") == ([], [])
@@ -178,7 +179,7 @@ def test_a_bias_stays_where_frequencies_change(rope_type: str, tmp_path: Path) -
     rope = {"rope_type": rope_type, "factor": 2.0, "rope_theta": 1e4, "short_factor": [1.0] * (WIDTH // 2),
             "long_factor": [1.0] * (WIDTH // 2), "original_max_position_embeddings": 512}  # fmt: skip
     tensors = with_big_bias(make_tensors(bias=True))
-    report = examine(str(write(tmp_path, tensors, "qwen2", rope_parameters=rope)))
+    report = diagnose(str(write(tmp_path, tensors, "qwen2", rope_parameters=rope)))
     assert not report["facts"]["bias_can_be_folded"]
     assert broken(report, "int8-token") == ([1], [1])
     assert report["recommendation"]["8 bits"]["preset"] == "octavo-8"
@@ -188,7 +189,7 @@ def test_a_bias_stays_where_frequencies_change(rope_type: str, tmp_path: Path) -
 def test_an_outlier_channel_breaks_what_no_folding_mends(tmp_path: Path) -> None:
     tensors = make_tensors()
     tensors["model.layers.2.self_attn.k_proj.weight"][3] *= 1000
-    report = examine(str(write(tmp_path, tensors)))
+    report = diagnose(str(write(tmp_path, tensors)))
     assert broken(report, "int8-token") == ([2], [2])
     assert report["layers"][2]["outlier"] > 500 > report["layers"][1]["outlier"]
     assert report["recommendation"]["8 bits"]["preset"] == "octavo-8"
@@ -197,7 +198,7 @@ def test_an_outlier_channel_breaks_what_no_folding_mends(tmp_path: Path) -> None
 
 def test_a_normalized_key_is_judged_by_its_norm(tmp_path: Path) -> None:
     tensors = with_big_bias(make_tensors(bias=True, normalized=True))
-    report = examine(str(write(tmp_path, tensors, "qwen3", attention_bias=True)))
+    report = diagnose(str(write(tmp_path, tensors, "qwen3", attention_bias=True)))
     assert broken(report, "int8-token") == ([], [])
     norm = tensors["model.layers.0.self_attn.k_norm.weight"]
     assert report["layers"][0]["key_size"] == pytest.approx(float(norm.mean()), rel=1e-5)
@@ -212,7 +213,7 @@ def test_statistics_replace_predictions(tmp_path: Path) -> None:
     outlier[0, 0] = 90.0
     tensors["layers.2.k.folded.radius"] = outlier
     statistics = Statistics(tensors, {"num_hidden_layers": str(LAYERS)})
-    report = examine(source, statistics)
+    report = diagnose(source, statistics)
     assert not is_broken("token", report["layers"][1]["lost"])
     assert is_broken("token", report["layers"][2]["lost_folded"])
     assert report["layers"][2]["outlier"] == pytest.approx(90.0)
@@ -222,12 +223,20 @@ def test_statistics_replace_predictions(tmp_path: Path) -> None:
 def test_facts_of_layers_heads_and_sizes(tmp_path: Path) -> None:
     kinds = ["full_attention", "sliding_attention", "sliding_attention"]
     settings = {"sliding_window": 16, "use_sliding_window": True, "layer_types": kinds, "tie_word_embeddings": True}
-    facts = examine(str(write(tmp_path, make_tensors(), "qwen2", **settings)))["facts"]
+    facts = diagnose(str(write(tmp_path, make_tensors(), "qwen2", **settings)))["facts"]
     assert facts["layer_types"] == {"full_attention": 1, "sliding_attention": 2} and facts["sliding_window"] == 16
     assert facts["tied_embeddings"] and facts["query_heads_per_kv_head"] == 2
     assert facts["cache_bytes_per_token"]["float16"] == 2 * 2 * GROUPS * WIDTH * LAYERS
     assert facts["cache_bytes_per_token"]["int8"] == 2 * GROUPS * (WIDTH + 4) * LAYERS
     assert facts["weight_bytes"] == sum(4 * tensor.numel() for tensor in make_tensors().values())
+
+
+def test_layers_slide_where_there_is_a_window(tmp_path: Path) -> None:
+    """As the cache has it: without one, layers that are called sliding keep all their tokens."""
+    settings = {"sliding_window": None, "layer_types": ["sliding_attention"] * LAYERS}
+    facts = diagnose(str(write(tmp_path, make_tensors(), "qwen2", **settings)))["facts"]
+    assert facts["layer_types"] == {"full_attention": LAYERS}
+    assert isinstance(facts["cache_passes_weights_at"]["float16"], int)
 
 
 @pytest.mark.parametrize("full, sliding, expected", [(2, 0, 500), (2, 2, 300), (1, 1, 900), (0, 2, None), (0, 20, 50)])
@@ -239,7 +248,7 @@ def test_layers_that_the_cache_refuses_are_named_and_not_read(tmp_path: Path) ->
     tensors = {name: tensor for name, tensor in make_tensors().items() if "layers.1.self_attn" not in name}
     source = write(tmp_path, tensors, "qwen2")
     edit_json(source / "config.json", layer_types=["full_attention", "linear_attention", "full_attention"])
-    report = examine(str(source))
+    report = diagnose(str(source))
     assert [layer["layer"] for layer in report["layers"]] == [0, 2]
     assert report["recommendation"]["8 bits"]["preset"] is None
     assert "1 linear_attention (refused by the cache)" in render(report)
@@ -248,7 +257,7 @@ def test_layers_that_the_cache_refuses_are_named_and_not_read(tmp_path: Path) ->
 def test_a_head_that_fits_nothing_is_said(tmp_path: Path) -> None:
     tensors = {name: tensor[: tensor.shape[0] // WIDTH * 20] if "_proj.weight" in name and "attn" in name else tensor
                for name, tensor in make_tensors().items()}  # fmt: skip
-    text = render(examine(str(write(tmp_path, tensors, head_dim=20))))
+    text = render(diagnose(str(write(tmp_path, tensors, head_dim=20))))
     assert "20: no power of two" in text and "no multiple of 8" in text and "no multiple of 32" in text
     assert "for 4 bits: octavo-4" in text
 
@@ -265,11 +274,11 @@ def test_it_reads_biases_norms_and_k_alone(tmp_path: Path, monkeypatch: pytest.M
     seen: list[str] = []
     read = KeyWeights.read
     monkeypatch.setattr(KeyWeights, "read", lambda self, name, *shape: (seen.append(name), read(self, name, *shape))[1])
-    examine(str(source))
+    diagnose(str(source))
     parts = ("input_layernorm.weight", "self_attn.k_proj.weight", "self_attn.k_proj.bias", "self_attn.v_proj.bias")
     assert sorted(seen) == sorted(f"model.layers.{layer}.{part}" for layer in range(LAYERS) for part in parts)
     seen.clear()
-    examine(str(write(tmp_path / "normalized", make_tensors(normalized=True), "qwen3")))
+    diagnose(str(write(tmp_path / "normalized", make_tensors(normalized=True), "qwen3")))
     assert set(seen) == {f"model.layers.{layer}.self_attn.k_norm.weight" for layer in range(LAYERS)}
 
 
@@ -285,7 +294,7 @@ def test_a_shard_larger_than_memory_is_no_matter(tmp_path: Path) -> None:
     with (source / "model-huge.safetensors").open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + 2 * columns)
-    assert examine(str(source))["facts"]["weight_bytes"] > 2 * columns
+    assert diagnose(str(source))["facts"]["weight_bytes"] > 2 * columns
 
 
 # ---- errors and output
@@ -354,10 +363,10 @@ def test_errors_are_one_line(damage: str, tmp_path: Path, capsys: pytest.Capture
 def test_statistics_of_another_model_are_refused(tmp_path: Path) -> None:
     source = str(write(tmp_path, make_tensors()))
     with pytest.raises(OctavoError, match="is of 2 layers"):
-        examine(source, Statistics({}, {"num_hidden_layers": "2"}))
+        diagnose(source, Statistics({}, {"num_hidden_layers": "2"}))
     wrong = {"layers.0.k.radius": torch.ones(1, 4)}
     with pytest.raises(OctavoError, match="another model"):
-        examine(source, Statistics(wrong, {"num_hidden_layers": "3"}))
+        diagnose(source, Statistics(wrong, {"num_hidden_layers": "3"}))
 
 
 def test_flags(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -376,6 +385,11 @@ def test_both_outputs(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["--model_path", source, "--json"]) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
-    assert json.loads(captured.out) == examine(source)
+    assert json.loads(captured.out) == diagnose(source)
     assert main(["--model_path", source]) == 0
-    assert capsys.readouterr().out == render(examine(source)) + "\n"
+    assert capsys.readouterr().out == render(diagnose(source)) + "\n"
+
+
+def test_the_public_name_takes_a_directory(tmp_path: Path) -> None:
+    found = octavo.diagnose(str(write(tmp_path, make_tensors())))
+    assert found["recommendation"]["8 bits"]["preset"] in found["schemes"]

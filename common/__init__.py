@@ -1,8 +1,7 @@
 """What all architectures share; the public names, each imported when it is first asked for.
 
 `from octavo import NAME` and `from octavo.common import NAME` give the same objects, but for `convert`, which is the
-package here. Modules go on being found by the
-names that they had in earlier versions.
+package here. Modules go on being found by the names that they had in earlier versions.
 """
 
 import sys

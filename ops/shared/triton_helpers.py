@@ -63,11 +63,6 @@ def triton_supports(x: torch.Tensor) -> str | None:
     return None
 
 
-def triton_serves(x: torch.Tensor) -> bool:
-    """Whether the Triton kernels serve what x says."""
-    return triton_supports(x) is None
-
-
 def cuda_description(text: str) -> Callable[[], str]:
     """What `report` says of a kernel for CUDA."""
 

@@ -157,10 +157,6 @@ class LayerwiseModel:
         """The experts of a decoder layer that is in memory; None if it has none."""
         return layer.get_submodule(self.facts.experts.name) if self.experts_in(index) else None
 
-    def expert_name(self, index: int, number: int) -> str:
-        """Name of an expert, with that of its layer before it."""
-        return f"{self.layer_name(index)}.{self.facts.experts.name}.{number}"
-
     def _cut_merged_experts(self) -> None:
         """Know by their names the linears of experts that a save merged into one tensor, as transformers holds them."""
         for index in range(len(self)):

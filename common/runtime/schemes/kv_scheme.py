@@ -87,7 +87,7 @@ class Scheme:
         smooth_key: k is stored less the mean of the first pass of each sequence, which no softmax notices; so codes
             depend on how long that pass is.
         fold_bias: where the model allows, biases of k and v are left out of the cache and come back exactly in
-            attention (`folds.py`). Ascend's formats count them in.
+            attention (`bias_fold.py`). Ascend's formats count them in.
         origin: which system the scheme comes from, and what it rests on.
     """
 

@@ -123,7 +123,7 @@ def test_bundling_is_deterministic(files: dict[str, str], tree: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "old", "new"),
     [
-        ("common/runtime/cache/code_store.py", "SMALLEST_CAPACITY = 64", "SMALLEST_CAPACITY = 32"),
+        ("common/runtime/cache/code_storage.py", "SMALLEST_CAPACITY = 64", "SMALLEST_CAPACITY = 32"),
         ("ops/attention/reference.py", "KEY_BLOCK = 1024", "KEY_BLOCK = 512"),
         ("ops/attention/attention.c", "\n", "\n\n"),
         ("common/runtime/schemes/presets/ascend-c8.json", '"channel"', '"head"'),

@@ -110,17 +110,19 @@ def architecture_of(config: Any) -> Architecture:
 def stated_or_known(model: nn.Module) -> Decoder:
     """The anatomy of a model of transformers: what it says itself, or else, once checked, what the zoo states.
 
+    Its linears may be those of another library, which quantized them or put adapters in.
+
     Raises:
         OctavoError: the zoo states none for its model type, or the model is not as stated.
     """
     if not hasattr(model, STATED):
         architecture = architecture_of(model.base_model.config)
-        check_anatomy(model, architecture.decoder, f"models/{architecture.name}")
+        check_anatomy(model, architecture.decoder, f"models/{architecture.name}", are_linears_float=False)
         state_decoder(model, architecture.decoder)
     return stated_decoder(model)
 
 
-_STATED = re.compile(r'^ARCHITECTURE = Architecture\("(\w+)", "(\w+)"', re.MULTILINE)
+_STATED = re.compile(r'^ARCHITECTURE = Architecture\(\s*"(\w+)",\s*"([\w.-]+)"', re.MULTILINE)
 
 
 def stated_architectures(models: Path = REPOSITORY / "models") -> dict[str, str]:

@@ -14,7 +14,7 @@ from .architecture import Architecture, check_model_type
 from .command import DEVICES, OneLineParser, run_script
 from .convert.source.checkpoint import check_device, load_tokenizer
 from .errors import OctavoError, first_line
-from .runtime.cache.sizes import kv_bytes_per_token
+from .runtime.cache.sizes import kept_kv_bytes
 from .runtime.checkpoint.files import read_json
 from .runtime.compatibility import cache_argument
 from .runtime.schemes.kv_scheme import load_scheme
@@ -72,8 +72,10 @@ def _load(architecture: Architecture, flags: argparse.Namespace) -> tuple[Any, A
 def _report(model: Any, cache: Any, new_tokens: int, seconds: float) -> None:
     """Speed and cache size of one answer, on stderr."""
     tokens = cache.get_seq_length()
-    used = tokens * model.kv_bytes_per_token()
-    plain = tokens * kv_bytes_per_token(model.config, load_scheme("float"), model.dtype.itemsize)
+    used, plain = (
+        kept_kv_bytes(model.config, scheme, tokens, model.dtype.itemsize)
+        for scheme in (model.scheme, load_scheme("float"))
+    )
     print(
         f"{new_tokens} tokens, {new_tokens / seconds:.1f} tokens/s; KV cache of {tokens} tokens: {used:,} bytes "
         f"({cache.nbytes():,} allocated), {plain:,} in {str(model.dtype).removeprefix('torch.')}",
@@ -112,7 +114,7 @@ def _chat(model: Any, tokenizer: Any, flags: argparse.Namespace) -> None:
         ids = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )["input_ids"].to(model.device)
-        cache.crop(-(cache.get_seq_length() - _common_length(cached, ids)))
+        _keep(cache, _common_length(cached, ids))
         result = _generate(model, tokenizer, ids, cache, flags)
         cached = result[:, : cache.get_seq_length()]
         answer = tokenizer.decode(result[0, ids.shape[1] :], skip_special_tokens=True)
@@ -125,6 +127,15 @@ def _common_length(cached: torch.Tensor, ids: torch.Tensor) -> int:
     length = min(cached.shape[1], ids.shape[1] - 1)
     differs = (cached[0, :length].to(ids.device) != ids[0, :length]).nonzero()
     return int(differs[0]) if len(differs) else length
+
+
+def _keep(cache: Any, length: int) -> None:
+    """Leave the first `length` tokens; none where the cache cannot, so that all are computed anew, which is said."""
+    try:
+        cache.crop(length - cache.get_seq_length())
+    except OctavoError as error:
+        print(f"the conversation is computed anew: {error}", file=sys.stderr)
+        cache.reset()
 
 
 def _ask() -> str:

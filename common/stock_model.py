@@ -39,7 +39,7 @@ def _bias_left_in(model: nn.Module, decoder: Decoder | None) -> str | None:
         for name, attention in attention_modules(model):
             for part in ("key", "value"):
                 linear = linear_of(decoder, attention, part)
-                if linear.bias is not None and not getattr(linear, "folds_bias", False):
+                if getattr(linear, "bias", None) is not None and not getattr(linear, "folds_bias", False):
                     child = getattr(decoder.attention, part).removeprefix(f"{decoder.attention.name}.")
                     return f"{name}.{child}"
         return None

@@ -207,6 +207,7 @@ def multiplies_by(norm: nn.Module) -> float | None:
     x, weight = (torch.randn(PROBE_SIZE, generator=generator) for _ in range(2))
     probe._parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
     probe._forward_hooks, probe._forward_pre_hooks = {}, {}
+    vars(probe).pop("forward", None)  # of accelerate, say, which would run the norm itself
     try:
         found = probe(x[None])[0]
     except (RuntimeError, TypeError, AttributeError):
@@ -218,9 +219,20 @@ def multiplies_by(norm: nn.Module) -> float | None:
     return None
 
 
-def _anatomy_faults(decoder: Decoder, layer: nn.Module, experts: int) -> Iterator[tuple[str, str]]:
+def _with_linears(layer: nn.Module, linears: set[str]) -> dict[str, nn.Module]:
+    """The same, where linears may be of any library: each counts as one module, whatever is in it."""
+    inside = tuple(f"{name}." for name in linears)
+    found = {name: module for name, module in _with_parameters(layer).items() if not name.startswith(inside)}
+    return found | {name: module for name, module in layer.named_modules() if name in linears}
+
+
+def _anatomy_faults(
+    decoder: Decoder, layer: nn.Module, experts: int, are_linears_float: bool
+) -> Iterator[tuple[str, str]]:
     """Modules of a layer that its statement does not say, or says otherwise, and what is the matter."""
-    found, stated = _with_parameters(layer), decoder.modules(experts)
+    stated = decoder.modules(experts)
+    linears = (decoder.attention.modules | decoder.mlp.modules) & stated - set(decoder.norms)
+    found = _with_parameters(layer) if are_linears_float else _with_linears(layer, linears)
     for name in sorted(stated - set(found)):
         yield name, "is stated and not there"
     for name in sorted(set(found) - stated):
@@ -236,15 +248,19 @@ def _anatomy_faults(decoder: Decoder, layer: nn.Module, experts: int) -> Iterato
     for name in (decoder.attention.query_norm, decoder.attention.key_norm):
         if name in found and found[name].weight.numel() != head_dim:
             yield name, f"norms {found[name].weight.numel()} channels, and is stated to norm the {head_dim} of a head"
-    for name in sorted((decoder.attention.modules | decoder.mlp.modules) - set(decoder.norms)):
-        if name in found and not isinstance(found[name], nn.Linear):
+    for name in sorted(linears & set(found) if are_linears_float else ()):
+        if not isinstance(found[name], nn.Linear):
             yield name, f"is stated as a linear and is a {type(found[name]).__name__}"
     if experts:
         yield from experts_faults(layer, decoder.experts, experts)
 
 
-def anatomy_fault(model: nn.Module, decoder: Decoder) -> str | None:
-    """What about a float model is not as stated: the first module, named, and what is the matter; None if all is."""
+def anatomy_fault(model: nn.Module, decoder: Decoder, are_linears_float: bool = True) -> str | None:
+    """What about a model is not as stated: the first module, named, and what is the matter; None if all is.
+
+    Args:
+        are_linears_float: whether its linears have to be; else they may be those of another library, in codes, say.
+    """
     base = model.base_model
     for name in (decoder.layers, decoder.embedding, decoder.norm, decoder.rotary):
         if name not in dict(base.named_children()):
@@ -253,7 +269,7 @@ def anatomy_fault(model: nn.Module, decoder: Decoder) -> str | None:
     if offset != decoder.norm_offset:
         return f"{decoder.norm}: is not of the form that is stated for norms"
     for index, layer in enumerate(base.get_submodule(decoder.layers)):
-        fault = next(_anatomy_faults(decoder, layer, decoder.experts_in(base.config, index)), None)
+        fault = next(_anatomy_faults(decoder, layer, decoder.experts_in(base.config, index), are_linears_float), None)
         if fault is not None:
             return f"{decoder.layers}.{index}.{fault[0]}: {fault[1]}"
         if getattr(layer.get_submodule(decoder.attention.name), "is_causal", True) is False:
@@ -296,13 +312,14 @@ def _rotation_fault(config: Any, decoder: Decoder, layers: int) -> str | None:
     return None
 
 
-def check_anatomy(model: nn.Module, decoder: Decoder, where: str) -> None:
-    """Raise an `OctavoError` that names the first module of a float model that is not as stated.
+def check_anatomy(model: nn.Module, decoder: Decoder, where: str, are_linears_float: bool = True) -> None:
+    """Raise an `OctavoError` that names the first module of a model that is not as stated.
 
     Args:
         where: what states it, for the message, as "models/llama3".
+        are_linears_float: as of `anatomy_fault`.
     """
-    fault = anatomy_fault(model, decoder)
+    fault = anatomy_fault(model, decoder, are_linears_float)
     if fault is not None:
         raise OctavoError(
             f"{type(model).__name__}: {fault} (in {where}); it only looks like what is served, and would be damaged"

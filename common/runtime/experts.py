@@ -123,6 +123,7 @@ def _with_random(module: nn.Module, shapes: dict[str, tuple[int, ...]]) -> nn.Mo
         for name, shape in shapes.items()
     }
     probe._forward_hooks, probe._forward_pre_hooks = {}, {}
+    vars(probe).pop("forward", None)  # of accelerate, say, which would run the module itself
     return probe
 
 

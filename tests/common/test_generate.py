@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
-from octavo.common.generate import _common_length, main
+from octavo import QuantizedCache
+from octavo.common.generate import _common_length, _keep, main
 from octavo.models.llama3 import ARCHITECTURE
 from octavo.models.llama3.modeling_llama_fa3 import LlamaForCausalLM
 
@@ -219,3 +221,16 @@ def test_the_script_as_a_user_runs_it(converted: Callable[..., Path]) -> None:
     command = [sys.executable, str(script), "--model_path", str(converted(*C8)), "--prompt", "Rain", "--do_sample"]
     done = subprocess.run([*command, "--max_new_tokens", "3"], capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and done.stdout.startswith("Rain"), done.stderr
+
+
+def test_a_turn_before_which_layers_that_slide_have_forgotten_begins_anew(capsys: pytest.CaptureFixture[str]) -> None:
+    config = transformers.MistralConfig(
+        num_hidden_layers=2, hidden_size=16, num_attention_heads=2, num_key_value_heads=1, head_dim=8, sliding_window=8
+    )
+    cache = QuantizedCache(config)
+    for layer in range(2):
+        cache.update(torch.randn(1, 1, 300, 8), torch.randn(1, 1, 300, 8), layer)
+    _keep(cache, 290)
+    assert cache.get_seq_length() == 290 and not capsys.readouterr().err
+    _keep(cache, 100)
+    assert cache.get_seq_length() == 0 and "computed anew: crop(-190)" in capsys.readouterr().err

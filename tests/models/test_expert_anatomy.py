@@ -1,5 +1,6 @@
 """Experts that only look like what is stated are refused by the name of what differs."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -82,3 +83,11 @@ def test_experts_of_another_anatomy_are_refused(fault: str) -> None:
     OTHERWISE[fault](model)
     with pytest.raises(OctavoError, match=fault):
         prepare(model)
+
+
+def test_forwards_that_another_library_put_around_modules_do_not_hide_what_they_compute() -> None:
+    """As accelerate does with every module of a model on several devices."""
+    model = tiny_moe()
+    for module in model.model.modules():
+        module.forward = partial(module.forward)
+    check_anatomy(model, ARCHITECTURE.decoder, "models/qwen3_moe")

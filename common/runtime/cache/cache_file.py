@@ -13,6 +13,7 @@ The metadata holds `format`, as JSON under `cache` the scheme, the sizes and cou
 
 import json
 import os
+import threading
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,14 +52,15 @@ def write_cache_file(file: Path, facts: dict[str, Any], tensors: Tensors) -> Non
     tensors = {name: part.detach().to("cpu", copy=True).contiguous() for name, part in tensors.items()}
     text = json.dumps(facts)
     metadata = {"format": CACHE_FORMAT, "checksum": _cache_checksum(text, tensors), "cache": text}
-    beside = file.with_name(f".{file.name}.{os.getpid()}.part")
+    beside = file.parent / f".{file.name}.{os.getpid()}.{threading.get_ident()}.part"
     try:
-        save_file(tensors, beside, metadata=metadata)
-        os.replace(beside, file)
+        try:
+            save_file(tensors, beside, metadata=metadata)
+            os.replace(beside, file)
+        finally:
+            beside.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         raise OctavoError(f"{file}: the cache cannot be written ({first_line(error)})") from None
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def read_cache_file(file: Path) -> tuple[dict[str, Any], Tensors]:

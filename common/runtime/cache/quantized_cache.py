@@ -39,7 +39,7 @@ class QuantizedCache(Cache):
     Layers that the config says slide keep the tokens of their window, as `DynamicCache(config)` does, and `crop_room`
     more; so does a cache with a `max_length`, but not a compileable one.
 
-    Two lines make a stock model use it: `prepare(model)` of `bias_fold.py`, and then
+    Two lines make a stock model use it: `octavo.prepare(model)`, and then
     `model.generate(..., cache=QuantizedCache(model.config, scheme="int8-token"))`.
 
     Args:

@@ -4,10 +4,22 @@ from transformers import PreTrainedConfig
 
 from ..model_sizes import head_dim_of, kv_heads_of
 from ..schemes.kv_scheme import Scheme, bits_per_element
+from ..schemes.tensor_codec import Codec
 from .sliding import sliding_windows
 
 COUNTED_LENGTH = 2048
 """Tokens of a sequence over which sinks, windows and codebooks are spread when bits are counted."""
+
+
+def _layer_token_bytes(config: PreTrainedConfig, scheme: Scheme, float_bytes: int) -> list[float]:
+    """Bytes that one token takes in each layer."""
+    head_dim, kv_heads = head_dim_of(config), kv_heads_of(config)
+
+    def of_head(codec: Codec | None) -> float:
+        return head_dim * float_bytes if codec is None else codec.token_bits(head_dim) / 8
+
+    layers = [scheme.of_layer(index) for index in range(config.num_hidden_layers)]
+    return [kv_heads * (of_head(layer.key) + of_head(layer.value)) for layer in layers]
 
 
 def kv_bytes_per_token(config: PreTrainedConfig, scheme: Scheme, float_bytes: int) -> int:
@@ -16,14 +28,7 @@ def kv_bytes_per_token(config: PreTrainedConfig, scheme: Scheme, float_bytes: in
     Sinks and windows, of which there are no more in a longer sequence, are in `kv_bits_per_element`. A layer that
     slides counts as one that keeps all; `kv_bytes` says what it keeps.
     """
-    head_dim, kv_heads = head_dim_of(config), kv_heads_of(config)
-    total = 0.0
-    for index in range(config.num_hidden_layers):
-        part = scheme.of_layer(index)
-        for codec in (part.key, part.value):
-            each = head_dim * float_bytes if codec is None else codec.token_bits(head_dim) / 8
-            total += kv_heads * each
-    return round(total)
+    return round(sum(_layer_token_bytes(config, scheme, float_bytes)))
 
 
 def kv_bytes(config: PreTrainedConfig, scheme: Scheme, length: int, crop_room: int = 0) -> int:
@@ -42,6 +47,16 @@ def kv_bytes(config: PreTrainedConfig, scheme: Scheme, length: int, crop_room: i
         bits = bits_per_element(scheme.of_layer(index), kv_heads, head_dim, kept, crop_room)
         total += bits * 2 * kept * kv_heads * head_dim / 8
     return round(total)
+
+
+def kept_kv_bytes(config: PreTrainedConfig, scheme: Scheme, length: int, float_bytes: int) -> int:
+    """Bytes of those of `length` tokens that later ones need, counted as in `kv_bytes_per_token`.
+
+    Of a layer that slides these are the newest of its window.
+    """
+    kept = [length if window is None else min(length, window - 1) for window in sliding_windows(config)]
+    each = _layer_token_bytes(config, scheme, float_bytes)
+    return round(sum(tokens * size for tokens, size in zip(kept, each, strict=True)))
 
 
 def kv_bits_per_element(

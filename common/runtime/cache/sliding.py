@@ -61,4 +61,5 @@ def sliding_windows(config: Any) -> list[int | None]:
     window = getattr(config, "sliding_window", None)
     types = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
     has_window = isinstance(window, int) and window > 1
-    return [window if has_window and kind == "sliding_attention" else None for kind in types]
+    kinds = types[: config.num_hidden_layers]  # of a model that was made shorter, the list may not be
+    return [window if has_window and kind == "sliding_attention" else None for kind in kinds]

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,13 +11,14 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from octavo import prepare
+from octavo import QuantizedCache, prepare
 from octavo.common.errors import OctavoError
 from octavo.common.runtime.decoder import anatomy_fault, check_anatomy, fits_attention, multiplies_by, stated_decoder
 from octavo.models.llama3 import ARCHITECTURE as LLAMA
 from octavo.models.qwen3 import ARCHITECTURE as QWEN3
 
-from ...support import tiny_llama
+from ...support import random_ids, tiny_llama, with_cache
+from ...tolerances import TOLERANCES
 
 
 class PlusOneNorm(nn.Module):
@@ -134,3 +136,39 @@ def test_an_unknown_model_is_taken_by_its_attention() -> None:
 def test_nothing_is_said_of_a_model_that_nobody_stated() -> None:
     with pytest.raises(OctavoError, match="LlamaForCausalLM: its anatomy is not stated"):
         stated_decoder(tiny_llama())
+
+
+class OtherLinear(nn.Module):
+    """A linear of another library: its tensors are buffers, and a part of it may have parameters."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.register_buffer("codes", linear.weight.detach().clone())
+        self.adapter = nn.Linear(linear.in_features, linear.out_features, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.codes)
+
+
+def test_two_lines_serve_linears_of_another_library_and_a_conversion_does_not() -> None:
+    model, ids = tiny_llama(), random_ids(1, 20)
+    with torch.no_grad():
+        floats = model(ids).logits
+    for name in ("self_attn.k_proj", "mlp.down_proj"):
+        model.model.layers[1].set_submodule(name, OtherLinear(model.model.layers[1].get_submodule(name)))
+    with pytest.raises(OctavoError, match=r"layers\.1\.mlp\.down_proj: is stated and not there"):
+        check_anatomy(model, LLAMA.decoder, "models/llama3")
+    with torch.no_grad():
+        found = prepare(model)(ids, **with_cache(QuantizedCache(model.config, "float"))).logits
+    assert (found - floats).abs().max() < TOLERANCES["logits"]
+
+
+def test_a_forward_that_another_library_put_around_a_norm_does_not_hide_its_form() -> None:
+    """As accelerate does with every module of a model on several devices."""
+    model = tiny_llama()
+    for module in model.model.modules():
+        module.forward = partial(module.forward)
+    assert anatomy_fault(model, LLAMA.decoder) is None
+    model.model.norm = PlusOneNorm(64)
+    model.model.norm.forward = partial(model.model.norm.forward)
+    assert anatomy_fault(model, LLAMA.decoder).startswith("norm: is not of the form")

@@ -221,6 +221,9 @@ def test_what_stood_there_stays_when_a_cache_cannot_be_written(saved: Path, monk
     monkeypatch.undo()
     with pytest.raises(OctavoError, match="cannot be written"):
         cache.save(saved.parent / "nowhere" / "cache")
+    for no_file in (saved / "cache", saved.parent, ""):  # below a file, a directory, and no name
+        with pytest.raises(OctavoError, match="cannot be written"):
+            cache.save(no_file)
 
 
 def test_the_header_says_what_the_file_is(saved: Path) -> None:

@@ -7,7 +7,10 @@ import pytest
 from octavo.common.errors import OctavoError
 from octavo.common.runtime.cache.code_storage import SMALLEST_CAPACITY, capacity_for
 from octavo.common.runtime.cache.quantized_cache import QuantizedCache
+from octavo.common.runtime.cache.sizes import kept_kv_bytes, kv_bytes_per_token
+from octavo.common.runtime.schemes.kv_scheme import load_scheme
 
+from ....support import tiny_config
 from .tiny import (
     GROUPS,
     LAYERS,
@@ -79,3 +82,12 @@ def test_appending_copies_a_bounded_number_of_times(cache: Callable[..., Quantiz
 def test_capacity_wastes_less_than_a_quarter(tokens: int) -> None:
     assert tokens <= capacity_for(tokens) <= max(2 * SMALLEST_CAPACITY, tokens * 1.25)
     assert capacity_for(capacity_for(tokens)) == capacity_for(tokens)
+
+
+@pytest.mark.parametrize("scheme", ["float", "int8-token", "k8v4"])
+def test_layers_that_slide_count_with_the_tokens_of_their_window(scheme: str) -> None:
+    types = ["sliding_attention", "full_attention", "full_attention"]
+    config, chosen = tiny_config(layer_types=types, sliding_window=11), load_scheme(scheme)
+    token = kv_bytes_per_token(config, chosen, 4)
+    assert kept_kv_bytes(config, chosen, 7, 4) == 7 * token
+    assert kept_kv_bytes(config, chosen, 100, 4) == round((10 + 2 * 100) * token / 3)

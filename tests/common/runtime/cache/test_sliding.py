@@ -205,7 +205,10 @@ def test_layers_that_slide_are_those_of_dynamic_cache() -> None:
     assert sliding_windows(tiny_config()) == [None] * 3
     assert sliding_windows(transformers.MistralConfig(num_hidden_layers=2, sliding_window=None)) == [None] * 2
     assert sliding_windows(transformers.MistralConfig(num_hidden_layers=2)) == [4096] * 2
-    assert sliding_windows(tiny_config(layer_types=types, sliding_window=5)) == [5, None, None]
+    shortened = tiny_config(layer_types=types, sliding_window=5)
+    assert sliding_windows(shortened) == [5, None, None]
+    shortened.num_hidden_layers = 2
+    assert QuantizedCache(shortened).is_sliding == [True, False]
 
 
 # What is forgotten, and what is not.

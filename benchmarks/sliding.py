@@ -3,7 +3,8 @@
     python benchmarks/sliding.py --tokens 32768
 
 A layer of each kind of a model (one that slides, one that sees all) is filled with random k and v, in a first pass and
-then in passes of one token, and its bytes are multiplied by how many such layers the model has.
+then in passes of one token, and its bytes are multiplied by how many such layers the model has. Rows are appended to
+`results/sliding.csv`, of which `tables.py` makes a table.
 """
 
 import argparse
@@ -11,12 +12,16 @@ import copy
 from collections.abc import Iterator
 
 import torch
+from rows import RESULTS, Row, append_rows
 from transformers import Gemma3TextConfig, MistralConfig, PreTrainedConfig
 
+from octavo.common.convert.output.bundle import commit
 from octavo.common.runtime.cache.quantized_cache import QuantizedCache
 from octavo.common.runtime.cache.sizes import kv_bytes
 from octavo.common.runtime.schemes.kv_scheme import CROP_ROOM, load_scheme
 
+COLUMNS = ("commit", "model", "scheme", "tokens", "keeping_all", "forgetting", "in_use")
+"""The last three in MiB."""
 STEPS = 100
 """Passes of one token behind the first."""
 MODELS = {
@@ -51,26 +56,26 @@ def model_bytes(config: PreTrainedConfig, scheme: str, tokens: int) -> int:
     return sum(measured[is_sliding] for is_sliding in cache.is_sliding)
 
 
-def rows(schemes: list[str], tokens: int) -> Iterator[str]:
-    """A line for each model and scheme."""
+def measured_rows(schemes: list[str], tokens: int) -> Iterator[Row]:
+    """A row for each model and scheme."""
     for name, config in MODELS.items():
         for scheme in schemes:
             all_kept, kept = (model_bytes(each, scheme, tokens) for each in (keeps_all(config), config))
             in_use = kv_bytes(config, load_scheme(scheme), tokens, CROP_ROOM)
-            yield (
-                f"{name:16} {scheme:12} {tokens:>7,} tokens: keeping all {all_kept / 2**20:8.1f} MiB, "
-                f"forgetting {kept / 2**20:7.1f} MiB ({all_kept / kept:.1f} times less), in use {in_use / 2**20:7.1f}"
-            )
+            figures = {"keeping_all": all_kept, "forgetting": kept, "in_use": in_use}
+            row = {"commit": commit(), "model": name, "scheme": scheme, "tokens": str(tokens)}
+            row |= {part: f"{size / 2**20:.1f}" for part, size in figures.items()}
+            print(", ".join(f"{part} {value}" for part, value in row.items()), flush=True)
+            yield row
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure, print and keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--schemes", nargs="+", default=["float", "int8-token", "octavo-4"])
     flags = parser.parse_args()
-    for row in rows(flags.schemes, flags.tokens):
-        print(row, flush=True)
+    append_rows(RESULTS / "sliding.csv", COLUMNS, measured_rows(flags.schemes, flags.tokens))
 
 
 if __name__ == "__main__":

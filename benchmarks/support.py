@@ -7,6 +7,7 @@ from rows import RESULTS, read_rows
 from octavo.common.architecture import architecture_names, load_architecture
 from octavo.common.runtime.decoder import Decoder
 
+SLIDING_HEAD = ("model", "scheme", "tokens", "keeping all, MiB", "forgetting, MiB", "times less")
 HEAD = ("folder of `models/`", "`model_type`", "checkpoints", "anatomy, beside Llama's", "quality measured on")
 ARCHITECTURES = {"smollm2": "llama3", "qwen2.5": "qwen2"}
 """Folder by how the name of a scored model begins."""
@@ -47,5 +48,17 @@ def support_rows() -> list[tuple[str, ...]]:
         checkpoints = import_module(f"octavo.models.{name}").__doc__.partition(":")[0]
         rows.append(
             (f"`{name}`", f"`{architecture.model_type}`", checkpoints, anatomy(architecture.decoder), scored_on(name))
+        )
+    return rows
+
+
+def sliding_rows() -> list[tuple[str, ...]]:
+    """What caches take whose layers slide, as `sliding.py` measured it last, the head first."""
+    newest = {(row["model"], row["scheme"]): row for row in read_rows(RESULTS / "sliding.csv")}
+    rows = [SLIDING_HEAD]
+    for (model, scheme), row in newest.items():
+        less = float(row["keeping_all"]) / float(row["forgetting"])
+        rows.append(
+            (model, f"`{scheme}`", f"{int(row['tokens']):,}", row["keeping_all"], row["forgetting"], f"{less:.1f}")
         )
     return rows

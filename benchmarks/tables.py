@@ -11,7 +11,7 @@ from pathlib import Path
 
 from quality import FLOAT_WEIGHTS, UNFOLDED
 from rows import RESULTS, Row, read_rows
-from support import support_rows
+from support import sliding_rows, support_rows
 from transformers import LlamaConfig
 from weights import CONDITIONS, RECIPE, grid
 
@@ -330,6 +330,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "results": results_table,
         "schemes": schemes_table,
         "best weights": best_weights_table,
+        "sliding": lambda: _markdown(sliding_rows(), 2),
         "architectures": lambda: _markdown(support_rows(), 5),
     },
     "benchmarks/README.md": {

@@ -32,7 +32,7 @@ class ConversionReport:
         odd_groups: input channels and size of the groups of linears that cannot have groups of `linear.group_size`.
         float_bytes: of the float checkpoint's safetensors files.
         output_bytes: of all files of the output.
-        float_kv_bytes, kv_bytes: that a token takes in the KV cache of the float and of the quantized model.
+        float_kv_bytes_per_token, kv_bytes_per_token: in the KV cache of the float and of the quantized model.
         float_kv_bits, kv_bits: that an element of K and V takes, scales and all else counted.
         texts: how many there are to calibrate on, those held back included.
         held_back_texts: how many of them only the comparison saw; the one text there is serves for both.
@@ -54,8 +54,8 @@ class ConversionReport:
     odd_groups: tuple[tuple[int, int], ...]
     float_bytes: int
     output_bytes: int
-    float_kv_bytes: int
-    kv_bytes: int
+    float_kv_bytes_per_token: int
+    kv_bytes_per_token: int
     float_kv_bits: float
     kv_bits: float
     texts: int
@@ -89,7 +89,7 @@ def _figures(report: ConversionReport) -> list[str]:
     rows = [
         ("", "float", "quantized"),
         ("checkpoint, MB", f"{report.float_bytes / 1e6:.1f}", f"{report.output_bytes / 1e6:.1f}"),
-        ("KV cache, bytes per token", str(report.float_kv_bytes), str(report.kv_bytes)),
+        ("KV cache, bytes per token", str(report.float_kv_bytes_per_token), str(report.kv_bytes_per_token)),
         ("KV cache, bits per element, all counted", f"{report.float_kv_bits:g}", f"{report.kv_bits:.2f}"),
     ]
     if fidelity is not None:

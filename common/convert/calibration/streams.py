@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..source.layerwise import LayerwiseModel, layer_arguments
+from ..source.layerwise import LayerwiseModel
+from ..source.probes import layer_arguments
 
 
 @dataclass

@@ -20,7 +20,8 @@ from ...runtime.schemes.kv_scheme import Scheme
 from ...runtime.static_scales import LayerScales, Scales
 from ..calibration.streams import Stream
 from ..plan import Plan, quantized_config
-from ..source.layerwise import LayerwiseModel, assign_state, layer_arguments, with_real_rotary
+from ..source.layerwise import LayerwiseModel, assign_state, with_real_rotary
+from ..source.probes import layer_arguments
 from .shards import SAFETENSORS_DTYPES, header_of
 
 ROWS_COPIED = 2**14

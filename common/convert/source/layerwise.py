@@ -8,7 +8,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -26,9 +25,10 @@ from ...runtime.decoder import (
     state_decoder,
     stated_decoder,
 )
-from ...runtime.experts import PROBE_TOLERANCE, ExpertList, list_layer_experts
+from ...runtime.experts import ExpertList, list_layer_experts
 from ..output.shards import TensorFiles
 from ..spelling import named
+from .probes import ends_fault, rope_fault
 
 MOST_LOGITS = 2**23
 """Logits that are held at a time."""
@@ -36,64 +36,6 @@ MOST_HEAD = 2**23
 """Elements of the last linear's weight that are in float32 at a time."""
 IGNORED = "inv_freq"
 """A buffer of rotary embeddings in old checkpoints, which models compute themselves."""
-
-
-class _Recorder(nn.Module):
-    """Stands in for a decoder layer, and keeps what it is called with."""
-
-    def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
-        self.arguments, self.hidden = arguments, hidden_states
-        return hidden_states
-
-
-def layer_arguments(model: nn.Module, hidden: torch.Tensor, **arguments: Any) -> list[dict[str, Any]]:
-    """What a decoder calls each of its layers with: masks, rotary embedding, positions.
-
-    Args:
-        model: a causal language model; only its rotary embedding need be in memory.
-        hidden: `[1, S, E]`, whose shape, dtype and device matter.
-        arguments: of the decoder, as `attention_mask`.
-    """
-    decoder, facts = model.base_model, stated_decoder(model)
-    layers, norm = decoder.get_submodule(facts.layers), decoder.get_submodule(facts.norm)
-    recorders = [_Recorder() for _ in layers]
-    decoder.set_submodule(facts.layers, nn.ModuleList(recorders))
-    decoder.set_submodule(facts.norm, nn.Identity())
-    try:
-        decoder(inputs_embeds=hidden, **arguments)
-    finally:
-        decoder.set_submodule(facts.layers, layers)
-        decoder.set_submodule(facts.norm, norm)
-    return [recorder.arguments for recorder in recorders]
-
-
-def ends_fault(model: nn.Module, device: torch.device) -> str | None:
-    """What a model computes before its first layer or behind its last linear that is not stated; None if nothing.
-
-    Args:
-        model: a stated causal language model; only its rotary embedding need be in memory.
-        device: that it lies on.
-    """
-    decoder, facts, config = model.base_model, stated_decoder(model), model.config
-    probe = torch.linspace(-3, 3, 2 * config.hidden_size, device=device).view(1, 2, -1)
-    recorders = nn.ModuleList(_Recorder() for _ in decoder.get_submodule(facts.layers))
-    stand_ins = {facts.layers: recorders, facts.norm: nn.Identity()}
-    kept, head = {name: decoder.get_submodule(name) for name in stand_ins}, model.get_submodule(facts.head)
-    try:
-        for name, module in stand_ins.items():
-            decoder.set_submodule(name, module)
-        model.set_submodule(facts.head, nn.Identity())
-        logits = model(inputs_embeds=probe, use_cache=False).logits
-    finally:
-        for name, module in kept.items():
-            decoder.set_submodule(name, module)
-        model.set_submodule(facts.head, head)
-    first = recorders[0].hidden
-    if not torch.allclose(first, scaled_states(facts, config, probe), atol=PROBE_TOLERANCE):
-        return f"{facts.layers}.0: is not given embeddings as they are stated to be (states_scale)"
-    if not torch.allclose(logits, capped_logits(facts, config, first), atol=PROBE_TOLERANCE):
-        return f"{facts.head}: logits are not what it makes, as they are stated to be (logits_divisor, caps_logits)"
-    return None
 
 
 def with_real_rotary(model: nn.Module, device: torch.device) -> nn.Module:
@@ -190,8 +132,8 @@ class LayerwiseModel:
             raise OctavoError(f"{self._where}: {decoder.embedding}: {type(embedding).__name__} {form}")
 
     def _check_ends(self) -> None:
-        """Raise an `OctavoError` if the model computes more before or behind its layers than is stated."""
-        fault = ends_fault(self.model, self.device)
+        """Raise an `OctavoError` if what the model computes around its layers, RoPE included, is not as stated."""
+        fault = ends_fault(self.model, self.device) or rope_fault(self.model, self.device)
         if fault is not None:
             raise OctavoError(f"{self._where}: {type(self.model).__name__}: {fault}")
 

@@ -74,11 +74,24 @@ def divided_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(modeling_llama.LlamaForCausalLM, "forward", forward)
 
 
+def interleaved_rope(monkeypatch: pytest.MonkeyPatch) -> None:
+    """RoPE that turns channel 2i with 2i + 1, as GPT-J's."""
+
+    def rotate(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        half = cos.shape[-1] // 2
+        cos, sin = (part[:, None, :, :half].repeat_interleave(2, dim=-1) for part in (cos, sin))
+        turned = (torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2) for x in (q, k))
+        return tuple(x * cos + part * sin for x, part in zip((q, k), turned, strict=True))
+
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", rotate)
+
+
 CHANGED: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
     "an extra norm": (extra_norm, "layers.0.post_feedforward_layernorm: is there and not stated (in models/llama3)"),
     "(1 + w) norms": (offset_norms, "norm: is not of the form that is stated for norms (in models/llama3)"),
     "scaled states": (scaled_states, "layers.0: is not given embeddings as they are stated to be"),
     "divided logits": (divided_logits, "lm_head: logits are not what it makes, as they are stated to be"),
+    "interleaved RoPE": (interleaved_rope, "layers.0.self_attn: RoPE does not pair channels by halves of a head"),
     "a fused projection": (fused_projection, "layers.0.mlp.gate_proj: is stated and not there (in models/llama3)"),
 }
 

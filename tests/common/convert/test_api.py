@@ -34,7 +34,7 @@ def test_a_report_says_what_was_made(report: ConversionReport, source: Path) -> 
     assert report.float_bytes == (source / "model.safetensors").stat().st_size
     assert report.output_bytes == sum(file.stat().st_size for file in report.output.iterdir())
     layer = 2 * 2 * 16  # elements of K and V in 2 heads of 16
-    assert report.float_kv_bytes == 3 * 4 * layer and report.kv_bytes == (2 * 4 + 1) * layer
+    assert report.float_kv_bytes_per_token == 3 * 4 * layer and report.kv_bytes_per_token == (2 * 4 + 1) * layer
     assert report.float_kv_bits == 32 and report.kv_bits >= 8
     assert (report.texts, report.held_back_texts, report.odd_groups) == (8, 1, ())
     assert 0 < report.fidelity.kl < 1 and report.fidelity.tokens > 0 and report.seconds > 0

@@ -125,32 +125,32 @@ class KeyWeights:
 
     def _of_part(self, part: str, layer: int, end: str, *others: int) -> torch.Tensor | None:
         """The rows `[G D, ...]` of k or v in what makes them; None if there is no such tensor."""
-        heads, groups, width = attention_sizes(self._config)
+        heads, kv_heads, head_dim = attention_sizes(self._config)
         facts = self._decoder.attention
         name = self.name(layer, getattr(facts, part), end)
         if name not in self.headers and end == "bias":
             return None
         if not facts.is_fused:
-            return self.read(name, groups * width, *others)
-        first = (heads if part == "key" else heads + groups) * width
-        return self.read(name, (heads + 2 * groups) * width, *others)[first : first + groups * width]
+            return self.read(name, kv_heads * head_dim, *others)
+        first = (heads if part == "key" else heads + kv_heads) * head_dim
+        return self.read(name, (heads + 2 * kv_heads) * head_dim, *others)[first : first + kv_heads * head_dim]
 
     def bias(self, part: str, layer: int) -> torch.Tensor:
         """The bias of k or v, `[G, D]`; zeros where there is none."""
-        _, groups, width = attention_sizes(self._config)
+        _, kv_heads, head_dim = attention_sizes(self._config)
         found = self._of_part(part, layer, "bias")
-        return torch.zeros(groups, width) if found is None else found.view(groups, width)
+        return torch.zeros(kv_heads, head_dim) if found is None else found.view(kv_heads, head_dim)
 
     def channel_rms(self, layer: int) -> torch.Tensor:
         """The rms of each channel of a key without bias, `[G, D]`."""
-        _, groups, width = attention_sizes(self._config)
+        _, kv_heads, head_dim = attention_sizes(self._config)
         facts, offset, hidden = self._decoder.attention, self._decoder.norm_offset, self._config.hidden_size
         if facts.key_norm is not None:
-            gains = self.read(self.name(layer, facts.key_norm), width) + offset
-            return gains.abs().expand(groups, width)
+            gains = self.read(self.name(layer, facts.key_norm), head_dim) + offset
+            return gains.abs().expand(kv_heads, head_dim)
         norm = self.read(self.name(layer, self._decoder.attention_norm), hidden) + offset
         weight = self._of_part("key", layer, "weight", hidden)
-        return torch.linalg.vector_norm(weight * norm, dim=-1).view(groups, width)
+        return torch.linalg.vector_norm(weight * norm, dim=-1).view(kv_heads, head_dim)
 
     def check(self) -> None:
         """Raise an `OctavoError` if the formulas do not hold for this decoder, as far as config and names tell."""
@@ -239,9 +239,9 @@ def diagnose_layer(weights: KeyWeights, config: Any, layer: int, statistics: Sta
     rms, stored_bias = weights.channel_rms(layer), weights.bias("key", layer)
     # a key that is normalized has its bias inside, and no more reaches the cache than the norm lets through
     bias = torch.zeros_like(stored_bias) if weights.key_is_normalized else stored_bias
-    width = rms.shape[-1]
-    pairs = len(rope_constants(config, width, layer)[0])
-    radius, size_of_pair = (of_channels(rotary_radius(part, pairs), width) for part in (bias, rms))
+    head_dim = rms.shape[-1]
+    pairs = len(rope_constants(config, head_dim, layer)[0])
+    radius, size_of_pair = (of_channels(rotary_radius(part, pairs), head_dim) for part in (bias, rms))
     pair = torch.cat((size_of_pair[:, : 2 * pairs] / 2**0.5, size_of_pair[:, 2 * pairs :]), dim=-1)
     seen = _seen_radius(statistics, f"layers.{layer}.k.radius", rms.shape)
     seen_folded = _seen_radius(statistics, f"layers.{layer}.k.folded.radius", rms.shape)

@@ -72,7 +72,7 @@ class RotaryTable:
         return max(self._needed, tokens)
 
 
-def large_key_bias(linear: nn.Module, norm: nn.Module | None, width: int, norm_offset: float = 0.0) -> torch.Tensor:
+def large_key_bias(linear: nn.Module, norm: nn.Module | None, head_dim: int, norm_offset: float = 0.0) -> torch.Tensor:
     """The bias of k `[N]` in those rotary pairs where it exceeds the usual size of the key, and 0 elsewhere.
 
     That size is what the weights make of an input of unit variance, times the weights of the norm before it: the root
@@ -81,10 +81,10 @@ def large_key_bias(linear: nn.Module, norm: nn.Module | None, width: int, norm_o
     Args:
         linear: the projection of k, float or quantized.
         norm: RMSNorm before it; None, or one that is elsewhere just now, counts as ones.
-        width: D.
+        head_dim: D.
         norm_offset: what the norm adds to its weight.
     """
-    bias = linear.bias.detach().float().view(-1, 2, width // 2)
+    bias = linear.bias.detach().float().view(-1, 2, head_dim // 2)
     weight = linear.float_weight() if isinstance(linear, QuantizedLinear) else linear.weight.detach().float()
     gains = getattr(norm, "weight", None)
     if gains is not None and not gains.is_meta:
@@ -99,14 +99,16 @@ class BiasFold:
 
     Args:
         key, value: the projections whose biases are folded, or None.
-        width: D.
+        head_dim: D.
         table: of the rotary embedding; None without `key`.
     """
 
-    def __init__(self, key: nn.Module | None, value: nn.Module | None, width: int, table: RotaryTable | None) -> None:
+    def __init__(
+        self, key: nn.Module | None, value: nn.Module | None, head_dim: int, table: RotaryTable | None
+    ) -> None:
         self._key = key
         self._value = value
-        self._width = width
+        self._width = head_dim
         self._table = table
         self._bias: torch.Tensor | None = None  # what self._columns and self._rows are for
         self._columns: torch.Tensor | None = None
@@ -220,7 +222,7 @@ def fold_biases(model: nn.Module, scheme: Scheme | None = None, has_keys: bool =
             continue
         setattr(attention, FOLD, BiasFold(key, value, attention.head_dim, table if key is not None else None))
         norm, offset = dict(layer.named_children()).get(facts.attention_norm), facts.norm_offset
-        key_part = partial(large_key_bias, norm=norm, width=attention.head_dim, norm_offset=offset)
+        key_part = partial(large_key_bias, norm=norm, head_dim=attention.head_dim, norm_offset=offset)
         for linear in (key, value):
             if linear is None:
                 continue

@@ -60,10 +60,10 @@ def steady_length(config: Any, index: int = 0) -> int | None:
     return parameters["original_max_position_embeddings"] if parameters.get("rope_type") == "longrope" else None
 
 
-def rope_constants(config: Any, width: int, index: int = 0) -> tuple[torch.Tensor, float]:
+def rope_constants(config: Any, head_dim: int, index: int = 0) -> tuple[torch.Tensor, float]:
     """Angles per token of the rotary pairs of a layer, float32 `[R / 2]`, and the factor of its cos and sin.
 
-    R of the D = `width` channels of a head are turned, the first: none in layers without RoPE, all unless the config
+    R of the D = `head_dim` channels of a head are turned, the first: none in layers without RoPE, all unless the config
     says that they are fewer. A model may use other angles at some positions (dynamic scaling): what is rotated back by
     the slot is rotated forth by it, so that they need only be near.
     """
@@ -74,7 +74,7 @@ def rope_constants(config: Any, width: int, index: int = 0) -> tuple[torch.Tenso
     if kind in ROPE_INIT_FUNCTIONS:
         frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), **of_layer)
         return frequencies.float(), float(factor)
-    base, turned = parameters.get("rope_theta", 10000.0), int(width * partial_rotary_factor(config, index))
+    base, turned = parameters.get("rope_theta", 10000.0), int(head_dim * partial_rotary_factor(config, index))
     return base ** -(torch.arange(0, turned, 2, dtype=torch.float32) / turned), 1.0
 
 

@@ -80,7 +80,7 @@ class Statistics:
                 )
 
     def check_model(self, config: Any) -> None:
-        """Raise an `OctavoError` that names what is not of the model of a config: type, layers, heads, their width."""
+        """Raise an `OctavoError` that names what is not of the model of a config: type, layers, heads, head_dim."""
         check_statistics_of(self.tensors, self.metadata, config)
 
     def save(self, file: str | Path) -> None:
@@ -137,9 +137,9 @@ def rotary_radius(x: torch.Tensor, pairs: int | None = None) -> torch.Tensor:
     return radius if turned == x.shape[-1] else torch.cat((radius, x[..., turned:].abs()), dim=-1)
 
 
-def of_channels(radius: torch.Tensor, width: int) -> torch.Tensor:
-    """What `rotary_radius` found of each of D = `width` channels: `[..., D - R / 2] -> [..., D]`."""
-    pairs = width - radius.shape[-1]
+def of_channels(radius: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """What `rotary_radius` found of each of D = `head_dim` channels: `[..., D - R / 2] -> [..., D]`."""
+    pairs = head_dim - radius.shape[-1]
     return torch.cat((radius[..., :pairs], radius[..., :pairs], radius[..., pairs:]), dim=-1)
 
 
@@ -161,7 +161,7 @@ def static_scale(
 ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     """Scale and zero of a codec from the smallest and largest value of each channel, `[heads, D]`.
 
-    Affine: the middle of the range is code 0 and its width 255 steps (LMDeploy's zp = (min + max) / 2 and
+    Affine: the middle of the range is code 0 and its head_dim 255 steps (LMDeploy's zp = (min + max) / 2 and
     scale = (max - min) / 255, the zero point in units of codes), or with a codebook 2, from -1 to 1.
     """
     if codec is None or codec.dynamic or codec.fixed_scale:
@@ -183,13 +183,13 @@ def _levels(codec: Codec | None, statistics: Statistics, name: str) -> torch.Ten
     return found
 
 
-def _bound(parts: torch.Tensor, width: int, is_turned: bool) -> torch.Tensor:
+def _bound(parts: torch.Tensor, head_dim: int, is_turned: bool) -> torch.Tensor:
     """What no channel exceeds, `[heads, D]`, from the largest of each part of a head, as `rotary_radius` gives them.
 
     After a rotation that is no more than the length of all parts together. For fp8, whose codes are floats, a bound
     that is hardly reached costs nothing; int8 loses bits to it.
     """
-    return of_channels(parts.norm(dim=-1, keepdim=True).expand_as(parts) if is_turned else parts, width)
+    return of_channels(parts.norm(dim=-1, keepdim=True).expand_as(parts) if is_turned else parts, head_dim)
 
 
 def scales_of_layer(scheme: Scheme, statistics: Statistics, index: int) -> LayerScales:

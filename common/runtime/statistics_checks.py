@@ -70,7 +70,7 @@ def _check_range(name: str, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def check_statistics_of(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], config: Any) -> None:
-    """Raise an `OctavoError` if statistics are not of the model of a config: type, layers, heads and their width.
+    """Raise an `OctavoError` if statistics are not of the model of a config: type, layers, heads and their head_dim.
 
     Args:
         config: the model's, or that of its text decoder.
@@ -84,7 +84,7 @@ def check_statistics_of(tensors: Mapping[str, torch.Tensor], metadata: Mapping[s
     if layer_count(metadata) != config.num_hidden_layers:
         own = layer_count(metadata)
         raise OctavoError(f"{where} {own} layers, and this model has {config.num_hidden_layers}; {_WAY_OUT}")
-    heads, groups, width = attention_sizes(config)
+    heads, groups, head_dim = attention_sizes(config)
     for name, tensor in tensors.items():
         found = _NAME.fullmatch(name)
         if found is None or found["layer"] is None or found["bits"]:
@@ -92,7 +92,7 @@ def check_statistics_of(tensors: Mapping[str, torch.Tensor], metadata: Mapping[s
         is_pair = found["bound"] == "radius" or found["folded"]
         wanted = (
             heads if found["part"] == "q" else groups,
-            width - len(rope_constants(config, width, int(found["layer"]))[0]) if is_pair else width,
+            head_dim - len(rope_constants(config, head_dim, int(found["layer"]))[0]) if is_pair else head_dim,
         )
         if tuple(tensor.shape) != wanted:
             shape = list(tensor.shape)

@@ -1,4 +1,4 @@
-"""Every architecture beside Llama: converts, loads without Octavo, computes what its codes say, is close to float."""
+"""Every architecture: converts, loads without Octavo, computes what its codes say, is close to float."""
 
 import json
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from octavo.common.convert.measure.fidelity import compare
 from octavo.common.convert.pipeline import Conversion
 from octavo.common.convert.source.checkpoint import layerwise_source
 from octavo.common.runtime.decoder import list_experts, state_decoder
-from octavo.models import gemma3, granite, mistral, phi3, qwen2, qwen3, qwen3_moe, smollm3
+from octavo.models import gemma3, granite, llama3, mistral, phi3, qwen2, qwen3, qwen3_moe, smollm3
 
 from ..support import convert_flags, files_below, random_ids, randomized, save_source, tiny_config
 from ..tolerances import TOLERANCES
@@ -79,6 +79,7 @@ class Kind:
 
 
 KINDS = {
+    "llama3": Kind(llama3.ARCHITECTURE, transformers.LlamaConfig, transformers.LlamaForCausalLM, {}),
     "gemma3": Kind(
         gemma3.ARCHITECTURE,
         transformers.Gemma3TextConfig,

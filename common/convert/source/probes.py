@@ -88,17 +88,17 @@ def rope_fault(model: nn.Module, device: torch.device) -> str | None:
     Args:
         model, device: as of `ends_fault`.
     """
-    facts, config, width = stated_decoder(model), model.config, head_dim_of(model.config)
+    facts, config, head_dim = stated_decoder(model), model.config, head_dim_of(model.config)
     hidden = torch.zeros((1, PROBE_TOKENS, config.hidden_size), device=device)
-    x = torch.linspace(-1, 1, PROBE_TOKENS * width, device=device).view(1, 1, PROBE_TOKENS, width)
+    x = torch.linspace(-1, 1, PROBE_TOKENS * head_dim, device=device).view(1, 1, PROBE_TOKENS, head_dim)
     layers = model.base_model.get_submodule(facts.layers)
     for index, arguments in enumerate(layer_arguments(model, hidden, use_cache=False)):
-        frequencies, factor = rope_constants(config, width, index)
+        frequencies, factor = rope_constants(config, head_dim, index)
         if not len(frequencies):
             continue
         attention = layers[index].get_submodule(facts.attention.name)
         rotate = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
-        turned = torch.full((width,), 1.0, device=device)
+        turned = torch.full((head_dim,), 1.0, device=device)
         turned[: 2 * len(frequencies)] = factor
         expected = rotated_by_slot(x, frequencies.to(device), 0) * turned
         cos, sin = arguments["position_embeddings"]

@@ -48,18 +48,18 @@ class CacheConstants(nn.Module):
         return self
 
 
-def constant_shapes(scheme: Scheme, heads: int, groups: int, width: int) -> dict[str, tuple[int, ...]]:
+def constant_shapes(scheme: Scheme, heads: int, kv_heads: int, head_dim: int) -> dict[str, tuple[int, ...]]:
     """Shapes of a layer's `CacheConstants`: H query heads, G KV heads, D head_dim; empty where there are none."""
     shapes: dict[str, tuple[int, ...]] = {}
     for part, codec, count in (
-        ("key", scheme.key, groups),
-        ("value", scheme.value, groups),
+        ("key", scheme.key, kv_heads),
+        ("value", scheme.value, kv_heads),
         ("query", scheme.query, heads),
     ):
         if codec is None or not codec.is_calibrated:
             continue
         if not codec.dynamic:
-            shape = {"tensor": (1, 1, 1), "head": (count, 1, 1), "channel": (count, 1, width)}[codec.granularity]
+            shape = {"tensor": (1, 1, 1), "head": (count, 1, 1), "channel": (count, 1, head_dim)}[codec.granularity]
             shapes[f"{part}_scale"] = shape
             if codec.has_zero:
                 shapes[f"{part}_zero"] = shape
@@ -119,7 +119,7 @@ def _attach_biases(model: nn.Module, names: Iterable[str]) -> None:
 
 def _attach_scales(model: nn.Module, scheme: Scheme) -> None:
     """Give attention modules the buffers of static scales."""
-    heads, groups, width = attention_sizes(model.config)
+    heads, kv_heads, head_dim = attention_sizes(model.config)
     for _, attention in attention_modules(model):
         layer_scheme = scheme.of_layer(attention.layer_idx)
         if is_c8(layer_scheme):
@@ -129,11 +129,11 @@ def _attach_scales(model: nn.Module, scheme: Scheme) -> None:
                     holder = nn.Module()
                     attention.add_module(name, holder)
                 for part in ("kv_cache_scale", "kv_cache_offset"):
-                    holder.register_buffer(part, torch.empty(groups * width, dtype=torch.float32))
+                    holder.register_buffer(part, torch.empty(kv_heads * head_dim, dtype=torch.float32))
         elif is_fa(layer_scheme):
             attention.fa_q = StaticScale(heads)
-            attention.fa_k, attention.fa_v = StaticScale(groups), StaticScale(groups)
-        elif shapes := constant_shapes(layer_scheme, heads, groups, width):
+            attention.fa_k, attention.fa_v = StaticScale(kv_heads), StaticScale(kv_heads)
+        elif shapes := constant_shapes(layer_scheme, heads, kv_heads, head_dim):
             attention.octavo_cache = CacheConstants(shapes)
 
 
@@ -180,9 +180,9 @@ def read_scales(attentions: Iterable[tuple[str, nn.Module]], scheme: Scheme, dec
         layer_scheme = scheme.of_layer(attention.layer_idx)
         if is_c8(layer_scheme):
             parts = [(f"{name}.{part}", attention.get_submodule(part)) for part in C8_MODULES]
-            groups = parts[0][1].kv_cache_scale.numel() // attention.head_dim
+            kv_heads = parts[0][1].kv_cache_scale.numel() // attention.head_dim
             result.append(
-                LayerScales(*[_scale_and_zero(n, m.kv_cache_scale, m.kv_cache_offset, groups) for n, m in parts])
+                LayerScales(*[_scale_and_zero(n, m.kv_cache_scale, m.kv_cache_offset, kv_heads) for n, m in parts])
             )
         elif is_fa(layer_scheme):
             stored = {part: getattr(attention, f"fa_{part}") for part in FA_PARTS}

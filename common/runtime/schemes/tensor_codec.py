@@ -152,42 +152,44 @@ class Codec:
         """Consecutive tokens that share a scale and so become codes together."""
         return self.group_size if self.dynamic and self.granularity == "channel" else 1
 
-    def stored_width(self, width: int) -> int:
-        """Columns of the tensor that holds codes of `width` channels.
+    def stored_width(self, head_dim: int) -> int:
+        """Columns of the tensor that holds codes of `head_dim` channels.
 
         Raises:
             OctavoError: so many channels do not fill whole bytes, or are too few or too many for the outliers.
         """
-        if self.outliers and not self.outliers < width <= MOST_CHANNELS:
-            raise OctavoError(f"codec: {self.outliers} outliers are of heads of more channels, up to 256, not {width}")
+        if self.outliers and not self.outliers < head_dim <= MOST_CHANNELS:
+            raise OctavoError(
+                f"codec: {self.outliers} outliers are of heads of more channels, up to 256, not {head_dim}"
+            )
         fraction = {4: 2, 3: 8, 2: 4}.get(self.bits, 1)
-        if width % fraction:
-            raise OctavoError(f"codec: {self.dtype} needs heads of a multiple of {fraction} channels, not {width}")
-        return width * self.bits // 8
+        if head_dim % fraction:
+            raise OctavoError(f"codec: {self.dtype} needs heads of a multiple of {fraction} channels, not {head_dim}")
+        return head_dim * self.bits // 8
 
-    def channel_groups(self, width: int) -> int:
-        """Dynamic scales of one token, or group of tokens, and head of `width` channels.
+    def channel_groups(self, head_dim: int) -> int:
+        """Dynamic scales of one token, or group of tokens, and head of `head_dim` channels.
 
         Raises:
             OctavoError: the group size does not divide the head.
         """
         if self.granularity == "channel":
-            return width
-        if self.group_size and width % self.group_size:
-            raise OctavoError(f"codec: groups of {self.group_size} channels do not divide a head of {width}")
-        return width // self.group_size if self.group_size else 1
+            return head_dim
+        if self.group_size and head_dim % self.group_size:
+            raise OctavoError(f"codec: groups of {self.group_size} channels do not divide a head of {head_dim}")
+        return head_dim // self.group_size if self.group_size else 1
 
-    def token_bits(self, width: int) -> float:
-        """Bits of one token of one head of `width` channels, dynamic scales, zeros and outliers included."""
-        total = float(self.bits * width + OUTLIER_BITS * self.outliers)
+    def token_bits(self, head_dim: int) -> float:
+        """Bits of one token of one head of `head_dim` channels, dynamic scales, zeros and outliers included."""
+        total = float(self.bits * head_dim + OUTLIER_BITS * self.outliers)
         if self.dynamic:
             each = 8 * self.stored_scale_dtype.itemsize * (1 + self.has_zero)
-            total += each * self.channel_groups(width) / self.token_group
+            total += each * self.channel_groups(head_dim) / self.token_group
         return total
 
-    def constant_bits(self, heads: int, width: int) -> int:
+    def constant_bits(self, heads: int, head_dim: int) -> int:
         """Bits of a layer that do not grow with the tokens: static scales and zeros, and a codebook, in float32."""
-        shared = {"tensor": 1, "head": heads, "channel": heads * width, "token": 0}[self.granularity]
+        shared = {"tensor": 1, "head": heads, "channel": heads * head_dim, "token": 0}[self.granularity]
         scales = 0 if self.dynamic or self.fixed_scale else shared * (1 + self.has_zero)
         return 32 * (scales + (2**self.bits if self.levels == "calibrated" else 0))
 

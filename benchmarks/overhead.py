@@ -1,8 +1,8 @@
 """Time one call of attention over 128 keys, of which Python is the most: this tree against another version of it.
 
 make -C OTHER setup
-(cd OTHER && .venv/bin/python -m octavo.common.convert.output.bundle --arch llama3 --out /tmp/before)
-python benchmarks/overhead.py --before /tmp/before
+(cd OTHER && .venv/bin/python -m octavo.common.convert.output.bundle --arch llama3 --out DIR)
+python benchmarks/overhead.py --before DIR
 
 The other checkout has an environment of its own, since an environment imports the checkout that is installed in it.
 Both run as bundles, which live beside each other in one process, and in turns, on one thread; `ratio` is the median of

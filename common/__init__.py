@@ -17,6 +17,7 @@ PUBLIC = {
     "OctavoError": "errors",
     "QuantizedCache": "runtime.cache.quantized_cache",
     "kv_bits_per_element": "runtime.cache.sizes",
+    "kept_kv_bytes": "runtime.cache.sizes",
     "kv_bytes_per_token": "runtime.cache.sizes",
     "prepare": "stock_model",
     "Scheme": "runtime.schemes.kv_scheme",

@@ -72,10 +72,8 @@ def _load(architecture: Architecture, flags: argparse.Namespace) -> tuple[Any, A
 def _report(model: Any, cache: Any, new_tokens: int, seconds: float) -> None:
     """Speed and cache size of one answer, on stderr."""
     tokens = cache.get_seq_length()
-    used, plain = (
-        kept_kv_bytes(model.config, scheme, tokens, model.dtype.itemsize)
-        for scheme in (model.scheme, load_scheme("float"))
-    )
+    used = model.kept_kv_bytes(tokens)
+    plain = kept_kv_bytes(model.config, load_scheme("float"), tokens, model.dtype.itemsize)
     print(
         f"{new_tokens} tokens, {new_tokens / seconds:.1f} tokens/s; KV cache of {tokens} tokens: {used:,} bytes "
         f"({cache.nbytes():,} allocated), {plain:,} in {str(model.dtype).removeprefix('torch.')}",

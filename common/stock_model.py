@@ -5,6 +5,7 @@ import warnings
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..ops.shared.registry import NAMESPACE
 from .architecture import known_decoders, stated_architectures, stated_or_known
@@ -73,6 +74,7 @@ def prepare(model: nn.Module) -> nn.Module:
         OctavoError: the model's attention is its own and not transformers' `AttentionInterface`; it is not what the
             zoo states of its model type; see `fold_biases`.
     """
+    facts = _stated(model) if isinstance(model, PreTrainedModel) else None  # a refused model stays as it is
     register_attention()
     try:
         model.set_attn_implementation(NAMESPACE)
@@ -85,7 +87,6 @@ def prepare(model: nn.Module) -> nn.Module:
             "AttentionInterface, so that it cannot read codes"
         )
     model.__class__ = keeping_class(type(model))
-    facts = _stated(model)
     if facts is not None:
         state_decoder(model, facts)
         fold_biases(model, has_keys=_turns_halves(model, facts))

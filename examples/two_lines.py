@@ -9,7 +9,7 @@ import argparse
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from octavo import PRESETS, QuantizedCache, kv_bytes_per_token, load_scheme, prepare
+from octavo import PRESETS, QuantizedCache, kept_kv_bytes, load_scheme, prepare
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
 
     output = model.generate(**inputs, cache=cache, max_new_tokens=40, do_sample=False)
     print(tokenizer.decode(output[0], skip_special_tokens=True))
-    used = cache.get_seq_length() * kv_bytes_per_token(model.config, cache.scheme, model.dtype.itemsize)
+    used = kept_kv_bytes(model.config, cache.scheme, cache.get_seq_length(), model.dtype.itemsize)
     print(
         f"KV cache of {cache.get_seq_length()} tokens: {used:,} bytes if all were codes, {cache.nbytes():,} allocated"
     )

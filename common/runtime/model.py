@@ -12,7 +12,7 @@ from ..errors import OctavoError, first_line
 from .attention import register_attention
 from .bias_fold import fold_biases
 from .cache.quantized_cache import QuantizedCache
-from .cache.sizes import kv_bytes_per_token
+from .cache.sizes import kept_kv_bytes
 from .checkpoint.buffers import attach_buffers, read_scales
 from .checkpoint.files import TensorHeader
 from .checkpoint.loading import CONFIG_KEY, check_shapes, describe_checkpoint, read_config
@@ -230,9 +230,9 @@ class QuantizedCausalLM:
             crop_room=crop_room,
         )
 
-    def kv_bytes_per_token(self) -> int:
-        """Bytes that one token takes in this model's cache, as `kv_bytes_per_token` of `sizes.py` counts them."""
-        return kv_bytes_per_token(self.config, self.scheme, self.dtype.itemsize)
+    def kept_kv_bytes(self, tokens: int) -> int:
+        """Bytes of what this model's cache needs of so many tokens, as `kept_kv_bytes` of `sizes.py` counts them."""
+        return kept_kv_bytes(self.config, self.scheme, tokens, self.dtype.itemsize)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch_size: int, max_length: int

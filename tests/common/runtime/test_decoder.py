@@ -94,8 +94,10 @@ def test_the_two_line_use_checks_the_stock_model_the_same_way(change: str) -> No
     apply, message = CHANGED[change]
     model = tiny_llama()
     apply(model)
+    before = type(model), model.config._attn_implementation
     with pytest.raises(OctavoError, match=message):
         prepare(model)
+    assert (type(model), model.config._attn_implementation) == before, "what is refused stays as it was"
 
 
 def test_norms_of_q_and_k_are_those_of_a_head() -> None:

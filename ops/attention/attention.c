@@ -83,58 +83,86 @@ OUTLINE void merge_row(const Plan *plan, Row *rows, float *outputs, int64_t rows
     rows[0] = merged;
 }
 
+/* What the threads of a region share of a call: how it is cut, and, where keys are cut in chunks, what each leaves. */
+typedef struct {
+    AttentionArguments arguments;
+    Plan plan;
+    int64_t pairs, tasks, rows;
+    Row *part_rows;
+    float *part_outputs;
+    int failed;
+} Attention;
+
+/* Before the region. What it leaves in `failed` is 1 if there is not enough memory. */
+static Attention begin_attention(const AttentionArguments *arguments) {
+    Attention all = {.arguments = *arguments, .plan = plan_of(arguments)};
+    const Plan *plan = &all.plan;
+    all.pairs = arguments->batch * arguments->groups, all.rows = all.pairs * plan->rows;
+    all.tasks = all.pairs * plan->blocks * plan->chunks;
+    if (plan->chunks > 1) {
+        all.part_rows = malloc(sizeof(Row) * (size_t)(all.rows * plan->chunks));
+        all.part_outputs = malloc(sizeof(float) * (size_t)(all.rows * plan->chunks * plan->padded));
+        all.failed = !all.part_rows || !all.part_outputs;
+    }
+    return all;
+}
+
+static void end_attention(Attention *all) {
+    free(all->part_rows);
+    free(all->part_outputs);
+}
+
+static void attend_task(Attention *all, int64_t task, Scratch *scratch) {
+    const AttentionArguments *a = &all->arguments;
+    const Plan *plan = &all->plan;
+    int64_t pair = task % all->pairs, c = task / all->pairs % plan->chunks;
+    int64_t first = (plan->blocks - 1 - task / all->pairs / plan->chunks) * plan->block_rows; /* longest first */
+    int64_t count = plan->rows - first < plan->block_rows ? plan->rows - first : plan->block_rows;
+    int64_t start = plan->begin + c * plan->chunk;
+    int64_t stop = start + plan->chunk < plan->end ? start + plan->chunk : plan->end;
+    if (count <= 0) return;
+    attend(a, plan, pair / a->groups, pair % a->groups, first, count, start, stop, scratch);
+    for (int64_t m = 0; m < count; m++) {
+        const float *output = scratch->output + m * plan->padded;
+        int64_t at = c * all->rows + pair * plan->rows + first + m;
+        if (plan->chunks == 1) {
+            finish_row(a, plan, pair / a->groups, pair % a->groups, first + m, &scratch->rows[m], output);
+            continue;
+        }
+        all->part_rows[at] = scratch->rows[m];
+        memcpy(all->part_outputs + at * plan->padded, output, sizeof(float) * (size_t)plan->padded);
+    }
+}
+
+/* Called by each thread of a region; the output is whole behind it. */
+OUTLINE void share_attention(Attention *all) {
+    const AttentionArguments *a = &all->arguments;
+    const Plan *plan = &all->plan;
+    Scratch *scratch = new_scratch(plan);
+    if (!scratch) all->failed = 1;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < all->tasks; task++)
+        if (scratch) attend_task(all, task, scratch);
+    free(scratch);
+    if (plan->chunks == 1) return;
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < all->rows; row++) {
+        int64_t pair = row / plan->rows;
+        float *output = all->part_outputs + row * plan->padded;
+        merge_row(plan, all->part_rows + row, output, all->rows, all->rows * plan->padded);
+        finish_row(a, plan, pair / a->groups, pair % a->groups, row % plan->rows, all->part_rows + row, output);
+    }
+}
+
 /* Returns 0, or 1 if there is not enough memory, or 2 if there is nothing to do or the arguments do not go together. */
 EXPORT int attention(const PackedAttentionCall *packed) {
     if (!goes_together(&packed->call)) return 2;
-    const AttentionArguments arguments = arguments_of(packed), *a = &arguments;
-    Plan plan = plan_of(a);
-    int64_t pairs = a->batch * a->groups, tasks = pairs * plan.blocks * plan.chunks, rows = pairs * plan.rows;
-    Row *part_rows = NULL;
-    float *part_outputs = NULL;
-    int failed = 0;
-    if (plan.chunks > 1) {
-        part_rows = malloc(sizeof(Row) * (size_t)(rows * plan.chunks));
-        part_outputs = malloc(sizeof(float) * (size_t)(rows * plan.chunks * plan.padded));
-        failed = !part_rows || !part_outputs;
+    const AttentionArguments arguments = arguments_of(packed);
+    Attention all = begin_attention(&arguments);
+    if (!all.failed) {
+#pragma omp parallel num_threads((int)arguments.threads) if (arguments.threads > 1)
+        share_attention(&all);
     }
-    if (!failed) {
-#pragma omp parallel num_threads((int)a->threads) if (a->threads > 1)
-        {
-            Scratch *scratch = new_scratch(&plan);
-            if (!scratch) failed = 1;
-#pragma omp for schedule(dynamic, 1)
-            for (int64_t task = 0; task < tasks; task++) {
-                int64_t pair = task % pairs, c = task / pairs % plan.chunks;
-                int64_t first = (plan.blocks - 1 - task / pairs / plan.chunks) * plan.block_rows; /* longest first */
-                int64_t count = plan.rows - first < plan.block_rows ? plan.rows - first : plan.block_rows;
-                int64_t start = plan.begin + c * plan.chunk;
-                int64_t stop = start + plan.chunk < plan.end ? start + plan.chunk : plan.end;
-                if (!scratch || count <= 0) continue;
-                attend(a, &plan, pair / a->groups, pair % a->groups, first, count, start, stop, scratch);
-                for (int64_t m = 0; m < count; m++) {
-                    const float *output = scratch->output + m * plan.padded;
-                    int64_t at = c * rows + pair * plan.rows + first + m;
-                    if (plan.chunks == 1) {
-                        finish_row(a, &plan, pair / a->groups, pair % a->groups, first + m, &scratch->rows[m], output);
-                        continue;
-                    }
-                    part_rows[at] = scratch->rows[m];
-                    memcpy(part_outputs + at * plan.padded, output, sizeof(float) * (size_t)plan.padded);
-                }
-            }
-            if (plan.chunks > 1) {
-#pragma omp for schedule(static)
-                for (int64_t row = 0; row < rows; row++) {
-                    int64_t pair = row / plan.rows;
-                    float *output = part_outputs + row * plan.padded;
-                    merge_row(&plan, part_rows + row, output, rows, rows * plan.padded);
-                    finish_row(a, &plan, pair / a->groups, pair % a->groups, row % plan.rows, part_rows + row, output);
-                }
-            }
-            free(scratch);
-        }
-    }
-    free(part_rows);
-    free(part_outputs);
-    return failed;
+    end_attention(&all);
+    return all.failed;
 }

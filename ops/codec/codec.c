@@ -28,7 +28,7 @@ typedef struct {
 
 typedef struct {
     int64_t b, g, s, at; /* `at`: the token in storage */
-} Row;
+} CodecRow;
 
 /* The smallest and largest code, as code_range of ops/shared/codes.py. */
 INLINE float largest_code(const CodecArguments *a) {
@@ -68,7 +68,7 @@ static void load_row(const char *from, int64_t width, int64_t kind, float *to) {
 }
 
 /* A row of x in float32. */
-static void load_values(const CodecArguments *a, Row row, Buffers *to) {
+static void load_values(const CodecArguments *a, CodecRow row, Buffers *to) {
     load_row(element(a->x, index_of(a->x_stride, row.b, row.g, row.s), a->x_kind), a->shape[3], a->x_kind, to->values);
 }
 
@@ -134,7 +134,7 @@ INLINE void find_extremes(const float *values, int64_t count, float *smallest, f
 }
 
 /* Scale and zero of each group of channels of a token, stored, and spread over the channels. */
-static void choose_scales(const CodecArguments *a, Row row, Buffers *at) {
+static void choose_scales(const CodecArguments *a, CodecRow row, Buffers *at) {
     int64_t size = a->shape[3] / a->scale_groups;
     int64_t scale_index = index_of(a->scale_stride, row.b, row.g, row.at);
     int64_t zero_index = index_of(a->zero_stride, row.b, row.g, row.at);
@@ -188,7 +188,7 @@ INLINE void round_row(const CodecArguments *a, const Buffers *at, int kind) {
     }
 }
 
-static void store_codes(const CodecArguments *a, Row row, Buffers *at) {
+static void store_codes(const CodecArguments *a, CodecRow row, Buffers *at) {
     int64_t width = a->shape[3];
     uint8_t *to = (uint8_t *)a->codes + index_of(a->codes_stride, row.b, row.g, row.at);
     switch (a->code_kind) {
@@ -204,11 +204,11 @@ static void store_codes(const CodecArguments *a, Row row, Buffers *at) {
 }
 
 /* The row of scales and zeros that serves a token. */
-INLINE int64_t token_of(const CodecArguments *a, Row row) {
+INLINE int64_t token_of(const CodecArguments *a, CodecRow row) {
     return a->token_group == 1 ? row.s : row.s / a->token_group;
 }
 
-INLINE void load_scales(const CodecArguments *a, Row row, Buffers *to) {
+INLINE void load_scales(const CodecArguments *a, CodecRow row, Buffers *to) {
     int64_t width = a->shape[3], token = token_of(a, row);
     int64_t scale = index_of(a->scale_stride, row.b, row.g, token);
     int64_t zero = index_of(a->zero_stride, row.b, row.g, token);
@@ -219,7 +219,7 @@ INLINE void load_scales(const CodecArguments *a, Row row, Buffers *to) {
     to->scale_index = scale, to->zero_index = zero;
 }
 
-static void encode_rows(const CodecArguments *a, Row row, int64_t end, Buffers *at) {
+static void encode_rows(const CodecArguments *a, CodecRow row, int64_t end, Buffers *at) {
     for (; row.s < end; row.s++, row.at++) {
         load_values(a, row, at);
         load_scales(a, row, at);
@@ -227,7 +227,7 @@ static void encode_rows(const CodecArguments *a, Row row, int64_t end, Buffers *
     }
 }
 
-static void encode_token_rows(const CodecArguments *a, Row row, int64_t end, Buffers *at) {
+static void encode_token_rows(const CodecArguments *a, CodecRow row, int64_t end, Buffers *at) {
     for (; row.s < end; row.s++, row.at++) {
         load_values(a, row, at);
         choose_scales(a, row, at);
@@ -244,7 +244,7 @@ INLINE const float *load_groups(int64_t address, int64_t index, int64_t kind, in
 }
 
 /* Codes are `codes` here, too, and x the float32 output. */
-INLINE void decode_packed_rows(const CodecArguments *a, Row row, int64_t end, Buffers *at, int bits, int form) {
+INLINE void decode_packed_rows(const CodecArguments *a, CodecRow row, int64_t end, Buffers *at, int bits, int form) {
     Part zero = {a->zero ? at->zero : NULL, at->zero_shift}, scale = {a->scale ? at->scale : NULL, at->scale_shift};
     const uint8_t *from = (const uint8_t *)a->codes + index_of(a->codes_stride, row.b, row.g, row.s);
     float *to = (float *)a->x + index_of(a->x_stride, row.b, row.g, row.s);
@@ -269,7 +269,7 @@ static int64_t shift_of(int64_t address, int64_t stride, int64_t groups, int64_t
     return stride == 1 && groups << shift == width ? shift : 0;
 }
 
-static void decode_row(const CodecArguments *a, Row row, Buffers *at) {
+static void decode_row(const CodecArguments *a, CodecRow row, Buffers *at) {
     int64_t width = a->shape[3];
     load_row(element(a->codes, index_of(a->codes_stride, row.b, row.g, row.s), a->code_kind), width, a->code_kind,
              at->values);
@@ -283,7 +283,7 @@ static void decode_row(const CodecArguments *a, Row row, Buffers *at) {
     }
 }
 
-static void decode_rows(const CodecArguments *a, Row row, int64_t end, Buffers *at) {
+static void decode_rows(const CodecArguments *a, CodecRow row, int64_t end, Buffers *at) {
     if (a->code_kind != KIND_INT4) {
         for (; row.s < end; row.s++) decode_row(a, row, at);
         return;
@@ -300,7 +300,7 @@ static void decode_rows(const CodecArguments *a, Row row, int64_t end, Buffers *
 }
 
 /* Returns 0, 1 without enough memory, or POSITION_OUT_OF_RANGE. */
-static int each_row(const CodecArguments *a, void (*visit)(const CodecArguments *, Row, int64_t, Buffers *)) {
+static int each_row(const CodecArguments *a, void (*visit)(const CodecArguments *, CodecRow, int64_t, Buffers *)) {
     int64_t heads = a->shape[1], tokens = a->shape[2], rows = a->shape[0] * heads * tokens;
     int64_t turns = (tokens + ROWS_AT_A_TIME - 1) / ROWS_AT_A_TIME;
     const float *levels = (const float *)a->levels;
@@ -327,7 +327,7 @@ static int each_row(const CodecArguments *a, void (*visit)(const CodecArguments 
 #pragma omp for schedule(static)
         for (int64_t index = 0; index < a->shape[0] * heads * turns; index++) {
             int64_t first = index % turns * ROWS_AT_A_TIME, end = first + ROWS_AT_A_TIME;
-            Row row = {index / (heads * turns), index / turns % heads, first, first + position};
+            CodecRow row = {index / (heads * turns), index / turns % heads, first, first + position};
             if (memory) visit(a, row, end < tokens ? end : tokens, &at);
         }
         free(memory);

@@ -34,10 +34,15 @@ PADDING_POSITION = 1
 
 
 class RotaryTable:
-    """cos and sin of a model's own rotary embedding for all positions up to one, made once for all layers."""
+    """cos and sin of a model's own rotary embedding for all positions up to one, made once for all layers.
 
-    def __init__(self, rotary: nn.Module) -> None:
-        self._rotary = rotary
+    Args:
+        rotary: the embedding.
+        kind: what it is told beside positions, a type of layers or nothing.
+    """
+
+    def __init__(self, rotary: nn.Module, *kind: str) -> None:
+        self._rotary, self._kind = rotary, kind
         self._rows: torch.Tensor | None = None
         self._checked: torch.Tensor | None = None
         self._needed = 0
@@ -48,7 +53,7 @@ class RotaryTable:
             size = max(SMALLEST_TABLE, 1 << (length - 1).bit_length())
             with torch.inference_mode(False), torch.no_grad():  # it outlives this pass, and may be read by another mode
                 positions = torch.arange(size, device=device)[None]
-                cos, sin = self._rotary(torch.zeros(1, dtype=torch.float32, device=device), positions)
+                cos, sin = self._rotary(torch.zeros(1, dtype=torch.float32, device=device), positions, *self._kind)
                 half = cos.shape[-1] // 2
                 self._rows = torch.cat((cos[0, :, :half], sin[0, :, :half]), dim=-1).contiguous()
         return self._rows
@@ -113,6 +118,16 @@ class BiasFold:
         self._bias: torch.Tensor | None = None  # what self._columns and self._rows are for
         self._columns: torch.Tensor | None = None
         self._rows: tuple[torch.Tensor | None, torch.Tensor | None] = None, None
+        self._floats: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def _left_out(self, name: str, linear: nn.Module) -> torch.Tensor:
+        """What a projection leaves out, in float32; the same tensor as long as that is the same."""
+        if linear.left_out is None:
+            linear._added_bias()
+        if name not in self._floats or self._floats[name][0] is not linear.left_out:
+            with torch.inference_mode(False):
+                self._floats[name] = linear.left_out, linear.left_out.detach().float()
+        return self._floats[name][1]
 
     def _chosen_columns(self) -> torch.Tensor:
         """Columns of a table of cos and sin that belong to pairs whose bias is left out."""
@@ -142,9 +157,7 @@ class BiasFold:
         if position_ids is None:
             raise OctavoError("attention is given no position_ids, which folded biases need; use fold_bias=False")
         table = self._table.rows(self._table.length_for(position_ids, tokens), query.device)
-        if self._rows[0] is not table:
-            with torch.inference_mode(False):
-                self._rows = table, table[:, columns].contiguous()
+        rows = self._columns_of(table)
         bias = (
             self._bias.float()
             .view(-1, self._width)
@@ -153,7 +166,35 @@ class BiasFold:
         (q1, q2), (b1, b2) = query.float().chunk(2, dim=-1), bias[:, None].chunk(2, dim=-1)
         both = torch.cat((q1 * b1 + q2 * b2, q2 * b1 - q1 * b2), dim=-1)
         newest = tokens if length is None else length
-        return PositionScores(both[..., columns], self._rows[1], position_ids[:, -1] - (newest - 1))
+        return PositionScores(both[..., columns], rows, position_ids[:, -1] - (newest - 1))
+
+    def key_terms(
+        self, position_ids: torch.Tensor, tokens: int
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Of what `terms` adds to the scores, all but the queries: the bias, float32 `[G * D]`, the columns of cos and
+        sin that count, and these by position, `[P, E]`. None where the bias adds nothing.
+
+        Raises:
+            OctavoError: positions do not follow one another.
+        """
+        if self._key is None:
+            return None, None, None
+        bias, columns = self._left_out("key", self._key), self._chosen_columns()
+        if not len(columns):
+            return None, None, None
+        table = self._table.rows(self._table.length_for(position_ids, tokens), columns.device)
+        return bias, columns, self._columns_of(table)
+
+    def _columns_of(self, table: torch.Tensor) -> torch.Tensor:
+        """The columns of a table that count, made once for each table."""
+        if self._rows[0] is not table:
+            with torch.inference_mode(False):
+                self._rows = table, table[:, self._columns].contiguous()
+        return self._rows[1]
+
+    def value_bias(self) -> torch.Tensor | None:
+        """The bias of v that the output is given back, float32 `[G * D]`, or None."""
+        return None if self._value is None else self._left_out("value", self._value)
 
     def with_value_bias(self, output: torch.Tensor) -> torch.Tensor:
         """Attention's `[B, Q, H, D]` with the bias of v added."""

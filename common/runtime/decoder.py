@@ -105,6 +105,9 @@ class Decoder:
         is_partly_rotated: whether the config's `partial_rotary_factor` counts: RoPE turns the first channels of a head
             alone. Of those that it turns, channel d is paired with the one half of them further.
         caps_logits: whether the config's `final_logit_softcapping` counts; see `capped_logits`.
+        residual_scale: from a config, what the outputs of attention and MLP are multiplied by before they are added to
+            the states; None where by nothing.
+        activation: name of the config's entry that names the activation of the MLP.
     """
 
     layers: str
@@ -125,6 +128,8 @@ class Decoder:
     skips_rotation: bool = False
     is_partly_rotated: bool = False
     caps_logits: bool = False
+    residual_scale: Callable[[Any], float] | None = None
+    activation: str = "hidden_act"
 
     @property
     def norms(self) -> tuple[str, ...]:

@@ -41,6 +41,11 @@ def _rope_parameters(config: Any, index: int) -> tuple[dict[str, Any], dict[str,
     return parameters[layer_type], {"layer_type": layer_type}
 
 
+def layer_type_of(config: Any, index: int) -> tuple[str, ...]:
+    """What a rotary embedding is told beside positions: the type of the layer where angles differ by it, or nothing."""
+    return tuple(_rope_parameters(config, index)[1].values())
+
+
 def rope_type(config: Any, index: int = 0) -> str:
     """How the angles of a layer are made, by transformers' names."""
     return _rope_parameters(config, index)[0].get("rope_type", "default")

@@ -48,4 +48,5 @@ class Gemma3ForCausalLM(QuantizedCausalLM, transformers.Gemma3ForCausalLM):
         norm_offset=1.0,
         embedding_scale=_embedding_scale,
         caps_logits=True,
+        activation="hidden_activation",
     )

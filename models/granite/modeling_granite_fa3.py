@@ -23,6 +23,10 @@ def _states_scale(config: Any) -> float:
     return config.embedding_multiplier
 
 
+def _residual_scale(config: Any) -> float:
+    return config.residual_multiplier
+
+
 def _logits_divisor(config: Any) -> float:
     return config.logits_scaling
 
@@ -48,4 +52,5 @@ class GraniteForCausalLM(QuantizedCausalLM, transformers.GraniteForCausalLM):
         mlp_norm="post_attention_layernorm",
         states_scale=_states_scale,
         logits_divisor=_logits_divisor,
+        residual_scale=_residual_scale,
     )

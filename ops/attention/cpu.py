@@ -31,17 +31,20 @@ _LOADABLE = {
     "position_table": _FLOATS,
     "position_start": Loadable((torch.int64,)),
 }
-_PACKED_ATTENTION = PackedCall(ATTENTION_CALL, ("output", "lse", "threads"), _LOADABLE)
-_SOURCES = (
-    "checks.h", "arguments.h", "micro.h", "integer.h", "visible.h", "plan.h", "scratch.h", "parts.h", "queries.h",
-    "softmax.h", "tiles.h", "position.h", "groups.h", "products.h", "attention.c",
-)  # fmt: skip
-"""What each needs stands before it."""
+PACKED_ATTENTION = PackedCall(ATTENTION_CALL, ("output", "lse", "threads"), _LOADABLE)
+ATTENTION_SOURCES = tuple([
+    f"ops/attention/{name}"
+    for name in (
+        "checks.h", "arguments.h", "micro.h", "integer.h", "visible.h", "plan.h", "scratch.h", "parts.h", "queries.h",
+        "softmax.h", "tiles.h", "position.h", "groups.h", "products.h", "attention.c",
+    )
+])  # fmt: skip
+"""What each needs stands before it; vector.h before all."""
 ATTENTION_KERNEL = CKernel(
     "attention",
-    ("ops/shared/vector.h", *[f"ops/attention/{name}" for name in _SOURCES]),
+    ("ops/shared/vector.h", *ATTENTION_SOURCES),
     ("attention",),
-    _PACKED_ATTENTION.declarations,
+    PACKED_ATTENTION.declarations,
 )
 
 
@@ -91,19 +94,19 @@ def _attend(call: AttentionCall, wants_lse: bool) -> tuple[torch.Tensor, torch.T
     query = call.query
     if query.dtype in _HALVES:
         call = call._replace(query=query.float())
-    fields = _PACKED_ATTENTION.fields(call)
+    fields = PACKED_ATTENTION.fields(call)
     if fields is None or query.dim() != 4 or _quantizes_to_fp8(call):
         check_call(call)
         if _quantizes_to_fp8(call):
             values = quantized_query(query.float(), call.query_scale.float(), call.key.codes.dtype)
             call = call._replace(query=values, query_scale=None)
         call = _loadable_call(call)
-        fields = _PACKED_ATTENTION.fields(call)
+        fields = PACKED_ATTENTION.fields(call)
     batch, heads, queries, width = query.shape
     output = torch.empty((batch, queries, heads, width))
     lse = torch.empty((batch, heads, queries)) if wants_lse else None
     lse_at = 0 if lse is None else lse.data_ptr()
-    packed = _PACKED_ATTENTION.pack(fields, output.data_ptr(), lse_at, torch.get_num_threads())
+    packed = PACKED_ATTENTION.pack(fields, output.data_ptr(), lse_at, torch.get_num_threads())
     failed = ATTENTION_KERNEL.load()["attention"](packed)
     if failed == 1:
         raise MemoryError("attention on the CPU found no memory for its scratch")

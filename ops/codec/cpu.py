@@ -13,7 +13,13 @@ from .reference import decode_reference, encode_reference, encode_token_referenc
 
 CODEC_KERNEL = CKernel(
     "codec",
-    ("ops/shared/vector.h", "ops/shared/rounding.h", "ops/codec/packed.h", "ops/codec/codec.c"),
+    (
+        "ops/shared/vector.h",
+        "ops/shared/rounding.h",
+        "ops/codec/packed.h",
+        "ops/codec/arguments.h",
+        "ops/codec/codec.c",
+    ),
     ("encode", "encode_token", "decode"),
 )
 _pack_codec = struct.Struct("34q").pack

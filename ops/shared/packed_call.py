@@ -60,8 +60,8 @@ class PackedCall:
         loadable: what the kernel loads, by the names of flat arguments; of each that is a tensor.
 
     Attributes:
-        declarations: C source, to be put in front of the kernel's; the struct is called `Packed...` and then as the
-            definition of the call, which is its first field.
+        parts: C source, one declaration each, to be put in front of the kernel's; the struct is called `Packed...` and
+            then as the definition of the call, which is its first field.
     """
 
     def __init__(self, form: CallForm, results: tuple[str, ...], loadable: dict[str, Loadable]) -> None:
@@ -73,16 +73,21 @@ class PackedCall:
         ])  # fmt: skip
         formats = ["11q" if leaf.is_tensor else "d" if leaf.annotation is float else "q" for leaf in form.leaves]
         self._struct = struct.Struct("".join(formats) + "q" * len(results))
-        self.declarations = self._declared(form.definition, results)
+        self.parts = self._declared(form.definition, results)
 
-    def _declared(self, definition: type, results: tuple[str, ...]) -> str:
+    def _declared(self, definition: type, results: tuple[str, ...]) -> list[str]:
         more = {dtype: kind for dtype, kind in OPERAND_KINDS.items() if dtype not in KINDS}
         others = [f"KIND_{dtype_name(dtype).upper()} = {kind}" for dtype, kind in more.items()]
         declared = [f"enum {{ {', '.join(others)} }};\n", OPERAND]
         call = _declared_struct(definition, declared)
         declared.append(f"typedef struct {{\n    {call} call;\n    int64_t {', '.join(results)};\n}} Packed{call};\n")
         declared.append(f'_Static_assert(sizeof(Packed{call}) == {self._struct.size}, "what Python packs");\n')
-        return "".join(declared)
+        return declared
+
+    @property
+    def declarations(self) -> str:
+        """All of them."""
+        return "".join(self.parts)
 
     def fields(self, call: tuple) -> list[int | float] | None:
         """What is packed of a call; None if a tensor is none that the kernel loads, or has more than four dimensions.
@@ -107,3 +112,8 @@ class PackedCall:
     def pack(self, fields: list[int | float], *results: int) -> bytes:
         """The struct of a call, whose tensors must live until it has been read."""
         return self._struct.pack(*fields, *results)
+
+
+def joined_declarations(*calls: PackedCall) -> str:
+    """The declarations of several, each of them once."""
+    return "".join(dict.fromkeys([part for call in calls for part in call.parts]))

@@ -247,14 +247,18 @@ def _masks(
 
 
 def _room(cache: QuantizedCache, like: torch.Tensor, tokens: int) -> None:
-    """Let every layer have room for `tokens` tokens in all."""
+    """Let every layer have room for `tokens` tokens in all.
+
+    Raises:
+        OctavoError: they do not fit, or are of another batch or of other heads than those that are stored.
+    """
     for layer in cache.layers:
         if not layer.is_initialized:
             layer.lazy_initialization(like, like)
         for store in (layer.key_store, layer.value_store):
-            if store._codes is None or tokens - store.forgotten > store._codes.shape[2] or store.codec is None:
+            codes = store._codes
+            if codes is None or tokens - store.forgotten > codes.shape[2] or codes.shape[0] != like.shape[0]:
                 store.allocate(like, tokens)
-            store._check_fits(like)
 
 
 class _Pass:

@@ -28,8 +28,6 @@ from .foldable_linear import FoldableLinear
 from .model_sizes import kv_heads_of
 from .quantized_linear import QuantizedLinear
 
-LINEAR_STEP = 32
-"""K of a linear is a multiple of it."""
 _NO_LINEAR = LayerLinear()
 
 
@@ -54,7 +52,7 @@ def _activation(name: Any) -> int:
 def _float_linear(name: str, module: nn.Linear) -> LayerLinear:
     weight = module.weight.detach()
     bias = module._added_bias() if isinstance(module, FoldableLinear) else module.bias
-    if weight.dtype not in FLOAT_KINDS or not weight.is_contiguous() or weight.shape[1] % LINEAR_STEP:
+    if weight.dtype not in FLOAT_KINDS or not weight.is_contiguous():
         raise NotFused(f"{name} is a matrix {tuple(weight.shape)} of {weight.dtype}")
     bias = None if bias is None else bias.detach().float()
     return LayerLinear(weight, bias=bias, in_features=weight.shape[1], out_features=weight.shape[0])
@@ -71,10 +69,7 @@ def layer_linear(name: str, module: nn.Module) -> LayerLinear:
     packed = module.packed() if isinstance(module, QuantizedLinear) else None
     if packed is None:
         raise NotFused(f"{name} is a {type(module).__name__}")
-    return LayerLinear(
-        packed.codes, packed.scale, packed.zero, packed.bias, packed.input_scale, packed.input_offset, packed.bits,
-        module.in_features, module.out_features, packed.groups,
-    )  # fmt: skip
+    return packed
 
 
 def _input_form(linear: LayerLinear) -> tuple:
@@ -159,24 +154,20 @@ class Sources:
     def __init__(self, layers: nn.Module) -> None:
         modules = list(layers.modules())
         self._owners = [vars(module) for module in modules]
-        self._hooks = [
-            hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)
-        ]  # fmt: skip
-        self._parts = [
-            (part, name, value)
-            for module in modules
-            for part in (module._modules, module._parameters, module._buffers)
-            for name, value in part.items()
-        ]
+        self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        parts = [part for module in modules for part in (module._modules, module._parameters, module._buffers)]
+        self._parts = [part for part in parts if part]
+        self._values = [value for part in self._parts for value in part.values()]  # alive, so that no other has its id
+        self._ids = list(map(id, self._values))
 
     def change(self) -> str | None:
         """What keeps the layers from being run whole, or None."""
         if any(self._hooks):
             return "a module has a hook"
-        if any("forward" in owner for owner in self._owners):
+        if any(["forward" in owner for owner in self._owners]):
             return "another library has put its own forward in the place of a module's"
         return None
 
     def are_same(self) -> bool:
         """Whether modules, parameters and buffers are those that were there."""
-        return all(part.get(name) is value for part, name, value in self._parts)
+        return [id(value) for part in self._parts for value in part.values()] == self._ids

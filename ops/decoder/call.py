@@ -23,6 +23,7 @@ class LayerLinear(NamedTuple):
             weight itself, `[N, K]` in float32, bfloat16 or float16.
         scale, zero: `[N / 16, W, 16]`; None without codes of 8 or 4 bits, and a zero of None is 0.
         bias: float32 `[N]`, or None.
+        quant_bias: int32 `[N]`, added to the sums of codes of static W8A8; None otherwise.
         input_scale, input_offset: float32 `[1]`, of inputs that are quantized by scales from calibration; None: by the
             largest value of each token and group.
         bits: 8, 4, or 0 of a weight in float, whose inputs stay in float.
@@ -34,6 +35,7 @@ class LayerLinear(NamedTuple):
     scale: torch.Tensor | None = None
     zero: torch.Tensor | None = None
     bias: torch.Tensor | None = None
+    quant_bias: torch.Tensor | None = None
     input_scale: torch.Tensor | None = None
     input_offset: torch.Tensor | None = None
     bits: int = 0

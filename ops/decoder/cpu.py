@@ -7,6 +7,7 @@ import torch
 
 from ..attention.cpu import ATTENTION_SOURCES, PACKED_ATTENTION
 from ..codec.cpu import CODEC_KERNEL
+from ..linear.cpu import PACKED_SOURCES
 from ..shared.compile import CKernel
 from ..shared.operands import FLOAT_KINDS, KINDS
 from ..shared.packed_call import Loadable, PackedCall, joined_declarations
@@ -20,6 +21,7 @@ _LINEAR = {
     "scale": Loadable((torch.float32, torch.float16), is_dense=True),
     "zero": Loadable((torch.float32, torch.float16), is_dense=True),
     "bias": _FLOATS,
+    "quant_bias": Loadable((torch.int32,), is_dense=True),
     "input_scale": _FLOATS,
     "input_offset": _FLOATS,
 }
@@ -58,7 +60,7 @@ DECODER_KERNEL = CKernel(
         "ops/shared/rounding.h",
         *ATTENTION_SOURCES,
         "ops/codec/arguments.h",
-        "ops/linear/packed.h",
+        *PACKED_SOURCES,
         *[f"ops/decoder/{name}" for name in ("work.h", "rows.h", "linears.h", "cache.h", "decoder.c")],
     ),
     ("decoder_layers", "decoder_between"),

@@ -138,7 +138,7 @@ static int64_t lay_out(Work *work, const PackedDecoderLayer *layers, int64_t cou
         if (layer->biases.key.dims >= 0) biased = larger(biased, layer->heads * layer->biases.columns.size[3]);
         branch = larger(branch, 2 * layer->linears.down.in_features), input = larger(input, layer->linears.down.in_features);
         for (int j = 0; j < 4; j++) {
-            codes = larger(codes, round_up(linears[j]->in_features, 64));
+            codes = larger(codes, packed_stride(linears[j]->in_features));
             groups = larger(groups, linears[j]->groups);
         }
     }

@@ -53,7 +53,9 @@ def _checked_group(x: torch.Tensor, packed: Packed, group: int) -> int:
     if x.shape[-1] != in_features:
         raise ValueError(f"x {tuple(x.shape)} does not belong to a packed weight of {in_features} input channels")
     if group < in_features and (group % WEIGHT_BLOCK or in_features % group):
-        raise ValueError(f"groups of x are a multiple of {WEIGHT_BLOCK} channels that divides {in_features}, not {group}")
+        raise ValueError(
+            f"groups of x are a multiple of {WEIGHT_BLOCK} channels that divides {in_features}, not {group}"
+        )
     if in_features // packed.num_groups % group:
         raise ValueError(f"a group of x, {group} channels, does not divide one of the weight")
     if group > LARGEST_IN_FEATURES:

@@ -14,7 +14,7 @@ from ..architecture import Architecture
 from ..command import DEVICES, OneLineParser
 from ..errors import OctavoError
 from ..runtime.schemes.kv_scheme import KV_CACHE_DTYPES
-from ..runtime.schemes.linear_scheme import GROUP_SIZES, WEIGHT_METHODS
+from ..runtime.schemes.linear_scheme import CPU_ACTIVATIONS, GROUP_SIZES, WEIGHT_METHODS
 from .flag_linears import linear_scheme_of_flags
 from .flag_values import (
     ACT_METHOD_NAMES,
@@ -68,6 +68,8 @@ def _add_linears(parser: argparse.ArgumentParser) -> None:
     add("--group_size", type=int, choices=GROUP_SIZES,
         help="input channels that share a scale of W8A16 or W4A16; 0: per channel (W4A16: default 64)")  # fmt: skip
     add("--w_method", choices=WEIGHT_METHODS, default="MinMax", help="how codes of weights are chosen")
+    add("--cpu_activations", choices=CPU_ACTIVATIONS, default=CPU_ACTIVATIONS[0],
+        help="inputs of W8A16 and W4A16 on the CPU: int8 per token and group, or as they are")  # fmt: skip
     add("--anti_method", type=anti_method, choices=ANTI_METHODS, default="",
         help="outliers: m1 SmoothQuant, m2 with an offset, m3 AWQ, m4 iterative, m6 searched; none")  # fmt: skip
 
@@ -185,6 +187,7 @@ def request_of(flags: argparse.Namespace, architecture: Architecture | str | Non
         scheme=_scheme_name(flags),
         linear=flags.linear,
         architecture=architecture,
+        cpu_activations=flags.cpu_activations,
         anti_method=flags.anti_method,
         kv_scales=flags.kv_scales,
         float_linears=flags.disable_names,

@@ -130,7 +130,14 @@ class Job:
         if not (linears or any(scheme.of_layer(index).is_quantized for index in range(len(names)))):
             raise OctavoError("every linear and attention stays in float; nothing would be quantized")
         linear = self.request.linear or LinearScheme()
-        return Plan(scheme, linear, linears, self.request.anti_method, source_dtype(self.headers))
+        return Plan(
+            scheme,
+            linear,
+            linears,
+            self.request.anti_method,
+            source_dtype(self.headers),
+            self.request.cpu_activations,
+        )
 
     def conversion(
         self, plan: Plan, known: dict[str, torch.Tensor] | None = None, measures: bool = False

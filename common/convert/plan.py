@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 from ..errors import OctavoError
 from ..runtime.checkpoint.loading import CONFIG_KEY
 from ..runtime.schemes.kv_scheme import Scheme
-from ..runtime.schemes.linear_scheme import LinearScheme
+from ..runtime.schemes.linear_scheme import WEIGHT_ONLY, LinearScheme
 from .outliers.subgraphs import shifted_subgraphs
 from .source.layerwise import LayerwiseModel
 from .spelling import named
@@ -28,6 +28,7 @@ class Plan:
         linears: their names.
         anti_method: treatment of outliers: "", "m1", "m2", "m3", "m4" or "m6".
         dtype: of the source, as safetensors spells it.
+        cpu_activations: what weight-only linears multiply with on the CPU, see `ConvertRequest`.
     """
 
     scheme: Scheme
@@ -35,11 +36,17 @@ class Plan:
     linears: tuple[str, ...]
     anti_method: str
     dtype: str
+    cpu_activations: str
 
     @property
     def deq_scale_dtype(self) -> torch.dtype:
         """See `W8A8Linear`."""
         return torch.float32 if self.dtype == "BF16" else torch.int64
+
+    @property
+    def has_weight_only(self) -> bool:
+        """Whether there are linears for which `cpu_activations` counts."""
+        return bool(self.linears) and self.linear.label in WEIGHT_ONLY
 
     @property
     def needs_hessian(self) -> bool:
@@ -91,6 +98,7 @@ def quantized_config(source: LayerwiseModel, plan: Plan) -> PreTrainedConfig:
         "weight_scales": scales,
         "deq_scale": "I64" if plan.deq_scale_dtype == torch.int64 else "F32",
         "biases": _added_biases(source, plan),
+        "cpu_activations": plan.cpu_activations,
     }
     setattr(config, CONFIG_KEY, {"scheme": plan.scheme.to_dict(), **layout})
     config.tie_word_embeddings = bool(source.tied) and source.facts.head not in plan.linears

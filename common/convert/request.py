@@ -10,7 +10,14 @@ from ..architecture import Architecture
 from ..command import DEVICES
 from ..errors import OctavoError
 from ..runtime.schemes.kv_scheme import Scheme
-from ..runtime.schemes.linear_scheme import FP8_DYNAMIC, LINEAR_LABELS, W4A16, LinearScheme
+from ..runtime.schemes.linear_scheme import (
+    CPU_ACTIVATIONS,
+    FP8_DYNAMIC,
+    LINEAR_LABELS,
+    W4A16,
+    WEIGHT_ONLY,
+    LinearScheme,
+)
 
 ANTI_METHODS = ("", "m1", "m2", "m3", "m4", "m6")
 NO_M5 = (
@@ -21,7 +28,9 @@ LINEAR_NAMES = {"float": None, **{label.lower(): label for label in LINEAR_LABEL
 """Labels by the names of linears, as MindIE spells them, and vLLM's fp8; None leaves linears in float."""
 DEFAULT_GROUP = {W4A16: 64}
 """Input channels that share a scale of a weight, unless a number is given; 0 of labels that are not here."""
-FOR_LINEARS = {"anti_method": "", "float_linears": None, "float_head": True, "float_outliers": 0}
+FOR_LINEARS = {
+    "anti_method": "", "float_linears": None, "float_head": True, "float_outliers": 0, "cpu_activations": "int8",
+}  # fmt: skip
 """Fields that mean nothing where every linear stays in float, and what they are unless given."""
 NOT_DECISIVE = ("model", "output", "architecture", "scheme", "linear", "calibration", "resume")
 """Fields that the bytes of an output do not follow from, or not from what is written in them."""
@@ -45,6 +54,8 @@ class ConvertRequest:
             `--w_sym`, `--group_size`, `--w_method`, `--act_method`
         architecture: folder under `models/`, or what stands in it; None: found by config.json's model_type.
             The script that is run
+        cpu_activations: of W8A16 and W4A16 on the CPU: "int8" quantizes inputs per token and group of channels, as the
+            weight has them, so that integers are multiplied; "float" leaves them in float. `--cpu_activations`
         anti_method: treatment of outliers: "" none, "m1" SmoothQuant, "m2" with an offset, "m3" AWQ, "m4" iterative,
             "m6" searched. `--anti_method`
         kv_scales: where static scales of K and V come from: "data" the calibration texts, "random" random tokens,
@@ -77,6 +88,7 @@ class ConvertRequest:
     scheme: Scheme | str | Path = "float"
     linear: LinearScheme | str | None = field(default_factory=LinearScheme)
     architecture: Architecture | str | None = None
+    cpu_activations: str = CPU_ACTIVATIONS[0]
     anti_method: str = ""
     kv_scales: str = "data"
     float_linears: Sequence[str] | None = None
@@ -150,10 +162,15 @@ def _normalized(request: ConvertRequest) -> dict[str, Any]:
     }
 
 
+_CHOICES = {
+    "anti_method": ANTI_METHODS, "kv_scales": KV_SCALES, "device": DEVICES, "cpu_activations": CPU_ACTIVATIONS,
+}  # fmt: skip
+
+
 def _check_choices(request: ConvertRequest) -> None:
     if request.anti_method == "m5":
         raise OctavoError(f"anti_method: {NO_M5}")
-    for name, choices in (("anti_method", ANTI_METHODS), ("kv_scales", KV_SCALES), ("device", DEVICES)):
+    for name, choices in _CHOICES.items():
         if getattr(request, name) not in choices:
             listed = ", ".join(choice or '""' for choice in choices)
             raise OctavoError(f"{name} {getattr(request, name)}: is none of {listed}")
@@ -183,5 +200,8 @@ def _check_linear(request: ConvertRequest) -> None:
         for name, unless_given in FOR_LINEARS.items():
             if getattr(request, name) != unless_given:
                 raise OctavoError(f"{name}: linear=None leaves every linear in float")
-    elif not linear.is_static and linear.act_method != "minmax":
+        return
+    if linear.label not in WEIGHT_ONLY and request.cpu_activations != FOR_LINEARS["cpu_activations"]:
+        raise OctavoError(f"cpu_activations: {linear.label} quantizes inputs on every device; leave it out")
+    if not linear.is_static and linear.act_method != "minmax":
         raise OctavoError(f"linear: {linear.label} has no static ranges of inputs; leave out act_method")

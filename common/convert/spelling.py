@@ -20,6 +20,7 @@ FLAG_OF = {
     "symmetric": "--w_sym",
     "w_method": "--w_method",
     "act_method": "--act_method",
+    "cpu_activations": "--cpu_activations",
     "anti_method": "--anti_method",
     "kv_scales": "--kv_scales",
     "float_linears": "--disable_names",

@@ -29,6 +29,7 @@ def empty_linear(
     per_tensor: bool = False,
     is_packed: bool = True,
     deq_scale_dtype: torch.dtype = torch.float32,
+    cpu_activations: str = "float",
 ) -> QuantizedLinear:
     """A quantized linear layer whose tensors are still to be filled.
 
@@ -40,6 +41,7 @@ def empty_linear(
         per_tensor: one scale for the whole weight, for fp8.
         is_packed: two codes to a byte, for W4A16.
         deq_scale_dtype: for W8A8, see `W8A8Linear`.
+        cpu_activations: for W8A16 and W4A16, see `WeightOnlyLinear`.
     """
     options: dict[str, Any] = {}
     if label == W8A8:
@@ -50,4 +52,7 @@ def empty_linear(
         options["per_tensor"] = per_tensor
     if label == W4A16:
         options["is_packed"] = is_packed
-    return QUANTIZED_LINEARS[label](in_features, out_features, has_bias, **options)
+    layer = QUANTIZED_LINEARS[label](in_features, out_features, has_bias, **options)
+    if label in WEIGHT_ONLY:
+        layer.cpu_activations = cpu_activations
+    return layer

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ...ops import linear_weight_only
+from ...ops import linear_grouped, linear_weight_only
 from ...ops.linear.reference import WEIGHT_BLOCK
 from ...ops.shared.codes import INT8_MAX, INT8_MIN, expand_scale, from_codes
 from .linear_values import are_offsets
@@ -15,12 +15,17 @@ from .schemes.linear_scheme import W4A16, W8A16
 class WeightOnlyLinear(QuantizedLinear):
     """Float inputs times a weight in codes, `(code - weight_offset) * weight_scale`, per output channel or in groups.
 
+    Attributes:
+        cpu_activations: "int8" if inputs on the CPU are quantized per token and group of input channels, as the weight
+            has them, so that codes are multiplied; "float" if they never are.
+
     Args:
         in_features, out_features: K and N.
         has_bias: whether there is one.
         num_groups: how many the K channels make; 1 is per output channel.
     """
 
+    cpu_activations = "float"
     CODES: tuple[int, int]
     """The smallest and largest code, between which the zero point of a range with 0 in it lies."""
 
@@ -57,7 +62,13 @@ class WeightOnlyLinear(QuantizedLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., K] -> [..., N]`."""
-        return linear_weight_only(x, self.weight, self.weight_scale, self._zero(), self._added_bias())
+        parts = self.weight, self.weight_scale, self._zero(), self._added_bias()
+        if self.cpu_activations == "int8" and x.device.type == "cpu":
+            return linear_grouped(x, *parts, self.in_features // self.weight_scale.shape[1])
+        return linear_weight_only(x, *parts)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, cpu_activations={self.cpu_activations}"
 
 
 class W8A16Linear(WeightOnlyLinear):

@@ -4,6 +4,7 @@ S tokens, E hidden size.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -17,7 +18,9 @@ from ...runtime.compatibility import cache_argument
 from ...runtime.decoder import decoder_layers
 from ...runtime.quantized_linear import QuantizedLinear
 from ...runtime.schemes.kv_scheme import Scheme
+from ...runtime.schemes.linear_scheme import CPU_ACTIVATIONS
 from ...runtime.static_scales import LayerScales, Scales
+from ...runtime.weight_only_linear import WeightOnlyLinear
 from ..calibration.streams import Stream
 from ..plan import Plan, quantized_config
 from ..source.layerwise import LayerwiseModel, assign_state, with_real_rotary
@@ -25,6 +28,20 @@ from ..source.probes import layer_arguments
 from .shards import SAFETENSORS_DTYPES, header_of
 
 ROWS_COPIED = 2**14
+
+
+@contextmanager
+def other_activations(module: nn.Module) -> Iterator[None]:
+    """Within it, the weight-only linears of a module have the other of `cpu_activations`."""
+    linears = [part for part in module.modules() if isinstance(part, WeightOnlyLinear)]
+    kept = [linear.cpu_activations for linear in linears]
+    try:
+        for linear in linears:
+            linear.cpu_activations = next(other for other in CPU_ACTIVATIONS if other != linear.cpu_activations)
+        yield
+    finally:
+        for linear, own in zip(linears, kept, strict=True):
+            linear.cpu_activations = own
 
 
 class OutputModel:

@@ -97,6 +97,7 @@ def _attach_linears(model: nn.Module, layout: Mapping[str, Any]) -> None:
             per_tensor=rows == 1 < out_features,
             is_packed=name not in layout.get("unpacked", ()),
             deq_scale_dtype=SCALAR_DTYPES[layout.get("deq_scale", "F32")],
+            cpu_activations=layout.get("cpu_activations", "float"),
         )
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)

@@ -16,6 +16,9 @@ STATIC = (W8A8, FP8)
 """Those whose inputs are quantized by scales from calibration."""
 FP8_LABELS = (FP8, FP8_DYNAMIC)
 """Those of e4m3 weights and inputs."""
+CPU_ACTIVATIONS = ("int8", "float")
+"""What weight-only linears multiply with on the CPU: inputs quantized to int8 per token and group of input channels, as
+the weight has them, or inputs as they are, which is what they do on other devices."""
 GROUP_SIZES = (0, 32, 64, 128, 256)
 SMALLEST_GROUP = 32
 WEIGHT_METHODS = ("MinMax", "MSE", "GPTQ")

@@ -37,6 +37,7 @@ def _report(job: Job, made: Made, seconds: float) -> ConversionReport:
         kv_bits=kv_bits_per_element(config, plan.scheme, crop_room=CROP_ROOM),
         texts=len(job.texts),
         held_back_texts=len(job.held_back),
+        embeddings="int8" if plan.quantizes_embeddings else "float",
         cpu_activations=plan.cpu_activations if plan.has_weight_only else None,
         fidelity=made.fidelity,
         other_fidelity=made.other_fidelity,

@@ -5,7 +5,6 @@ held-back texts through the quantized one.
 """
 
 import torch
-from torch import nn
 
 from ..architecture import Architecture
 from ..runtime.static_scales import Statistics
@@ -52,9 +51,8 @@ class Conversion:
     ) -> None:
         self.source, self.plan = source, plan
         self.output = OutputModel(architecture, source, plan)
-        self.state = ConversionState.of(
-            source, texts, known or {}, plan.has_weight_only and source.device.type == "cpu"
-        )
+        compares = plan.has_weight_only and source.device.type == "cpu"
+        self.state = ConversionState.of(source, texts, self.output.embedded, known or {}, compares)
         quantize, measure = (stage(source, plan, self.output) for stage in (Quantize, Measure))
         self.stages: list[LayerStage] = [Smooth(source, plan), Calibrate(source, plan), quantize]
         self.stages += [measure] * measures
@@ -84,7 +82,7 @@ class Conversion:
             fidelity = HeldBack(self.source, self.state.held_back, self.state.coded).fidelity(*ends)
             if self.state.coded_otherwise is not None:
                 held_back = HeldBack(self.source, self.state.held_back, self.state.coded_otherwise)
-                with other_activations(coded.linear or nn.Identity()):
+                with other_activations(self.output.module("")):
                     otherwise = held_back.fidelity(*ends)
             return coded.tensors, fidelity, otherwise
 

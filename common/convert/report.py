@@ -36,6 +36,7 @@ class ConversionReport:
         float_kv_bits, kv_bits: that an element of K and V takes, scales and all else counted.
         texts: how many there are to calibrate on, those held back included.
         held_back_texts: how many of them only the comparison saw; the one text there is serves for both.
+        embeddings: of the embedding and the last linear: "float", or "int8".
         cpu_activations: what weight-only linears multiply with on the CPU; None if there are none.
         fidelity: of the quantized model to the float one over the held-back texts; None if no token could be predicted.
         other_fidelity: the same with the other of `cpu_activations`; None where that is the same, as on other devices.
@@ -62,6 +63,7 @@ class ConversionReport:
     kv_bits: float
     texts: int
     held_back_texts: int
+    embeddings: str
     cpu_activations: str | None
     fidelity: Fidelity | None
     other_fidelity: Fidelity | None
@@ -120,6 +122,8 @@ def _conditions(report: ConversionReport) -> list[str]:
 def _contents(report: ConversionReport) -> list[str]:
     """What was written, and what of it is not as it was asked for."""
     linears = f"{len(report.linears)} linears in {report.linear.label}" if report.linears else "linears in float"
+    if report.embeddings != "float":
+        linears += f", embedding and last linear in {report.embeddings}"
     if report.cpu_activations is not None:
         linears += f" (inputs on the CPU in {report.cpu_activations})"
     floats = ", ".join(map(str, report.scheme.float_layers))

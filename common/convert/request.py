@@ -12,6 +12,7 @@ from ..errors import OctavoError
 from ..runtime.schemes.kv_scheme import Scheme
 from ..runtime.schemes.linear_scheme import (
     CPU_ACTIVATIONS,
+    EMBEDDINGS,
     FP8_DYNAMIC,
     LINEAR_LABELS,
     W4A16,
@@ -62,7 +63,9 @@ class ConvertRequest:
             "none" all are 1. `--kv_scales`
         float_linears: names or globs of linears that stay in float; None: those that the architecture states for static
             int8. `--disable_names`
-        float_head: whether lm_head stays in float. `--disable_last_linear`
+        float_head: whether lm_head stays in float; False quantizes it as the other linears. `--disable_last_linear`
+        embeddings: of the embedding and lm_head: "float", or "int8" in groups of 32 channels, stored once where they
+            are tied. `--embeddings`
         float_outliers: so many linears, those with the worst outliers, stay in float. `--disable_level`
         float_costliest: so many linears or attentions, those that cost most, stay in float. `--fa_amp`
         max_kl: write nothing if the mean KL(float || quantized) over the held-back texts is larger, in nats per token.
@@ -93,6 +96,7 @@ class ConvertRequest:
     kv_scales: str = "data"
     float_linears: Sequence[str] | None = None
     float_head: bool = True
+    embeddings: str = EMBEDDINGS[0]
     float_outliers: int = 0
     float_costliest: int = 0
     max_kl: float | None = None
@@ -164,6 +168,7 @@ def _normalized(request: ConvertRequest) -> dict[str, Any]:
 
 _CHOICES = {
     "anti_method": ANTI_METHODS, "kv_scales": KV_SCALES, "device": DEVICES, "cpu_activations": CPU_ACTIVATIONS,
+    "embeddings": EMBEDDINGS,
 }  # fmt: skip
 
 
@@ -195,13 +200,19 @@ def _check_numbers(request: ConvertRequest) -> None:
 
 
 def _check_linear(request: ConvertRequest) -> None:
-    linear = request.linear
+    linear, has_float_inputs = request.linear, request.embeddings == "int8"
+    if has_float_inputs and not request.float_head:
+        raise OctavoError("embeddings int8 and float_head=False exclude each other: both say what lm_head is")
     if linear is None:
         for name, unless_given in FOR_LINEARS.items():
-            if getattr(request, name) != unless_given:
+            if getattr(request, name) != unless_given and not (name == "cpu_activations" and has_float_inputs):
                 raise OctavoError(f"{name}: linear=None leaves every linear in float")
         return
-    if linear.label not in WEIGHT_ONLY and request.cpu_activations != FOR_LINEARS["cpu_activations"]:
+    if (
+        not has_float_inputs
+        and linear.label not in WEIGHT_ONLY
+        and request.cpu_activations != FOR_LINEARS["cpu_activations"]
+    ):
         raise OctavoError(f"cpu_activations: {linear.label} quantizes inputs on every device; leave it out")
     if not linear.is_static and linear.act_method != "minmax":
         raise OctavoError(f"linear: {linear.label} has no static ranges of inputs; leave out act_method")

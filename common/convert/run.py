@@ -1,6 +1,7 @@
 """A conversion from its job to a whole directory: what is surveyed, computed, written, mended and gone on with."""
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,7 +158,8 @@ def _convert_layers(job: Job, stage: Stage, files: PlannedFiles, conversion: Con
 
 def _convert_rest(files: PlannedFiles, conversion: Conversion) -> tuple[Fidelity | None, Fidelity | None]:
     """Write what is outside of the layers; returns how far the model is from the float one, both as in `Made`."""
-    for name, rows, first in conversion.output.unchanged():
+    output = conversion.output
+    for name, rows, first in itertools.chain(output.unchanged(), output.embedding()):
         files.write(name, rows, first)
     tensors, fidelity, otherwise = conversion.head()
     for name, tensor in tensors.items():
@@ -193,7 +195,7 @@ def run(job: Job, stage: Stage) -> Made:
     known = job.codebooks if not stage.step else None
     conversion = job.conversion(plan, known, measures=request.max_kl is not None)
     output, planned = conversion.output, conversion.output.planned()
-    description = build_description(planned, output.tied(), output.labels(), plan.scheme, plan.linear.group_size)
+    description = build_description(planned, output.tied_labels(), output.labels(), plan.scheme, plan.linear.group_size)
     most_bytes = None if request.max_shard_gb is None else round(request.max_shard_gb * GIGABYTE)
     files = PlannedFiles(stage.path, weight_file_names(description)[0], planned, most_bytes)
     files.create()

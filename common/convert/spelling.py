@@ -25,6 +25,8 @@ FLAG_OF = {
     "kv_scales": "--kv_scales",
     "float_linears": "--disable_names",
     "float_head": "--disable_last_linear",
+    "float_head=False": "--disable_last_linear False",
+    "embeddings": "--embeddings",
     "float_outliers": "--disable_level",
     "float_costliest": "--fa_amp",
     "max_kl": "--max_kl",

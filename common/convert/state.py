@@ -47,18 +47,24 @@ class ConversionState:
 
     @classmethod
     def of(
-        cls, source: LayerwiseModel, texts: Texts, known: dict[str, torch.Tensor], compares_activations: bool
+        cls,
+        source: LayerwiseModel,
+        texts: Texts,
+        embedded: Callable[[torch.Tensor], torch.Tensor],
+        known: dict[str, torch.Tensor],
+        compares_activations: bool,
     ) -> "ConversionState":
         """Texts before the first layer.
 
         Args:
+            embedded: what the quantized model makes of `[1, S]` ids.
             known: statistics that are there already.
             compares_activations: whether there is to be a `coded_otherwise`.
         """
         calibration = Stream.of(source, texts.calibration)
         for_scales = None if texts.for_scales is None else Stream.of(source, texts.for_scales)
         held_back = Stream.of(source, texts.held_back)
-        coded = Stream(held_back.ids, held_back.masks, list(held_back.hidden))
+        coded = Stream(held_back.ids, held_back.masks, [embedded(part) for part in held_back.ids])
         otherwise = replace(coded, hidden=list(coded.hidden)) if compares_activations else None
         return cls(calibration, held_back, coded, for_scales, otherwise, dict(known))
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from .fp8_linear import FP8DynamicLinear, FP8Linear
+from .quantized_embedding import QuantizedEmbedding
 from .quantized_linear import QuantizedLinear
 from .schemes.linear_scheme import FP8_LABELS, W4A16, W8A8, WEIGHT_ONLY
 from .w8a8_linear import MixedLinear, W8A8DynamicLinear, W8A8Linear
@@ -14,9 +15,10 @@ QUANTIZED_LINEARS: dict[str, type[QuantizedLinear]] = {
     part.LABEL: part
     for part in (
         W8A8Linear, W8A8DynamicLinear, W8A16Linear, W4A16Linear, FP8Linear, FP8DynamicLinear, MixedLinear,
+        QuantizedEmbedding,
     )
 }  # fmt: skip
-"""The class of a linear layer by its label in a description."""
+"""The class of a linear layer, or embedding, by its label in a description."""
 
 
 def empty_linear(

@@ -32,21 +32,23 @@ class WeightOnlyLinear(QuantizedLinear):
     def __init__(self, in_features: int, out_features: int, has_bias: bool, num_groups: int = 1) -> None:
         super().__init__(in_features, out_features, has_bias)
         self._hold_weight(torch.int8, (out_features, num_groups))
-        self._has_zero: bool | None = None
+        self._has_zero: bool | None = None if "weight_offset" in self.PARTS else False
 
     def _forget(self) -> None:
         super()._forget()
-        self._has_zero = None
+        self._has_zero = None if "weight_offset" in self.PARTS else False
 
     def _zero(self) -> torch.Tensor | None:
         """`weight_offset`, or None if it is 0 throughout, which is found out once, and not where that would break."""
+        if self._has_zero is False:
+            return None
         if self._has_zero is None and not (torch.compiler.is_compiling() or self.weight_offset.is_meta):
             self._has_zero = bool((self.weight_offset != 0).any())
         return None if self._has_zero is False else self.weight_offset
 
     def _unsound(self) -> Iterator[tuple[str, str]]:
         yield from super()._unsound()
-        if not are_offsets(self.weight_offset, self.CODES):
+        if "weight_offset" in self.PARTS and not are_offsets(self.weight_offset, self.CODES):
             yield "weight_offset", f"is no whole number from {self.CODES[0]} to {self.CODES[1]} throughout"
 
     def check(self, name: str) -> None:
@@ -57,8 +59,10 @@ class WeightOnlyLinear(QuantizedLinear):
     def float_weight(self) -> torch.Tensor:
         """What the codes of the weight stand for, float32 `[N, K]`."""
         shape = self.out_features, self.in_features
-        codes = from_codes(self.weight, WEIGHT_BLOCK, torch.float32)
-        return (codes - expand_scale(self.weight_offset, *shape)) * expand_scale(self.weight_scale, *shape)
+        codes, zero = from_codes(self.weight, WEIGHT_BLOCK, torch.float32), self._zero()
+        if zero is not None:
+            codes -= expand_scale(zero, *shape)
+        return codes * expand_scale(self.weight_scale, *shape)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., K] -> [..., N]`."""

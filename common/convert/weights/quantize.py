@@ -23,7 +23,7 @@ def _check_inputs(inputs: LinearInputs | None, scheme: LinearScheme) -> None:
         raise OctavoError("linear layers: GPTQ needs the mean of x x^T; observe inputs with keeps_hessian")
 
 
-def _weight_parts(weight: torch.Tensor, inputs: LinearInputs | None, scheme: LinearScheme) -> dict[str, torch.Tensor]:
+def weight_parts(weight: torch.Tensor, inputs: LinearInputs | None, scheme: LinearScheme) -> dict[str, torch.Tensor]:
     """`weight` and its scales as on disk, on the CPU."""
     quantizer = WeightQuantizer(weight, inputs, scheme)
     out_features, in_features = weight.shape
@@ -82,7 +82,7 @@ def quantize_linear(
     """
     _check_inputs(inputs, scheme)
     bias = None if linear.bias is None else linear.bias.detach()
-    parts = _weight_parts(linear.weight, inputs, scheme)
+    parts = weight_parts(linear.weight, inputs, scheme)
     if scheme.is_static:
         bounds = input_range(inputs, scheme.act_method, linear.weight.detach(), scheme.label)
         if scheme.label == W8A8:

@@ -213,10 +213,11 @@ def describe_checkpoint(
     config.transformers_weights = single if file is not None else index
     _check_config(source, config, headers)
     check_description(description, headers, tied if config.tie_word_embeddings else ())
+    labels = quantized_linears(description)
     config.octavo = {
         "scheme": _agreed_scheme(source, config, description).to_dict(),
         "cpu_activations": _stated_activations(source, config),
-        **linear_layout(quantized_linears(description), headers),
+        **linear_layout({name: label for name, label in labels.items() if f"{name}.weight" in headers}, headers),
     }
     return headers
 

@@ -18,6 +18,8 @@ from .reference import (
     quantize_by_group,
 )
 
+PACKED_SOURCES = ("ops/linear/packed.h", "ops/linear/packed_dot.h", "ops/linear/packed_product.h")
+"""C of packed linears, which kernels that multiply codes among other things include, behind rounding.h."""
 LINEAR_KERNEL = CKernel(
     "linear",
     (
@@ -26,8 +28,10 @@ LINEAR_KERNEL = CKernel(
         "ops/linear/linear.h",
         "ops/linear/integer.c",
         "ops/linear/float.c",
+        *PACKED_SOURCES,
+        "ops/linear/packed_linear.c",
     ),
-    ("linear_w8a8", "linear_w8a8_dynamic", "linear_weight_only", "linear_fp8"),
+    ("linear_w8a8", "linear_w8a8_dynamic", "linear_weight_only", "linear_fp8", "linear_packed"),
 )
 _pack_linear = struct.Struct("19q").pack
 

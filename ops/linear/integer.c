@@ -12,7 +12,7 @@ enum { WORD_CODES = 4 };
 #endif
 
 /* One row of x as codes, zeros behind the last; returns whether there is NaN, which has no code and becomes 0. */
-static int quantize_row(const LinearArguments *a, int64_t row, float scale, float offset) {
+static int round_to_codes(const LinearArguments *a, int64_t row, float scale, float offset) {
     XCode *codes = (XCode *)(a->scratch + row * a->stride);
     i32x8 sums = {0}, nans = {0};
     for (int64_t k = 0; k < a->in_features; k += 8) {
@@ -33,13 +33,13 @@ static int quantize_row(const LinearArguments *a, int64_t row, float scale, floa
 }
 
 static void prepare_static(const LinearArguments *a, int64_t row) {
-    int has_nan = quantize_row(a, row, *(const float *)a->input_scale, *(const float *)a->input_offset);
+    int has_nan = round_to_codes(a, row, *(const float *)a->input_scale, *(const float *)a->input_offset);
     a->row_scale[row] = has_nan ? NAN : 1.0f;
 }
 
 static void prepare_dynamic(const LinearArguments *a, int64_t row) {
     a->row_scale[row] = dynamic_scale(a, row, 127.0f);
-    quantize_row(a, row, a->row_scale[row], 0.0f);
+    round_to_codes(a, row, a->row_scale[row], 0.0f);
 }
 
 /* 8 sums, of which those past the last channel have no meaning, with the bias that is in codes. */

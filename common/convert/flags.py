@@ -30,7 +30,7 @@ from .flag_values import (
 from .request import ANTI_METHODS, KV_SCALES, LINEAR_NAMES, ConvertRequest
 
 KV_CACHE_CHOICES = (*KV_CACHE_DTYPES, "fp8_e5m2")
-RECIPES = ("memory-first", "speed-first", "balanced", "ascend", "ascend-fa")
+RECIPES = ("memory-first", "eight-bit", "speed-first", "balanced", "ascend", "ascend-fa")
 """Sets of flags by name: values of `--preset`, whose files are in `recipes/`."""
 SCHEME_FLAGS = ("use_kvcache_quant", "use_fa_quant", "scheme", "kv_cache_dtype")
 _BIT_FLAGS = ("w_bit", "a_bit", "is_dynamic")

@@ -6,7 +6,9 @@ V tokens of the vocabulary, E channels.
 import torch
 from torch import nn
 
+from ...ops.linear.packed import PANEL_CHANNELS, Packed
 from ...ops.shared.codes import INT8_MAX, INT8_MIN
+from .packed_weight import PackedLinear
 from .schemes.linear_scheme import EMBEDDING
 from .weight_only_linear import WeightOnlyLinear
 
@@ -23,6 +25,7 @@ class QuantizedEmbedding(WeightOnlyLinear):
     """
 
     LABEL = EMBEDDING
+    PACKED = ("weight", "weight_scale")
     CODES = (INT8_MIN, INT8_MAX)
     PARTS = ("weight_scale",)
 
@@ -35,14 +38,23 @@ class QuantizedEmbedding(WeightOnlyLinear):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids of any shape to `[..., E]`, of the model's dtype."""
-        codes = nn.functional.embedding(ids, self.weight)
-        scale = nn.functional.embedding(ids, self.weight_scale)
+        if self._panels is not None:
+            codes, scale = rows_of_panels(self._panels, ids)
+        else:
+            codes, scale = (nn.functional.embedding(ids, part) for part in (self.weight, self.weight_scale))
         rows = (codes.unflatten(-1, (scale.shape[-1], -1)) * scale[..., None]).flatten(-2).to(self.like.dtype)
         return rows if self.factor is None else rows * rows.new_full((), self.factor)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., E] -> [..., V]`, as a linear layer of this weight."""
         return super().forward(x)
+
+
+def rows_of_panels(panels: Packed, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes, int8 `[..., E]`, and scales, `[..., E / group]`, of some rows of a packed weight of 8 bits."""
+    panel, row = ids // PANEL_CHANNELS, ids % PANEL_CHANNELS
+    codes = panels.codes.view(len(panels.codes), -1, PANEL_CHANNELS, 4)[panel, :, row].flatten(-2)
+    return (codes[..., : panels.in_features] ^ 128).view(torch.int8), panels.scale[panel, :, row].float()
 
 
 class TiedLinear(nn.Module):
@@ -74,6 +86,10 @@ class TiedLinear(nn.Module):
     def float_weight(self) -> torch.Tensor:
         """What the codes stand for, float32 `[V, E]`."""
         return self.embedding.float_weight()
+
+    def packed(self) -> PackedLinear | None:
+        """See `PackedWeight`."""
+        return self.embedding.packed()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., E] -> [..., V]`."""

@@ -5,9 +5,11 @@ from collections.abc import Iterator
 import torch
 
 from ...ops import linear_grouped, linear_weight_only
+from ...ops.linear.packed_ops import run_packed
 from ...ops.linear.reference import WEIGHT_BLOCK
 from ...ops.shared.codes import INT8_MAX, INT8_MIN, expand_scale, from_codes
 from .linear_values import are_offsets
+from .packed_weight import PackedLinear
 from .quantized_linear import QuantizedLinear
 from .schemes.linear_scheme import W4A16, W8A16
 
@@ -28,6 +30,8 @@ class WeightOnlyLinear(QuantizedLinear):
     cpu_activations = "float"
     CODES: tuple[int, int]
     """The smallest and largest code, between which the zero point of a range with 0 in it lies."""
+
+    PACKED = ("weight", "weight_scale", "weight_offset")
 
     def __init__(self, in_features: int, out_features: int, has_bias: bool, num_groups: int = 1) -> None:
         super().__init__(in_features, out_features, has_bias)
@@ -55,6 +59,21 @@ class WeightOnlyLinear(QuantizedLinear):
         """As of `QuantizedLinear`; whether there is an offset at all is found out here, once."""
         super().check(name)
         self._zero()
+        self.pack()
+
+    @property
+    def _groups(self) -> int:
+        """How many groups the K channels make."""
+        return self._buffers["weight_scale"].shape[1] if self._panels is None else self._panels.num_groups
+
+    def _to_pack(self) -> tuple[int, torch.Tensor, torch.Tensor | None] | None:
+        if self.cpu_activations != "int8" or (self._groups > 1 and self.in_features // self._groups % WEIGHT_BLOCK):
+            return None
+        return 4 if self.CODES[0] == -8 else 8, self.weight_scale, self._zero()
+
+    def packed(self) -> PackedLinear | None:
+        """See `PackedWeight`; None where inputs stay in float."""
+        return self._packed(self.in_features // self._groups)
 
     def float_weight(self) -> torch.Tensor:
         """What the codes of the weight stand for, float32 `[N, K]`."""
@@ -66,10 +85,12 @@ class WeightOnlyLinear(QuantizedLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., K] -> [..., N]`."""
-        parts = self.weight, self.weight_scale, self._zero(), self._added_bias()
-        if self.cpu_activations == "int8" and x.device.type == "cpu":
-            return linear_grouped(x, *parts, self.in_features // self.weight_scale.shape[1])
-        return linear_weight_only(x, *parts)
+        if self.cpu_activations != "int8" or x.device.type != "cpu":
+            return linear_weight_only(x, self.weight, self.weight_scale, self._zero(), self._added_bias())
+        panels, group = self.pack(), self.in_features // self._groups
+        if panels is None:
+            return linear_grouped(x, self.weight, self.weight_scale, self._zero(), self._added_bias(), group)
+        return run_packed(x, panels, self._added_bias(), group)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, cpu_activations={self.cpu_activations}"

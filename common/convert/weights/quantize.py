@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from ....ops.linear.reference import WEIGHT_BLOCK
+from ....ops.linear.reference import WEIGHT_BLOCK, quantize_by_group
 from ...errors import OctavoError
-from ...runtime.schemes.linear_scheme import FP8_LABELS, W4A16, W8A8, LinearInputs, LinearScheme
+from ...runtime.schemes.linear_scheme import FP8_LABELS, W4A16, W8A8, WEIGHT_ONLY, LinearInputs, LinearScheme
 from ...runtime.w8a8_linear import encode_deq_scale
 from .input_range import coded_rows, input_range, static_input_scale
 from .weight_quantizer import ROWS, WeightQuantizer
@@ -94,7 +94,13 @@ def quantize_linear(
     return {name: tensor.cpu().contiguous() for name, tensor in parts.items()}
 
 
-def output_error(weight: torch.Tensor, inputs: LinearInputs, scheme: LinearScheme, exact: torch.Tensor) -> torch.Tensor:
+def output_error(
+    weight: torch.Tensor,
+    inputs: LinearInputs,
+    scheme: LinearScheme,
+    exact: torch.Tensor,
+    quantizes_inputs: bool = False,
+) -> torch.Tensor:
     """Squared error of a quantized layer's output over rows, `||X W^T - Q(X) Q(W)^T||^2`, of no dimension.
 
     Made for searches, so that weights have the scales of "MinMax" whatever their method, as in AWQ, and the range of
@@ -105,6 +111,7 @@ def output_error(weight: torch.Tensor, inputs: LinearInputs, scheme: LinearSchem
         inputs: what calibration saw, on the device of the weight.
         scheme: how.
         exact: `X W^T`, float32 `[R, N]`.
+        quantizes_inputs: whether inputs of W8A16 and W4A16 are quantized to int8 per row and group of the weight.
     """
     quantizer = WeightQuantizer(weight, inputs, replace(scheme, w_method="MinMax"))
     rows, bounds = inputs.rows, None
@@ -115,6 +122,9 @@ def output_error(weight: torch.Tensor, inputs: LinearInputs, scheme: LinearSchem
         exact = exact - rows[:, quantizer.outliers] @ weight[:, quantizer.outliers].float().T  # they stay in float
         rows = rows.index_fill(1, quantizer.outliers, 0)
     coded = coded_rows(rows, scheme.label, bounds)
+    if quantizes_inputs and scheme.label in WEIGHT_ONLY:
+        codes, scale = quantize_by_group(rows, rows.shape[1] // quantizer.num_groups)
+        coded = (codes * scale).view(rows.shape)
     total = torch.zeros((), device=weight.device)
     for part in quantizer.blocks():
         decoded = quantizer.decoded(quantizer.block(part))

@@ -8,7 +8,6 @@ from ..runtime.bias_fold import STEADY_ROPE_TYPES
 from ..runtime.schemes.linear_scheme import SMALLEST_GROUP
 from .diagnosis import ATTENTIONS, BLOCK, BROKEN, KINDS, STRAINED, is_broken
 
-
 MOST_EMBEDDING_ERROR = 0.01
 """Relative error of embeddings in int8 that is advised: with 0.005 the KL of SmolLM2-135M grows by less than 0.001."""
 

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaF
 from transformers.utils.logging import disable_progress_bar
 
 from octavo import ConvertRequest, QuantizedCache
+from octavo.common.convert.flags import recipe_fields
 from octavo.common.runtime.cache.sizes import kv_bits_per_element
 from octavo.common.runtime.compatibility import cache_argument
 from octavo.common.runtime.model_sizes import head_dim_of
@@ -60,6 +61,7 @@ W4A16 = LinearScheme("W4A16", group_size=128)
 CONVERTED: dict[str, dict[str, Any]] = {
     "W8A8 dynamic + C8": {"scheme": "ascend-c8", "linear": "w8a8_dynamic", "float_head": False},
     "W8A8 + C8": {"scheme": "ascend-c8", "linear": "w8a8"},
+    "eight-bit": recipe_fields("eight-bit"),
     "W4A16 + int8-token": {"scheme": "int8-token", "linear": W4A16},
     "W4A16 + octavo-4": {"scheme": "octavo-4", "linear": W4A16},
 }

@@ -39,6 +39,7 @@ from octavo.common.runtime.schemes.linear_scheme import (
     W8A8_DYNAMIC,
     W8A16,
     WEIGHT_METHODS,
+    WEIGHT_ONLY,
     LinearScheme,
 )
 
@@ -80,6 +81,24 @@ def _static() -> Iterator[Setting]:
 
 
 def _weight_only() -> Iterator[Setting]:
+    """W8A16 and W4A16: inputs in float, and in groups of 32 in int8 as the CPU multiplies them."""
+    for setting in _float_inputs():
+        yield Setting(setting.name, {**setting.asked, "cpu_activations": "float"})
+    for linear, method in (
+        (LinearScheme(W8A16, group_size=32), ""),
+        (LinearScheme(W8A16, group_size=32, w_method="GPTQ"), "m3"),
+        (LinearScheme(W4A16, group_size=32), ""),
+        (_affine(32, "MinMax"), ""),
+        (_affine(32, "GPTQ"), "m3"),
+    ):
+        name = f"{linear.label} g32{'' if linear.symmetric else ' affine'}, {_anti(method)}, {linear.w_method}"
+        yield Setting(f"{name}, inputs in float", {"linear": linear, "anti_method": method, "cpu_activations": "float"})
+        yield Setting(f"{name}, inputs in int8", {"linear": linear, "anti_method": method})
+    eight = {"linear": LinearScheme(W8A16, group_size=32), "embeddings": "int8"}
+    yield Setting("W8A16 g32, anti none, MinMax, inputs and embeddings in int8", eight)
+
+
+def _float_inputs() -> Iterator[Setting]:
     yield Setting("W8A16, anti none", {"linear": "w8a16"})
     yield Setting("W8A16 g32, anti none, MSE", {"linear": LinearScheme(W8A16, group_size=32, w_method="MSE")})
     for group, methods in ((128, ("", "m3", "m6")), (64, ("",))):
@@ -120,12 +139,14 @@ def described(setting: Setting) -> Row:
     linear = request.linear
     groups = f", groups of {linear.group_size}" if linear.group_size else ""
     is_recipe = linear.label == W8A8 and not request.float_linears
-    last = ["lm_head"] if request.float_head else []
+    inputs = ", inputs in int8" if linear.label in WEIGHT_ONLY and request.cpu_activations == "int8" else ""
+    embeddings = ", embeddings in int8" if request.embeddings == "int8" else ""
+    last = ["lm_head"] if request.float_head and not embeddings else []
     in_float = ", ".join(dict.fromkeys([*(request.float_linears or ()), *last])) or "none"
     acts = {rule: act for act, rule in ACT_METHOD_NAMES.items()}
     return {
         "case": setting.name,
-        "kind": f"{linear.label}{groups}{'' if linear.symmetric else ', affine'}",
+        "kind": f"{linear.label}{groups}{'' if linear.symmetric else ', affine'}{inputs}{embeddings}",
         "anti_method": request.anti_method,
         "act_method": acts[linear.act_method] if linear.is_static else "",
         "w_method": linear.w_method,

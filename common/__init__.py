@@ -20,6 +20,7 @@ PUBLIC = {
     "kept_kv_bytes": "runtime.cache.sizes",
     "kv_bytes_per_token": "runtime.cache.sizes",
     "prepare": "stock_model",
+    "LinearScheme": "runtime.schemes.linear_scheme",
     "Scheme": "runtime.schemes.kv_scheme",
     "PRESETS": "runtime.schemes.kv_scheme",
     "load_scheme": "runtime.schemes.kv_scheme",

@@ -25,7 +25,7 @@ def chosen_scheme(request: ConvertRequest) -> Scheme:
         raise OctavoError(f"{named('kv_scales')} {scales}: scheme {scheme.name} has no static scales; leave it out")
     if scales == "random" and scheme.has_codebooks:
         raise OctavoError(f"{named('kv_scales')} random: the codebooks of {scheme.name} come from texts; leave it out")
-    if request.linear is None and not scheme.is_quantized:
+    if request.linear is None and not scheme.is_quantized and request.embeddings == "float":
         raise OctavoError(f"{named('linear=None')}: scheme {scheme.name} quantizes nothing either; choose another")
     return scheme.with_scales_of_one() if scales == "none" else scheme
 

@@ -11,7 +11,7 @@ BITS = {(8, 16): W8A16, (4, 16): W4A16, (16, 16): None}
 """Label by `--w_bit` and `--a_bit`; 8 and 8 depend on `--is_dynamic`."""
 FOR_LINEARS = {
     "disable_names": None, "disable_level": 0, "is_dynamic": False, "anti_method": "", "group_size": None,
-    "w_method": "MinMax", "w_sym": True, "act_method": "1", "disable_last_linear": True,
+    "w_method": "MinMax", "w_sym": True, "act_method": "1", "disable_last_linear": True, "cpu_activations": "int8",
 }  # fmt: skip
 """Flags that mean nothing where every linear stays in float, and what they are unless given."""
 
@@ -22,12 +22,16 @@ def linear_scheme_of_flags(flags: argparse.Namespace) -> LinearScheme | None:
     Raises:
         OctavoError: flags that do not go together.
     """
+    if flags.embeddings == "int8" and not flags.disable_last_linear:
+        raise OctavoError(
+            "--embeddings int8 and --disable_last_linear False exclude each other: both say what lm_head is"
+        )
     if flags.quantization and (flags.is_dynamic or (flags.w_bit, flags.a_bit) != (8, 8)):
         raise OctavoError("--quantization, and --w_bit, --a_bit or --is_dynamic exclude each other: choose one way")
     label = LINEAR_NAMES[flags.quantization] if flags.quantization else _label_of_bits(flags)
     if label is None:
         for flag, unless_given in FOR_LINEARS.items():
-            if getattr(flags, flag) != unless_given:
+            if getattr(flags, flag) != unless_given and not (flag == "cpu_activations" and flags.embeddings == "int8"):
                 raise OctavoError(f"--{flag}: --w_bit 16 leaves every linear in float")
         return None
     if label not in WEIGHT_ONLY and (flags.group_size or not flags.w_sym):
@@ -36,6 +40,12 @@ def linear_scheme_of_flags(flags: argparse.Namespace) -> LinearScheme | None:
             f"{given}: {label} has symmetric weights with a scale per output channel; W8A16 (--a_bit 16) and W4A16 "
             "(--w_bit 4 --a_bit 16) take groups and zero points"
         )
+    if (
+        label not in WEIGHT_ONLY
+        and flags.embeddings == "float"
+        and flags.cpu_activations != FOR_LINEARS["cpu_activations"]
+    ):
+        raise OctavoError(f"--cpu_activations: {label} quantizes inputs on every device; leave it out")
     usual = (flags.recipe_group or DEFAULT_GROUP.get(label, 0)) if label in WEIGHT_ONLY else 0
     scheme = LinearScheme(
         label,

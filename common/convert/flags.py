@@ -14,7 +14,7 @@ from ..architecture import Architecture
 from ..command import DEVICES, OneLineParser
 from ..errors import OctavoError
 from ..runtime.schemes.kv_scheme import KV_CACHE_DTYPES
-from ..runtime.schemes.linear_scheme import GROUP_SIZES, WEIGHT_METHODS
+from ..runtime.schemes.linear_scheme import CPU_ACTIVATIONS, EMBEDDINGS, GROUP_SIZES, WEIGHT_METHODS
 from .flag_linears import linear_scheme_of_flags
 from .flag_values import (
     ACT_METHOD_NAMES,
@@ -30,11 +30,13 @@ from .flag_values import (
 from .request import ANTI_METHODS, KV_SCALES, LINEAR_NAMES, ConvertRequest
 
 KV_CACHE_CHOICES = (*KV_CACHE_DTYPES, "fp8_e5m2")
-RECIPES = ("memory-first", "speed-first", "balanced", "ascend", "ascend-fa")
+RECIPES = ("memory-first", "eight-bit", "speed-first", "balanced", "ascend", "ascend-fa")
 """Sets of flags by name: values of `--preset`, whose files are in `recipes/`."""
 SCHEME_FLAGS = ("use_kvcache_quant", "use_fa_quant", "scheme", "kv_cache_dtype")
 _BIT_FLAGS = ("w_bit", "a_bit", "is_dynamic")
-ALTERNATIVES = ((SCHEME_FLAGS, SCHEME_FLAGS), (("quantization",), _BIT_FLAGS), (_BIT_FLAGS, ("quantization",)))
+ALTERNATIVES = ((SCHEME_FLAGS, SCHEME_FLAGS), (("quantization",), _BIT_FLAGS), (_BIT_FLAGS, ("quantization",)),
+    (("disable_last_linear",), ("embeddings",)), (("embeddings",), ("disable_last_linear",)),
+)  # fmt: skip
 """Flags, any of which takes the place of those of a recipe that are beside them."""
 
 
@@ -68,6 +70,8 @@ def _add_linears(parser: argparse.ArgumentParser) -> None:
     add("--group_size", type=int, choices=GROUP_SIZES,
         help="input channels that share a scale of W8A16 or W4A16; 0: per channel (W4A16: default 64)")  # fmt: skip
     add("--w_method", choices=WEIGHT_METHODS, default="MinMax", help="how codes of weights are chosen")
+    add("--cpu_activations", choices=CPU_ACTIVATIONS, default=CPU_ACTIVATIONS[0],
+        help="inputs of W8A16 and W4A16 on the CPU: int8 per token and group, or as they are")  # fmt: skip
     add("--anti_method", type=anti_method, choices=ANTI_METHODS, default="",
         help="outliers: m1 SmoothQuant, m2 with an offset, m3 AWQ, m4 iterative, m6 searched; none")  # fmt: skip
 
@@ -99,6 +103,8 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
     add("--max_kl", type=limit, help="write nothing if the KL from float on the held-back texts is larger")
     add("--disable_names", nargs="+", help="linears left in float, as names or globs; replaces the recipe's list")
     add("--disable_last_linear", type=boolean, default=True, help="leave lm_head in float")
+    add("--embeddings", choices=EMBEDDINGS, default=EMBEDDINGS[0],
+        help="int8: the embedding and lm_head in groups of 32 channels, once where tied")  # fmt: skip
 
 
 def _add_surroundings(parser: argparse.ArgumentParser) -> None:
@@ -160,7 +166,7 @@ def parse_flags(name: str, argv: list[str] | None) -> argparse.Namespace:
         flags.linear = linear_scheme_of_flags(flags)
     except OctavoError as error:
         parser.error(str(error))
-    if flags.linear is None and not chosen:
+    if flags.linear is None and not chosen and flags.embeddings == "float":
         parser.error("--w_bit 16 --a_bit 16 quantizes nothing; add --scheme, or --use_kvcache_quant True")
     return flags
 
@@ -185,10 +191,12 @@ def request_of(flags: argparse.Namespace, architecture: Architecture | str | Non
         scheme=_scheme_name(flags),
         linear=flags.linear,
         architecture=architecture,
+        cpu_activations=flags.cpu_activations,
         anti_method=flags.anti_method,
         kv_scales=flags.kv_scales,
         float_linears=flags.disable_names,
         float_head=flags.disable_last_linear,
+        embeddings=flags.embeddings,
         float_outliers=flags.disable_level,
         float_costliest=flags.fa_amp,
         max_kl=flags.max_kl,

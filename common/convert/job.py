@@ -127,10 +127,19 @@ class Job:
         scheme = self.scheme
         if layers:
             scheme = dataclasses.replace(scheme, float_layers=tuple(sorted({*scheme.float_layers, *layers})))
-        if not (linears or any(scheme.of_layer(index).is_quantized for index in range(len(names)))):
+        in_codes = linears or self.request.embeddings == "int8"
+        if not (in_codes or any(scheme.of_layer(index).is_quantized for index in range(len(names)))):
             raise OctavoError("every linear and attention stays in float; nothing would be quantized")
         linear = self.request.linear or LinearScheme()
-        return Plan(scheme, linear, linears, self.request.anti_method, source_dtype(self.headers))
+        return Plan(
+            scheme,
+            linear,
+            linears,
+            self.request.anti_method,
+            source_dtype(self.headers),
+            self.request.cpu_activations,
+            self.request.embeddings == "int8",
+        )
 
     def conversion(
         self, plan: Plan, known: dict[str, torch.Tensor] | None = None, measures: bool = False

@@ -11,7 +11,7 @@ from ..runtime.static_scales import Statistics
 from .calibration.streams import Texts
 from .measure.fidelity import Fidelity
 from .measure.held_back import HeldBack
-from .output.model import OutputModel
+from .output.model import OutputModel, other_activations
 from .plan import Plan
 from .source.layerwise import LayerwiseModel
 from .stages.advance import Advance
@@ -51,7 +51,8 @@ class Conversion:
     ) -> None:
         self.source, self.plan = source, plan
         self.output = OutputModel(architecture, source, plan)
-        self.state = ConversionState.of(source, texts, known or {})
+        compares = plan.has_weight_only and source.device.type == "cpu"
+        self.state = ConversionState.of(source, texts, self.output.embedded, known or {}, compares)
         quantize, measure = (stage(source, plan, self.output) for stage in (Quantize, Measure))
         self.stages: list[LayerStage] = [Smooth(source, plan), Calibrate(source, plan), quantize]
         self.stages += [measure] * measures
@@ -66,18 +67,24 @@ class Conversion:
                 stage(work, self.state)
         return work.tensors
 
-    def head(self) -> tuple[dict[str, torch.Tensor], Fidelity | None]:
+    def head(self) -> tuple[dict[str, torch.Tensor], Fidelity | None, Fidelity | None]:
         """Convert the last linear, if it is to be, with the norm before it.
 
         Returns:
-            their tensors, and how far the model is from the float one.
+            their tensors, how far the model is from the float one, and how far with the other of `cpu_activations`,
+            where that differs.
         """
         with torch.no_grad():
             norm = self.source.final_norm()
             weight = self.source.tensor(f"{self.source.facts.head}.weight")
             coded = QuantizeHead(self.source, self.plan, self.output)(norm, weight, self.state)
-            held_back = HeldBack(self.source, self.state.held_back, self.state.coded)
-            return coded.tensors, held_back.fidelity(norm, weight, coded.norm, coded.linear)
+            ends, otherwise = (norm, weight, coded.norm, coded.linear), None
+            fidelity = HeldBack(self.source, self.state.held_back, self.state.coded).fidelity(*ends)
+            if self.state.coded_otherwise is not None:
+                held_back = HeldBack(self.source, self.state.held_back, self.state.coded_otherwise)
+                with other_activations(self.output.module("")):
+                    otherwise = held_back.fidelity(*ends)
+            return coded.tensors, fidelity, otherwise
 
     def found(self) -> Statistics:
         """All statistics."""

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 from ..errors import OctavoError
 from ..runtime.checkpoint.loading import CONFIG_KEY
 from ..runtime.schemes.kv_scheme import Scheme
-from ..runtime.schemes.linear_scheme import LinearScheme
+from ..runtime.schemes.linear_scheme import EMBEDDING, EMBEDDING_SCHEME, WEIGHT_ONLY, LinearScheme
 from .outliers.subgraphs import shifted_subgraphs
 from .source.layerwise import LayerwiseModel
 from .spelling import named
@@ -28,6 +28,8 @@ class Plan:
         linears: their names.
         anti_method: treatment of outliers: "", "m1", "m2", "m3", "m4" or "m6".
         dtype: of the source, as safetensors spells it.
+        cpu_activations: what weight-only linears multiply with on the CPU, see `ConvertRequest`.
+        quantizes_embeddings: whether the embedding and the last linear are in int8.
     """
 
     scheme: Scheme
@@ -35,11 +37,18 @@ class Plan:
     linears: tuple[str, ...]
     anti_method: str
     dtype: str
+    cpu_activations: str
+    quantizes_embeddings: bool
 
     @property
     def deq_scale_dtype(self) -> torch.dtype:
         """See `W8A8Linear`."""
         return torch.float32 if self.dtype == "BF16" else torch.int64
+
+    @property
+    def has_weight_only(self) -> bool:
+        """Whether there are linears for which `cpu_activations` counts."""
+        return self.quantizes_embeddings or (bool(self.linears) and self.linear.label in WEIGHT_ONLY)
 
     @property
     def needs_hessian(self) -> bool:
@@ -51,6 +60,18 @@ class Plan:
         """Whether anything of the linears follows from their inputs."""
         by_inputs = self.linear.needs_inputs or self.anti_method or self.linear.w_method != "MinMax"
         return bool(self.linears and by_inputs)
+
+    def own_head(self, source: LayerwiseModel) -> tuple[str, ...]:
+        """Name of the last linear if it is in int8 with a weight of its own; empty if it is not."""
+        is_own = self.quantizes_embeddings and source.facts.head not in source.tied_modules
+        return (source.facts.head,) if is_own else ()
+
+    def labels(self, source: LayerwiseModel) -> dict[str, str]:
+        """Label by name of all that is in codes and stored."""
+        labels = dict.fromkeys(self.linears, self.linear.label)
+        if self.quantizes_embeddings:
+            labels |= {**dict.fromkeys(self.own_head(source), EMBEDDING_SCHEME.label), source.embedding_name: EMBEDDING}
+        return labels
 
     def of(self, module: str) -> list[str]:
         """Names within a module of its linears that are quantized."""
@@ -77,6 +98,13 @@ def quantized_config(source: LayerwiseModel, plan: Plan) -> PreTrainedConfig:
     config._attn_implementation = None
     modules = dict(source.model.named_modules())
     scales = {}
+    if plan.quantizes_embeddings:
+        rows, width = modules[source.embedding_name].weight.shape
+        try:
+            groups = EMBEDDING_SCHEME.num_groups(width)
+        except OctavoError as error:
+            raise OctavoError(f"{named('embeddings')} int8: {error}; leave it out") from None
+        scales = {name: [rows, groups] for name in (source.embedding_name, *plan.own_head(source))}
     for name in plan.linears:
         try:
             groups = plan.linear.num_groups(modules[name].in_features)
@@ -87,10 +115,11 @@ def quantized_config(source: LayerwiseModel, plan: Plan) -> PreTrainedConfig:
         if plan.linear.per_tensor or groups > 1:
             scales[name] = [1 if plan.linear.per_tensor else modules[name].out_features, groups]
     layout = {
-        "quantized_linears": dict.fromkeys(plan.linears, plan.linear.label),
+        "quantized_linears": plan.labels(source),
         "weight_scales": scales,
         "deq_scale": "I64" if plan.deq_scale_dtype == torch.int64 else "F32",
         "biases": _added_biases(source, plan),
+        "cpu_activations": plan.cpu_activations,
     }
     setattr(config, CONFIG_KEY, {"scheme": plan.scheme.to_dict(), **layout})
     config.tie_word_embeddings = bool(source.tied) and source.facts.head not in plan.linears

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..command import aligned
 from ..runtime.schemes.kv_scheme import Scheme
-from ..runtime.schemes.linear_scheme import LinearScheme
+from ..runtime.schemes.linear_scheme import CPU_ACTIVATIONS, LinearScheme
 from .measure.costs import Cost
 from .measure.fidelity import Fidelity
 from .output.writer import write_json
@@ -36,7 +36,10 @@ class ConversionReport:
         float_kv_bits, kv_bits: that an element of K and V takes, scales and all else counted.
         texts: how many there are to calibrate on, those held back included.
         held_back_texts: how many of them only the comparison saw; the one text there is serves for both.
+        embeddings: of the embedding and the last linear: "float", or "int8".
+        cpu_activations: what weight-only linears multiply with on the CPU; None if there are none.
         fidelity: of the quantized model to the float one over the held-back texts; None if no token could be predicted.
+        other_fidelity: the same with the other of `cpu_activations`; None where that is the same, as on other devices.
         costs: what quantizing each linear and attention alone costs; empty if that was not measured, which it is for
             `float_costliest` and `max_kl`.
         unreached: names of the experts that no calibration token chose, where anything follows from their inputs: they
@@ -60,7 +63,10 @@ class ConversionReport:
     kv_bits: float
     texts: int
     held_back_texts: int
+    embeddings: str
+    cpu_activations: str | None
     fidelity: Fidelity | None
+    other_fidelity: Fidelity | None
     costs: tuple[Cost, ...]
     unreached: tuple[str, ...]
     seconds: float
@@ -95,6 +101,9 @@ def _figures(report: ConversionReport) -> list[str]:
     if fidelity is not None:
         rows.append(("perplexity", f"{fidelity.float_perplexity:.3f}", f"{fidelity.perplexity:.3f}"))
         rows.append(("KL(float || quantized), nats per token", "", f"{fidelity.kl:.5f}"))
+    if report.other_fidelity is not None:
+        other = next(other for other in CPU_ACTIVATIONS if other != report.cpu_activations)
+        rows.append((f"the same, inputs of linears in {other}", "", f"{report.other_fidelity.kl:.5f}"))
     return aligned(rows, texts=1)
 
 
@@ -113,6 +122,10 @@ def _conditions(report: ConversionReport) -> list[str]:
 def _contents(report: ConversionReport) -> list[str]:
     """What was written, and what of it is not as it was asked for."""
     linears = f"{len(report.linears)} linears in {report.linear.label}" if report.linears else "linears in float"
+    if report.embeddings != "float":
+        linears += f", embedding and last linear in {report.embeddings}"
+    if report.cpu_activations is not None:
+        linears += f" (inputs on the CPU in {report.cpu_activations})"
     floats = ", ".join(map(str, report.scheme.float_layers))
     attention = f"attention {report.scheme.name}" + (f" but for layers {floats}" if floats else "")
     lines = [f"wrote {report.output}: {linears}, {attention}"] + [

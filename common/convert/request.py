@@ -10,7 +10,15 @@ from ..architecture import Architecture
 from ..command import DEVICES
 from ..errors import OctavoError
 from ..runtime.schemes.kv_scheme import Scheme
-from ..runtime.schemes.linear_scheme import FP8_DYNAMIC, LINEAR_LABELS, W4A16, LinearScheme
+from ..runtime.schemes.linear_scheme import (
+    CPU_ACTIVATIONS,
+    EMBEDDINGS,
+    FP8_DYNAMIC,
+    LINEAR_LABELS,
+    W4A16,
+    WEIGHT_ONLY,
+    LinearScheme,
+)
 
 ANTI_METHODS = ("", "m1", "m2", "m3", "m4", "m6")
 NO_M5 = (
@@ -21,7 +29,9 @@ LINEAR_NAMES = {"float": None, **{label.lower(): label for label in LINEAR_LABEL
 """Labels by the names of linears, as MindIE spells them, and vLLM's fp8; None leaves linears in float."""
 DEFAULT_GROUP = {W4A16: 64}
 """Input channels that share a scale of a weight, unless a number is given; 0 of labels that are not here."""
-FOR_LINEARS = {"anti_method": "", "float_linears": None, "float_head": True, "float_outliers": 0}
+FOR_LINEARS = {
+    "anti_method": "", "float_linears": None, "float_head": True, "float_outliers": 0, "cpu_activations": "int8",
+}  # fmt: skip
 """Fields that mean nothing where every linear stays in float, and what they are unless given."""
 NOT_DECISIVE = ("model", "output", "architecture", "scheme", "linear", "calibration", "resume")
 """Fields that the bytes of an output do not follow from, or not from what is written in them."""
@@ -45,13 +55,17 @@ class ConvertRequest:
             `--w_sym`, `--group_size`, `--w_method`, `--act_method`
         architecture: folder under `models/`, or what stands in it; None: found by config.json's model_type.
             The script that is run
+        cpu_activations: of W8A16 and W4A16 on the CPU: "int8" quantizes inputs per token and group of channels, as the
+            weight has them, so that integers are multiplied; "float" leaves them in float. `--cpu_activations`
         anti_method: treatment of outliers: "" none, "m1" SmoothQuant, "m2" with an offset, "m3" AWQ, "m4" iterative,
             "m6" searched. `--anti_method`
         kv_scales: where static scales of K and V come from: "data" the calibration texts, "random" random tokens,
             "none" all are 1. `--kv_scales`
         float_linears: names or globs of linears that stay in float; None: those that the architecture states for static
             int8. `--disable_names`
-        float_head: whether lm_head stays in float. `--disable_last_linear`
+        float_head: whether lm_head stays in float; False quantizes it as the other linears. `--disable_last_linear`
+        embeddings: of the embedding and lm_head: "float", or "int8" in groups of 32 channels, stored once where they
+            are tied. `--embeddings`
         float_outliers: so many linears, those with the worst outliers, stay in float. `--disable_level`
         float_costliest: so many linears or attentions, those that cost most, stay in float. `--fa_amp`
         max_kl: write nothing if the mean KL(float || quantized) over the held-back texts is larger, in nats per token.
@@ -77,10 +91,12 @@ class ConvertRequest:
     scheme: Scheme | str | Path = "float"
     linear: LinearScheme | str | None = field(default_factory=LinearScheme)
     architecture: Architecture | str | None = None
+    cpu_activations: str = CPU_ACTIVATIONS[0]
     anti_method: str = ""
     kv_scales: str = "data"
     float_linears: Sequence[str] | None = None
     float_head: bool = True
+    embeddings: str = EMBEDDINGS[0]
     float_outliers: int = 0
     float_costliest: int = 0
     max_kl: float | None = None
@@ -150,10 +166,16 @@ def _normalized(request: ConvertRequest) -> dict[str, Any]:
     }
 
 
+_CHOICES = {
+    "anti_method": ANTI_METHODS, "kv_scales": KV_SCALES, "device": DEVICES, "cpu_activations": CPU_ACTIVATIONS,
+    "embeddings": EMBEDDINGS,
+}  # fmt: skip
+
+
 def _check_choices(request: ConvertRequest) -> None:
     if request.anti_method == "m5":
         raise OctavoError(f"anti_method: {NO_M5}")
-    for name, choices in (("anti_method", ANTI_METHODS), ("kv_scales", KV_SCALES), ("device", DEVICES)):
+    for name, choices in _CHOICES.items():
         if getattr(request, name) not in choices:
             listed = ", ".join(choice or '""' for choice in choices)
             raise OctavoError(f"{name} {getattr(request, name)}: is none of {listed}")
@@ -178,10 +200,19 @@ def _check_numbers(request: ConvertRequest) -> None:
 
 
 def _check_linear(request: ConvertRequest) -> None:
-    linear = request.linear
+    linear, has_float_inputs = request.linear, request.embeddings == "int8"
+    if has_float_inputs and not request.float_head:
+        raise OctavoError("embeddings int8 and float_head=False exclude each other: both say what lm_head is")
     if linear is None:
         for name, unless_given in FOR_LINEARS.items():
-            if getattr(request, name) != unless_given:
+            if getattr(request, name) != unless_given and not (name == "cpu_activations" and has_float_inputs):
                 raise OctavoError(f"{name}: linear=None leaves every linear in float")
-    elif not linear.is_static and linear.act_method != "minmax":
+        return
+    if (
+        not has_float_inputs
+        and linear.label not in WEIGHT_ONLY
+        and request.cpu_activations != FOR_LINEARS["cpu_activations"]
+    ):
+        raise OctavoError(f"cpu_activations: {linear.label} quantizes inputs on every device; leave it out")
+    if not linear.is_static and linear.act_method != "minmax":
         raise OctavoError(f"linear: {linear.label} has no static ranges of inputs; leave out act_method")

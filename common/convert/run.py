@@ -1,6 +1,7 @@
 """A conversion from its job to a whole directory: what is surveyed, computed, written, mended and gone on with."""
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ class Made:
         plan: what was to be made.
         floats: linears and attentions that were chosen to stay in float.
         fidelity: to the float model; None if no token could be predicted.
+        other_fidelity: the same with the other of `cpu_activations`; None where that is the same.
         costs: of linears and attentions, if measured.
         unreached: experts that no calibration token chose, where that matters.
         nbytes: of the output.
@@ -50,6 +52,7 @@ class Made:
     plan: Plan
     floats: tuple[str, ...]
     fidelity: Fidelity | None
+    other_fidelity: Fidelity | None
     costs: tuple[Cost, ...]
     unreached: tuple[str, ...]
     nbytes: int
@@ -153,14 +156,15 @@ def _convert_layers(job: Job, stage: Stage, files: PlannedFiles, conversion: Con
         stage.finish_step(index + 1, state.tensors(), stage.notes | notes)
 
 
-def _convert_rest(files: PlannedFiles, conversion: Conversion) -> Fidelity | None:
-    """Write what is outside of the layers; returns how far the model is from the float one."""
-    for name, rows, first in conversion.output.unchanged():
+def _convert_rest(files: PlannedFiles, conversion: Conversion) -> tuple[Fidelity | None, Fidelity | None]:
+    """Write what is outside of the layers; returns how far the model is from the float one, both as in `Made`."""
+    output = conversion.output
+    for name, rows, first in itertools.chain(output.unchanged(), output.embedding()):
         files.write(name, rows, first)
-    tensors, fidelity = conversion.head()
+    tensors, fidelity, otherwise = conversion.head()
     for name, tensor in tensors.items():
         files.write(name, tensor)
-    return fidelity
+    return fidelity, otherwise
 
 
 def _check_kl(most: float | None, fidelity: Fidelity | None, costs: list[Cost]) -> None:
@@ -191,16 +195,16 @@ def run(job: Job, stage: Stage) -> Made:
     known = job.codebooks if not stage.step else None
     conversion = job.conversion(plan, known, measures=request.max_kl is not None)
     output, planned = conversion.output, conversion.output.planned()
-    description = build_description(planned, output.tied(), output.labels(), plan.scheme, plan.linear.group_size)
+    description = build_description(planned, output.tied_labels(), output.labels(), plan.scheme, plan.linear.group_size)
     most_bytes = None if request.max_shard_gb is None else round(request.max_shard_gb * GIGABYTE)
     files = PlannedFiles(stage.path, weight_file_names(description)[0], planned, most_bytes)
     files.create()
     if stage.step:
         _go_on(job, plan, stage, files, conversion)
     _convert_layers(job, stage, files, conversion)
-    fidelity = _convert_rest(files, conversion)
+    fidelity, otherwise = _convert_rest(files, conversion)
     _check_kl(request.max_kl, fidelity, conversion.state.costs)
     _write_rest(stage.path, job, plan, description)
     nbytes = sum(file.stat().st_size for file in stage.path.iterdir() if file.is_file())
     costs, unreached = tuple(conversion.state.costs or surveyed), tuple(conversion.state.unreached)
-    return Made(plan, tuple(floats), fidelity, costs, unreached, nbytes, conversion.found())
+    return Made(plan, tuple(floats), fidelity, otherwise, costs, unreached, nbytes, conversion.found())

@@ -4,7 +4,7 @@ S tokens, E hidden size.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -28,6 +28,7 @@ class ConversionState:
         calibration: calibration texts on their way through the float model.
         held_back: held-back texts on their way through the float model.
         coded: held-back texts on their way through the quantized model.
+        coded_otherwise: the same with the other of `cpu_activations`; None where that is the same.
         for_scales: texts that static scales come from; None where those are the calibration texts.
         statistics: of calibration, by their names in a statistics file.
         costs: what quantizing each linear and attention alone costs, if measured.
@@ -39,18 +40,33 @@ class ConversionState:
     held_back: Stream
     coded: Stream
     for_scales: Stream | None
+    coded_otherwise: Stream | None = None
     statistics: dict[str, torch.Tensor] = field(default_factory=dict)
     costs: list[Cost] = field(default_factory=list)
     unreached: list[str] = field(default_factory=list)
 
     @classmethod
-    def of(cls, source: LayerwiseModel, texts: Texts, known: dict[str, torch.Tensor]) -> "ConversionState":
-        """Texts before the first layer; `known` are statistics that are there already."""
+    def of(
+        cls,
+        source: LayerwiseModel,
+        texts: Texts,
+        embedded: Callable[[torch.Tensor], torch.Tensor],
+        known: dict[str, torch.Tensor],
+        compares_activations: bool,
+    ) -> "ConversionState":
+        """Texts before the first layer.
+
+        Args:
+            embedded: what the quantized model makes of `[1, S]` ids.
+            known: statistics that are there already.
+            compares_activations: whether there is to be a `coded_otherwise`.
+        """
         calibration = Stream.of(source, texts.calibration)
         for_scales = None if texts.for_scales is None else Stream.of(source, texts.for_scales)
         held_back = Stream.of(source, texts.held_back)
-        coded = Stream(held_back.ids, held_back.masks, list(held_back.hidden))
-        return cls(calibration, held_back, coded, for_scales, dict(known))
+        coded = Stream(held_back.ids, held_back.masks, [embedded(part) for part in held_back.ids])
+        otherwise = replace(coded, hidden=list(coded.hidden)) if compares_activations else None
+        return cls(calibration, held_back, coded, for_scales, otherwise, dict(known))
 
     def found(self, config: PreTrainedConfig) -> Statistics:
         """All statistics of a model of that config."""
@@ -58,7 +74,8 @@ class ConversionState:
 
     def _streams(self) -> dict[str, Stream]:
         streams = {"calibration": self.calibration, "float": self.held_back, "coded": self.coded}
-        return streams if self.for_scales is None else streams | {"for_scales": self.for_scales}
+        others = {"for_scales": self.for_scales, "coded_otherwise": self.coded_otherwise}
+        return streams | {name: stream for name, stream in others.items() if stream is not None}
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All but costs and names, to be kept for another process."""

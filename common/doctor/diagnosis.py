@@ -98,6 +98,15 @@ class KeyWeights:
         """Name of a tensor of a layer."""
         return f"{self._architecture.layer_name(layer)}.{module}.{part}"
 
+    def embedding_rows(self, count: int) -> torch.Tensor:
+        """The first rows of each of some evenly spaced parts of the embedding, about `count` `[.., E]` in float32."""
+        name = f"{self._architecture.layer_name(0).removesuffix(f'{self._decoder.layers}.0')}{self._decoder.embedding}"
+        total, parts = self.headers[f"{name}.weight"].shape[0], 8
+        starts = range(0, total, max(1, -(-total // parts)))
+        rows = max(1, count // len(starts))
+        read = (self._files.rows(f"{name}.weight", start, min(total, start + rows)) for start in starts)
+        return torch.cat(list(read)).float()
+
     def key_name(self, layer: int) -> str:
         """Name of the weight that makes the keys of a layer."""
         return self.name(layer, self._decoder.attention.key)

@@ -18,6 +18,7 @@ from transformers import CONFIG_MAPPING, AutoConfig
 
 from ..command import OneLineParser, run_script
 from ..convert.source.checkpoint import find_source
+from ..convert.weights.embedding import through_codes
 from ..errors import OctavoError, first_line
 from ..runtime.cache.sizes import kv_bytes_per_token
 from ..runtime.checkpoint.ascend import DESCRIPTION_FILE
@@ -25,10 +26,12 @@ from ..runtime.checkpoint.files import read_json
 from ..runtime.model_sizes import head_dim_of
 from ..runtime.rotary import rope_type
 from ..runtime.schemes.kv_scheme import PRESETS, load_scheme
+from ..runtime.schemes.linear_scheme import SMALLEST_GROUP
 from ..runtime.schemes.tensor_codec import Codec
 from ..runtime.static_scales import Statistics, load_statistics
 from .diagnosis import (
     ATTENTIONS,
+    TINY,
     KeyWeights,
     LayerDiagnosis,
     diagnose_layers,
@@ -37,6 +40,8 @@ from .diagnosis import (
 )
 from .text import render
 
+EMBEDDING_ROWS = 4096
+"""Rows of the embedding by which the error of int8 is told."""
 BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 SIZES = {"float16": "float", "int8": "int8-token", "int4": "int4-token"}
 """Presets by which the size of a cache is told."""
@@ -86,6 +91,14 @@ def _passes_at(weight_bytes: int, layer_bytes: float, full: int, sliding: int, w
     return math.ceil(tokens)
 
 
+def _embedding_error(weights: KeyWeights) -> float | None:
+    """How far an embedding in int8 is from the float one, relative; None if its rows make no groups."""
+    rows = weights.embedding_rows(EMBEDDING_ROWS)
+    if rows.shape[1] % SMALLEST_GROUP:
+        return None
+    return float((through_codes(rows) - rows).norm() / rows.norm().clamp_min(TINY))
+
+
 def facts_of(weights: KeyWeights, config: Any, layers: list[LayerDiagnosis]) -> dict[str, Any]:
     """What else decides about schemes, as plain data."""
     kinds = layer_types(config)
@@ -113,6 +126,7 @@ def facts_of(weights: KeyWeights, config: Any, layers: list[LayerDiagnosis]) -> 
         "value_bias": max(layer.value_bias for layer in layers),
         "bias_can_be_folded": weights.folds_key_bias,
         "tied_embeddings": bool(getattr(config, "tie_word_embeddings", False)),
+        "embedding_error": _embedding_error(weights),
         "weight_bytes": total,
         "cache_bytes_per_token": {name: round(size * (full + sliding)) for name, size in each.items()},
         "cache_passes_weights_at": {

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from .fp8_linear import FP8DynamicLinear, FP8Linear
+from .quantized_embedding import QuantizedEmbedding
 from .quantized_linear import QuantizedLinear
 from .schemes.linear_scheme import FP8_LABELS, W4A16, W8A8, WEIGHT_ONLY
 from .w8a8_linear import MixedLinear, W8A8DynamicLinear, W8A8Linear
@@ -14,9 +15,10 @@ QUANTIZED_LINEARS: dict[str, type[QuantizedLinear]] = {
     part.LABEL: part
     for part in (
         W8A8Linear, W8A8DynamicLinear, W8A16Linear, W4A16Linear, FP8Linear, FP8DynamicLinear, MixedLinear,
+        QuantizedEmbedding,
     )
 }  # fmt: skip
-"""The class of a linear layer by its label in a description."""
+"""The class of a linear layer, or embedding, by its label in a description."""
 
 
 def empty_linear(
@@ -29,6 +31,7 @@ def empty_linear(
     per_tensor: bool = False,
     is_packed: bool = True,
     deq_scale_dtype: torch.dtype = torch.float32,
+    cpu_activations: str = "float",
 ) -> QuantizedLinear:
     """A quantized linear layer whose tensors are still to be filled.
 
@@ -40,6 +43,7 @@ def empty_linear(
         per_tensor: one scale for the whole weight, for fp8.
         is_packed: two codes to a byte, for W4A16.
         deq_scale_dtype: for W8A8, see `W8A8Linear`.
+        cpu_activations: for W8A16 and W4A16, see `WeightOnlyLinear`.
     """
     options: dict[str, Any] = {}
     if label == W8A8:
@@ -50,4 +54,7 @@ def empty_linear(
         options["per_tensor"] = per_tensor
     if label == W4A16:
         options["is_packed"] = is_packed
-    return QUANTIZED_LINEARS[label](in_features, out_features, has_bias, **options)
+    layer = QUANTIZED_LINEARS[label](in_features, out_features, has_bias, **options)
+    if label in WEIGHT_ONLY:
+        layer.cpu_activations = cpu_activations
+    return layer

@@ -4,15 +4,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..errors import OctavoError
 from .foldable_linear import FoldableBias
 from .gradients import refuse_gradient
 from .linear_values import are_scales
+from .packed_weight import PackedLinear, PackedWeight
 
 
-class QuantizedLinear(FoldableBias, nn.Module):
+class QuantizedLinear(FoldableBias, PackedWeight):
     """What the quantized linear layers share: a weight in codes, its scales and a bias.
 
     Tensors have the names of Ascend's format on disk. Subclasses say in `LABEL` how that format calls them.
@@ -41,6 +41,7 @@ class QuantizedLinear(FoldableBias, nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "QuantizedLinear":
         """Codes and scales follow the layer to another device and keep their dtype, which `half()` would round."""
+        self.unpack()
         before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
         for name in ("weight", *self.PARTS):
@@ -80,6 +81,15 @@ class QuantizedLinear(FoldableBias, nn.Module):
             return
         for part, fault in self._unsound():
             raise OctavoError(f"{name}.{part} {fault}; copy it again or convert again")
+
+    def _packed(self, x_group: int, **others: torch.Tensor) -> PackedLinear | None:
+        """See `packed`."""
+        panels, bias = self.pack(), self._added_bias()
+        if panels is None:
+            return None
+        bias = None if bias is None else bias.float()
+        sizes = panels.bits, panels.in_features, panels.out_features, panels.num_groups
+        return PackedLinear(panels.codes, panels.scale, panels.zero, bias, *sizes, x_group, **others)
 
     def float_weight(self) -> torch.Tensor:
         """What the codes of the weight stand for, float32 `[N, K]`."""

@@ -6,7 +6,9 @@ import torch
 from torch import nn
 
 from ...ops import linear_w8a8, linear_w8a8_dynamic
+from ...ops.linear.packed_ops import run_packed, run_packed_w8a8
 from .linear_values import are_deq_scales, are_offsets, is_zero
+from .packed_weight import PackedLinear
 from .quantized_linear import QuantizedLinear
 from .schemes.linear_scheme import W8A8, W8A8_DYNAMIC, W8A8_MIXED
 
@@ -61,11 +63,30 @@ class W8A8Linear(QuantizedLinear):
             self._deq_scale = decode_deq_scale(self.deq_scale)
         return self._deq_scale
 
+    def check(self, name: str) -> None:
+        """As of `QuantizedLinear`; the weight is packed here, once."""
+        super().check(name)
+        self.pack()
+
+    def _to_pack(self) -> tuple[int, torch.Tensor, None]:
+        return 8, self._decoded_deq_scale(), None
+
+    def packed(self) -> PackedLinear | None:
+        """See `PackedWeight`."""
+        parts = {name: getattr(self, name) for name in ("input_scale", "input_offset", "quant_bias")}
+        found = self._packed(self.in_features, **parts)
+        if found is None:
+            return None
+        return found._replace(bias=-self.left_out.float() if self.folds_bias else None)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., K] -> [..., N]`."""
-        output = linear_w8a8(
-            x, self.weight, self.input_scale, self.input_offset, self.quant_bias, self._decoded_deq_scale()
-        )
+        parts = self.input_scale, self.input_offset, self.quant_bias
+        panels = self.pack() if x.device.type == "cpu" else None
+        if panels is None:
+            output = linear_w8a8(x, self.weight, *parts, self._decoded_deq_scale())
+        else:
+            output = run_packed_w8a8(x, panels, *parts)
         if not self.folds_bias:
             return output
         self._added_bias()
@@ -86,8 +107,23 @@ class W8A8DynamicLinear(QuantizedLinear):
         if not is_zero(self.weight_offset):
             yield "weight_offset", "is not 0 throughout, as of weights that int8 linears compute with"
 
+    def check(self, name: str) -> None:
+        """As of `QuantizedLinear`; the weight is packed here, once."""
+        super().check(name)
+        self.pack()
+
+    def _to_pack(self) -> tuple[int, torch.Tensor, None] | None:
+        return 8, self.weight_scale, None
+
+    def packed(self) -> PackedLinear | None:
+        """See `PackedWeight`."""
+        return self._packed(self.in_features)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., K] -> [..., N]`."""
+        panels = self.pack() if x.device.type == "cpu" else None
+        if panels is not None:
+            return run_packed(x, panels, self._added_bias(), self.in_features)
         return linear_w8a8_dynamic(x, self.weight, self.weight_scale.view(-1), self._added_bias())
 
 
@@ -112,6 +148,9 @@ class MixedLinear(W8A8DynamicLinear):
         outliers = self.outlier_columns
         if not bool(((outliers >= 0) & (outliers < self.in_features)).all()) or bool((outliers.diff() <= 0).any()):
             yield "outlier_columns", f"are no columns from 0 to {self.in_features - 1} that ascend"
+
+    def _to_pack(self) -> None:
+        return None  # its products are not all there is
 
     def float_weight(self) -> torch.Tensor:
         """What the weight stands for, float32 `[N, K]`."""

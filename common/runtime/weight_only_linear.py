@@ -4,10 +4,12 @@ from collections.abc import Iterator
 
 import torch
 
-from ...ops import linear_weight_only
+from ...ops import linear_grouped, linear_weight_only
+from ...ops.linear.packed_ops import run_packed
 from ...ops.linear.reference import WEIGHT_BLOCK
 from ...ops.shared.codes import INT8_MAX, INT8_MIN, expand_scale, from_codes
 from .linear_values import are_offsets
+from .packed_weight import PackedLinear
 from .quantized_linear import QuantizedLinear
 from .schemes.linear_scheme import W4A16, W8A16
 
@@ -15,49 +17,83 @@ from .schemes.linear_scheme import W4A16, W8A16
 class WeightOnlyLinear(QuantizedLinear):
     """Float inputs times a weight in codes, `(code - weight_offset) * weight_scale`, per output channel or in groups.
 
+    Attributes:
+        cpu_activations: "int8" if inputs on the CPU are quantized per token and group of input channels, as the weight
+            has them, so that codes are multiplied; "float" if they never are.
+
     Args:
         in_features, out_features: K and N.
         has_bias: whether there is one.
         num_groups: how many the K channels make; 1 is per output channel.
     """
 
+    cpu_activations = "float"
     CODES: tuple[int, int]
     """The smallest and largest code, between which the zero point of a range with 0 in it lies."""
+
+    PACKED = ("weight", "weight_scale", "weight_offset")
 
     def __init__(self, in_features: int, out_features: int, has_bias: bool, num_groups: int = 1) -> None:
         super().__init__(in_features, out_features, has_bias)
         self._hold_weight(torch.int8, (out_features, num_groups))
-        self._has_zero: bool | None = None
+        self._has_zero: bool | None = None if "weight_offset" in self.PARTS else False
 
     def _forget(self) -> None:
         super()._forget()
-        self._has_zero = None
+        self._has_zero = None if "weight_offset" in self.PARTS else False
 
     def _zero(self) -> torch.Tensor | None:
         """`weight_offset`, or None if it is 0 throughout, which is found out once, and not where that would break."""
+        if self._has_zero is False:
+            return None
         if self._has_zero is None and not (torch.compiler.is_compiling() or self.weight_offset.is_meta):
             self._has_zero = bool((self.weight_offset != 0).any())
         return None if self._has_zero is False else self.weight_offset
 
     def _unsound(self) -> Iterator[tuple[str, str]]:
         yield from super()._unsound()
-        if not are_offsets(self.weight_offset, self.CODES):
+        if "weight_offset" in self.PARTS and not are_offsets(self.weight_offset, self.CODES):
             yield "weight_offset", f"is no whole number from {self.CODES[0]} to {self.CODES[1]} throughout"
 
     def check(self, name: str) -> None:
         """As of `QuantizedLinear`; whether there is an offset at all is found out here, once."""
         super().check(name)
         self._zero()
+        self.pack()
+
+    @property
+    def _groups(self) -> int:
+        """How many groups the K channels make."""
+        return self._buffers["weight_scale"].shape[1] if self._panels is None else self._panels.num_groups
+
+    def _to_pack(self) -> tuple[int, torch.Tensor, torch.Tensor | None] | None:
+        if self.cpu_activations != "int8" or (self._groups > 1 and self.in_features // self._groups % WEIGHT_BLOCK):
+            return None
+        return 4 if self.CODES[0] == -8 else 8, self.weight_scale, self._zero()
+
+    def packed(self) -> PackedLinear | None:
+        """See `PackedWeight`; None where inputs stay in float."""
+        return self._packed(self.in_features // self._groups)
 
     def float_weight(self) -> torch.Tensor:
         """What the codes of the weight stand for, float32 `[N, K]`."""
         shape = self.out_features, self.in_features
-        codes = from_codes(self.weight, WEIGHT_BLOCK, torch.float32)
-        return (codes - expand_scale(self.weight_offset, *shape)) * expand_scale(self.weight_scale, *shape)
+        codes, zero = from_codes(self.weight, WEIGHT_BLOCK, torch.float32), self._zero()
+        if zero is not None:
+            codes -= expand_scale(zero, *shape)
+        return codes * expand_scale(self.weight_scale, *shape)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., K] -> [..., N]`."""
-        return linear_weight_only(x, self.weight, self.weight_scale, self._zero(), self._added_bias())
+        if self.cpu_activations != "int8" or x.device.type != "cpu":
+            return linear_weight_only(x, self.weight, self.weight_scale, self._zero(), self._added_bias())
+        panels, group = self.pack(), self.in_features // self._groups
+        if panels is None:
+            return linear_grouped(x, self.weight, self.weight_scale, self._zero(), self._added_bias(), group)
+        return run_packed(x, panels, self._added_bias(), group)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, cpu_activations={self.cpu_activations}"
 
 
 class W8A16Linear(WeightOnlyLinear):

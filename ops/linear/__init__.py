@@ -6,6 +6,7 @@ from ..shared.registry import define_op, implement
 from .cpu import (
     LINEAR_KERNEL,
     linear_fp8_cpu,
+    linear_grouped_cpu,
     linear_w8a8_cpu,
     linear_w8a8_dynamic_cpu,
     linear_weight_only_cpu,
@@ -30,6 +31,7 @@ from .npu import (
 )
 from .reference import (
     linear_fp8_reference,
+    linear_grouped_reference,
     linear_w8a8_dynamic_reference,
     linear_w8a8_reference,
     linear_weight_only_reference,
@@ -43,10 +45,12 @@ def _linear_fake(x: torch.Tensor, weight: torch.Tensor, *unused: object) -> torc
 linear_w8a8 = define_op("linear_w8a8", linear_w8a8_reference, _linear_fake)
 linear_w8a8_dynamic = define_op("linear_w8a8_dynamic", linear_w8a8_dynamic_reference, _linear_fake)
 linear_weight_only = define_op("linear_weight_only", linear_weight_only_reference, _linear_fake)
+linear_grouped = define_op("linear_grouped", linear_grouped_reference, _linear_fake)
 linear_fp8 = define_op("linear_fp8", linear_fp8_reference, _linear_fake)
 implement("linear_w8a8", "CPU", linear_w8a8_cpu, LINEAR_KERNEL.description)
 implement("linear_w8a8_dynamic", "CPU", linear_w8a8_dynamic_cpu, LINEAR_KERNEL.description)
 implement("linear_weight_only", "CPU", linear_weight_only_cpu, LINEAR_KERNEL.description)
+implement("linear_grouped", "CPU", linear_grouped_cpu, LINEAR_KERNEL.description)
 implement("linear_fp8", "CPU", linear_fp8_cpu, LINEAR_KERNEL.description)
 implement("linear_w8a8", "CUDA", linear_w8a8_cuda, LINEAR_CUDA)
 implement("linear_w8a8_dynamic", "CUDA", linear_w8a8_dynamic_cuda, LINEAR_CUDA)

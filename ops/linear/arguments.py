@@ -104,6 +104,26 @@ def check_weight_only(
     return out_features, in_features, num_groups
 
 
+def check_grouped(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_zero: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    group: int,
+) -> tuple[int, int, int]:
+    """N, K and the groups of a row of the weight; raises ValueError as `linear_grouped` does."""
+    out_features, in_features, num_groups = check_weight_only(x, weight, weight_scale, weight_zero, bias)
+    if group < 1 or in_features // num_groups % group:
+        raise ValueError(
+            f"a group of {group} input channels does not divide the {in_features // num_groups} that share a scale of "
+            f"the weight"
+        )
+    if group > LARGEST_IN_FEATURES:
+        raise ValueError(f"products of up to {LARGEST_IN_FEATURES} codes add up exactly, and a group has {group}")
+    return out_features, in_features, num_groups
+
+
 def check_fp8(
     x: torch.Tensor,
     weight: torch.Tensor,

@@ -8,12 +8,14 @@ import torch
 from ..shared.compile import CKernel
 from ..shared.fallback import fell_back
 from ..shared.operands import FLOAT_KINDS, KINDS
-from .arguments import WEIGHT_BLOCK, check_fp8, check_w8a8, check_w8a8_dynamic, check_weight_only
+from .arguments import WEIGHT_BLOCK, check_fp8, check_grouped, check_w8a8, check_w8a8_dynamic, check_weight_only
 from .reference import (
     linear_fp8_reference,
+    linear_grouped_reference,
     linear_w8a8_dynamic_reference,
     linear_w8a8_reference,
     linear_weight_only_reference,
+    quantize_by_group,
 )
 
 PACKED_SOURCES = ("ops/linear/packed.h", "ops/linear/packed_dot.h", "ops/linear/packed_product.h")
@@ -163,6 +165,30 @@ def linear_weight_only_cpu(
     if weight_zero is not None and weight_zero.dtype != weight_scale.dtype:
         weight_scale, weight_zero = weight_scale.float(), weight_zero.float()
     return _run_linear(run, x, weight, in_features, weight_scale, num_groups, weight_zero, bias)
+
+
+def linear_grouped_cpu(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_zero: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    group: int,
+) -> torch.Tensor:
+    """`linear_grouped_reference`, whose products are those of `linear_weight_only` in C.
+
+    Raises:
+        ValueError: as `linear_weight_only_cpu`, or a group that does not divide the weight's.
+        MemoryError: no room for the scratch of the threads.
+    """
+    reason = LINEAR_KERNEL.supports()
+    if reason is not None:
+        fell_back("linear_grouped", "CPU", reason)
+        return linear_grouped_reference(x, weight, weight_scale, weight_zero, bias, group)
+    check_grouped(x, weight, weight_scale, weight_zero, bias, group)
+    codes, scale = quantize_by_group(x, group)
+    rows = codes.mul_(scale).view(x.shape)
+    return linear_weight_only_cpu(rows, weight, weight_scale, weight_zero, bias).to(x.dtype)
 
 
 def linear_fp8_cpu(

@@ -7,7 +7,7 @@ import torch
 
 from ..shared.codes import CODE_RANGES, INT8_MAX, dynamic_scale, expand_scale, from_codes
 from ..shared.operands import check_devices
-from .arguments import WEIGHT_BLOCK, check_fp8, check_w8a8, check_w8a8_dynamic, check_weight_only
+from .arguments import WEIGHT_BLOCK, check_fp8, check_grouped, check_w8a8, check_w8a8_dynamic, check_weight_only
 
 EXACT_PRODUCTS = 1024
 """Products of two int8 codes that float32 adds up exactly: 1024 * 128 * 128 = 2^24."""
@@ -117,6 +117,51 @@ def linear_weight_only_reference(
         codes = codes - expand_scale(weight_zero.float(), out_features, in_features)
     values = codes * expand_scale(weight_scale.float(), out_features, in_features)
     return _finished(x.float().reshape(-1, in_features) @ values.T, bias, x)
+
+
+def quantize_by_group(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 codes of x as float32 `[M, K / group, group]`, and their scales `max|x| / 127`, float32 `[M, K / group, 1]`.
+
+    Args:
+        x: `[..., K]`, any float dtype; M rows.
+        group: channels that share a scale; a divisor of K.
+    """
+    grouped = x.float().reshape(-1, x.shape[-1] // group, group)
+    scale = dynamic_scale(grouped.abs().amax(dim=-1, keepdim=True), INT8_MAX)
+    return (grouped / scale).round().clamp(-128, 127), scale
+
+
+def linear_grouped_reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_zero: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    group: int,
+) -> torch.Tensor:
+    """W8A8 and W4A8 in groups: `linear_weight_only` of an x that is quantized to int8 per row and group of channels.
+
+    `scale = max|x| / 127` of each group, so that a kernel multiplies codes and adds whole numbers within a group.
+
+    Args:
+        x: `[..., K]`, any float dtype.
+        weight: int8 `[N, K]`, or for int4 uint8 `[N, K / 2]` packed in blocks of 32 codes.
+        weight_scale: float32 or float16 `[N, W]`, W groups of a row of the weight; `[N, 1]` is per output channel.
+        weight_zero: zero points in units of codes, shaped as `weight_scale`; None if symmetric.
+        bias: `[N]`, any float dtype, or None.
+        group: input channels that share a scale of x; a divisor of those that share one of the weight, `K / W`.
+
+    Returns:
+        `[..., N]`, of the dtype of `x`, summed in float32; NaN for a row of x in which there is one.
+
+    Raises:
+        ValueError: as `linear_w8a8_reference`, or a group that does not divide the weight's.
+    """
+    check_devices(x, weight, weight_scale, weight_zero, bias)
+    check_grouped(x, weight, weight_scale, weight_zero, bias, group)
+    codes, scale = quantize_by_group(x, group)
+    rows = (codes * scale).view(*x.shape)
+    return linear_weight_only_reference(rows, weight, weight_scale, weight_zero, bias).to(x.dtype)
 
 
 def linear_fp8_reference(

@@ -213,6 +213,12 @@ def linear_weight_only(rng: Random) -> Arguments:
     )
 
 
+def linear_grouped(rng: Random) -> Arguments:
+    """Of `linear_grouped`."""
+    found = linear_weight_only(rng)
+    return Arguments({**found, "group": found["x"].shape[-1] // found["weight_scale"].shape[1]})
+
+
 def linear_fp8(rng: Random) -> Arguments:
     """Of `linear_fp8`."""
     columns, depth, x = _linear(rng)

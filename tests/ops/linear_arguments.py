@@ -11,6 +11,7 @@ from octavo.ops.linear.cuda import linear_fp8_cuda, linear_w8a8_cuda, linear_w8a
 from octavo.ops.linear.npu import linear_w8a8_dynamic_npu, linear_w8a8_npu, linear_weight_only_npu
 from octavo.ops.linear.reference import (
     linear_fp8_reference,
+    linear_grouped_reference,
     linear_w8a8_dynamic_reference,
     linear_w8a8_reference,
     linear_weight_only_reference,
@@ -62,6 +63,10 @@ def weight_only_arguments() -> Arguments:
     return {"x": X, "weight": CODES, "weight_scale": ONES[:, None], "weight_zero": None, "bias": None}
 
 
+def grouped_arguments() -> Arguments:
+    return {**weight_only_arguments(), "weight_scale": torch.ones(N, 2), "group": 32}
+
+
 def fp8_arguments() -> Arguments:
     return {"x": X, "weight": CODES.to(torch.float8_e4m3fn), "weight_scale": ONES, "input_scale": None, "bias": None}
 
@@ -90,6 +95,18 @@ WEIGHT_ONLY: list[Change] = [
     (ValueError, "weight_zero (8, 2) in float32 must be", {"weight_zero": torch.ones(N, 2)}),
     (ValueError, "weight_zero (8, 1) in int32 must be", {"weight_zero": torch.ones((N, 1), dtype=torch.int32)}),
 ]
+GROUPED: list[Change] = [
+    *[change for change in WEIGHT_ONLY if "weight_zero" not in change[2]],
+    (ValueError, "weight_zero (8, 1) in float32 must be", {"weight_zero": torch.ones(N, 1)}),
+    (ValueError, "a group of 64 input channels does not divide the 32", {"group": 64}),
+    (ValueError, "a group of 0 input channels does not divide", {"group": 0}),
+    (ValueError, "a group of -32 input channels does not divide", {"group": -32}),
+    (
+        ValueError,
+        "up to 131071 codes add up exactly",
+        {**DEEP, "weight_scale": ONES[:, None], "group": LARGEST_IN_FEATURES + 1},
+    ),
+]
 FP8: list[Change] = [
     *[change for change in MATRIX if change[2] is not NO_CHANNELS],
     *BIAS,
@@ -114,5 +131,6 @@ LINEAR_OPS: dict[str, OpCase] = {
         WEIGHT_ONLY,
         (ops.linear_weight_only, linear_weight_only_reference, linear_weight_only_cuda, linear_weight_only_npu),
     ),
+    "linear_grouped": (grouped_arguments, GROUPED, (ops.linear_grouped, linear_grouped_reference, None, None)),
     "linear_fp8": (fp8_arguments, FP8, (ops.linear_fp8, linear_fp8_reference, linear_fp8_cuda, None)),
 }

@@ -7,14 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from octavo.ops import linear_fp8, linear_w8a8, linear_w8a8_dynamic, linear_weight_only
+from octavo.ops import linear_fp8, linear_grouped, linear_w8a8, linear_w8a8_dynamic, linear_weight_only
 from octavo.ops.linear.reference import (
     linear_fp8_reference,
+    linear_grouped_reference,
     linear_w8a8_dynamic_reference,
     linear_w8a8_reference,
     linear_weight_only_reference,
 )
-from octavo.ops.shared.codes import pack_int4
+from octavo.ops.shared.codes import expand_scale, pack_int4, unpack_int4
 
 from ..tolerances import TOLERANCES
 
@@ -123,6 +124,64 @@ def test_weight_only_is_close_to_the_reference(
     assert_close(linear_weight_only(*arguments), linear_weight_only_reference(*arguments))
 
 
+def grouped_arguments(
+    rows: int, in_features: int, out_features: int, group: int, is_int4: bool, has_zero: bool, seed: int
+) -> tuple[torch.Tensor, ...]:
+    """x whose groups differ in size, and a weight in groups."""
+    torch.manual_seed(seed)
+    num_groups = in_features // group
+    weight = torch.randint(-128, 128, (out_features, in_features), dtype=torch.int8)
+    if is_int4:
+        weight = pack_int4(weight >> 4, 32)
+    scale = torch.rand(out_features, num_groups) * 0.02 + 0.001
+    zero = torch.randint(-8, 8, scale.shape).float() if has_zero else None
+    x = torch.randn(rows, num_groups, group) * 10 ** (torch.rand(rows, num_groups, 1) * 2 - 1)
+    return x.view(rows, in_features), weight, scale, zero, bias_of(out_features, torch.float32)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    rows=ROWS,
+    shape=st.sampled_from([(32, 32), (64, 32), (96, 96), (320, 64), (576, 32), (1024, 128), (31, 31), (77, 77)]),
+    out_features=COLUMNS,
+    is_int4=st.booleans(),
+    has_zero=st.booleans(),
+    dtype=st.sampled_from(FLOAT_DTYPES),
+    seed=st.integers(0, 1000),
+)
+def test_grouped_is_close_to_the_reference(
+    rows: int,
+    shape: tuple[int, int],
+    out_features: int,
+    is_int4: bool,
+    has_zero: bool,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    x, *arguments = grouped_arguments(
+        rows, shape[0], out_features, shape[1], is_int4 and shape[0] % 32 == 0, has_zero, seed
+    )
+    x = x.to(dtype)
+    assert_close(linear_grouped(x, *arguments, shape[1]), linear_grouped_reference(x, *arguments, shape[1]))
+
+
+@pytest.mark.parametrize("is_int4", [True, False])
+@pytest.mark.parametrize("has_zero", [True, False])
+@pytest.mark.parametrize("group", [32, 16])
+def test_the_grouped_reference_is_its_formula(is_int4: bool, has_zero: bool, group: int) -> None:
+    x, weight, scale, zero, bias = grouped_arguments(5, 96, 12, 32, is_int4, has_zero, 0)
+    x_scale = (x.double().view(5, -1, group).abs().amax(-1) / 127).float()
+    codes = (x.view(5, -1, group) / x_scale[..., None]).round().clamp(-128, 127).double()
+    weight_codes = (unpack_int4(weight, 32) if is_int4 else weight).double()
+    weight_codes = weight_codes - (0 if zero is None else expand_scale(zero, 12, 96).double())
+    expected = bias.double().expand(5, 12).clone()
+    for part in range(96 // group):
+        sums = codes[:, part] @ weight_codes[:, part * group : (part + 1) * group].T
+        expected += sums * x_scale[:, part, None].double() * scale[:, part * group // 32].double()
+    found = linear_grouped_reference(x, weight, scale, zero, bias, group)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     rows=ROWS,
@@ -179,6 +238,7 @@ def test_nan_stays_visible(rows: int) -> None:
         linear_fp8(x, weight, scale, None, None),
         linear_w8a8_dynamic(x, codes, scale, None),
         linear_weight_only(x, codes, scale[:, None], None, None),
+        linear_grouped(x, codes, torch.ones(20, 2), None, None, 32),
     ):
         assert output[0].isnan().all()
         assert rows == 1 or not output[1:, :7].isnan().any()
@@ -212,6 +272,7 @@ def test_leading_dimensions_and_strides_are_kept() -> None:
         (linear_w8a8, arguments),
         (linear_w8a8_dynamic, (weight, scale, None)),
         (linear_weight_only, (weight, scale[:, None], None, None)),
+        (linear_grouped, (weight, scale[:, None], None, None, 48)),
         (linear_fp8, (weight.to(torch.float8_e4m3fn), scale, None, None)),
     ):
         output = op(x, *rest)
@@ -276,6 +337,7 @@ def test_opcheck() -> None:
     torch.library.opcheck(ops.linear_w8a8_dynamic.default, (x, codes, scale[:, 0].contiguous(), bias))
     torch.library.opcheck(ops.linear_weight_only.default, (x, packed, scale, scale, bias))
     torch.library.opcheck(ops.linear_weight_only.default, (x, codes, scale[:, :1], None, None))
+    torch.library.opcheck(ops.linear_grouped.default, (x, packed, scale, scale, bias, 32))
     arguments = (x, codes.to(torch.float8_e4m3fn), bias, None, bias)
     checks = ("test_faketensor", "test_aot_dispatch_dynamic")  # test_schema cannot compare fp8 tensors
     torch.library.opcheck(ops.linear_fp8.default, arguments, test_utils=checks)

@@ -16,11 +16,14 @@ def output_config(
     Args:
         ties_head: whether the source's last linear is its embedding, if its config says so.
     """
+    recipe: dict[str, Any] = {"scheme": plan.scheme.to_dict()}
+    if plan.has_weight_only:
+        recipe["cpu_activations"] = plan.cpu_activations
     config = {
         **bearable(source),
         "architectures": [architecture.model_class.__name__],
         "auto_map": architecture.auto_map,
-        CONFIG_KEY: {"scheme": plan.scheme.to_dict()},
+        CONFIG_KEY: recipe,
         "transformers_weights": NATIVE_LOAD_HINT,
     }
     if architecture.decoder.head in plan.linears or not ties_head:

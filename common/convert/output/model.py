@@ -4,6 +4,7 @@ S tokens, E hidden size.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -17,14 +18,31 @@ from ...runtime.compatibility import cache_argument
 from ...runtime.decoder import decoder_layers
 from ...runtime.quantized_linear import QuantizedLinear
 from ...runtime.schemes.kv_scheme import Scheme
+from ...runtime.schemes.linear_scheme import CPU_ACTIVATIONS, EMBEDDING
 from ...runtime.static_scales import LayerScales, Scales
+from ...runtime.weight_only_linear import WeightOnlyLinear
 from ..calibration.streams import Stream
 from ..plan import Plan, quantized_config
 from ..source.layerwise import LayerwiseModel, assign_state, with_real_rotary
 from ..source.probes import layer_arguments
+from ..weights.embedding import embedding_parts, through_codes
 from .shards import SAFETENSORS_DTYPES, header_of
 
 ROWS_COPIED = 2**14
+
+
+@contextmanager
+def other_activations(module: nn.Module) -> Iterator[None]:
+    """Within it, the weight-only linears of a module have the other of `cpu_activations`."""
+    linears = [part for part in module.modules() if isinstance(part, WeightOnlyLinear)]
+    kept = [linear.cpu_activations for linear in linears]
+    try:
+        for linear in linears:
+            linear.cpu_activations = next(other for other in CPU_ACTIVATIONS if other != linear.cpu_activations)
+        yield
+    finally:
+        for linear, own in zip(linears, kept, strict=True):
+            linear.cpu_activations = own
 
 
 class OutputModel:
@@ -44,7 +62,7 @@ class OutputModel:
         self._model = with_real_rotary(model, source.device)
 
     def module(self, name: str) -> nn.Module:
-        """A module by its name."""
+        """A module by its name; "" is the model itself."""
         return self._model.get_submodule(name)
 
     # What is written.
@@ -61,11 +79,15 @@ class OutputModel:
 
     def tied(self) -> list[str]:
         """Names of what the output shares with another tensor."""
-        return sorted(self._model.all_tied_weights_keys) if self._config.tie_word_embeddings else []
+        return sorted(self._source.tied) if self._config.tie_word_embeddings else []
+
+    def tied_labels(self) -> dict[str, str]:
+        """Label by name of the same."""
+        return dict.fromkeys(self.tied(), EMBEDDING if self._plan.quantizes_embeddings else "FLOAT")
 
     def labels(self) -> dict[str, str]:
-        """Label by name of the quantized linears."""
-        return dict.fromkeys(self._plan.linears, self._plan.linear.label)
+        """Label by name of what is quantized and stored: linears, and the embedding."""
+        return self._plan.labels(self._source)
 
     def _stored_dtype(self, name: str, tensor: torch.Tensor) -> str:
         parent, _, part = name.rpartition(".")
@@ -83,17 +105,33 @@ class OutputModel:
 
     def unchanged(self) -> Iterator[tuple[str, torch.Tensor, int]]:
         """Tensors outside of the layers that stay as they are: name, rows, number of the first of them."""
-        source, linears = self._source, self._plan.linears
+        source, linears = self._source, self.labels()
         for name in self.planned():
-            is_made = name == source.norm_name and source.facts.head in linears
+            is_made = name == source.norm_name and source.facts.head in self._plan.linears
             if is_made or name.startswith(f"{source.layers_name}.") or name.rpartition(".")[0] in linears:
                 continue
-            file_name = source.file_name(name)
-            count = source.files.placed[file_name].header.shape[0]
-            for first in range(0, count, ROWS_COPIED):
-                rows = source.files.rows(file_name, first, min(count, first + ROWS_COPIED))
-                source.check_finite(name, rows)
-                yield name, rows, first
+            yield from ((name, rows, first) for rows, first in self._rows(name))
+
+    def _rows(self, name: str) -> Iterator[tuple[torch.Tensor, int]]:
+        """A tensor of the source in parts: rows, number of the first of them."""
+        source, file_name = self._source, self._source.file_name(name)
+        count = source.files.placed[file_name].header.shape[0]
+        for first in range(0, count, ROWS_COPIED):
+            rows = source.files.rows(file_name, first, min(count, first + ROWS_COPIED))
+            source.check_finite(name, rows)
+            yield rows, first
+
+    def embedding(self) -> Iterator[tuple[str, torch.Tensor, int]]:
+        """The tensors of an embedding in int8, as `unchanged` gives others; none of one in float."""
+        name = self._source.embedding_name
+        for rows, first in self._rows(f"{name}.weight") if self._plan.quantizes_embeddings else ():
+            for part, tensor in embedding_parts(rows).items():
+                yield f"{name}.{part}", tensor, first
+
+    def embedded(self, ids: torch.Tensor) -> torch.Tensor:
+        """`[1, S]` token ids to what the first layer is given, `[1, S, E]`."""
+        rows = self._source.rows_of(ids)
+        return self._source.states_of(through_codes(rows) if self._plan.quantizes_embeddings else rows)
 
     # What is computed.
 

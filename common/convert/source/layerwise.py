@@ -277,11 +277,19 @@ class LayerwiseModel:
 
     def embedded(self, ids: torch.Tensor) -> torch.Tensor:
         """`[1, S]` token ids to `[1, S, E]`."""
+        return self.states_of(self.rows_of(ids))
+
+    def rows_of(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows of the embedding of `[1, S]` token ids, float32 `[1, S, E]`."""
         size = self.config.vocab_size
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
             raise OctavoError(f"{self._where}: the tokenizer has more than the {size} tokens that config.json counts")
-        name = self._outer_name(f"{self.facts.embedding}.weight")
-        found = self.files.gathered(self.file_name(name), ids[0])[None].to(self.device).float()
+        return (
+            self.files.gathered(self.file_name(f"{self.embedding_name}.weight"), ids[0])[None].to(self.device).float()
+        )
+
+    def states_of(self, found: torch.Tensor) -> torch.Tensor:
+        """What the first layer is given of such rows."""
         if self.facts.embedding_scale is not None:
             found = found * self.facts.embedding_scale(self.config)
         return scaled_states(self.facts, self.config, found)
@@ -289,6 +297,16 @@ class LayerwiseModel:
     def final_norm(self) -> nn.Module:
         """The norm behind the last layer, in memory."""
         return self._filled(self.decoder.get_submodule(self.facts.norm), self._outer_name(self.facts.norm))
+
+    @property
+    def embedding_name(self) -> str:
+        """Name of the embedding of tokens."""
+        return self._outer_name(self.facts.embedding)
+
+    @property
+    def tied_modules(self) -> set[str]:
+        """Names of the modules whose weight is another one's."""
+        return {name.rpartition(".")[0] for name in self.tied}
 
     @property
     def norm_name(self) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ...runtime.schemes.linear_scheme import LinearInputs
+from ...runtime.schemes.linear_scheme import EMBEDDING_SCHEME, LinearInputs
 from ..calibration.observe import InputObserver, input_tensors
 from ..outliers.search import Producer
 from ..outliers.smooth import smooth_head
@@ -19,7 +19,8 @@ from ..output.shards import SAFETENSORS_DTYPES
 from ..plan import Plan
 from ..source.layerwise import LayerwiseModel, assign_state
 from ..state import ConversionState
-from ..weights.quantize import quantize_linear
+from ..weights.embedding import embedding_parts
+from ..weights.quantize import quantize_linear, weight_parts
 from .smooth import SEARCH_ROWS, error_of
 
 
@@ -46,6 +47,8 @@ class QuantizeHead:
 
     def __call__(self, norm: nn.Module, weight: torch.Tensor, state: ConversionState) -> CodedHead:
         """Quantize `weight` `[V, E]`, if that is planned; calibration texts are behind the last layer."""
+        if self._plan.quantizes_embeddings:
+            return self._in_int8(norm, weight)
         if self._source.facts.head not in self._plan.linears:
             return CodedHead({}, norm, None)
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
@@ -55,6 +58,16 @@ class QuantizeHead:
         parts = quantize_linear(linear, inputs, self._plan.linear, self._plan.deq_scale_dtype)
         state.statistics |= input_tensors({self._source.facts.head: inputs})
         return self._coded(coded_norm, parts)
+
+    def _in_int8(self, norm: nn.Module, weight: torch.Tensor) -> CodedHead:
+        """The last linear in int8, which has tensors of its own unless it is tied to the embedding."""
+        output, head = self._output, self._source.facts.head
+        is_own = bool(self._plan.own_head(self._source))
+        parts = weight_parts(weight, None, EMBEDDING_SCHEME) if is_own else embedding_parts(weight)
+        holder = output.module(head if is_own else self._source.embedding_name)
+        assign_state(holder, {part: tensor.to(self._source.device) for part, tensor in parts.items()})
+        tensors = {f"{head}.{part}": tensor for part, tensor in parts.items()} if is_own else {}
+        return CodedHead(tensors, norm, output.module(head))
 
     def _smoothed(self, norm: nn.Module, linear: nn.Linear, state: ConversionState) -> nn.Module:
         """A copy of the norm, rewritten together with the linear."""

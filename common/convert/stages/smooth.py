@@ -21,7 +21,7 @@ def error_of(plan: Plan) -> OutputError:
     """What a search for the best smoothing minimizes: the squared error of a linear that is quantized as planned."""
 
     def error(weight: torch.Tensor, inputs: LinearInputs, exact: torch.Tensor) -> torch.Tensor:
-        return output_error(weight, inputs, plan.linear, exact)
+        return output_error(weight, inputs, plan.linear, exact, plan.cpu_activations == "int8")
 
     return error
 

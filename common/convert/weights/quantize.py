@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from ....ops.linear.reference import WEIGHT_BLOCK
+from ....ops.linear.reference import WEIGHT_BLOCK, quantize_by_group
 from ...errors import OctavoError
-from ...runtime.schemes.linear_scheme import FP8_LABELS, W4A16, W8A8, LinearInputs, LinearScheme
+from ...runtime.schemes.linear_scheme import FP8_LABELS, W4A16, W8A8, WEIGHT_ONLY, LinearInputs, LinearScheme
 from ...runtime.w8a8_linear import encode_deq_scale
 from .input_range import coded_rows, input_range, static_input_scale
 from .weight_quantizer import ROWS, WeightQuantizer
@@ -23,7 +23,7 @@ def _check_inputs(inputs: LinearInputs | None, scheme: LinearScheme) -> None:
         raise OctavoError("linear layers: GPTQ needs the mean of x x^T; observe inputs with keeps_hessian")
 
 
-def _weight_parts(weight: torch.Tensor, inputs: LinearInputs | None, scheme: LinearScheme) -> dict[str, torch.Tensor]:
+def weight_parts(weight: torch.Tensor, inputs: LinearInputs | None, scheme: LinearScheme) -> dict[str, torch.Tensor]:
     """`weight` and its scales as on disk, on the CPU."""
     quantizer = WeightQuantizer(weight, inputs, scheme)
     out_features, in_features = weight.shape
@@ -82,7 +82,7 @@ def quantize_linear(
     """
     _check_inputs(inputs, scheme)
     bias = None if linear.bias is None else linear.bias.detach()
-    parts = _weight_parts(linear.weight, inputs, scheme)
+    parts = weight_parts(linear.weight, inputs, scheme)
     if scheme.is_static:
         bounds = input_range(inputs, scheme.act_method, linear.weight.detach(), scheme.label)
         if scheme.label == W8A8:
@@ -94,7 +94,13 @@ def quantize_linear(
     return {name: tensor.cpu().contiguous() for name, tensor in parts.items()}
 
 
-def output_error(weight: torch.Tensor, inputs: LinearInputs, scheme: LinearScheme, exact: torch.Tensor) -> torch.Tensor:
+def output_error(
+    weight: torch.Tensor,
+    inputs: LinearInputs,
+    scheme: LinearScheme,
+    exact: torch.Tensor,
+    quantizes_inputs: bool = False,
+) -> torch.Tensor:
     """Squared error of a quantized layer's output over rows, `||X W^T - Q(X) Q(W)^T||^2`, of no dimension.
 
     Made for searches, so that weights have the scales of "MinMax" whatever their method, as in AWQ, and the range of
@@ -105,6 +111,7 @@ def output_error(weight: torch.Tensor, inputs: LinearInputs, scheme: LinearSchem
         inputs: what calibration saw, on the device of the weight.
         scheme: how.
         exact: `X W^T`, float32 `[R, N]`.
+        quantizes_inputs: whether inputs of W8A16 and W4A16 are quantized to int8 per row and group of the weight.
     """
     quantizer = WeightQuantizer(weight, inputs, replace(scheme, w_method="MinMax"))
     rows, bounds = inputs.rows, None
@@ -115,6 +122,9 @@ def output_error(weight: torch.Tensor, inputs: LinearInputs, scheme: LinearSchem
         exact = exact - rows[:, quantizer.outliers] @ weight[:, quantizer.outliers].float().T  # they stay in float
         rows = rows.index_fill(1, quantizer.outliers, 0)
     coded = coded_rows(rows, scheme.label, bounds)
+    if quantizes_inputs and scheme.label in WEIGHT_ONLY:
+        codes, scale = quantize_by_group(rows, rows.shape[1] // quantizer.num_groups)
+        coded = (codes * scale).view(rows.shape)
     total = torch.zeros((), device=weight.device)
     for part in quantizer.blocks():
         decoded = quantizer.decoded(quantizer.block(part))

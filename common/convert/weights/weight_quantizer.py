@@ -18,6 +18,7 @@ ROWS = 4096
 """Output channels of a weight that are in float at a time."""
 SEARCHED = 2**18
 """Weights whose range is searched together, so that they stay in the caches of a CPU."""
+NORMAL_HALF = torch.finfo(torch.float16).smallest_normal
 _CLIPS = torch.linspace(1.0, 0.4, 21)
 
 
@@ -157,6 +158,8 @@ class WeightQuantizer:
                 clip = self._best_clip(grouped, low, high)
                 low, high = low * clip, high * clip
         scale, zero = self.codes.scale_and_zero(low, high)
+        if self.num_groups > 1:
+            scale = half_scale(scale)
         return scale.squeeze(-1), zero.squeeze(-1)
 
     def __call__(self, block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -171,6 +174,11 @@ class WeightQuantizer:
         """What the codes of a block stand for, `[rows, K]`."""
         codes, scale, zero = self(block)
         return (codes - expand_scale(zero, *block.shape)).mul_(expand_scale(scale, *block.shape))
+
+
+def half_scale(scale: torch.Tensor) -> torch.Tensor:
+    """float32 scales of groups as numbers of float16, in which kernels hold them; very small ones as they are."""
+    return torch.where(scale >= NORMAL_HALF, scale.to(torch.float16).float(), scale)
 
 
 def outlier_columns(inputs: LinearInputs) -> torch.Tensor:

@@ -273,13 +273,13 @@ def check_description(description: dict[str, Any], headers: dict[str, TensorHead
 
 
 def build_description(
-    tensors: Iterable[str], tied: Iterable[str], linears: dict[str, str], scheme: Scheme, group_size: int = 0
+    tensors: Iterable[str], tied: Mapping[str, str], linears: dict[str, str], scheme: Scheme, group_size: int = 0
 ) -> dict[str, Any]:
     """The description of a checkpoint: what kind it is, and a label for each tensor, as msmodelslim writes them.
 
     Args:
         tensors: names of what is stored.
-        tied: names that share a stored tensor and are labelled too, since readers look for `lm_head.weight` here.
+        tied: labels of names that share a stored tensor, since readers look for `lm_head.weight` here.
         linears: label by name of the quantized linears; the model is called by that of most of them.
         scheme: of attention and cache.
         group_size: of the weights that are quantized in groups of input channels; 0 if none are.
@@ -304,4 +304,4 @@ def build_description(
             description[name] = "FAQuant"
         else:
             description[name] = linears.get(module, "FLOAT") if part != "bias" else "FLOAT"
-    return description | dict.fromkeys(tied, "FLOAT")
+    return description | dict(tied)

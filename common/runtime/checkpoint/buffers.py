@@ -7,13 +7,14 @@ import torch
 from torch import nn
 
 from ...errors import OctavoError
-from ..decoder import Decoder, attention_modules, has_foldable_bias
+from ..decoder import Decoder, attention_modules, has_foldable_bias, stated_decoder
 from ..linear_kinds import empty_linear
 from ..linear_values import are_offsets, are_scales
 from ..model_sizes import attention_sizes
 from ..norm_bias import add_norm_bias
+from ..quantized_embedding import QuantizedEmbedding, TiedLinear
 from ..schemes.kv_scheme import Scheme
-from ..schemes.linear_scheme import WEIGHT_ONLY
+from ..schemes.linear_scheme import EMBEDDING, WEIGHT_ONLY
 from ..static_scales import LayerScales, Scales
 from .ascend import C8_MODULES, DESCRIPTION_FILE, FA_PARTS, SCALAR_DTYPES, is_c8, is_fa
 
@@ -75,11 +76,33 @@ def _named_module(model: nn.Module, name: str) -> nn.Module:
         raise OctavoError(f"{DESCRIPTION_FILE} names {name}, which config.json gives the model no room for") from None
 
 
+def _attach_embedding(model: nn.Module, name: str, embedding: nn.Module, layout: Mapping[str, Any]) -> None:
+    """Put an embedding in int8 in the place of the float one, and of a last linear that is tied to it."""
+    decoder = stated_decoder(model)
+    outer = f"{model.base_model_prefix}.{decoder.embedding}"
+    if name != outer or not isinstance(embedding, nn.Embedding):
+        raise OctavoError(f"{DESCRIPTION_FILE}: {name} is labelled {EMBEDDING} and is not the embedding; convert again")
+    count, width = embedding.num_embeddings, embedding.embedding_dim
+    _, num_groups = layout.get("weight_scales", {}).get(name, (count, 1))
+    if width % num_groups:
+        raise OctavoError(f"{name}: {EMBEDDING} with {num_groups} scales for {width} channels; convert again")
+    factor = None if decoder.embedding_scale is None else decoder.embedding_scale(model.config)
+    layer = QuantizedEmbedding(count, width, num_groups, factor)
+    layer.cpu_activations = layout.get("cpu_activations", "float")
+    model.base_model.set_submodule(decoder.embedding, layer)
+    if model.config.tie_word_embeddings:
+        model.set_submodule(decoder.head, TiedLinear(layer))
+        model._tied_weights_keys, model.all_tied_weights_keys = None, {}  # no tensor is shared, a module is
+
+
 def _attach_linears(model: nn.Module, layout: Mapping[str, Any]) -> None:
     """Put quantized linear layers in the place of float ones."""
     scales, biases = layout.get("weight_scales", {}), set(layout.get("biases", ()))
     for name, label in layout.get("quantized_linears", {}).items():
         linear = _named_module(model, name)
+        if label == EMBEDDING:
+            _attach_embedding(model, name, linear, layout)
+            continue
         if not isinstance(linear, nn.Linear):
             raise OctavoError(f"{DESCRIPTION_FILE}: {name} is labelled {label} and is no linear layer; convert again")
         out_features, in_features = linear.out_features, linear.in_features
@@ -97,6 +120,7 @@ def _attach_linears(model: nn.Module, layout: Mapping[str, Any]) -> None:
             per_tensor=rows == 1 < out_features,
             is_packed=name not in layout.get("unpacked", ()),
             deq_scale_dtype=SCALAR_DTYPES[layout.get("deq_scale", "F32")],
+            cpu_activations=layout.get("cpu_activations", "float"),
         )
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)

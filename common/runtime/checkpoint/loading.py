@@ -15,6 +15,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from ...errors import OctavoError, first_line
 from ..model_sizes import check_sizes, check_sizes_stored, check_stated
 from ..schemes.kv_scheme import Scheme, load_scheme
+from ..schemes.linear_scheme import CPU_ACTIVATIONS
 from .ascend import (
     DESCRIPTION_FILE,
     check_description,
@@ -132,6 +133,16 @@ def _agreed_scheme(source: str, config: Any, description: dict[str, Any]) -> Sch
     return scheme
 
 
+def _stated_activations(source: str, config: Any) -> str:
+    """What weight-only linears multiply with on the CPU, as config.json says it; float where it says nothing."""
+    stated = (getattr(config, CONFIG_KEY, None) or {}).get("cpu_activations", "float")
+    if stated not in CPU_ACTIVATIONS:
+        raise OctavoError(
+            f"{source}/{CONFIG_FILE}: cpu_activations is {stated!r}, which is none of {', '.join(CPU_ACTIVATIONS)}"
+        )
+    return stated
+
+
 def check_stored_sizes(where: str, settings: Mapping[str, Any], headers: Mapping[str, TensorHeader]) -> None:
     """Raise an `OctavoError` if a config states sizes that no model has, or that the stored weights do not bear out.
 
@@ -202,9 +213,11 @@ def describe_checkpoint(
     config.transformers_weights = single if file is not None else index
     _check_config(source, config, headers)
     check_description(description, headers, tied if config.tie_word_embeddings else ())
+    labels = quantized_linears(description)
     config.octavo = {
         "scheme": _agreed_scheme(source, config, description).to_dict(),
-        **linear_layout(quantized_linears(description), headers),
+        "cpu_activations": _stated_activations(source, config),
+        **linear_layout({name: label for name, label in labels.items() if f"{name}.weight" in headers}, headers),
     }
     return headers
 

@@ -11,11 +11,18 @@ FP8, FP8_DYNAMIC, W8A8_MIXED = "WFP8AFP8", "WFP8AFP8_DYNAMIC", "W8A8_MIXED"
 LINEAR_LABELS = (W8A8, W8A8_DYNAMIC, W8A16, W4A16, FP8, FP8_DYNAMIC, W8A8_MIXED)
 """Kinds of quantized linear layers, named as Ascend's descriptions label them; W8A8_MIXED is Octavo's own: int8 by
 token, and in float the input channels with the largest outliers, in the manner of LLM.int8() (arXiv 2208.07339)."""
+EMBEDDING = "W8A16_EMBEDDING"
+"""Label of an embedding in int8, and of the last linear that is tied to it; Octavo's own."""
 WEIGHT_ONLY = (W8A16, W4A16)
 STATIC = (W8A8, FP8)
 """Those whose inputs are quantized by scales from calibration."""
 FP8_LABELS = (FP8, FP8_DYNAMIC)
 """Those of e4m3 weights and inputs."""
+CPU_ACTIVATIONS = ("int8", "float")
+"""What weight-only linears multiply with on the CPU: inputs quantized to int8 per token and group of input channels, as
+the weight has them, or inputs as they are, which is what they do on other devices."""
+EMBEDDINGS = ("float", "int8")
+"""What the embedding and the last linear may be in."""
 GROUP_SIZES = (0, 32, 64, 128, 256)
 SMALLEST_GROUP = 32
 WEIGHT_METHODS = ("MinMax", "MSE", "GPTQ")
@@ -84,6 +91,10 @@ class LinearScheme:
                 f"linear layers: {in_features} input channels make no groups of a multiple of {SMALLEST_GROUP}"
             )
         return in_features // fitting[-1]
+
+
+EMBEDDING_SCHEME = LinearScheme(W8A16, group_size=SMALLEST_GROUP)
+"""Of embeddings and last linears in int8."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from octavo.ops.attention.reference import attention_lse_reference, attention_re
 from octavo.ops.codec.reference import decode_reference, encode_reference, encode_token_reference
 from octavo.ops.linear.reference import (
     linear_fp8_reference,
+    linear_grouped_reference,
     linear_w8a8_dynamic_reference,
     linear_w8a8_reference,
     linear_weight_only_reference,
@@ -27,6 +28,7 @@ from ..op_arguments import (
     encode,
     encode_token,
     linear_fp8,
+    linear_grouped,
     linear_w8a8,
     linear_w8a8_dynamic,
     linear_weight_only,
@@ -54,6 +56,7 @@ OPS: dict[str, tuple[Callable, Callable, Callable[[Random], Arguments]]] = {
     "linear_w8a8": (ops.linear_w8a8, linear_w8a8_reference, linear_w8a8),
     "linear_w8a8_dynamic": (ops.linear_w8a8_dynamic, linear_w8a8_dynamic_reference, linear_w8a8_dynamic),
     "linear_weight_only": (ops.linear_weight_only, linear_weight_only_reference, linear_weight_only),
+    "linear_grouped": (ops.linear_grouped, linear_grouped_reference, linear_grouped),
     "linear_fp8": (ops.linear_fp8, linear_fp8_reference, linear_fp8),
 }
 

@@ -89,7 +89,7 @@ def test_what_a_summary_says_of_odd_groups_and_few_tokens(tmp_path: Path) -> Non
     asked = {"linear": LinearScheme("W8A16", group_size=64), "calibration": ["Rain fell."], "float_outliers": 1}
     summary = convert(ConvertRequest(source, tmp_path / "out", **asked)).summary().splitlines()
     assert summary[-1] == "linears of 96 input channels have groups of 32: 64 do not divide them"
-    assert summary[-2] == f"wrote {tmp_path / 'out'}: 20 linears in W8A16, attention float"
+    assert summary[-2] == f"wrote {tmp_path / 'out'}: 20 linears in W8A16 (inputs on the CPU in int8), attention float"
     assert summary[-3].startswith("fewer than 100 tokens") and summary[-4].endswith("of the one calibration text")
 
 

@@ -33,6 +33,8 @@ DEFAULTS: dict[str, Any] = {
     "disable_level": 0,
     "disable_names": None,
     "disable_last_linear": True,
+    "embeddings": "float",
+    "cpu_activations": "int8",
     "device_type": "cpu",
     "tokenizer_args": {},
     "input_ids_name": "input_ids",
@@ -165,6 +167,11 @@ REACHES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "disable_names": (("a", "b*"), {"float_linears": ("a", "b*")}),
     "disable_last_linear": (("False",), {"float_head": False}),
     "device_type": (("npu",), {"device": "npu"}),
+    "embeddings": (("int8",), {"embeddings": "int8"}),
+    "cpu_activations": (
+        ("float", "--a_bit", "16"),
+        {"linear": LinearScheme("W8A16"), "cpu_activations": "float"},
+    ),
     "tokenizer_args": (('{"padding_side": "left"}',), {"tokenizer_arguments": {"padding_side": "left"}}),
     "input_ids_name": (("ids",), {"input_ids_name": "ids"}),
     "attention_mask_name": (("mask",), {"attention_mask_name": "mask"}),
@@ -186,6 +193,37 @@ def test_no_flag_is_forgotten() -> None:
 
 def test_no_flags_ask_for_what_a_request_without_fields_asks_for() -> None:
     assert asked() == ConvertRequest("in", "out", architecture=ARCHITECTURE)
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (("--cpu_activations", "float"), "--cpu_activations: W8A8 quantizes inputs on every device"),
+        (
+            ("--w_bit", "16", "--a_bit", "16", "--scheme", "octavo-8", "--cpu_activations", "float"),
+            "every linear in float",
+        ),
+        (("--embeddings", "int8", "--disable_last_linear", "False"), "both say what lm_head is"),
+    ],
+)
+def test_what_says_nothing_or_twice_is_refused(
+    flags: tuple[str, ...], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        asked(*flags)
+    assert reason in capsys.readouterr().err
+
+
+def test_embeddings_alone_may_be_quantized() -> None:
+    flags = ("--quantization", "float", "--embeddings", "int8", "--cpu_activations", "float")
+    assert (asked(*flags).linear, asked(*flags).cpu_activations) == (None, "float")
+    assert asked("--is_dynamic", "True", *flags[2:]).cpu_activations == "float"
+
+
+def test_a_flag_of_the_head_takes_the_place_of_that_of_a_recipe() -> None:
+    assert asked("--preset", "eight-bit").embeddings == "int8"
+    for flags in (("--embeddings", "float"), ("--disable_last_linear", "True"), ("--disable_last_linear", "False")):
+        assert asked("--preset", "eight-bit", *flags).embeddings == "float"
 
 
 def test_texts_and_a_file_of_texts_exclude_each_other() -> None:

@@ -111,10 +111,12 @@ def test_what_is_summed_up_is_what_loads(
     assert len(quantized) == (6 if label == "W8A8" else 7) * 3 + 1, "the recipe leaves down_proj of W8A8"
 
 
+ENDS = {"W8A16", "W8A16_EMBEDDING"}
 RECIPES = {
-    "memory-first": ({"W4A16"}, "int8-token"),
-    "speed-first": ({"W8A8_DYNAMIC"}, "vllm-fp8-head"),
-    "balanced": ({"W4A16"}, "octavo-4"),
+    "memory-first": ({"W4A16", *ENDS}, "int8-token"),
+    "eight-bit": (ENDS, "int8-token"),
+    "speed-first": ({"W8A8_DYNAMIC", *ENDS}, "vllm-fp8-head"),
+    "balanced": ({"W4A16", *ENDS}, "octavo-4"),
     "ascend": ({"W8A8"}, "ascend-c8"),
     "ascend-fa": ({"W8A8"}, "ascend-fa"),
 }

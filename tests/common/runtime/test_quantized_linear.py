@@ -13,6 +13,7 @@ from octavo.common.runtime import weight_only_linear
 from octavo.common.runtime.linear_kinds import QUANTIZED_LINEARS, empty_linear
 from octavo.common.runtime.quantized_linear import QuantizedLinear
 from octavo.common.runtime.schemes.linear_scheme import (
+    EMBEDDING,
     LINEAR_LABELS,
     W4A16,
     W8A8,
@@ -62,7 +63,9 @@ def test_codes_are_all_that_is_kept_of_a_weight(scheme: LinearScheme) -> None:
     layer, _, _ = example(scheme)
     bits = 4 if scheme.label == W4A16 else 8
     outliers = 16 * OUT_FEATURES * 4 + 16 * 4 if scheme.label == W8A8_MIXED else 0
-    beside = 20 * OUT_FEATURES + 8 + 8 * OUT_FEATURES * scheme.num_groups(IN_FEATURES) + outliers
+    of_row = IN_FEATURES + 8 * scheme.num_groups(IN_FEATURES)
+    beside = 28 * OUT_FEATURES + 8 + 8 * OUT_FEATURES * scheme.num_groups(IN_FEATURES) + outliers
+    beside += (-OUT_FEATURES % 16) * of_row  # packing fills the last panel
     stored = sum(tensor.nbytes for tensor in [*layer.buffers(), *layer.parameters()])
     assert OUT_FEATURES * IN_FEATURES * bits // 8 <= stored <= OUT_FEATURES * IN_FEATURES * bits // 8 + beside
     layer(torch.randn(2, IN_FEATURES))
@@ -74,9 +77,9 @@ def test_codes_are_all_that_is_kept_of_a_weight(scheme: LinearScheme) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_codes_and_scales_keep_their_dtype(scheme: LinearScheme, dtype: torch.dtype) -> None:
     layer, x, _ = example(scheme)
-    before, expected = dict(layer.named_buffers()), layer(x)
+    before, expected = layer.state_dict(), layer(x)
     layer.to(dtype)
-    for name, tensor in layer.named_buffers():
+    for name, tensor in layer.state_dict().items():
         assert tensor.dtype == (dtype if name in layer.OF_MODEL else before[name].dtype), name
         assert name in layer.OF_MODEL or torch.equal(tensor.float(), before[name].float())
     found = layer(x.to(dtype)).float()
@@ -163,5 +166,5 @@ def test_int4_that_is_not_packed() -> None:
 
 
 def test_there_is_a_class_for_every_label() -> None:
-    assert tuple(sorted(QUANTIZED_LINEARS)) == tuple(sorted(LINEAR_LABELS))
+    assert tuple(sorted(QUANTIZED_LINEARS)) == tuple(sorted((*LINEAR_LABELS, EMBEDDING)))
     assert all(label == kind.LABEL for label, kind in QUANTIZED_LINEARS.items())

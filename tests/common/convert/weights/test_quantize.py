@@ -184,6 +184,23 @@ def test_the_error_that_is_foretold_is_that_of_the_layer(in_features: int, schem
         assert error < 1.01 * foretold
 
 
+@pytest.mark.parametrize("group_size", [0, 32])
+@pytest.mark.parametrize("label", [W8A16, W4A16])
+def test_the_error_that_is_foretold_counts_inputs_in_int8(label: str, group_size: int) -> None:
+    torch.manual_seed(0)
+    x, linear = correlated(96), nn.Linear(96, 48, bias=False)
+    scheme = LinearScheme(label, group_size)
+    layer = layer_of(linear, seen(x), scheme)
+    layer.cpu_activations = "int8"
+    with torch.no_grad():
+        error, exact = (layer(x) - linear(x)).square().sum(), linear(x)
+        foretold, plain = (
+            output_error(linear.weight, seen(x), scheme, exact, quantizes) for quantizes in (True, False)
+        )
+    torch.testing.assert_close(error, foretold, rtol=0.01, atol=0)
+    assert foretold > plain
+
+
 @pytest.mark.parametrize("scheme", every_scheme(), ids=name_of)
 def test_a_large_weight_is_done_in_pieces(scheme: LinearScheme, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)

@@ -14,6 +14,7 @@ from .runtime.attention import register_attention
 from .runtime.bias_fold import fold_biases
 from .runtime.decoder import Decoder, attention_modules, fits_attention, linear_of, state_decoder
 from .runtime.generation_step import keeping_class
+from .runtime.passes import chunk_passes
 
 
 def _turns_halves(model: nn.Module, decoder: Decoder) -> bool:
@@ -67,6 +68,8 @@ def _stated(model: nn.Module) -> Decoder | None:
 def prepare(model: nn.Module) -> nn.Module:
     """Make a stock model of transformers ready for a `QuantizedCache`: its attention reads codes, biases are folded.
 
+    Long passes are taken in chunks (`passes.py`), so that a prompt needs the memory of one chunk's activations.
+
     A bias of k or v that cannot be folded stays in the cache, and a warning says so; so does that of a projection
     which makes q, k and v in one.
 
@@ -90,6 +93,7 @@ def prepare(model: nn.Module) -> nn.Module:
     if facts is not None:
         state_decoder(model, facts)
         fold_biases(model, has_keys=_turns_halves(model, facts))
+    chunk_passes(decoder)
     left = _bias_left_in(model, facts)
     if left is not None:
         kind = type(model.get_submodule(left)).__name__

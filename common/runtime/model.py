@@ -27,6 +27,7 @@ from .compatibility import (
 )
 from .decoder import Decoder, attention_modules, list_experts, state_decoder, stated_decoder
 from .generation_step import keep_cache
+from .passes import chunk_passes
 from .quantized_linear import QuantizedLinear
 from .schemes.kv_scheme import CROP_ROOM, Scheme, load_scheme
 
@@ -169,6 +170,7 @@ class QuantizedCausalLM:
         decoder.octavo_parameters, decoder.octavo_cache_argument = parameter_names(decoder), cache_argument(decoder)
         decoder.register_forward_pre_hook(_provide_cache, with_kwargs=True)
         decoder.register_forward_hook(_withdraw_cache, with_kwargs=True)
+        chunk_passes(decoder)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *args: Any, config: Any = None, **kwargs: Any) -> Any:

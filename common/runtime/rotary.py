@@ -65,6 +65,18 @@ def steady_length(config: Any, index: int = 0) -> int | None:
     return parameters["original_max_position_embeddings"] if parameters.get("rope_type") == "longrope" else None
 
 
+def changes_with_length(config: Any, tokens: int) -> bool:
+    """Whether the angles of a pass that ends with so many tokens depend on its length (dynamic scaling, LongRoPE)."""
+    layers = range(config.num_hidden_layers) if getattr(config, "layer_types", None) else range(1)
+    parameters = [_rope_parameters(config, index)[0] for index in layers]
+    limits = [
+        part.get("original_max_position_embeddings") or config.max_position_embeddings
+        for part in parameters
+        if part.get("rope_type") in ("dynamic", "longrope")
+    ]
+    return any(tokens > limit for limit in limits)
+
+
 def rope_constants(config: Any, head_dim: int, index: int = 0) -> tuple[torch.Tensor, float]:
     """Angles per token of the rotary pairs of a layer, float32 `[R / 2]`, and the factor of its cos and sin.
 

@@ -34,7 +34,7 @@ _LOADABLE = {
 _PACKED_ATTENTION = PackedCall(ATTENTION_CALL, ("output", "lse", "threads"), _LOADABLE)
 _SOURCES = (
     "checks.h", "arguments.h", "micro.h", "integer.h", "visible.h", "plan.h", "scratch.h", "parts.h", "queries.h",
-    "softmax.h", "tiles.h", "position.h", "groups.h", "products.h", "attention.c",
+    "softmax.h", "tiles.h", "position.h", "groups.h", "products.h", "wide.h", "attention.c",
 )  # fmt: skip
 """What each needs stands before it."""
 ATTENTION_KERNEL = CKernel(

@@ -36,6 +36,12 @@ OUTLINE void attend(const AttentionArguments *a, const Plan *plan, int64_t b, in
         load_tokens(&plan->key_zero, b, g, start, keys, scratch->key_zero);
         load_tokens(&plan->value_scale, b, g, start, keys, scratch->value_scale);
         load_tokens(&plan->value_zero, b, g, start, keys, scratch->value_zero);
+#if HAS_INTEGER
+        if (plan->wide) {
+            wide_block(a, plan, key, value, b, g, first, count, start, keys, scratch);
+            continue;
+        }
+#endif
         block_scores(a, plan, key, (Rows){value.data, value.stride, value_bytes}, b, g, count, start, keys, scratch);
         if (a->position.query) position_scores(a, plan, b, count, start, keys, scratch);
         soften_rows(a, plan, b, g, first, count, start, keys, scratch);
@@ -97,6 +103,9 @@ typedef struct {
 static Attention begin_attention(const AttentionArguments *arguments) {
     Attention all = {.arguments = *arguments, .plan = plan_of(arguments)};
     const Plan *plan = &all.plan;
+#if HAS_INTEGER
+    widen_plan(&all.arguments, &all.plan);
+#endif
     all.pairs = arguments->batch * arguments->groups, all.rows = all.pairs * plan->rows;
     all.tasks = all.pairs * plan->blocks * plan->chunks;
     if (plan->chunks > 1) {

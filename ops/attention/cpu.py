@@ -36,7 +36,8 @@ ATTENTION_SOURCES = tuple([
     f"ops/attention/{name}"
     for name in (
         "checks.h", "arguments.h", "micro.h", "integer.h", "visible.h", "plan.h", "scratch.h", "parts.h", "queries.h",
-        "softmax.h", "tiles.h", "position.h", "groups.h", "products.h", "attention.c",
+        "softmax.h", "tiles.h", "position.h", "groups.h", "products.h", "wide.h",
+        "attention.c",
     )
 ])  # fmt: skip
 """What each needs stands before it; vector.h before all."""

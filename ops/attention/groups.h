@@ -114,7 +114,7 @@ OUTLINE void split_weights(const float *weights, const float *scale, const float
     float shift = sum_of_lanes(zeros + (sum - sum));
     if (!(shift - shift == 0.0f)) row->total = NAN;
     for (int64_t d = 0; d < span; d += LANES) store_lanes(output + d, load_lanes(output + d) - all_lanes(shift));
-    to_digits(to, count, 0.0f, offset, digits);
+    to_digits(to, count, 0.0f, LARGEST_WHOLE, offset, digits);
 }
 
 /* block_output in whole numbers where groups of channels have scales per token: digits of the weights for each. */

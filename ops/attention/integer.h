@@ -10,7 +10,9 @@
 #else
 #define HAS_INTEGER 0
 #endif
-enum { INTEGER_ROWS = 4, TILE_COLUMNS = 32, DIGITS = 3, INT8_OFFSET = 128, INT4_OFFSET = 8, LARGEST_WHOLE = 0x7f7f00 };
+enum { INTEGER_ROWS = 4, TILE_COLUMNS = 32, DIGITS = 3, INT8_OFFSET = 128, INT4_OFFSET = 8 };
+enum { LARGEST_WHOLE = 0x7f7f00, LARGEST_PAIR = 0x7f7f }; /* of three digits and of two */
+enum { WIDE_ROWS = 6, WIDE_STEP = 32, WIDE_DIGITS = 2 };  /* of wide.h */
 
 /* What belongs to the digits of one row. */
 typedef struct {
@@ -22,9 +24,9 @@ typedef struct {
 
 #if HAS_INTEGER
 /* Floats [count] become digits in their place: for each four floats 4 bytes of each digit, the lowest first, and 4
- * zeros. `count` is a multiple of 16; `step` 0 finds the one that uses all bits. */
-OUTLINE void to_digits(float *row, int64_t count, float step, int offset, Digits *digits) {
-    const __m512i bias = _mm512_set1_epi32(0x808080), ones = _mm512_set1_epi8(1);
+ * zeros. `count` is a multiple of 16; `step` 0 finds the one that makes the largest `most`, LARGEST_WHOLE or _PAIR. */
+OUTLINE void to_digits(float *row, int64_t count, float step, int most, int offset, Digits *digits) {
+    const __m512i bias = _mm512_set1_epi32(most == LARGEST_PAIR ? 0x8080 : 0x808080), ones = _mm512_set1_epi8(1);
     const __m512i by_digit =
         _mm512_broadcast_i32x4(_mm_set_epi8(-1, -1, -1, -1, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0));
     __m512i sums = _mm512_setzero_si512();
@@ -32,7 +34,7 @@ OUTLINE void to_digits(float *row, int64_t count, float step, int offset, Digits
         __m512 largest = _mm512_setzero_ps();
         for (int64_t i = 0; i < count; i += 16)
             largest = _mm512_max_ps(largest, _mm512_abs_ps(_mm512_loadu_ps(row + i)));
-        step = _mm512_reduce_max_ps(largest) / LARGEST_WHOLE;
+        step = _mm512_reduce_max_ps(largest) / (float)most;
     }
     /* tiny values, of which no inverse is finite, are 0 */
     __m512 inverse = _mm512_set1_ps(step > 0x1p-126f ? 1.0f / step : 0.0f);

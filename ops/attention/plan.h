@@ -18,6 +18,7 @@ typedef struct {
     int64_t align; /* a block starts at a multiple of it */
     int64_t key_span, value_span; /* channels of a group */
     int key_mode, value_mode, key_groups, value_groups, query_digits;
+    int wide; /* rows go through wide.h */
     float query_unit, weight_unit; /* factors of q and the weights that make up for the units of the codes */
     float factor;                  /* of scores, for units of log2 */
     Part key_scale, key_zero, value_scale, value_zero;

@@ -36,7 +36,8 @@ static void query_to_digits(const AttentionArguments *a, const Plan *plan, float
         }
         quads *= 2;
     }
-    to_digits(q, round_up(4 * quads, 16), plan->query_digits == 1 ? 1.0f : 0.0f, offset_of(a->key.kind), digits);
+    to_digits(q, round_up(4 * quads, 16), plan->query_digits == 1 ? 1.0f : 0.0f,
+              plan->wide ? LARGEST_PAIR : LARGEST_WHOLE, offset_of(a->key.kind), digits);
 #else
     (void)a, (void)plan, (void)q, (void)digits;
 #endif
@@ -48,7 +49,7 @@ static void query_to_split_digits(const AttentionArguments *a, const Plan *plan,
     for (int64_t d = 0; d < a->width; d += plan->key_span, digits += plan->block_rows) {
         f32v sum = {0};
         for (int64_t i = d; i < d + plan->key_span; i += LANES) sum += load_lanes(q + i);
-        to_digits(q + d, plan->key_span, 0.0f, offset_of(a->key.kind), digits);
+        to_digits(q + d, plan->key_span, 0.0f, LARGEST_WHOLE, offset_of(a->key.kind), digits);
         digits->shift = sum_of_lanes(sum);
     }
 #else
@@ -71,6 +72,7 @@ OUTLINE void prepare_rows(const AttentionArguments *a, const Plan *plan, int64_t
     memset(scratch->output, 0, sizeof(float) * (size_t)(padded * whole));
     memset(scratch->position_q + count * plan->position_padded, 0,
            sizeof(float) * (size_t)(plan->position_padded * (whole - count)));
+    if (plan->wide) memset(scratch->key_digits + count, 0, sizeof(Digits) * (size_t)(whole - count));
     for (int64_t m = 0; m < count; m++) {
         int64_t query = (first + m) / plan->ratio, head = g * plan->ratio + (first + m) % plan->ratio;
         float *q = scratch->q + m * padded;

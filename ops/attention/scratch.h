@@ -24,13 +24,15 @@ typedef struct {
 } Scratch;
 
 /* Floats of the tile that a mode decodes or interleaves into. */
-static size_t tile_size(int mode, size_t padded) {
+static size_t tile_size(const Plan *plan, int mode, size_t padded) {
+    if (plan->wide) return KEY_BLOCK * padded / sizeof(float);
     return mode == MODE_DIRECT ? 0 : mode == MODE_INTEGER ? TILE_COLUMNS * padded / 4 : KEY_BLOCK * padded;
 }
 
 static Scratch *new_scratch(const Plan *plan) {
     size_t rows = (size_t)plan->block_rows, padded = (size_t)plan->padded;
-    size_t key_tile = tile_size(plan->key_mode, padded), value_tile = tile_size(plan->value_mode, padded);
+    size_t key_tile = tile_size(plan, plan->key_mode, padded);
+    size_t value_tile = tile_size(plan, plan->value_mode, padded);
     size_t panels = plan->key_mode == MODE_TILE ? KEY_BLOCK * padded : 0;
     size_t position_padded = (size_t)plan->position_padded, position_tile = KEY_BLOCK * position_padded;
     if (key_tile < position_tile) key_tile = position_tile;

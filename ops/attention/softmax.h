@@ -89,8 +89,8 @@ OUTLINE void soften_rows(const AttentionArguments *a, const Plan *plan, int64_t 
                    a->position.query ? scratch->positions + m * KEY_BLOCK : NULL, scratch->output + m * plan->padded);
 #if HAS_INTEGER
         if (plan->value_mode == MODE_INTEGER && !plan->value_groups)
-            to_digits(scores + computed.from, computed.to - computed.from, 0.0f, offset_of(a->value.kind),
-                      &scratch->weight_digits[m]);
+            to_digits(scores + computed.from, computed.to - computed.from, 0.0f, LARGEST_WHOLE,
+                      offset_of(a->value.kind), &scratch->weight_digits[m]);
 #endif
     }
 }

@@ -1,0 +1,307 @@
+/* Blocks of many rows over int8 and int4 codes. Codes become tiles of bytes once for all rows of a block; WIDE_ROWS rows
+ * at a time then go through scores, softmax and output, which leaves all of it in the nearest cache.
+ *
+ * Of q and the weights two digits of 8 bits are multiplied, one fewer than for few rows: the weights, unsigned, are
+ * whole numbers up to LARGEST_WEIGHT of the largest. Keys whose weights have no high digit in any row cost one product,
+ * keys whose weights round to 0 none. */
+
+#if HAS_INTEGER
+enum { LARGEST_WEIGHT = 65024 }; /* of 65535: room for a 2^0 that comes out above 1 */
+
+/* Keys that the weights of WIDE_ROWS rows need multiplied, for each WIDE_STEP keys. */
+enum { NO_DIGIT = 0, LOW_DIGIT = 1, BOTH_DIGITS = 2 };
+
+/* What WIDE_ROWS rows need while they go through a block. */
+typedef struct {
+    f32v largest[WIDE_ROWS];
+    i32v used[KEY_BLOCK / WIDE_STEP]; /* the bits that are set in any weight */
+    float factor[WIDE_ROWS], fade[WIDE_ROWS], step[WIDE_ROWS];
+    float *scores[WIDE_ROWS];
+} Wide;
+
+/* Whether a part has a negative value for a token in use. */
+static int has_negative(const AttentionArguments *a, const Part *part) {
+    for (int64_t b = 0; b < a->batch; b++)
+        for (int64_t g = 0; g < a->groups; g++)
+            for (int64_t j = 0; j < clamped(length_of(a, b), a->keys); j += part->group)
+                if (part_value(part, part_start(part, b, g, j)) < 0.0f) return 1;
+    return 0;
+}
+
+/* Many rows go this way if their sums fit 32 bits and weights are not negative. */
+static void widen_plan(const AttentionArguments *a, Plan *plan) {
+    if (plan->key_mode != MODE_INTEGER || plan->value_mode != MODE_INTEGER || plan->rows <= GROUPED_ROWS) return;
+    if (plan->key_groups || plan->value_groups || a->width > 256) return;
+    if (plan->value_scale.per_token && has_negative(a, &plan->value_scale)) return;
+    plan->wide = 1;
+    if (plan->query_digits == DIGITS) plan->query_digits = WIDE_DIGITS;
+}
+
+/* K as [panels of 32 keys][quads of channels][32][4] unsigned codes; returns the quads of a panel. */
+static int64_t wide_keys(Rows key, int64_t keys, int64_t kind, uint8_t *tile) {
+    int64_t quads = byte_quads(key.width, kind), packed = kind == KIND_INT4 ? quads : 0, all = quads + packed;
+    for (int64_t j = 0; j < keys; j += WIDE_STEP, tile += all * 128) {
+        Rows from = {key.data + j * key.stride, key.stride, key.width};
+        interleave_keys(from, keys - j, tile + packed * 128, kind);
+        for (int64_t at = 0; at < packed * 128; at += 64) {
+            __m512i both = _mm512_loadu_si512(tile + packed * 128 + at);
+            _mm512_storeu_si512(tile + at, low_codes(both));
+            _mm512_storeu_si512(tile + packed * 128 + at, high_codes(both));
+        }
+    }
+    return all;
+}
+
+/* V as [quads of keys][padded channels][4] signed codes; of int4 the high halves start at `high`. */
+OUTLINE void wide_values(Rows value, int64_t keys, int64_t padded, int64_t kind, int8_t *tile) {
+    int64_t bytes = kind == KIND_INT4 ? value.width / 2 : value.width, high = round_up(bytes, 16);
+    int64_t columns = kind == KIND_INT4 ? high : padded;
+    __m512i by_key = _mm512_setzero_si512(), eight = _mm512_set1_epi8(INT4_OFFSET);
+    for (int i = 0; i < 64; i++) ((uint8_t *)&by_key)[i] = (uint8_t)(i % 4 * 16 + i / 4);
+    for (int64_t j = 0; j < round_up(keys, WIDE_STEP); j += 4, tile += padded * 4) {
+        const char *rows[4];
+        for (int t = 0; t < 4; t++) rows[t] = value.data + (j + t < keys ? j + t : keys - 1) * value.stride;
+        for (int64_t d = 0; d < columns; d += 16) {
+            int64_t left = bytes - d;
+            __m512i codes = left > 0 ? _mm512_permutexvar_epi8(by_key, four_rows(rows, d, left)) : _mm512_setzero_si512();
+            if (kind == KIND_INT4) {
+                _mm512_storeu_si512(tile + (high + d) * 4, _mm512_sub_epi8(high_codes(codes), eight));
+                codes = _mm512_sub_epi8(low_codes(codes), eight);
+            }
+            _mm512_storeu_si512(tile + d * 4, codes);
+        }
+    }
+}
+
+/* scores[WIDE_ROWS][32] = factor * scale * (digits of q . a panel of K); the largest of each row if all see it. */
+INLINE void wide_scores_of(const int32_t *q, int64_t q_stride, const uint8_t *tile, int64_t quads, float *scores,
+                           const float *scale, const Digits *digits, Wide *wide, int seen, const int count) {
+    i32v sums[WIDE_ROWS][2][2];
+    UNROLL for (int h = 0; h < WIDE_ROWS; h++)
+        UNROLL for (int i = 0; i < count; i++)
+            UNROLL for (int v = 0; v < 2; v++) sums[h][i][v] = (i32v)_mm512_set1_epi32(digits[h].offset[i]);
+    for (int64_t k = 0; k < quads; k++) {
+        __m512i b0 = _mm512_loadu_si512(tile + 128 * k), b1 = _mm512_loadu_si512(tile + 128 * k + 64);
+        UNROLL for (int h = 0; h < WIDE_ROWS; h++)
+            UNROLL for (int i = 0; i < count; i++) {
+                __m512i digit = _mm512_set1_epi32(q[h * q_stride + 4 * k + i]);
+                sums[h][i][0] = (i32v)_mm512_dpbusd_epi32((__m512i)sums[h][i][0], b0, digit);
+                sums[h][i][1] = (i32v)_mm512_dpbusd_epi32((__m512i)sums[h][i][1], b1, digit);
+            }
+    }
+    f32v scales[2] = {load_lanes(scale), load_lanes(scale + 16)};
+    UNROLL for (int h = 0; h < WIDE_ROWS; h++) {
+        f32v x[2], factor = all_lanes(wide->factor[h]);
+        UNROLL for (int v = 0; v < 2; v++) {
+            i32v sum = count == 2 ? sums[h][0][v] + sums[h][1][v] * 256 : sums[h][0][v];
+            x[v] = __builtin_convertvector(sum, f32v) * factor * scales[v];
+            store_lanes(scores + h * KEY_BLOCK + 16 * v, x[v]);
+        }
+        if (seen) wide->largest[h] = max_lanes(wide->largest[h], max_lanes(x[0], x[1]));
+    }
+}
+
+OUTLINE void wide_scores(const int32_t *q, int64_t q_stride, const uint8_t *tile, int64_t quads, float *scores,
+                         const float *scale, const Digits *digits, Wide *wide, int seen, int count) {
+    if (count == 1)
+        wide_scores_of(q, q_stride, tile, quads, scores, scale, digits, wide, seen, 1);
+    else
+        wide_scores_of(q, q_stride, tile, quads, scores, scale, digits, wide, seen, 2);
+}
+
+/* 2^x for x <= 0 within 3e-6 of it, a tenth of a step of the largest weights; below 2^-126 that. */
+INLINE f32v short_exp2_of(f32v x) {
+    f32v magic = all_lanes(12582912.0f);
+    x = max_lanes(all_lanes(-126.0f), x); /* in this order NaN stays */
+    f32v shifted = x + magic, f = x - (shifted - magic);
+    f32v p = all_lanes(9.570102207e-3f);
+    p = p * f + all_lanes(5.591785908e-2f);
+    p = p * f + all_lanes(2.402474433e-1f);
+    p = p * f + all_lanes(6.931217909e-1f);
+    p = p * f + all_lanes(9.999992847e-1f);
+    return (f32v)((u32v)p + ((u32v)shifted << 23)); /* the low bits of `shifted` are the rounded x */
+}
+
+/* 16 weights as digits in their place: for each four 4 low digits, 4 high ones and 8 zeros. */
+INLINE void store_weights(float *to, __m512i whole, i32v *used) {
+    const __m512i by_digit =
+        _mm512_broadcast_i32x4(_mm_set_epi8(-1, -1, -1, -1, -1, -1, -1, -1, 13, 9, 5, 1, 12, 8, 4, 0));
+    *used |= (i32v)whole;
+    _mm512_storeu_si512(to, _mm512_shuffle_epi8(whole, by_digit));
+}
+
+/* One row's scores become weights, where nothing but causality, a window and scales per token has a say. `inner` are
+ * the keys that wide_scores has looked at for `largest`, `unit` the factors of the weights. */
+OUTLINE void wide_weights(Row *row, int h, Range computed, Range inner, Range seen, const float *unit, Wide *wide) {
+    float *scores = wide->scores[h];
+    wide->fade[h] = 1.0f;
+    if (seen.from >= seen.to) {
+        memset(scores + computed.from, 0, sizeof(float) * (size_t)(computed.to - computed.from));
+        return;
+    }
+    f32v largest = wide->largest[h];
+    for (int64_t j = computed.from; j < computed.to; j += LANES) {
+        if (j >= inner.from && j < inner.to) {
+            j = inner.to - LANES;
+            continue;
+        }
+        i32v key = lane_numbers() + (int32_t)j;
+        i32v inside = (i32v)(key >= (int32_t)seen.from) & (i32v)(key < (int32_t)seen.to);
+        f32v s = select_lanes(inside, load_lanes(scores + j), all_lanes(-INFINITY));
+        largest = max_lanes(largest, s);
+        store_lanes(scores + j, s);
+    }
+    float best = max_of_lanes(largest) > row->best ? max_of_lanes(largest) : row->best;
+    f32v shift = all_lanes(best), total = {0}, weighted = {0};
+    for (int64_t j = computed.from; j < computed.to; j += LANES) {
+        f32v weight = short_exp2_of(load_lanes(scores + j) - shift), scaled = weight * load_lanes(unit + j);
+        total += weight, weighted += scaled;
+        store_weights(scores + j, _mm512_cvtps_epi32((__m512)scaled), &wide->used[j / WIDE_STEP]);
+    }
+    float fade = exp2_of_one(row->best - best);
+    row->total = row->total * fade + sum_of_lanes(total);
+    row->weighted = row->weighted * fade + sum_of_lanes(weighted) * wide->step[h];
+    row->best = best, wide->fade[h] = fade;
+}
+
+/* One row's weights, which soften_row has left, as digits; `computed` ends where they do. */
+OUTLINE void split_wide_weights(int h, Range computed, Wide *wide) {
+    float *weights = wide->scores[h];
+    f32v largest = {0};
+    for (int64_t j = computed.from; j < computed.to; j += LANES) largest = max_lanes(largest, load_lanes(weights + j));
+    float step = max_of_lanes(largest) / LARGEST_WEIGHT;
+    f32v inverse = all_lanes(step > 0x1p-126f ? 1.0f / step : 0.0f);
+    for (int64_t j = computed.from; j < computed.to; j += LANES)
+        store_weights(weights + j, _mm512_cvtps_epi32((__m512)(load_lanes(weights + j) * inverse)),
+                      &wide->used[j / WIDE_STEP]);
+    wide->fade[h] = 1.0f, wide->step[h] = step;
+}
+
+/* sums[h][i][v] += 32 weights times 32 channels of V. */
+INLINE void add_wide(i32v sums[WIDE_ROWS][2][2], const int32_t *weights, const int8_t *tile, int64_t stride,
+                     const int count) {
+    for (int64_t j = 0; j < WIDE_STEP; j += 4, tile += stride) {
+        __m512i b0 = _mm512_loadu_si512(tile), b1 = _mm512_loadu_si512(tile + 64);
+        UNROLL for (int h = 0; h < WIDE_ROWS; h++)
+            UNROLL for (int i = 0; i < count; i++) {
+                __m512i digit = _mm512_set1_epi32(weights[h * KEY_BLOCK + j + i]);
+                sums[h][i][0] = (i32v)_mm512_dpbusd_epi32((__m512i)sums[h][i][0], digit, b0);
+                sums[h][i][1] = (i32v)_mm512_dpbusd_epi32((__m512i)sums[h][i][1], digit, b1);
+            }
+    }
+}
+
+/* output[WIDE_ROWS][32] = fade * output + step * (weights . V). */
+OUTLINE void wide_output(const int32_t *weights, const int8_t *tile, int64_t padded, Range keys, const uint8_t *digits,
+                         float *output, const Wide *wide) {
+    i32v sums[WIDE_ROWS][2][2];
+    UNROLL for (int h = 0; h < WIDE_ROWS; h++)
+        UNROLL for (int i = 0; i < 2; i++)
+            UNROLL for (int v = 0; v < 2; v++) sums[h][i][v] = (i32v){0};
+    for (int64_t j = keys.from; j < keys.to; j += WIDE_STEP) {
+        if (digits[j / WIDE_STEP] == BOTH_DIGITS)
+            add_wide(sums, weights + j, tile + j * padded, padded * 4, 2);
+        else if (digits[j / WIDE_STEP] == LOW_DIGIT)
+            add_wide(sums, weights + j, tile + j * padded, padded * 4, 1);
+    }
+    UNROLL for (int h = 0; h < WIDE_ROWS; h++) {
+        f32v fade = all_lanes(wide->fade[h]), step = all_lanes(wide->step[h]);
+        UNROLL for (int v = 0; v < 2; v++) {
+            float *to = output + h * padded + 16 * v;
+            f32v x = __builtin_convertvector(sums[h][0][v] + sums[h][1][v] * 256, f32v);
+            store_lanes(to, load_lanes(to) * fade + x * step);
+        }
+    }
+}
+
+/* Factors of the weights of one block of keys, scales per token in them; returns the value of a 1. `plain` becomes 0
+ * where a scale is no number. */
+static float weight_units(const Plan *plan, const Scratch *scratch, float *unit, int *plain) {
+    f32v largest = {0}, odd = {0};
+    for (int64_t j = 0; j < KEY_BLOCK; j += LANES) {
+        f32v value = load_lanes(scratch->value_scale + j), key = load_lanes(scratch->key_scale + j);
+        largest = max_lanes(largest, value), odd += (value - value) + (key - key);
+    }
+    if (sum_of_lanes(odd) != 0.0f) *plain = 0;
+    float most = plan->value_scale.per_token ? max_of_lanes(largest) : 1.0f;
+    float inverse = most > 0x1p-100f ? LARGEST_WEIGHT / most : 0.0f;
+    for (int64_t j = 0; j < KEY_BLOCK; j += LANES)
+        store_lanes(unit + j, load_lanes(scratch->value_scale + j) * all_lanes(inverse));
+    return most / LARGEST_WEIGHT;
+}
+
+/* What WIDE_ROWS rows start a block with; returns the keys that all of them see. */
+static Range begin_wide(int64_t m, int64_t count, int64_t start, int64_t keys, int plain, float step, Scratch *scratch,
+                        Wide *wide) {
+    int64_t last = m + WIDE_ROWS < count ? m + WIDE_ROWS - 1 : count - 1;
+    memset(wide->used, 0, sizeof wide->used);
+    for (int h = 0; h < WIDE_ROWS; h++) {
+        wide->largest[h] = all_lanes(-INFINITY), wide->scores[h] = scratch->scores + h * KEY_BLOCK;
+        wide->step[h] = step, wide->fade[h] = 1.0f;
+        wide->factor[h] = scratch->key_digits[m + h].step * (plain ? scratch->rows[m + h].factor : 1.0f);
+    }
+    return (Range){round_up(clamped(scratch->rows[last].front - start, keys), WIDE_STEP),
+                   clamped(scratch->rows[m].limit - start, keys) / WIDE_STEP * WIDE_STEP};
+}
+
+/* The scores of a row, which wide_scores has left, become digits of its weights. */
+static void wide_row(const AttentionArguments *a, const Plan *plan, int64_t b, int64_t g, int64_t first, int64_t m,
+                     int64_t start, int64_t keys, Range computed, Range inner, const float *unit, Scratch *scratch,
+                     Wide *wide) {
+    Row *row = &scratch->rows[m];
+    int h = (int)(m % WIDE_ROWS);
+    Range seen = {clamped(row->front - start, keys), clamped(row->limit - start, keys)};
+    if (unit) {
+        wide_weights(row, h, computed, inner, seen, unit, wide);
+        if (!(wide->factor[h] - wide->factor[h] == 0.0f)) row->total = NAN;
+        return;
+    }
+    int64_t query = (first + m) / plan->ratio, head = g * plan->ratio + (first + m) % plan->ratio;
+    if (a->mask) load_bias(a, b, head, query, start, keys, scratch->bias);
+    soften_row(plan, row, wide->scores[h], computed, seen, scratch, a->mask ? scratch->bias : NULL,
+               a->position.query ? scratch->positions + m * KEY_BLOCK : NULL, scratch->output + m * plan->padded);
+    split_wide_weights(h, computed, wide);
+}
+
+/* One block of keys for all rows, from scores to output. */
+OUTLINE void wide_block(const AttentionArguments *a, const Plan *plan, Rows key, Rows value, int64_t b, int64_t g,
+                        int64_t first, int64_t count, int64_t start, int64_t keys, Scratch *scratch) {
+    static const float ones[WIDE_STEP] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
+                                          1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+    int plain = !a->mask && !a->position.query && !plan->key_zero.per_token && !plan->value_zero.per_token &&
+                !(plan->key_scale.per_token && plan->key_zero.data);
+    int64_t padded = plan->padded;
+    uint8_t *key_tile = (uint8_t *)scratch->keys;
+    int8_t *value_tile = (int8_t *)scratch->values;
+    float unit[KEY_BLOCK], step = weight_units(plan, scratch, unit, &plain);
+    if (a->position.query) position_scores(a, plan, b, count, start, keys, scratch);
+    int64_t quads = wide_keys(key, keys, a->key.kind, key_tile);
+    wide_values(value, keys, padded, a->value.kind, value_tile);
+    for (int64_t m = 0; m < count; m += WIDE_ROWS) {
+        Wide wide;
+        uint8_t digits[KEY_BLOCK / WIDE_STEP];
+        Range computed = seen_by(scratch, m, WIDE_ROWS, count, start, keys);
+        if (computed.from >= computed.to) continue;
+        computed.to = round_up(computed.to, WIDE_STEP);
+        Range inner = begin_wide(m, count, start, keys, plain, step, scratch, &wide);
+        for (int64_t j = computed.from; j < computed.to; j += WIDE_STEP)
+            wide_scores((const int32_t *)scratch->q + m * padded, padded, key_tile + j * quads * 4, quads,
+                        scratch->scores + j, plain ? scratch->key_scale + j : ones, scratch->key_digits + m, &wide,
+                        j >= inner.from && j < inner.to, plan->query_digits);
+        for (int h = 0; h < WIDE_ROWS; h++)
+            if (m + h < count)
+                wide_row(a, plan, b, g, first, m + h, start, keys, computed, inner, plain ? unit : NULL, scratch,
+                         &wide);
+            else
+                memset(wide.scores[h] + computed.from, 0, sizeof(float) * (size_t)(computed.to - computed.from));
+        for (int64_t i = computed.from / WIDE_STEP; i < computed.to / WIDE_STEP; i++) {
+            __m512i used = (__m512i)wide.used[i];
+            int high = _mm512_test_epi32_mask(used, _mm512_set1_epi32(~255)) != 0;
+            digits[i] = high ? BOTH_DIGITS : _mm512_test_epi32_mask(used, used) ? LOW_DIGIT : NO_DIGIT;
+        }
+        for (int64_t d = 0; d < padded; d += 32)
+            wide_output((const int32_t *)scratch->scores, value_tile + d * 4, padded, computed, digits,
+                        scratch->output + m * padded + d, &wide);
+    }
+}
+#endif

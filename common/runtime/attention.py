@@ -16,10 +16,10 @@ from transformers.masking_utils import (
 )
 
 from ...ops import attention, attention_lse
-from ...ops.attention.call import ATTENTION_CALL, AttentionCall, Coded, PositionScores, Visibility
+from ...ops.attention.call import ATTENTION_CALL, AttentionCall, Coded, Ends, PositionScores, Visibility
 from ...ops.shared.registry import NAMESPACE
 from ..errors import OctavoError
-from .cache.views import FOLD, Codes, Piece, Segments, as_segments, block_size, pieces
+from .cache.views import FOLD, Codes, Piece, Segments, as_segments, block_size, pieces, runs
 from .gradients import refuse_gradient
 from .precision import without_autocast
 from .rotary import hadamard, steady_length
@@ -30,6 +30,7 @@ MOST_PARTS = 8
 """Outputs over parts of the keys that are kept before they become one."""
 Weighed = tuple[torch.Tensor, torch.Tensor]
 """What `attention_lse` returns: `[B, Q, H, D]`, and `[B, H, Q]` the logarithms of the sums of exponentials."""
+_NO_ENDS = Ends()
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 FLOATS_GIVEN = (
     "quantized attention is given float keys and values, not the codes of a QuantizedCache: pass cache=QuantizedCache("
@@ -92,14 +93,43 @@ class _Call:
 
     def _flat(
         self, query: torch.Tensor, query_scale: torch.Tensor | None, keys: Codes, values: Codes,
-        visibility: Visibility, position: PositionScores,
+        visibility: Visibility, position: PositionScores, ends: Ends = _NO_ENDS,
     ) -> tuple:  # fmt: skip
         """The arguments of the op."""
-        key = Coded(keys.codes, keys.scale, keys.zero, keys.group)
-        value = Coded(values.codes, values.scale, values.zero, values.group)
-        return ATTENTION_CALL.flat(AttentionCall(query, key, value, self.scaling, query_scale, visibility, position))
+        key, value = (
+            Coded(side.codes, side.scale, side.zero, side.group, side.bits, side.levels) for side in (keys, values)
+        )
+        call = AttentionCall(query, key, value, self.scaling, query_scale, visibility, position, ends)
+        return ATTENTION_CALL.flat(call)
 
     def segments(self, keys: Segments, values: Segments) -> torch.Tensor:
+        """A call of the op, where it reads floats beside codes, for all queries that see the same as codes."""
+        if not _is_one_call(self, keys, values):
+            return self._by_pieces(keys, values)
+        found = runs(keys, values, self.query.shape[2])
+        outputs = [self._run(keys, values, start, seen) for start, seen in found]
+        return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]
+
+    def _run(self, keys: Segments, values: Segments, start: int, seen: int) -> torch.Tensor:
+        """The queries of a run, before the oldest of which `start` tokens are stored, and after the newest `seen`."""
+        query, mask, position = self.query, self.mask, self.position
+        before = keys.total - query.shape[2]
+        if (start, seen) != (before, keys.total):
+            query = query[:, :, start - before : seen - before]
+            if mask is not None and mask.shape[-2] > 1:
+                mask = mask[..., start - before : seen - before, :]
+        if mask is not None and mask.shape[-1] > 1:
+            mask = mask[..., : seen - self.first]
+        if position.query is not None:
+            rows = position.query[:, :, start - before : seen - before]
+            position = PositionScores(rows, position.table, position.start + self.first)
+        key_front, key, key_tail = keys.strips(self.first, seen)
+        value_front, value, value_tail = values.strips(self.first, seen)
+        visibility = Visibility(mask, self.causal, None, self.window)
+        ends = Ends(key_front, key_tail, value_front, value_tail)
+        return attention(*self._flat(query, None, key, value, visibility, position, ends))
+
+    def _by_pieces(self, keys: Segments, values: Segments) -> torch.Tensor:
         """Piece by piece, each weighed by its sum of exponentials."""
         size = block_size(keys, values, DECODED_BLOCK)
         decoded = _Decoded(keys, size), _Decoded(values, size)
@@ -139,6 +169,12 @@ class _Call:
         query_scale = self.query_scale if keys.scale is not None else None
         visibility = Visibility(mask, self.causal, length, self.window)
         return attention_lse(*self._flat(query, query_scale, keys, values, visibility, position))
+
+
+def _is_one_call(call: _Call, keys: Segments, values: Segments) -> bool:
+    """Whether the op reads floats and codes of these segments together."""
+    is_read = call.query.device.type == "cpu" and call.query_scale is None
+    return is_read and keys.decoder is None and values.decoder is None
 
 
 def _merged(parts: list[Weighed]) -> Weighed:

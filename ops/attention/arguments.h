@@ -5,12 +5,15 @@
  * a row; `span` channels share a column. */
 typedef struct {
     int64_t data, kind, per_token, group, span, stride[4];
+    int64_t first; /* the token of the part that belongs to the first of the call */
 } Part;
 
-/* K or V. Strides count elements. */
+/* K or V. Strides count elements. Where `bits` is not 0, uint8 holds indices of so many bits that are unpacked to `kind`:
+ * int8 codes, or of a codebook `levels`, floats. */
 typedef struct {
     int64_t data, kind, stride[3];
     Part scale, zero;
+    int64_t bits, levels;
 } Side;
 
 /* Scores by position: `query` . row `start` + key of `table`, which has `rows` of them; `query` 0 if there are none. */
@@ -21,6 +24,7 @@ typedef struct {
 typedef struct {
     int64_t query, output, query_scale, mask, length;
     int64_t batch, heads, queries, width, groups, keys;
+    int64_t before, behind; /* tokens of the call that come before and behind these keys */
     int64_t mask_kind, length_kind, length_stride, causal, window, threads;
     int64_t query_stride[3], query_scale_stride[3], mask_stride[4];
     Side key, value;
@@ -46,6 +50,10 @@ static Side side_of(const Coded *coded, int64_t width) {
     Side side = {coded->codes.data, coded->codes.kind};
     memcpy(side.stride, coded->codes.stride, sizeof side.stride);
     side.scale = part_of(&coded->scale, coded->group, width), side.zero = part_of(&coded->zero, coded->group, width);
+    if (side.kind == KIND_INT4 && (coded->bits != 4 || coded->levels.data)) {
+        side.bits = coded->bits, side.levels = coded->levels.data;
+        side.kind = side.levels ? KIND_FLOAT32 : KIND_INT8;
+    }
     return side;
 }
 
@@ -65,7 +73,8 @@ static AttentionArguments arguments_of(const PackedAttentionCall *packed) {
         .query = call->query.data, .output = packed->output, .lse = packed->lse, .threads = packed->threads,
         .query_scale = call->query_scale.data, .mask = visibility->mask.data, .length = visibility->length.data,
         .batch = call->query.size[0], .heads = call->query.size[1], .queries = call->query.size[2],
-        .width = call->query.size[3], .groups = call->key.codes.size[1], .keys = call->key.codes.size[2],
+        .width = call->query.size[3], .groups = call->key.codes.size[1],
+        .keys = tokens_of(&call->key, &call->ends.key_front, &call->ends.key_tail),
         .mask_kind = visibility->mask.kind, .length_kind = visibility->length.kind,
         .causal = visibility->causal, .window = visibility->window, .scaling = call->scaling,
     };

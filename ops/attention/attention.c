@@ -6,12 +6,13 @@
 
 /* The rows of one sequence and KV head from one token on; bytes of a row in `bytes`. */
 static Rows rows_at(const Side *side, int64_t b, int64_t g, int64_t token, int64_t width) {
-    int64_t size = kind_size((int)side->kind);
+    int64_t size = side->bits ? 1 : kind_size((int)side->kind);
     int64_t at = b * side->stride[0] + g * side->stride[1] + token * side->stride[2];
     return (Rows){(const char *)side->data + at * size, side->stride[2] * size, width};
 }
 
 static int64_t row_bytes(const Side *side, int64_t width) {
+    if (side->bits) return width * side->bits / 8;
     return side->kind == KIND_INT4 ? width / 2 : width * kind_size((int)side->kind);
 }
 
@@ -32,38 +33,49 @@ OUTLINE void attend(const AttentionArguments *a, const Plan *plan, int64_t b, in
         int64_t keys = stop - start < KEY_BLOCK ? stop - start : KEY_BLOCK;
         Rows key = rows_at(&a->key, b, g, start, a->width), value = rows_at(&a->value, b, g, start, a->width);
         Rows next_key = {key.data + keys * key.stride, key.stride, key_bytes};
+        Rows this_value = {value.data, value.stride, value_bytes};
+        key = unpacked_rows(&a->key, key, keys, scratch->unpacked_keys);
         load_tokens(&plan->key_scale, b, g, start, keys, scratch->key_scale);
         load_tokens(&plan->key_zero, b, g, start, keys, scratch->key_zero);
         load_tokens(&plan->value_scale, b, g, start, keys, scratch->value_scale);
         load_tokens(&plan->value_zero, b, g, start, keys, scratch->value_zero);
 #if HAS_INTEGER
         if (plan->wide) {
+            value = unpacked_rows(&a->value, this_value, keys, scratch->unpacked_values);
             wide_block(a, plan, key, value, b, g, first, count, start, keys, scratch);
             continue;
         }
 #endif
-        block_scores(a, plan, key, (Rows){value.data, value.stride, value_bytes}, b, g, count, start, keys, scratch);
+        block_scores(a, plan, key, this_value, b, g, count, start, keys, scratch);
         if (a->position.query) position_scores(a, plan, b, count, start, keys, scratch);
         soften_rows(a, plan, b, g, first, count, start, keys, scratch);
+        value = unpacked_rows(&a->value, value, keys, scratch->unpacked_values);
         block_output(a, plan, value, next_key, b, g, count, start, keys, scratch);
+    }
+}
+
+/* A row's sum of weighted values, from its sums and unscaled output; `to` may be where `output` is. */
+OUTLINE void settle_row(const AttentionArguments *a, const Plan *plan, int64_t b, int64_t g, const Row *row,
+                       const float *output, float *to) {
+    const Part *scale = plan->value_scale.data && !plan->value_scale.per_token ? &plan->value_scale : NULL;
+    const Part *zero = plan->value_zero.data && !plan->value_zero.per_token ? &plan->value_zero : NULL;
+    int64_t scale_start = scale ? part_start(scale, b, g, 0) : 0, zero_start = zero ? part_start(zero, b, g, 0) : 0;
+    for (int64_t d = 0; d < a->width; d++) {
+        float x = output[d < a->width / 2 ? d : d + plan->high_shift] - row->zeros;
+        if (zero) x -= row->weighted * part_value(zero, zero_start + d / zero->span * zero->stride[3]);
+        if (scale) x *= part_value(scale, scale_start + d / scale->span * scale->stride[3]);
+        to[d] = x;
     }
 }
 
 /* A row's finished output and log-sum-exp, from sums and unscaled output. */
 OUTLINE void finish_row(const AttentionArguments *a, const Plan *plan, int64_t b, int64_t g, int64_t m, const Row *row,
                        const float *output) {
-    const Part *scale = plan->value_scale.data && !plan->value_scale.per_token ? &plan->value_scale : NULL;
-    const Part *zero = plan->value_zero.data && !plan->value_zero.per_token ? &plan->value_zero : NULL;
     int64_t query = m / plan->ratio, head = g * plan->ratio + m % plan->ratio;
-    int64_t scale_start = scale ? part_start(scale, b, g, 0) : 0, zero_start = zero ? part_start(zero, b, g, 0) : 0;
     float *to = (float *)a->output + ((b * a->queries + query) * a->heads + head) * a->width;
     float inverse = row->total == 0.0f ? 0.0f : 1.0f / row->total;
-    for (int64_t d = 0; d < a->width; d++) {
-        float x = output[d < a->width / 2 ? d : d + plan->high_shift] - row->zeros;
-        if (zero) x -= row->weighted * part_value(zero, zero_start + d / zero->span * zero->stride[3]);
-        if (scale) x *= part_value(scale, scale_start + d / scale->span * scale->stride[3]);
-        to[d] = x * inverse;
-    }
+    settle_row(a, plan, b, g, row, output, to);
+    for (int64_t d = 0; d < a->width; d++) to[d] *= inverse;
     if (a->lse) { /* of no key -inf, since the logarithm of 0 is */
         double bits = (double)row->best + log2((double)row->total) + row->offset;
         ((float *)a->lse)[(b * a->heads + head) * a->queries + query] = (float)(bits * 0.6931471805599453);
@@ -89,10 +101,14 @@ OUTLINE void merge_row(const Plan *plan, Row *rows, float *outputs, int64_t rows
     rows[0] = merged;
 }
 
-/* What the threads of a region share of a call: how it is cut, and, where keys are cut in chunks, what each leaves. */
+/* What the threads of a region share of a call: how it is cut, and, where keys are cut in chunks, what each leaves. Of
+ * several `pieces`, `plan` is of settled rows. */
 typedef struct {
     AttentionArguments arguments;
     Plan plan;
+    Piece *pieces; /* NULL if `arguments` are all */
+    int64_t num_pieces;
+    size_t scratch_floats, gathered_floats;
     int64_t pairs, tasks, rows;
     Row *part_rows;
     float *part_outputs;
@@ -106,6 +122,7 @@ static Attention begin_attention(const AttentionArguments *arguments) {
 #if HAS_INTEGER
     widen_plan(&all.arguments, &all.plan);
 #endif
+    all.scratch_floats = lay_out(NULL, plan, 0);
     all.pairs = arguments->batch * arguments->groups, all.rows = all.pairs * plan->rows;
     all.tasks = all.pairs * plan->blocks * plan->chunks;
     if (plan->chunks > 1) {
@@ -116,9 +133,48 @@ static Attention begin_attention(const AttentionArguments *arguments) {
     return all;
 }
 
+/* begin_attention of keys that lie in pieces. */
+static Attention begin_pieces(const AttentionArguments *arguments, const Piece *pieces, int64_t count) {
+    AttentionArguments whole = *arguments;
+    whole.key = whole.value = (Side){.kind = KIND_FLOAT32}; /* what settled rows are made of */
+    Attention all = begin_attention(&whole);
+    all.pieces = malloc(sizeof(Piece) * (size_t)count), all.num_pieces = count;
+    all.gathered_floats = (size_t)(all.plan.block_rows * all.plan.padded);
+    all.scratch_floats += all.gathered_floats;
+    all.failed |= !all.pieces;
+    for (int64_t i = 0; i < count && all.pieces; i++) {
+        all.pieces[i] = pieces[i];
+        size_t floats = lay_out(NULL, &pieces[i].plan, all.gathered_floats);
+        if (floats > all.scratch_floats) all.scratch_floats = floats;
+    }
+    return all;
+}
+
 static void end_attention(Attention *all) {
+    free(all->pieces);
     free(all->part_rows);
     free(all->part_outputs);
+}
+
+/* Attention of rows to chunk `c`, piece by piece, gathered. */
+static void attend_pieces(const Attention *all, int64_t pair, int64_t c, int64_t first, int64_t count,
+                          Scratch *scratch) {
+    int64_t b = pair / all->arguments.groups, g = pair % all->arguments.groups, padded = all->plan.padded;
+    for (int64_t m = 0; m < count; m++) scratch->gathered_rows[m] = (Row){.best = -INFINITY};
+    memset(scratch->gathered, 0, sizeof(float) * all->gathered_floats);
+    for (int64_t i = 0; i < all->num_pieces; i++) {
+        const Piece *piece = &all->pieces[i];
+        int64_t start = c ? border_in(piece, all->plan.begin + c * all->plan.chunk) : 0, stop = piece->arguments.keys;
+        if (c + 1 < all->plan.chunks) stop = border_in(piece, all->plan.begin + (c + 1) * all->plan.chunk);
+        if (start >= stop) continue;
+        lay_out(scratch, &piece->plan, all->gathered_floats);
+        attend(&piece->arguments, &piece->plan, b, g, first, count, start, stop, scratch);
+        for (int64_t m = 0; m < count; m++) {
+            float *output = scratch->output + m * padded;
+            settle_row(&piece->arguments, &piece->plan, b, g, &scratch->rows[m], output, output);
+            gather_row(&scratch->gathered_rows[m], scratch->gathered + m * padded, &scratch->rows[m], output, padded);
+        }
+    }
 }
 
 static void attend_task(Attention *all, int64_t task, Scratch *scratch) {
@@ -130,15 +186,20 @@ static void attend_task(Attention *all, int64_t task, Scratch *scratch) {
     int64_t start = plan->begin + c * plan->chunk;
     int64_t stop = start + plan->chunk < plan->end ? start + plan->chunk : plan->end;
     if (count <= 0) return;
-    attend(a, plan, pair / a->groups, pair % a->groups, first, count, start, stop, scratch);
+    if (all->pieces)
+        attend_pieces(all, pair, c, first, count, scratch);
+    else
+        attend(a, plan, pair / a->groups, pair % a->groups, first, count, start, stop, scratch);
+    const Row *rows = all->pieces ? scratch->gathered_rows : scratch->rows;
+    const float *outputs = all->pieces ? scratch->gathered : scratch->output;
     for (int64_t m = 0; m < count; m++) {
-        const float *output = scratch->output + m * plan->padded;
+        const float *output = outputs + m * plan->padded;
         int64_t at = c * all->rows + pair * plan->rows + first + m;
         if (plan->chunks == 1) {
-            finish_row(a, plan, pair / a->groups, pair % a->groups, first + m, &scratch->rows[m], output);
+            finish_row(a, plan, pair / a->groups, pair % a->groups, first + m, &rows[m], output);
             continue;
         }
-        all->part_rows[at] = scratch->rows[m];
+        all->part_rows[at] = rows[m];
         memcpy(all->part_outputs + at * plan->padded, output, sizeof(float) * (size_t)plan->padded);
     }
 }
@@ -147,8 +208,11 @@ static void attend_task(Attention *all, int64_t task, Scratch *scratch) {
 OUTLINE void share_attention(Attention *all) {
     const AttentionArguments *a = &all->arguments;
     const Plan *plan = &all->plan;
-    Scratch *scratch = new_scratch(plan);
-    if (!scratch) all->failed = 1;
+    Scratch *scratch = new_scratch(all->scratch_floats);
+    if (scratch)
+        lay_out(scratch, plan, all->gathered_floats);
+    else
+        all->failed = 1;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < all->tasks; task++)
         if (scratch) attend_task(all, task, scratch);
@@ -167,7 +231,10 @@ OUTLINE void share_attention(Attention *all) {
 EXPORT int attention(const PackedAttentionCall *packed) {
     if (!goes_together(&packed->call)) return 2;
     const AttentionArguments arguments = arguments_of(packed);
-    Attention all = begin_attention(&arguments);
+    Piece pieces[MOST_PIECES];
+    int64_t count = has_ends(&packed->call.ends) ? cut_pieces(&packed->call, &arguments, pieces) : 0;
+    Attention all = count > 1 ? begin_pieces(&arguments, pieces, count)
+                              : begin_attention(count ? &pieces[0].arguments : &arguments);
     if (!all.failed) {
 #pragma omp parallel num_threads((int)arguments.threads) if (arguments.threads > 1)
         share_attention(&all);

@@ -15,18 +15,38 @@ class Coded(NamedTuple):
 
     Attributes:
         codes: `[B, G, S, D]` in int8 or fp8, `[B, G, S, D / 2]` in uint8 for int4, or the float values themselves where
-            the codec is none. K and V may differ in this.
+            the codec is none. K and V may differ in this. uint8 holds codes of fewer `bits`, `[B, G, S, D * bits / 8]`.
         scale: float32 or float16, `[B, 1 or left out, G, T, W]` with T rows of tokens and W groups of channels:
             `[G, 1, D]` per channel, `[G, 1, 1]` per head, `[B, G, S, 1]` per token, `[B, G, S, D / n]` per token and n
             channels, `[B, G, ceil(S / group), D]` per channel and `group` tokens. None where `codes` are float.
         zero: zero points in units of codes, shaped as a scale; None if symmetric.
         group: consecutive tokens that share a row of scale and zero.
+        bits: 2, 3 or 4 of a code in uint8; of other dtypes it says nothing.
+        levels: float32 `[2 ** bits]`, a codebook: what the indices in uint8 stand for, before zero and scale.
     """
 
     codes: torch.Tensor
     scale: torch.Tensor | None = None
     zero: torch.Tensor | None = None
     group: int = 1
+    bits: int = 4
+    levels: torch.Tensor | None = None
+
+
+class Ends(NamedTuple):
+    """Tokens in float before and behind the codes of K and V: with them, these are the S tokens that are attended to.
+
+    Of K and V there are as many tokens in all; where their codes begin and end may differ.
+
+    Attributes:
+        key_front, value_front: `[B, G, *, D]`, float, the oldest; None if there are none.
+        key_tail, value_tail: likewise the newest.
+    """
+
+    key_front: torch.Tensor | None = None
+    key_tail: torch.Tensor | None = None
+    value_front: torch.Tensor | None = None
+    value_tail: torch.Tensor | None = None
 
 
 class Visibility(NamedTuple):
@@ -77,6 +97,7 @@ class AttentionCall(NamedTuple):
             (FAQuant: `[H, 1, 1]`); None leaves it in float.
         visibility: which keys a query sees.
         position: scores by position.
+        ends: tokens in float beside the codes, of a query in float.
     """
 
     query: torch.Tensor
@@ -86,8 +107,16 @@ class AttentionCall(NamedTuple):
     query_scale: torch.Tensor | None = None
     visibility: Visibility = Visibility()
     position: PositionScores = PositionScores()
+    ends: Ends = Ends()
+
+    @property
+    def keys(self) -> int:
+        """S, the number of tokens in codes and in float."""
+        front, tail = self.ends.key_front, self.ends.key_tail
+        return self.key.codes.shape[2] + sum(part.shape[2] for part in (front, tail) if part is not None)
 
 
-ATTENTION_CALL = CallForm(AttentionCall, nameless=("codes", "visibility"))
-"""The flat arguments: query, key, value, scaling; key_scale, key_zero, key_group, those of value, query_scale; mask,
-causal, length, window; position_query, position_table, position_start."""
+ATTENTION_CALL = CallForm(AttentionCall, nameless=("codes", "visibility", "ends"))
+"""The flat arguments: query, key, value, scaling; key_scale, key_zero, key_group, key_bits, key_levels, those of value,
+query_scale; mask, causal, length, window; position_query, position_table, position_start; key_front, key_tail,
+value_front, value_tail."""

@@ -6,7 +6,7 @@ import torch
 
 from ..shared.codes import FP8_DTYPES
 from ..shared.compile import CKernel
-from ..shared.operands import KINDS
+from ..shared.operands import FLOAT_KINDS, KINDS
 from ..shared.packed_call import Loadable, PackedCall
 from .arguments import check_call
 from .call import ATTENTION_CALL, AttentionCall
@@ -15,6 +15,8 @@ from .reference import quantized_query
 _DENSE, _HALVES = torch.contiguous_format, (torch.bfloat16, torch.float16)
 _ROWS = Loadable(tuple(KINDS), is_dense=True)
 _FLOATS = Loadable((torch.float32,), is_dense=True)
+_FLOAT_ROWS = Loadable(tuple(FLOAT_KINDS), is_dense=True)
+_LEVELS = Loadable((torch.float32,), is_dense=True)
 _PART = Loadable((torch.float32, torch.float16))
 _LOADABLE = {
     "query": _FLOATS,
@@ -25,6 +27,12 @@ _LOADABLE = {
     "value": _ROWS,
     "value_scale": _PART,
     "value_zero": _PART,
+    "key_levels": _LEVELS,
+    "value_levels": _LEVELS,
+    "key_front": _FLOAT_ROWS,
+    "key_tail": _FLOAT_ROWS,
+    "value_front": _FLOAT_ROWS,
+    "value_tail": _FLOAT_ROWS,
     "mask": Loadable((torch.bool, torch.float32)),
     "length": Loadable((torch.int32, torch.int64)),
     "position_query": _FLOATS,
@@ -35,8 +43,8 @@ PACKED_ATTENTION = PackedCall(ATTENTION_CALL, ("output", "lse", "threads"), _LOA
 ATTENTION_SOURCES = tuple([
     f"ops/attention/{name}"
     for name in (
-        "checks.h", "arguments.h", "micro.h", "integer.h", "visible.h", "plan.h", "scratch.h", "parts.h", "queries.h",
-        "softmax.h", "tiles.h", "position.h", "groups.h", "products.h", "wide.h",
+        "checks.h", "arguments.h", "micro.h", "integer.h", "visible.h", "plan.h", "scratch.h", "parts.h", "unpack.h",
+        "queries.h", "softmax.h", "tiles.h", "position.h", "groups.h", "products.h", "wide.h", "pieces.h",
         "attention.c",
     )
 ])  # fmt: skip
@@ -52,8 +60,8 @@ ATTENTION_KERNEL = CKernel(
 def attention_cpu_description() -> str:
     """What serves on the CPU, for `ops.report()`."""
     return (
-        f"{ATTENTION_KERNEL.description()}; queries in float64 by the reference (PyTorch); codes of 2 and 3 bits, "
-        "codebooks and outliers are decoded in blocks first"
+        f"{ATTENTION_KERNEL.description()}; queries in float64 by the reference (PyTorch); K and V with outliers, and K "
+        "stored before RoPE, are decoded in blocks first"
     )
 
 

@@ -18,7 +18,7 @@ from ..shared.triton_helpers import (
     strided,
     triton_supports,
 )
-from .arguments import LARGEST_COUNT, check_attention
+from .arguments import LARGEST_COUNT, check_attention, whole_codes_only
 from .call import AttentionCall, PositionScores
 from .cuda_kernels import attention_kernel, merge_kernel
 from .cuda_plan import (
@@ -134,7 +134,7 @@ def _attend_triton(call: AttentionCall, wants_lse: bool) -> tuple[torch.Tensor, 
 
 def attention_cuda_supports(call: AttentionCall) -> str | None:
     """None, or why the kernels do not serve a call."""
-    return triton_supports(call.query)
+    return whole_codes_only(call) or triton_supports(call.query)
 
 
 def attention_cuda(call: AttentionCall) -> torch.Tensor:

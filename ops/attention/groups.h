@@ -3,10 +3,10 @@
 /* The scales and zeros of K of the group of `token`, and where it ends. */
 static int64_t load_group(const AttentionArguments *a, int64_t b, int64_t g, int64_t token, Scratch *scratch) {
     const Part *scale = &a->key.scale, *zero = &a->key.zero;
-    int64_t group = scale->per_token ? scale->group : zero->group;
+    const Part *part = scale->per_token ? scale : zero;
     load_channels(scale, b, g, token, a->width, 1.0f, scratch->channel_scale);
     load_channels(zero, b, g, token, a->width, 0.0f, scratch->channel_zero);
-    return token / group * group + group;
+    return (token + part->first) / part->group * part->group + part->group - part->first;
 }
 
 /* block_scores of few rows straight on the codes, where groups of tokens have scales per channel. */

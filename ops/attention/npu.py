@@ -8,7 +8,7 @@ through `attention_reference` on the device, a block of keys at a time; `report`
 import torch
 
 from ..shared.npu_helpers import npu_description, refuse_fp8, require_npu_float
-from .arguments import LARGEST_COUNT, check_attention
+from .arguments import LARGEST_COUNT, check_attention, whole_codes_only
 from .call import AttentionCall, Coded
 from .npu_fused import PER_TOKEN, antiquant_mode, attend_fused, fused_declines
 from .npu_paged import LARGEST_PAGE, attend_paged, paged_declines
@@ -24,7 +24,7 @@ ATTENTION_LSE_NPU = "reference (PyTorch); fp8 raises"
 
 
 def _is_empty(call: AttentionCall) -> bool:
-    return call.query.numel() == 0 or call.key.codes.shape[2] == 0
+    return call.query.numel() == 0 or call.keys == 0
 
 
 def _is_cut(call: AttentionCall) -> bool:
@@ -60,6 +60,8 @@ def attention_npu_supports(call: AttentionCall) -> str | None:
     refuse_fp8(call.key.codes, call.value.codes)
     if _is_empty(call):
         return None
+    if reason := whole_codes_only(call):
+        return reason
     if call.position.query is not None:
         return "no op of the NPU adds scores by position; take a scheme that counts biases of k in (fold_bias=False)"
     call = _doubled(call)
@@ -131,7 +133,7 @@ def _newest(side: Coded, lengths: list[int], window: int) -> Coded:
                 storage[row, :, :tokens] = part[row, :, start : start + tokens]
         return storage[:, :, :tokens]
 
-    codes, scale, zero, group = side
+    codes, scale, zero, group, *_ = side
     if antiquant_mode(side) == PER_TOKEN:
         scale, zero = copied(scale), None if zero is None else copied(zero)
     return Coded(copied(codes), scale, zero, group)

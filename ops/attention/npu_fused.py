@@ -25,7 +25,7 @@ def antiquant_mode(side: Coded) -> int | None:
 
     With one token stored, `[B, G, 1, 1]` is taken to be per token.
     """
-    codes, scale, zero, _ = side
+    codes, scale, zero, *_ = side
     if scale is None and codes.is_floating_point():
         return FLOAT
     if scale is None or codes.dtype != torch.int8 or (zero is not None and zero.shape != scale.shape):

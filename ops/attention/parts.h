@@ -7,6 +7,7 @@ INLINE float part_value(const Part *part, int64_t at) {
 
 /* Where a sequence, a KV head and a token start in a part. */
 INLINE int64_t part_start(const Part *part, int64_t b, int64_t g, int64_t token) {
+    token += part->first;
     int64_t row = part->per_token ? (part->group == 1 ? token : token / part->group) : 0;
     return b * part->stride[0] + g * part->stride[1] + row * part->stride[2];
 }

@@ -17,6 +17,7 @@ typedef struct {
     int64_t high_shift; /* columns by which the high half of V's channels starts too far right in the output */
     int64_t align; /* a block starts at a multiple of it */
     int64_t key_span, value_span; /* channels of a group */
+    int64_t key_row, value_row;   /* bytes of a row that is unpacked first; 0 if none is */
     int key_mode, value_mode, key_groups, value_groups, query_digits;
     int wide; /* rows go through wide.h */
     float query_unit, weight_unit; /* factors of q and the weights that make up for the units of the codes */
@@ -30,7 +31,9 @@ static int is_grouped(const Side *side, int64_t width) {
 }
 
 /* Whether each row of a part is that of whole steps of tokens. */
-static int is_stepped(const Part *part) { return !part->per_token || part->group % GROUP_STEP == 0; }
+static int is_stepped(const Part *part) {
+    return !part->per_token || (part->group % GROUP_STEP == 0 && part->first % GROUP_STEP == 0);
+}
 
 /* Channels that share scale and zero, if they are a multiple of GROUP_STEP and the halves of rows of int4 are whole
  * groups; else 0. */
@@ -68,6 +71,8 @@ static Plan plan_of(const AttentionArguments *a) {
     plan.value_mode = mode_of(&a->value, plan.value_groups, a->width, plan.rows);
     if (plan.key_groups == GROUPS_CHANNELS) plan.key_span = span_of(&a->key, a->width);
     if (plan.value_groups == GROUPS_CHANNELS) plan.value_span = span_of(&a->value, a->width);
+    if (a->key.bits) plan.key_row = a->width * kind_size((int)a->key.kind);
+    if (a->value.bits) plan.value_row = a->width * kind_size((int)a->value.kind);
     plan.align = plan.key_groups == GROUPS_TOKENS ? GROUP_STEP : 1;
     if (!plan.key_groups) plan.key_scale = a->key.scale, plan.key_zero = a->key.zero;
     if (!plan.value_groups) plan.value_scale = a->value.scale, plan.value_zero = a->value.zero;

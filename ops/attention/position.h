@@ -4,7 +4,7 @@
 static Rows position_rows(const AttentionArguments *a, int64_t b, int64_t start, int64_t keys, int64_t padded,
                           float *tile) {
     const Position *position = &a->position;
-    int64_t first = bounded(((const int64_t *)position->start)[b * position->start_stride]) + start;
+    int64_t first = bounded(((const int64_t *)position->start)[b * position->start_stride]) + a->before + start;
     const float *table = (const float *)position->table;
     if (first >= 0 && first <= position->rows - keys && position->width == padded && position->row_stride == padded)
         return (Rows){(const char *)(table + first * padded), padded * 4, padded};

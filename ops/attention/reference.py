@@ -3,28 +3,57 @@
 `call.py` says what a call is: B batch, Q query tokens, S stored tokens, H query heads, G KV heads, D head_dim.
 """
 
+from collections.abc import Iterator
+from itertools import pairwise
+
 import torch
 
 from ..shared.codes import CODE_RANGES, FP8_DTYPES, expand_scale, from_codes
 from .arguments import LARGEST_COUNT, check_attention
-from .call import AttentionCall, Coded, PositionScores, Visibility
+from .call import AttentionCall, Coded, Ends, PositionScores, Visibility
 
 KEY_BLOCK = 1024
 """Keys decoded at a time: bounds the memory of the reference, which never holds a decoded copy of the whole cache."""
 
 
 def _decode(side: Coded, start: int, stop: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-    """Float values `(code - zero) * scale` of tokens `start:stop`, of which `start` is a multiple of the group."""
-    codes, scale, zero, group = side
+    """Float values `(code - zero) * scale` of tokens `start:stop`."""
+    codes, scale, zero, group, bits, levels = side
+    first = start // group * group
 
     def of_block(part: torch.Tensor) -> torch.Tensor:
-        part = part if part.dim() < 2 or part.shape[-2] == 1 else part[..., start // group : -(-stop // group), :]
-        return expand_scale(part.to(dtype), stop - start, width, group)
+        if part.dim() < 2 or part.shape[-2] == 1:
+            return expand_scale(part.to(dtype), stop - start, width, group)
+        part = part[..., start // group : -(-stop // group), :]
+        part = expand_scale(part.to(dtype), stop - first, width, group)
+        return part if part.shape[-2] == 1 else part[..., start - first :, :]
 
-    values = from_codes(codes[:, :, start:stop], width, dtype)
+    values = from_codes(codes[:, :, start:stop], width, dtype, bits, levels)
     if zero is not None:
         values = values - of_block(zero)
     return values if scale is None else values * of_block(scale)
+
+
+def _parts(side: Coded, front: torch.Tensor | None, tail: torch.Tensor | None) -> list[tuple[int, int, Coded]]:
+    """Floats, codes and floats of K or V: from which slot to which, and what."""
+    parts, first = [], 0
+    for part in (front, side, tail):
+        if part is not None:
+            coded = part if isinstance(part, Coded) else Coded(part)
+            parts.append((first, first + coded.codes.shape[2], coded))
+            first = parts[-1][1]
+    return parts
+
+
+def _blocks(call: AttentionCall) -> Iterator[tuple[int, int, list[tuple[int, int, Coded]]]]:
+    """Slots, from and to, of which K lies in one part, and V, and these: where in it the block starts, and the part."""
+    ends: Ends = call.ends
+    both = _parts(call.key, ends.key_front, ends.key_tail), _parts(call.value, ends.value_front, ends.value_tail)
+    cuts = sorted({0, *(stop for parts in both for _, stop, _ in parts)})
+    for first, last in pairwise(cuts):
+        for start in range(first, last, KEY_BLOCK):
+            found = [next(part for part in parts if part[0] <= start < part[1]) for parts in both]
+            yield start, min(start + KEY_BLOCK, last), found
 
 
 def quantized_query(query: torch.Tensor, scale: torch.Tensor, key_dtype: torch.dtype) -> torch.Tensor:
@@ -87,7 +116,9 @@ def attention_lse_reference(call: AttentionCall) -> tuple[torch.Tensor, torch.Te
         ValueError: dtypes, shapes, devices, groups or a window that do not go together, or that no kernel knows.
     """
     batch, groups, keys, width = check_attention(call)
-    query, key, value, scaling, query_scale, visibility, position = call
+    query, key, scaling, query_scale, visibility, position = (
+        call.query, call.key, call.scaling, call.query_scale, call.visibility, call.position,
+    )  # fmt: skip
     heads, queries = query.shape[1:3]
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     q = query.to(dtype)
@@ -99,11 +130,11 @@ def attention_lse_reference(call: AttentionCall) -> tuple[torch.Tensor, torch.Te
     output = torch.zeros((batch, heads, queries, width), dtype=dtype, device=q.device)
     length = torch.tensor([keys], device=q.device) if visibility.length is None else visibility.length
     length = length.clamp(-LARGEST_COUNT, LARGEST_COUNT)
-    block = KEY_BLOCK * key.group * value.group  # starts are multiples of both
-    for start in range(0, keys, block):
-        stop = min(start + block, keys)
-        decoded = _in_use(_decode(key, start, stop, width, dtype), length, start)
-        scores = (q @ decoded.mT).view(batch, heads, queries, stop - start)
+    for start, stop, parts in _blocks(call):
+        key_block, value_block = (
+            _in_use(_decode(part, start - first, stop - first, width, dtype), length, start) for first, _, part in parts
+        )
+        scores = (q @ key_block.mT).view(batch, heads, queries, stop - start)
         if position.query is not None:
             scores = scores + _position_scores(position, start, stop, dtype) * scaling
         scores = scores + _visible(visibility, length, queries, start, stop, dtype)
@@ -112,9 +143,8 @@ def attention_lse_reference(call: AttentionCall) -> tuple[torch.Tensor, torch.Te
         weights = torch.exp(scores - shift)
         fade = torch.exp(best - shift)
         total = total * fade + weights.sum(dim=-1, keepdim=True)
-        decoded = _in_use(_decode(value, start, stop, width, dtype), length, start)
         grouped = weights.view(batch, groups, heads // groups * queries, stop - start)
-        output = output * fade + (grouped @ decoded).view(batch, heads, queries, width)
+        output = output * fade + (grouped @ value_block).view(batch, heads, queries, width)
         best = new_best
     output = output / total.masked_fill(total == 0, 1)
     return output.transpose(1, 2).contiguous().to(query.dtype), (best + total.log()).squeeze(-1)

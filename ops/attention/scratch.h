@@ -16,10 +16,12 @@ typedef struct {
     float *q, *folded;                           /* `folded` has the scales of one group of tokens in it */
     float *split_scale, *split_zero, *split_raw; /* of one block of keys: [groups of channels][KEY_BLOCK] */
     Digits *split_digits;                        /* [groups of channels][rows] */
+    float *gathered; /* of several pieces: output so far, in units of V; the sums that go with it in `gathered_rows` */
+    char *unpacked_keys, *unpacked_values;
     float *output, *scores, *keys, *values, *panels, *channel_scale, *channel_zero, *position_q, *positions;
     float key_scale[KEY_BLOCK], key_zero[KEY_BLOCK], value_scale[KEY_BLOCK], value_zero[KEY_BLOCK], bias[KEY_BLOCK];
     float shifts[MAX_ROWS], weights[2][INTEGER_ROWS * KEY_BLOCK];
-    Row rows[MAX_ROWS];
+    Row rows[MAX_ROWS], gathered_rows[MAX_ROWS];
     Digits key_digits[MAX_ROWS], weight_digits[MAX_ROWS];
 } Scratch;
 
@@ -29,7 +31,9 @@ static size_t tile_size(const Plan *plan, int mode, size_t padded) {
     return mode == MODE_DIRECT ? 0 : mode == MODE_INTEGER ? TILE_COLUMNS * padded / 4 : KEY_BLOCK * padded;
 }
 
-static Scratch *new_scratch(const Plan *plan) {
+/* Lays out what a plan needs behind `gathered`, whose `gathered_floats` stay; returns how many floats that takes, and
+ * without a scratch does only that. */
+static size_t lay_out(Scratch *scratch, const Plan *plan, size_t gathered_floats) {
     size_t rows = (size_t)plan->block_rows, padded = (size_t)plan->padded;
     size_t key_tile = tile_size(plan, plan->key_mode, padded);
     size_t value_tile = tile_size(plan, plan->value_mode, padded);
@@ -40,13 +44,13 @@ static Scratch *new_scratch(const Plan *plan) {
     size_t position_rows = position_padded ? rows * (position_padded + KEY_BLOCK) : 0;
     size_t folded = plan->key_groups == GROUPS_TOKENS ? rows * padded : 0;
     size_t splits = plan->key_span || plan->value_span ? padded / GROUP_STEP : 0;
-    size_t floats = 2 * rows * padded + folded + rows * KEY_BLOCK + key_tile + value_tile + panels +
+    size_t unpacked[2] = {(size_t)(plan->key_row * KEY_BLOCK + 64) / 4, (size_t)(plan->value_row * KEY_BLOCK + 64) / 4};
+    size_t floats = unpacked[0] + unpacked[1] + 2 * rows * padded + folded + rows * KEY_BLOCK + key_tile + value_tile + panels +
                     2 * (padded + LANES) + position_rows +
                     splits * (3 * KEY_BLOCK + rows * sizeof(Digits) / sizeof(float));
-    char *memory = malloc(sizeof(Scratch) + sizeof(float) * floats + 64);
-    if (!memory) return NULL;
-    Scratch *scratch = (Scratch *)memory;
-    scratch->q = (float *)(((uintptr_t)memory + sizeof(Scratch) + 63) & ~(uintptr_t)63);
+    if (!scratch) return floats + gathered_floats;
+    scratch->gathered = (float *)(((uintptr_t)scratch + sizeof(Scratch) + 63) & ~(uintptr_t)63);
+    scratch->q = scratch->gathered + gathered_floats;
     scratch->folded = scratch->q + rows * padded;
     scratch->output = scratch->folded + folded;
     scratch->scores = scratch->output + rows * padded;
@@ -61,9 +65,14 @@ static Scratch *new_scratch(const Plan *plan) {
     scratch->split_zero = scratch->split_scale + splits * KEY_BLOCK;
     scratch->split_raw = scratch->split_zero + splits * KEY_BLOCK;
     scratch->split_digits = (Digits *)(scratch->split_raw + splits * KEY_BLOCK);
+    scratch->unpacked_keys = (char *)(scratch->split_digits + splits * rows);
+    scratch->unpacked_values = scratch->unpacked_keys + sizeof(float) * unpacked[0];
     memset(scratch->channel_scale, 0, sizeof(float) * 2 * (padded + LANES)); /* padding that is multiplied too */
-    return scratch;
+    return floats + gathered_floats;
 }
+
+/* For `floats` of `lay_out`; NULL if there is not enough memory. */
+static Scratch *new_scratch(size_t floats) { return malloc(sizeof(Scratch) + sizeof(float) * floats + 64); }
 
 /* Rows that are multiplied together in a mode. */
 INLINE int64_t row_step(int mode) { return mode == MODE_TILE ? ROW_STEP : INTEGER_ROWS; }

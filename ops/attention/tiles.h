@@ -16,9 +16,9 @@ OUTLINE void decode_block(const AttentionArguments *a, const Side *side, int gro
     float *scale = scratch->channel_scale, *zero = scratch->channel_zero;
     for (int64_t j = 0; j < keys; j++) {
         int64_t token = start + j;
-        if (!j || (side->scale.per_token && token % side->scale.group == 0))
+        if (!j || (side->scale.per_token && (token + side->scale.first) % side->scale.group == 0))
             load_channels(&side->scale, b, g, token, a->width, 1.0f, scale);
-        if (!j || (side->zero.per_token && token % side->zero.group == 0))
+        if (!j || (side->zero.per_token && (token + side->zero.first) % side->zero.group == 0))
             load_channels(&side->zero, b, g, token, a->width, 0.0f, zero);
         float *row = tile + j * padded;
         for (int64_t d = 0; d < padded; d += LANES)

@@ -15,11 +15,12 @@ typedef struct {
     int64_t from, to;
 } Range;
 
-/* Tokens in use of one sequence, as the caller says: may exceed those stored. */
+/* Tokens in use of one sequence from the first key on, as the caller says: may exceed those stored. */
 static int64_t length_of(const AttentionArguments *a, int64_t b) {
-    if (!a->length) return a->keys;
+    if (!a->length) return a->keys + a->behind;
     int64_t at = b * a->length_stride;
-    return bounded(a->length_kind == KIND_INT32 ? ((const int32_t *)a->length)[at] : ((const int64_t *)a->length)[at]);
+    int64_t length = a->length_kind == KIND_INT32 ? ((const int32_t *)a->length)[at] : ((const int64_t *)a->length)[at];
+    return bounded(length) - a->before;
 }
 
 /* Keys that a query sees, masks aside. */

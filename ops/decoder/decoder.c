@@ -128,7 +128,7 @@ static void share_layer(Work *work, const DecoderLayer *layer, int64_t first) {
 }
 
 /* Bytes of scratch that `count` layers need; where each part of it begins is set if there is memory. */
-static int64_t lay_out(Work *work, const PackedDecoderLayer *layers, int64_t count, char *memory) {
+static int64_t lay_out_pass(Work *work, const PackedDecoderLayer *layers, int64_t count, char *memory) {
     int64_t projected = 0, attended = 0, biased = 0, input = work->hidden, branch = 0, codes = 0, groups = 0;
     for (int64_t i = 0; i < count; i++) {
         const DecoderLayer *layer = &layers[i].call;
@@ -172,8 +172,8 @@ static Work begin_pass(const PackedDecoderPass *packed, const PackedDecoderLayer
                  .projected = (float *)packed->projected, .attended = (float *)packed->attended,
                  .encode = (Encoder)packed->encode, .encode_token = (Encoder)packed->encode_token};
     work.rows = work.batch * work.tokens;
-    *memory = malloc((size_t)lay_out(&work, layers, count, NULL) + 64);
-    if (*memory) lay_out(&work, layers, count, (char *)round_up((int64_t)*memory, 64));
+    *memory = malloc((size_t)lay_out_pass(&work, layers, count, NULL) + 64);
+    if (*memory) lay_out_pass(&work, layers, count, (char *)round_up((int64_t)*memory, 64));
     return work;
 }
 

@@ -157,8 +157,12 @@ class CodeStore(CodeStorage):
 
         scale, zero = in_use(self._scale, self._static_scale), in_use(self._zero, self._static_zero)
         decoder = None
-        if self.codec is not None and not self.codec.is_native:
+        if self.codec is not None and not self.codec.is_native_on(self._codes.device.type):
             as_it_is = self if self.sliding is None else copy.copy(self)  # its storage may be another after this pass
             decoder = as_it_is.decoded
         codes = self._codes[:, :, :rows]
-        return Codes(codes, scale, zero, length=length, group=self._group, first=self.forgotten, decoder=decoder)
+        bits = self.codec.bits if self.codec is not None and codes.dtype == torch.uint8 else 4
+        return Codes(
+            codes, scale, zero, length=length, group=self._group, first=self.forgotten, decoder=decoder, bits=bits,
+            levels=None if self.codec is None else self._levels,
+        )  # fmt: skip

@@ -37,7 +37,7 @@ class Codes:
         scale, zero: as the attention op takes them; None where not used.
         query_scale: with K only, `[H or 1, 1, 1]`: scale by which the queries are quantized; None leaves them in float.
         length: int64 `[1]` on the device, where not all of the S tokens are in use; None where they are.
-        group: consecutive tokens that share a row of scale and zero.
+        group, bits, levels: as the attention op takes them.
         first: tokens that came before these and are forgotten, since no query sees them.
         window: tokens that a query sees, of a layer that forgets the others; 0: all.
         decoder: where the attention op does not read such codes, the float32 values `[B, G, *, D]` of rows from, to.
@@ -60,6 +60,8 @@ class Codes:
     folded: bool | None = None
     before_rope: bool = False
     wants_gradient: bool = False
+    bits: int = 4
+    levels: torch.Tensor | None = None
 
     def __getattr__(self, name: str) -> Any:
         """What another attention function runs into when it takes codes for a tensor."""
@@ -72,6 +74,8 @@ class Codes:
 
     def part(self, start: int, stop: int) -> "Codes":
         """Rows `start:stop` of the codes, of which `start` is a multiple of the group."""
+        if start == 0 and stop == self.codes.shape[2]:
+            return self
 
         def rows(part: torch.Tensor | None) -> torch.Tensor | None:
             if part is None or part.dim() < 4 or part.shape[-2] == 1:
@@ -148,6 +152,18 @@ class Segments:
         first = 0 if self.front is None else self.front.shape[2]
         return first, first + self.coded(tokens)
 
+    def strips(self, oldest: int, seen: int) -> tuple[torch.Tensor | None, Codes, torch.Tensor | None]:
+        """Slots `oldest:seen` as a query sees them after which `seen` tokens are stored: floats, codes and floats."""
+        first, last = self.edges(seen)
+        start = max(first, oldest)
+        last = max(start, min(last, seen))
+        front = self.front[:, :, oldest : min(first, seen)] if oldest < first else None
+        return (
+            front,
+            self.body.part(start - self.start, last - self.start),
+            self.floats(last, seen) if last < seen else None,
+        )
+
     def floats(self, start: int, stop: int) -> torch.Tensor:
         """Slots `start:stop` of the front or of the tail."""
         if self.front is not None and stop <= self.front.shape[2]:
@@ -179,7 +195,7 @@ class Piece:
     slots: tuple[int, int]
 
 
-def _runs(keys: Segments, values: Segments, queries: int) -> Iterator[tuple[int, int]]:
+def runs(keys: Segments, values: Segments, queries: int) -> Iterator[tuple[int, int]]:
     """Runs of queries that see the same tokens as codes: how many tokens are stored before and after each."""
 
     def edges(tokens: int) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -212,7 +228,7 @@ def pieces(keys: Segments, values: Segments, queries: int, block: int) -> list[P
     result = []
     before = keys.total - queries
     oldest = max(keys.first, values.first)
-    for start, seen in _runs(keys, values, queries):
+    for start, seen in runs(keys, values, queries):
         cuts = {oldest, seen}
         for side in (keys, values):
             first, last = side.edges(seen)

@@ -147,6 +147,10 @@ class Codec:
         """Whether the attention op reads the codes as they are; others are decoded block by block."""
         return self.bits >= 4 and self.levels == "uniform" and not self.outliers and not self.before_rope
 
+    def is_native_on(self, device: str) -> bool:
+        """Whether the attention op of a type of device does: that of the CPU reads fewer bits and codebooks as well."""
+        return self.is_native or (device == "cpu" and not self.outliers and not self.before_rope)
+
     @property
     def token_group(self) -> int:
         """Consecutive tokens that share a scale and so become codes together."""

@@ -127,7 +127,7 @@ def test_attention_is_that_over_what_each_query_sees(scheme: Scheme, chunks: lis
                                    ("float", "channel, 6 tokens"), ("channel, 12 tokens", "int8")])  # fmt: skip
 @pytest.mark.parametrize("most", [16, 4])
 def test_groups_that_do_not_divide_a_block(sides: tuple[str, str], most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks are cut between groups, whatever their size is."""
+    """Blocks that are decoded are cut between groups, whatever their size is; they make what a single call makes."""
     scheme = Scheme("mine", *(CODECS[side] for side in sides), sinks=3)
     query, key, value = (states(100, seed=seed) for seed in range(3))
 
@@ -137,6 +137,8 @@ def test_groups_that_do_not_divide_a_block(sides: tuple[str, str], most: int, mo
 
     whole = attend()
     monkeypatch.setattr(attention, "DECODED_BLOCK", most)
+    monkeypatch.setattr(attention, "_is_one_call", lambda *_: False)
+    monkeypatch.setattr(Codec, "is_native_on", lambda codec, device: codec.is_native)
     torch.testing.assert_close(attend(), whole, atol=TOLERANCES["attention"], rtol=0)
 
 

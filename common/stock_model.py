@@ -13,6 +13,7 @@ from .errors import OctavoError, first_line
 from .runtime.attention import register_attention
 from .runtime.bias_fold import fold_biases
 from .runtime.decoder import Decoder, attention_modules, fits_attention, linear_of, state_decoder
+from .runtime.decoder_step import IS_ZOO
 from .runtime.generation_step import keeping_class
 from .runtime.passes import chunk_passes
 
@@ -93,6 +94,7 @@ def prepare(model: nn.Module) -> nn.Module:
     if facts is not None:
         state_decoder(model, facts)
         fold_biases(model, has_keys=_turns_halves(model, facts))
+    setattr(decoder, IS_ZOO, facts is not None and decoder.config.model_type in stated_architectures())
     chunk_passes(decoder)
     left = _bias_left_in(model, facts)
     if left is not None:

@@ -32,7 +32,7 @@ from .cache.code_store import CodeStore
 from .cache.quantized_cache import QuantizedCache
 from .cache.quantized_layer import QuantizedLayer
 from .cache.sliding import sliding_windows
-from .compatibility import CACHE_ARGUMENTS, cache_argument
+from .compatibility import CACHE_ARGUMENTS
 from .decoder import scaled_states, stated_decoder
 from .fused_layers import NotFused, Sources, layer_biases, plain_layer
 from .gradients import refuse_gradient
@@ -75,7 +75,8 @@ class FusedDecoder:
         self.is_float = any(
             not linear.bits for layer in self.plain for linear in layer.linears if linear.codes is not None
         )
-        self.sources = Sources(layers)  # at the end: what was packed on the way is of them
+        norms = [layer.get_submodule(decoder.attention_norm) for layer in layers]
+        self.sources = Sources(layers, norms)  # at the end: what was packed on the way is of them
         self.decoder = decoder
 
 
@@ -86,8 +87,8 @@ def _serves_store(store: Any) -> bool:
     codec = store.codec
     if codec is None:
         return True
-    is_plain = codec.is_native and codec.rule == "range" and codec.token_group == 1 and not codec.outliers
-    return is_plain and not codec.before_rope
+    is_plain = codec.rule == "range" and codec.levels == "uniform" and codec.bits in (8, 4) and not codec.outliers
+    return is_plain and codec.token_group == 1 and not codec.before_rope
 
 
 def serves_layer(layer: QuantizedLayer) -> bool:
@@ -266,7 +267,8 @@ class _Pass:
 
     def __init__(self, base: nn.Module, arguments: Mapping[str, Any]) -> None:
         self.base = base
-        self.cache = next((arguments[name] for name in CACHE_ARGUMENTS if arguments.get(name) is not None), None)
+        self.cache_name = next((name for name in CACHE_ARGUMENTS if arguments.get(name) is not None), "")
+        self.cache = arguments.get(self.cache_name)
         for refusal in (_refused_arguments(base, arguments), _refused_state(base, self.cache)):
             if refusal is not None:
                 raise NotFused(refusal)
@@ -377,4 +379,4 @@ def fused_pass(base: nn.Module, arguments: Mapping[str, Any]) -> BaseModelOutput
         _REASONS[base] = str(reason)
         return None
     _REASONS[base] = ""
-    return BaseModelOutputWithPast(last_hidden_state=output, **{cache_argument(base): this.cache})
+    return BaseModelOutputWithPast(last_hidden_state=output, **{this.cache_name: this.cache})

@@ -69,7 +69,12 @@ def layer_linear(name: str, module: nn.Module) -> LayerLinear:
     packed = module.packed() if isinstance(module, QuantizedLinear) else None
     if packed is None:
         raise NotFused(f"{name} is a {type(module).__name__}")
-    return packed
+    if packed.x_group * packed.groups != packed.in_features:
+        raise NotFused(f"{name} quantizes groups of {packed.x_group} input channels and its weight others")
+    return LayerLinear(
+        packed.codes, packed.scale, packed.zero, packed.bias, packed.quant_bias, packed.input_scale,
+        packed.input_offset, packed.bits, packed.in_features, packed.out_features, packed.groups,
+    )  # fmt: skip
 
 
 def _input_form(linear: LayerLinear) -> tuple:
@@ -149,25 +154,36 @@ def layer_biases(attention: nn.Module, position_ids: torch.Tensor, tokens: int) 
 
 
 class Sources:
-    """What layers are made of, as far as another library may put something else there."""
+    """What layers are made of, as far as another library may put something else there.
 
-    def __init__(self, layers: nn.Module) -> None:
+    Tensors that are changed in place are read as they are then.
+    """
+
+    def __init__(self, layers: nn.Module, norms: list[nn.Module]) -> None:
         modules = list(layers.modules())
         self._owners = [vars(module) for module in modules]
         self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
-        parts = [part for module in modules for part in (module._modules, module._parameters, module._buffers)]
-        self._parts = [part for part in parts if part]
-        self._values = [value for part in self._parts for value in part.values()]  # alive, so that no other has its id
-        self._ids = list(map(id, self._values))
+        self._children = [module._modules for module in modules if module._modules]
+        self._packed = [vars(module) for module in modules if isinstance(module, QuantizedLinear)]
+        self._norms = norms
+        self._kept = self._parts()  # alive, so that no other object has the id of one
+        self._found = self._now()
+
+    def _parts(self) -> list[Any]:
+        children = [child for part in self._children for child in part.values()]
+        return [*children, *[owner.get("_panels") for owner in self._packed]]
+
+    def _now(self) -> list[int]:
+        return [*map(id, self._parts()), *[norm.weight.data_ptr() for norm in self._norms]]
 
     def change(self) -> str | None:
         """What keeps the layers from being run whole, or None."""
         if any(self._hooks):
             return "a module has a hook"
-        if any(["forward" in owner for owner in self._owners]):
+        if any("forward" in owner for owner in self._owners):
             return "another library has put its own forward in the place of a module's"
         return None
 
     def are_same(self) -> bool:
-        """Whether modules, parameters and buffers are those that were there."""
-        return [id(value) for part in self._parts for value in part.values()] == self._ids
+        """Whether modules and their weights are those that were there."""
+        return self._now() == self._found

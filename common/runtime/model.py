@@ -26,6 +26,7 @@ from .compatibility import (
     without_cache,
 )
 from .decoder import Decoder, attention_modules, list_experts, state_decoder, stated_decoder
+from .decoder_step import IS_ZOO
 from .generation_step import keep_cache
 from .passes import chunk_passes
 from .quantized_linear import QuantizedLinear
@@ -170,6 +171,7 @@ class QuantizedCausalLM:
         decoder.octavo_parameters, decoder.octavo_cache_argument = parameter_names(decoder), cache_argument(decoder)
         decoder.register_forward_pre_hook(_provide_cache, with_kwargs=True)
         decoder.register_forward_hook(_withdraw_cache, with_kwargs=True)
+        setattr(decoder, IS_ZOO, True)
         chunk_passes(decoder)
 
     @classmethod

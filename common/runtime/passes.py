@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .compatibility import CACHE_ARGUMENTS, parameter_names
+from .decoder_step import fused_pass
 from .rotary import changes_with_length
 
 CHUNK = 512
@@ -56,8 +57,9 @@ def run_pass(base: nn.Module, forward: Callable[..., Any], names: tuple[str, ...
 
 
 def one_pass(base: nn.Module, forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-    """A pass, or a chunk of one, as a whole."""
-    return forward(**arguments)
+    """A pass, or a chunk of one: all layers in one call where that is served, or else module by module."""
+    output = fused_pass(base, arguments)
+    return forward(**arguments) if output is None else output
 
 
 def _in_chunks(base: nn.Module, forward: Callable[..., Any], arguments: dict[str, Any], size: int) -> Any:

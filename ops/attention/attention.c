@@ -205,7 +205,7 @@ static void attend_task(Attention *all, int64_t task, Scratch *scratch) {
 }
 
 /* Called by each thread of a region; the output is whole behind it. */
-OUTLINE void share_attention(Attention *all) {
+OUTLINE void share_attention(Attention *all, Team *team) {
     const AttentionArguments *a = &all->arguments;
     const Plan *plan = &all->plan;
     Scratch *scratch = new_scratch(all->scratch_floats);
@@ -213,18 +213,18 @@ OUTLINE void share_attention(Attention *all) {
         lay_out(scratch, plan, all->gathered_floats);
     else
         all->failed = 1;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t task = 0; task < all->tasks; task++)
+    for (int64_t task; (task = team_next(team)) < all->tasks;)
         if (scratch) attend_task(all, task, scratch);
     free(scratch);
+    team_wait(team);
     if (plan->chunks == 1) return;
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < all->rows; row++) {
+    for (int64_t row = share_from(all->rows); row < share_to(all->rows); row++) {
         int64_t pair = row / plan->rows;
         float *output = all->part_outputs + row * plan->padded;
         merge_row(plan, all->part_rows + row, output, all->rows, all->rows * plan->padded);
         finish_row(a, plan, pair / a->groups, pair % a->groups, row % plan->rows, all->part_rows + row, output);
     }
+    team_wait(team);
 }
 
 /* Returns 0, or 1 if there is not enough memory, or 2 if there is nothing to do or the arguments do not go together. */
@@ -235,9 +235,10 @@ EXPORT int attention(const PackedAttentionCall *packed) {
     int64_t count = has_ends(&packed->call.ends) ? cut_pieces(&packed->call, &arguments, pieces) : 0;
     Attention all = count > 1 ? begin_pieces(&arguments, pieces, count)
                               : begin_attention(count ? &pieces[0].arguments : &arguments);
+    Team team = {0};
     if (!all.failed) {
 #pragma omp parallel num_threads((int)arguments.threads) if (arguments.threads > 1)
-        share_attention(&all);
+        share_attention(&all, &team);
     }
     end_attention(&all);
     return all.failed;

@@ -48,10 +48,10 @@ ATTENTION_SOURCES = tuple([
         "attention.c",
     )
 ])  # fmt: skip
-"""What each needs stands before it; vector.h before all."""
+"""What each needs stands before it; vector.h and team.h before all."""
 ATTENTION_KERNEL = CKernel(
     "attention",
-    ("ops/shared/vector.h", *ATTENTION_SOURCES),
+    ("ops/shared/vector.h", "ops/shared/team.h", *ATTENTION_SOURCES),
     ("attention",),
     PACKED_ATTENTION.declarations,
 )

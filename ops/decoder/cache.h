@@ -41,8 +41,8 @@ static void keep_rows(const Operand *codes, const float *x, int64_t stride, int6
 static void share_encoding(Work *work, const DecoderLayer *layer, int64_t first) {
     int64_t heads = layer->kv_heads, head_dim = layer->head_dim, q = layer->heads * head_dim, kv = heads * head_dim;
     int64_t stride = q + 2 * kv, blocks = (work->tokens + ENCODED_ROWS - 1) / ENCODED_ROWS;
-#pragma omp for schedule(static)
-    for (int64_t item = 0; item < 2 * work->batch * heads * blocks; item++) {
+    int64_t items = 2 * work->batch * heads * blocks;
+    for (int64_t item = share_from(items); item < share_to(items); item++) {
         int64_t block = item % blocks, g = item / blocks % heads, b = item / blocks / heads % work->batch;
         int is_value = item / blocks / heads / work->batch == 1;
         const Coded *side = is_value ? &layer->value_codes : &layer->key_codes;
@@ -57,6 +57,7 @@ static void share_encoding(Work *work, const DecoderLayer *layer, int64_t first)
         CodecArguments call = codec_call(work, side, x, stride, at, b, g, tokens, head_dim, is_dynamic);
         if ((is_dynamic ? work->encode_token : work->encode)(&call)) work->failed = 1;
     }
+    team_wait(&work->team);
 }
 
 /* Attention of this pass's queries to all that is stored then. */

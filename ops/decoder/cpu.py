@@ -27,6 +27,7 @@ _LINEAR = {
 }
 _SIDE = {
     "codes": Loadable(tuple(KINDS), is_dense=True),
+    "levels": _FLOATS,
     "scale": Loadable((torch.float32, torch.float16)),
     "zero": Loadable((torch.float32, torch.float16)),
 }
@@ -58,6 +59,7 @@ DECODER_KERNEL = CKernel(
     (
         "ops/shared/vector.h",
         "ops/shared/rounding.h",
+        "ops/shared/team.h",
         *ATTENTION_SOURCES,
         "ops/codec/arguments.h",
         *PACKED_SOURCES,

@@ -5,7 +5,7 @@ static void normed_row(Work *work, const LayerNorms *norms, const Operand *weigh
                        int64_t row, int64_t in_block) {
     float *to = work->input + in_block * work->hidden;
     norm_row(work->states + row * work->hidden, work->hidden, weight, norms->offset, norms->eps, to);
-    take_row(linear, to, &work->quantized, in_block);
+    take_row(work, linear, to, in_block);
 }
 
 /* Adds to the states of a row what attention or the MLP made. */
@@ -47,17 +47,15 @@ static void share_inputs(Work *work, const DecoderLayer *layer) {
     const LayerLinear *linears[3] = {&layer->linears.query, &layer->linears.key, &layer->linears.value};
     for (int64_t start = 0; start < work->rows; start += BLOCK_ROWS) {
         int64_t rows = smaller(BLOCK_ROWS, work->rows - start);
-#pragma omp single
-        fit_rows(&layer->linears.query, &work->quantized);
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows; row++)
-            normed_row(work, &layer->norms, &layer->norms.attention, &layer->linears.query, start + row, row);
+        for (int64_t row = share_from(rows); row < share_to(rows); row++)
+            normed_row(work, &layer->norms, &layer->norms.attention, linears[0], start + row, row);
+        team_wait(&work->team);
         share_linears(work, linears, rows, work->input, work->projected + start * stride, stride);
-#pragma omp barrier
     }
-#pragma omp for schedule(static)
-    for (int64_t item = 0; item < work->rows * all_heads; item++)
+    int64_t items = work->rows * all_heads;
+    for (int64_t item = share_from(items); item < share_to(items); item++)
         finish_head(work, layer, item / all_heads, item % all_heads);
+    team_wait(&work->team);
 }
 
 /* Attention's output of a row as `output` reads it. */
@@ -70,60 +68,54 @@ static void attended_row(Work *work, const DecoderLayer *layer, int64_t row, int
         const float *bias = (const float *)layer->biases.value.data + head / ratio * head_dim;
         for (int64_t d = 0; d < head_dim; d++) x[head * head_dim + d] += bias[d];
     }
-    take_row(&layer->linears.output, x, &work->quantized, in_block);
+    take_row(work, &layer->linears.output, x, in_block);
 }
 
-/* The projection behind attention and the MLP, added to the states. */
-static void share_outputs(Work *work, const DecoderLayer *layer) {
+/* The projection behind attention, and the MLP, added to the states of a block of rows. */
+static void share_block(Work *work, const DecoderLayer *layer, int64_t start, int64_t rows) {
     const LayerNorms *norms = &layer->norms;
-    const LayerLinear *outputs[3] = {&layer->linears.output}, *downs[3] = {&layer->linears.down};
-    const LayerLinear *branches[3] = {&layer->linears.gate, &layer->linears.up};
-    int64_t width = layer->heads * layer->head_dim, inner = layer->linears.down.in_features;
-    for (int64_t start = 0; start < work->rows; start += BLOCK_ROWS) {
-        int64_t rows = smaller(BLOCK_ROWS, work->rows - start);
-#pragma omp single
-        fit_rows(&layer->linears.output, &work->quantized);
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows; row++) attended_row(work, layer, start + row, row);
-        share_linears(work, outputs, rows, work->attended + start * width, work->added, work->hidden);
-#pragma omp barrier
-#pragma omp single
-        fit_rows(&layer->linears.gate, &work->quantized);
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows; row++) {
-            add_row(work, layer, &norms->attention_output, start + row, row);
-            normed_row(work, norms, &norms->mlp, &layer->linears.gate, start + row, row);
-        }
-        share_linears(work, branches, rows, work->input, work->branch, 2 * inner);
-#pragma omp barrier
-#pragma omp single
-        fit_rows(&layer->linears.down, &work->quantized);
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows; row++) {
-            float *gate = work->branch + row * 2 * inner, *to = work->input + row * inner;
-            activate_row(gate, gate + inner, inner, layer->activation, to);
-            take_row(&layer->linears.down, to, &work->quantized, row);
-        }
-        share_linears(work, downs, rows, work->input, work->added, work->hidden);
-#pragma omp barrier
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows; row++) add_row(work, layer, &norms->mlp_output, start + row, row);
+    const LayerLinears *linears = &layer->linears;
+    const LayerLinear *outputs[3] = {&linears->output}, *branches[3] = {&linears->gate, &linears->up},
+                      *downs[3] = {&linears->down};
+    int64_t from = share_from(rows), to = share_to(rows), inner = linears->down.in_features;
+    for (int64_t row = from; row < to; row++) attended_row(work, layer, start + row, row);
+    team_wait(&work->team);
+    share_linears(work, outputs, rows, work->attended + start * layer->heads * layer->head_dim, work->added,
+                  work->hidden);
+    for (int64_t row = from; row < to; row++) {
+        add_row(work, layer, &norms->attention_output, start + row, row);
+        normed_row(work, norms, &norms->mlp, &linears->gate, start + row, row);
     }
+    team_wait(&work->team);
+    share_linears(work, branches, rows, work->input, work->branch, 2 * inner);
+    for (int64_t row = from; row < to; row++) {
+        float *gate = work->branch + row * 2 * inner, *into = work->input + row * inner;
+        activate_row(gate, gate + inner, inner, layer->activation, into);
+        take_row(work, &linears->down, into, row);
+    }
+    team_wait(&work->team);
+    share_linears(work, downs, rows, work->input, work->added, work->hidden);
+    for (int64_t row = from; row < to; row++) add_row(work, layer, &norms->mlp_output, start + row, row);
+}
+
+/* What comes behind attention; the states are whole behind it. */
+static void share_outputs(Work *work, const DecoderLayer *layer) {
+    for (int64_t start = 0; start < work->rows; start += BLOCK_ROWS)
+        share_block(work, layer, start, smaller(BLOCK_ROWS, work->rows - start));
+    team_wait(&work->team);
 }
 
 /* `first` tokens are forgotten by the layer's part of the cache. */
 static void share_layer(Work *work, const DecoderLayer *layer, int64_t first) {
     share_inputs(work, layer);
-#pragma omp single nowait
-    {
+    if (thread_number() == 0) { /* the others wait for it behind the encoding */
         AttentionArguments call = attention_call(work, layer, first);
         work->attention = begin_attention(&call);
         work->failed |= work->attention.failed;
     }
     share_encoding(work, layer, first);
-    if (!work->attention.failed) share_attention(&work->attention);
-#pragma omp single
-    end_attention(&work->attention);
+    if (!work->attention.failed) share_attention(&work->attention, &work->team);
+    if (thread_number() == 0) end_attention(&work->attention);
     share_outputs(work, layer);
 }
 

@@ -7,19 +7,22 @@ static PackedWeight packed_weight(const LayerLinear *linear) {
                           (const int32_t *)linear->quant_bias.data};
 }
 
-/* A row as the linears that read it want it; they all want the same. */
-static void take_row(const LayerLinear *linear, const float *x, QuantizedRows *to, int64_t row) {
-    if (!linear->bits) return;
-    if (linear->input_scale.data)
-        quantize_row_static(x, linear->in_features, *(const float *)linear->input_scale.data,
-                            *(const float *)linear->input_offset.data, to, row);
-    else
-        quantize_row(x, linear->in_features, linear->in_features / linear->groups, to, row);
+/* The rows that a linear reads, as they lie in the scratch. */
+static QuantizedRows rows_for(const Work *work, const LayerLinear *linear) {
+    QuantizedRows rows = work->quantized;
+    rows.stride = packed_stride(linear->in_features), rows.groups = linear->groups;
+    return rows;
 }
 
-/* How rows of a linear's input lie in the scratch. */
-static void fit_rows(const LayerLinear *linear, QuantizedRows *rows) {
-    rows->stride = packed_stride(linear->in_features), rows->groups = linear->groups;
+/* A row as the linears that read it want it; they all want the same. */
+static void take_row(const Work *work, const LayerLinear *linear, const float *x, int64_t row) {
+    if (!linear->bits) return;
+    QuantizedRows to = rows_for(work, linear);
+    if (linear->input_scale.data)
+        quantize_row_static(x, linear->in_features, *(const float *)linear->input_scale.data,
+                            *(const float *)linear->input_offset.data, &to, row);
+    else
+        quantize_row(x, linear->in_features, linear->in_features / linear->groups, &to, row);
 }
 
 /* Rows of floats times the rows `first` to `last` of a weight in float. */
@@ -35,26 +38,40 @@ static void float_product(const LayerLinear *linear, const float *x, int64_t row
     }
 }
 
-/* Outputs of up to three linears side by side, of `rows` rows whose floats lie in `input`. No barrier behind it. */
-static void share_linears(const Work *work, const LayerLinear *linears[3], int64_t rows, const float *input,
-                          float *output, int64_t stride) {
-    int64_t panels[3] = {0}, all = 0;
-    for (int i = 0; i < 3; i++) {
-        if (!linears[i] || !linears[i]->codes.data) continue;
-        panels[i] = (linears[i]->out_features + PACKED_CHANNELS - 1) / PACKED_CHANNELS, all += panels[i];
-    }
-    Range mine = share_of(all);
-    for (int i = 0; i < 3; i++) {
-        int64_t from = clamped(mine.from, panels[i]), to = clamped(mine.to, panels[i]);
-        const LayerLinear *linear = linears[i];
-        if (from < to && linear->bits) {
-            PackedWeight weight = packed_weight(linear);
-            packed_product(&weight, &work->quantized, rows, from, to, output, stride);
-        } else if (from < to) {
-            float_product(linear, input, rows, PACKED_CHANNELS * from,
-                          smaller(PACKED_CHANNELS * to, linear->out_features), output, stride);
+/* The outputs of linears in float among those of share_linears. */
+static void share_floats(Work *work, const LayerLinear *linears[3], int64_t rows, const float *input, float *output,
+                         int64_t stride) {
+    for (int64_t i = 0, task = team_next(&work->team), begin = 0; i < 3; i++) {
+        int64_t width = linears[i] ? linears[i]->out_features : 0, is_float = width && !linears[i]->bits;
+        int64_t panels = is_float ? (width + PACKED_CHANNELS - 1) / PACKED_CHANNELS : 0;
+        for (; task < begin + panels; task = team_next(&work->team)) {
+            int64_t first = (task - begin) * PACKED_CHANNELS;
+            float_product(linears[i], input, rows, first, smaller(first + PACKED_CHANNELS, width), output, stride);
         }
-        mine.from -= panels[i], mine.to -= panels[i];
-        if (panels[i]) output += linear->out_features;
+        begin += panels, output += width;
     }
+    team_wait(&work->team);
+}
+
+/* Outputs of up to three linears side by side, of `rows` rows whose floats lie in `input`, and codes in `quantized`. */
+static void share_linears(Work *work, const LayerLinear *linears[3], int64_t rows, const float *input, float *output,
+                          int64_t stride) {
+    PackedWeight weights[3];
+    PackedProduct products[3];
+    int64_t count = 0, floats = 0, column = 0;
+    for (int i = 0; i < 3; i++) {
+        const LayerLinear *linear = linears[i];
+        if (!linear || !linear->codes.data) continue;
+        if (linear->bits) {
+            weights[count] = packed_weight(linear);
+            products[count] = (PackedProduct){&weights[count], output + column, stride};
+            count++;
+        } else {
+            floats++;
+        }
+        column += linear->out_features;
+    }
+    QuantizedRows x = rows_for(work, linears[0]);
+    if (count) share_packed(products, count, &x, rows, &work->team);
+    if (floats) share_floats(work, linears, rows, input, output, stride);
 }

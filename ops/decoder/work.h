@@ -15,20 +15,11 @@ typedef struct {
     float *input;                 /* [BLOCK_ROWS][what the widest linear reads] */
     float *branch;                /* [BLOCK_ROWS][gate and up] */
     float *added;                 /* [BLOCK_ROWS][hidden] */
-    QuantizedRows quantized;      /* BLOCK_ROWS of them */
+    QuantizedRows quantized;      /* room for BLOCK_ROWS of them */
     Attention attention;
+    Team team;
     int failed;
 } Work;
-
-/* The part of `count` things that is this thread's. */
-INLINE Range share_of(int64_t count) {
-#ifdef _OPENMP
-    int64_t number = omp_get_thread_num(), threads = omp_get_num_threads();
-#else
-    int64_t number = 0, threads = 1;
-#endif
-    return (Range){count * number / threads, count * (number + 1) / threads};
-}
 
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }

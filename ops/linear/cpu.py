@@ -25,6 +25,7 @@ LINEAR_KERNEL = CKernel(
     (
         "ops/shared/vector.h",
         "ops/shared/rounding.h",
+        "ops/shared/team.h",
         "ops/linear/linear.h",
         "ops/linear/integer.c",
         "ops/linear/float.c",

@@ -23,20 +23,17 @@ static void packed_quantize(const PackedArguments *a, int64_t row, float *buffer
 }
 
 /* All but the allocation of memory: `buffers` has a row for each thread, `output` all rows where they become narrower. */
-static void packed_region(const PackedArguments *a, const PackedProduct *product, QuantizedRows *x, float *buffers) {
-    int64_t values = a->rows * a->out_features;
-    int thread = 0;
-#ifdef _OPENMP
-    thread = omp_get_thread_num();
-#endif
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < a->rows; row++) packed_quantize(a, row, buffers + thread * a->in_features, x);
-    share_packed(product, 1, x, a->rows);
+static void packed_region(const PackedArguments *a, const PackedProduct *product, QuantizedRows *x, float *buffers,
+                          Team *team) {
+    int64_t values = a->rows * a->out_features, eights = (values + 7) / 8;
+    float *buffer = buffers + thread_number() * a->in_features;
+    for (int64_t row = share_from(a->rows); row < share_to(a->rows); row++) packed_quantize(a, row, buffer, x);
+    team_wait(team);
+    share_packed(product, 1, x, a->rows, team);
     if (a->kind == KIND_FLOAT32) return;
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < values; i += 8) {
+    for (int64_t i = 8 * share_from(eights); i < 8 * share_to(eights); i += 8) {
         int64_t count = values - i < 8 ? values - i : 8;
-        store_any(a->output, i, load_any((int64_t)product->output, i, count, KIND_FLOAT32), count, a->kind);
+        if (count > 0) store_any(a->output, i, load_any((int64_t)product->output, i, count, KIND_FLOAT32), count, a->kind);
     }
 }
 
@@ -57,8 +54,9 @@ EXPORT int linear_packed(const PackedArguments *given) {
     QuantizedRows x = quantized_rows_in(buffers + floats, a->rows, a->in_features, a->group);
     float *output = narrow ? buffers + threads * a->in_features : (float *)a->output;
     const PackedProduct product = {&weight, output, a->out_features};
+    Team team = {0};
 #pragma omp parallel num_threads(threads) if (threads > 1)
-    packed_region(a, &product, &x, buffers);
+    packed_region(a, &product, &x, buffers, &team);
     free(memory);
     return 0;
 }

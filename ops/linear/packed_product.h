@@ -216,14 +216,13 @@ static int64_t packed_grain(const PackedWeight *w, int64_t rows) {
 
 /* Products of the same rows, called by each thread of a region; the outputs are whole behind it. */
 static __attribute__((unused)) void share_packed(const PackedProduct *products, int64_t count, const QuantizedRows *x,
-                                                 int64_t rows) {
+                                                 int64_t rows, Team *team) {
     int64_t height = packed_block_rows(x, rows), blocks = height ? (rows + height - 1) / height : 0, tasks = 0;
     for (int64_t i = 0; i < count; i++) {
         int64_t grain = packed_grain(products[i].weight, rows);
         tasks += (packed_panels(products[i].weight) + grain - 1) / grain;
     }
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t task = 0; task < blocks * tasks; task++) {
+    for (int64_t task; (task = team_next(team)) < blocks * tasks;) {
         int64_t row = task / tasks * height, at = task % tasks, i = 0, grain, chunks;
         for (;; i++, at -= chunks) {
             grain = packed_grain(products[i].weight, rows);
@@ -234,4 +233,5 @@ static __attribute__((unused)) void share_packed(const PackedProduct *products, 
         packed_block(products[i].weight, x, row, rows - row < height ? rows - row : height, at * grain, last,
                      products[i].output, products[i].stride);
     }
+    team_wait(team);
 }

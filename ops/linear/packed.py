@@ -115,8 +115,8 @@ def _check_packable(
     groups = scale.shape[1]
     if in_features % groups or (groups > 1 and in_features // groups % WEIGHT_BLOCK):
         raise ValueError(
-            f"packed weights have groups of a multiple of {WEIGHT_BLOCK} channels, and scale {tuple(scale.shape)} is of "
-            f"{in_features / groups:g}"
+            f"packed weights have groups of a multiple of {WEIGHT_BLOCK} channels, and scale {tuple(scale.shape)} has "
+            f"groups of {in_features / groups:g}"
         )
     if zero is not None and zero.numel() != scale.numel():
         raise ValueError(f"weight_zero {tuple(zero.shape)} is not of the shape of weight_scale {tuple(scale.shape)}")

@@ -26,7 +26,8 @@ def linear_packed_reference(
         x: `[..., K]`, any float dtype.
         packed: a weight `[N, K]`.
         bias: `[N]`, any float dtype, or None.
-        group: input channels of x that share a scale, which divide those of the weight; 0: K of them.
+        group: input channels of x that share a scale, which divide those of the weight; 0: as many as of the
+            weight.
 
     Returns:
         `[..., N]`, of the dtype of `x`; NaN for a row of x in which there is one.
@@ -49,11 +50,14 @@ def linear_packed_reference(
 
 def _checked_group(x: torch.Tensor, packed: Packed, group: int) -> int:
     """Channels of x that share a scale; raises ValueError as `linear_packed_reference` does."""
-    in_features, group = packed.in_features, group or packed.in_features
+    in_features = packed.in_features
+    group = group or in_features // packed.num_groups
     if x.shape[-1] != in_features:
         raise ValueError(f"x {tuple(x.shape)} does not belong to a packed weight of {in_features} input channels")
     if group < in_features and (group % WEIGHT_BLOCK or in_features % group):
-        raise ValueError(f"groups of x are a multiple of {WEIGHT_BLOCK} channels that divides {in_features}, not {group}")
+        raise ValueError(
+            f"groups of x are a multiple of {WEIGHT_BLOCK} channels that divides {in_features}, not {group}"
+        )
     if in_features // packed.num_groups % group:
         raise ValueError(f"a group of x, {group} channels, does not divide one of the weight")
     if group > LARGEST_IN_FEATURES:

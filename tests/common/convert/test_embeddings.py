@@ -89,6 +89,8 @@ def test_a_tied_head_is_the_embedding(outputs: dict[bool, Any]) -> None:
     assert head.packed().codes.data_ptr() == embedding.pack().codes.data_ptr() and torch.equal(
         head.weight, embedding.weight
     )
+    held = sum(part.nbytes for part in embedding.buffers())
+    assert held == 320 * 64 + 320 * 2 * 2, "panels of codes, and scales in 16 bits"
     model.tie_weights()
     count = sum(tensor.numel() for tensor in model.state_dict().values() if tensor.shape[:1] == (320,))
     assert count == 320 * 64 + 320 * 2, "codes and two scales a row"

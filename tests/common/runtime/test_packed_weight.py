@@ -133,6 +133,19 @@ def test_what_a_kernel_is_given_is_the_layer(scheme: LinearScheme) -> None:
     assert (given.input_scale is None) == (scheme.label != W8A8)
 
 
+@SCHEMES
+@pytest.mark.parametrize("is_packed", [True, False])
+@torch.no_grad()
+def test_layers_compile_whole(scheme: LinearScheme, is_packed: bool) -> None:
+    layer, _, x = example(scheme)
+    expected = copy.deepcopy(layer)(x)
+    _ = layer.pack() if is_packed else layer.unpack()
+    torch._dynamo.reset()
+    found = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert (layer._panels is not None) == is_packed, "nothing is packed while a graph is made"
+
+
 def test_what_is_left_out_of_a_bias_is_left_out_there(monkeypatch: pytest.MonkeyPatch) -> None:
     for scheme in (LinearScheme(W8A8), LinearScheme(W8A16, 32)):
         layer, _, _ = example(scheme)

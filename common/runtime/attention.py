@@ -15,7 +15,7 @@ from transformers.masking_utils import (
     sliding_window_overlay,
 )
 
-from ...ops import attention, attention_lse
+from ...ops import attend, attention_lse
 from ...ops.attention.call import ATTENTION_CALL, AttentionCall, Coded, Ends, PositionScores, Visibility
 from ...ops.shared.registry import NAMESPACE
 from ..errors import OctavoError
@@ -89,18 +89,16 @@ class _Call:
         visibility, position = Visibility(mask, self.causal, keys.length, self.window), self.position
         if self.first and position.query is not None:
             position = position._replace(start=position.start + self.first)
-        return attention(*self._flat(self.query, self.query_scale, keys, values, visibility, position))
+        return attend(self._of(self.query, self.query_scale, keys, values, visibility, position))
 
-    def _flat(
+    def _of(
         self, query: torch.Tensor, query_scale: torch.Tensor | None, keys: Codes, values: Codes,
         visibility: Visibility, position: PositionScores, ends: Ends = _NO_ENDS,
-    ) -> tuple:  # fmt: skip
-        """The arguments of the op."""
-        key, value = (
-            Coded(side.codes, side.scale, side.zero, side.group, side.bits, side.levels) for side in (keys, values)
-        )
-        call = AttentionCall(query, key, value, self.scaling, query_scale, visibility, position, ends)
-        return ATTENTION_CALL.flat(call)
+    ) -> AttentionCall:  # fmt: skip
+        """The call of the op."""
+        key = Coded(keys.codes, keys.scale, keys.zero, keys.group, keys.bits, keys.levels)
+        value = Coded(values.codes, values.scale, values.zero, values.group, values.bits, values.levels)
+        return AttentionCall(query, key, value, self.scaling, query_scale, visibility, position, ends)
 
     def segments(self, keys: Segments, values: Segments) -> torch.Tensor:
         """A call of the op, where it reads floats beside codes, for all queries that see the same as codes."""
@@ -127,7 +125,7 @@ class _Call:
         value_front, value, value_tail = values.strips(self.first, seen)
         visibility = Visibility(mask, self.causal, None, self.window)
         ends = Ends(key_front, key_tail, value_front, value_tail)
-        return attention(*self._flat(query, None, key, value, visibility, position, ends))
+        return attend(self._of(query, None, key, value, visibility, position, ends))
 
     def _by_pieces(self, keys: Segments, values: Segments) -> torch.Tensor:
         """Piece by piece, each weighed by its sum of exponentials."""
@@ -168,7 +166,7 @@ class _Call:
         length = torch.tensor([piece.seen - start], device=query.device) if last - first > 1 or self.window else None
         query_scale = self.query_scale if keys.scale is not None else None
         visibility = Visibility(mask, self.causal, length, self.window)
-        return attention_lse(*self._flat(query, query_scale, keys, values, visibility, position))
+        return attention_lse(*ATTENTION_CALL.flat(self._of(query, query_scale, keys, values, visibility, position)))
 
 
 def _is_one_call(call: _Call, keys: Segments, values: Segments) -> bool:

@@ -4,6 +4,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch.nn import functional
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 
@@ -22,6 +23,8 @@ def hadamard(x: torch.Tensor) -> torch.Tensor:
 
     Where D is no power of two, blocks of the largest power of two that divides it are rotated on their own.
     """
+    if x.dtype == torch.float32:
+        return functional.linear(x, _hadamard(x.shape[-1], x.device, x.dtype))  # the matrix is symmetric
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return (x.to(dtype) @ _hadamard(x.shape[-1], x.device, dtype)).to(x.dtype)
 

@@ -34,8 +34,11 @@ def _define(name: str, returns: Any, reference: Callable, fake: Callable) -> Cal
 
 def _implement(
     name: str, dispatch_key: str, supports: Callable, kernel: Callable, description: str | Callable[[], str]
-) -> None:
+) -> Callable[[AttentionCall], Any]:
     """Register the kernel of a device for the calls that it supports; the reference takes the others, and that is said.
+
+    Returns:
+        what is registered, of a call.
 
     Raises:
         TypeError: a signature other than that of the op.
@@ -49,6 +52,7 @@ def _implement(
         return reference(call) if fell_back(name, device, supports(call)) else kernel(call)
 
     implement(name, dispatch_key, ATTENTION_CALL.flattened(attend), description)
+    return attend
 
 
 _OPS = {
@@ -58,9 +62,23 @@ _OPS = {
 """What each returns, and its reference."""
 attention = _define("attention", *_OPS["attention"], _attention_fake)
 attention_lse = _define("attention_lse", *_OPS["attention_lse"], _attention_lse_fake)
-_implement("attention", "CPU", attention_cpu_supports, attention_cpu, attention_cpu_description)
+_ATTEND_CPU = _implement("attention", "CPU", attention_cpu_supports, attention_cpu, attention_cpu_description)
 _implement("attention_lse", "CPU", attention_cpu_supports, attention_lse_cpu, attention_cpu_description)
 _implement("attention", "CUDA", attention_cuda_supports, attention_cuda, ATTENTION_CUDA)
 _implement("attention_lse", "CUDA", attention_cuda_supports, attention_lse_cuda, ATTENTION_CUDA)
 _implement("attention", "PrivateUse1", attention_npu_supports, attention_npu, ATTENTION_NPU)
 _implement("attention_lse", "PrivateUse1", attention_lse_npu_supports, attention_lse_reference, ATTENTION_LSE_NPU)
+
+
+def attend(call: AttentionCall) -> torch.Tensor:
+    """What the op `attention` gives of a call, on the CPU without torch's dispatcher where nobody listens to it.
+
+    It takes as long as a third of all else around the kernel.
+    """
+    query = call.query
+    is_plain = type(query) is torch.Tensor and query.device.type == "cpu" and not torch.is_grad_enabled()
+    if not is_plain or torch.compiler.is_compiling():
+        return attention(*ATTENTION_CALL.flat(call))
+    if not torch._C._len_torch_dispatch_stack() and torch._C._get_tracing_state() is None:
+        return _ATTEND_CPU(call)
+    return attention(*ATTENTION_CALL.flat(call))

@@ -60,8 +60,8 @@ ATTENTION_KERNEL = CKernel(
 def attention_cpu_description() -> str:
     """What serves on the CPU, for `ops.report()`."""
     return (
-        f"{ATTENTION_KERNEL.description()}; queries in float64 by the reference (PyTorch); K and V with outliers, and K "
-        "stored before RoPE, are decoded in blocks first"
+        f"{ATTENTION_KERNEL.description()}; queries in float64 by the reference (PyTorch); K and V with outliers, and "
+        "K stored before RoPE, are decoded in blocks first"
     )
 
 

@@ -73,6 +73,11 @@ class CodeStorage:
     def _group(self) -> int:
         return 1 if self.codec is None else self.codec.token_group
 
+    @property
+    def storage(self) -> torch.Tensor | None:
+        """Where the codes lie, another tensor once they have been moved."""
+        return self._codes
+
     def check_room(self, tokens: int) -> None:
         """Raise an `OctavoError` if a storage of fixed length does not hold so many tokens."""
         if self.max_length is not None and tokens > self.max_length:

@@ -12,7 +12,7 @@ from ..precision import kept_dtype
 from ..schemes.kv_scheme import CROP_ROOM, Scheme
 from ..schemes.tensor_codec import Codec
 from .code_store import CodeStore
-from .views import Segments
+from .views import Codes, Segments
 
 
 class SegmentStore:
@@ -39,6 +39,9 @@ class SegmentStore:
         self._offset = 0  # tokens between the front and the tail, all of them codes
         self._has_front = scheme.sinks > 0 and codec is not None
         self._is_delayed = scheme.is_delayed(codec)
+        self._step = scheme.step(codec)
+        self._handle: Codes | None = None  # of the codes as they were at `_handle_of`
+        self._handle_of: tuple[torch.Tensor | None, int, int] = (None, 0, 0)
 
     @property
     def sinks(self) -> int:
@@ -59,7 +62,7 @@ class SegmentStore:
         """Tokens that the storage of the tail holds: as many as are ever kept, and one that comes."""
         if not self._is_delayed:
             return 0
-        most = self.scheme.window + self.scheme.step(self.codec) + self.crop_room
+        most = self.scheme.window + self._step + self.crop_room
         return most if self.body.max_length is None else min(most, self.body.max_length)
 
     def allocate(self, like: torch.Tensor, tokens: int) -> None:
@@ -81,6 +84,11 @@ class SegmentStore:
 
     def append(self, values: torch.Tensor) -> Segments:
         """Store new tokens `[B, G, S, D]`; return what this pass's queries read."""
+        if self._only_extends_tail(values):
+            stop = self._kept + values.shape[2]
+            self._tail[:, :, self._kept : stop] = values
+            self._kept = stop
+            return Segments(self._front, self._body(), self._tail[:, :, :stop], self.length, self._coded)
         self.allocate(values, self.length + values.shape[2])
         missing = self.scheme.sinks - self.sinks
         if self._front is not None and missing > 0:
@@ -91,7 +99,31 @@ class SegmentStore:
             tail = self._append_to_tail(values)
         elif values.shape[2]:
             self.body.append(values)
-        return Segments(self._front, self.body.codes(), tail, self.length, self._coded)
+        return Segments(self._front, self._body(), tail, self.length, self._coded)
+
+    def _only_extends_tail(self, values: torch.Tensor) -> bool:
+        """Whether new tokens fit behind those in the tail, and no others become codes or leave it for that."""
+        tail, most = self._tail, self.body.max_length
+        if not self._is_delayed or tail is None or (self._has_front and self.sinks < self.scheme.sinks):
+            return False
+        stop, total = self._kept + values.shape[2], self.length + values.shape[2]
+        return (
+            stop <= tail.shape[2]
+            and (most is None or total <= most)
+            and tail.dtype == kept_dtype(values.dtype)
+            and tail.shape[:2] == values.shape[:2]
+            and tail.shape[3] == values.shape[3]
+            and self._coded(total) == self.body.length
+            and self._coded(total - self.crop_room) <= self._offset
+        )
+
+    def _body(self) -> Codes:
+        """The codes, as the same views while they are the same."""
+        body = self.body
+        of = body.storage, body.length, body.forgotten
+        if self._handle is None or self._handle_of[0] is not of[0] or self._handle_of[1:] != of[1:]:
+            self._handle, self._handle_of = body.codes(), of
+        return self._handle
 
     def _append_to_tail(self, values: torch.Tensor) -> torch.Tensor:
         """Code the tokens that are due; returns the tail before older tokens than may be needed again leave it."""
@@ -115,7 +147,9 @@ class SegmentStore:
         return tail
 
     def _coded(self, tokens: int) -> int:
-        return self.scheme.coded(self.codec, tokens) if self._is_delayed else self.body.length
+        if not self._is_delayed:
+            return self.body.length
+        return max(0, tokens - self.scheme.sinks - self.scheme.window) // self._step * self._step
 
     def shortest(self) -> int:
         """The length from which on each up to the present one can be cropped to; 0 can always be."""

@@ -154,15 +154,14 @@ class Segments:
 
     def strips(self, oldest: int, seen: int) -> tuple[torch.Tensor | None, Codes, torch.Tensor | None]:
         """Slots `oldest:seen` as a query sees them after which `seen` tokens are stored: floats, codes and floats."""
+        front, begin, offset = None, self.start, self.total - self.tail.shape[2]
         first, last = self.edges(seen)
         start = max(first, oldest)
         last = max(start, min(last, seen))
-        front = self.front[:, :, oldest : min(first, seen)] if oldest < first else None
-        return (
-            front,
-            self.body.part(start - self.start, last - self.start),
-            self.floats(last, seen) if last < seen else None,
-        )
+        if oldest < first:
+            front = self.front if oldest == 0 and first <= seen else self.front[:, :, oldest : min(first, seen)]
+        tail = self.tail[:, :, last - offset : seen - offset] if last < seen else None
+        return front, self.body.part(start - begin, last - begin), tail
 
     def floats(self, start: int, stop: int) -> torch.Tensor:
         """Slots `start:stop` of the front or of the tail."""
@@ -202,6 +201,9 @@ def runs(keys: Segments, values: Segments, queries: int) -> Iterator[tuple[int, 
         return keys.edges(tokens), values.edges(tokens)
 
     start = keys.total - queries
+    if queries == 1:
+        yield start, keys.total
+        return
     while start < keys.total:
         low, high = start + 1, keys.total + 1  # the edges at `low` are those at start + 1, those at `high` are not
         while high - low > 1:

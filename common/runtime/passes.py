@@ -5,6 +5,7 @@ A pass that is more than that goes whole: `_goes_whole` says when.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial, update_wrapper
 from typing import Any
 
@@ -23,6 +24,8 @@ _SLICED = ("input_ids", "inputs_embeds", "position_ids", "cache_position", "atte
 _PLAIN = (*CACHE_ARGUMENTS, "use_cache", "return_dict")
 _COLLECTED = ("output_hidden_states", "output_attentions", "output_router_logits")
 """What outputs hold of every layer, where arguments or the config say so."""
+_WHOLE = "octavo_whole_passes"
+"""Attribute of a decoder within `whole_passes`."""
 
 
 def chunk_passes(base: nn.Module) -> None:
@@ -33,6 +36,18 @@ def chunk_passes(base: nn.Module) -> None:
     if getattr(base.forward, "func", None) is not run_pass:
         bound = partial(run_pass, base, base.forward, parameter_names(base))
         base.forward = update_wrapper(bound, base.forward)
+
+
+@contextmanager
+def whole_passes(base: nn.Module) -> Iterator[None]:
+    """Within it, a decoder takes no pass in chunks: where stand-ins for its layers are to see all of it."""
+    had_none = not getattr(base, _WHOLE, False)
+    setattr(base, _WHOLE, True)
+    try:
+        yield
+    finally:
+        if had_none:
+            delattr(base, _WHOLE)
 
 
 def run_pass(base: nn.Module, forward: Callable[..., Any], names: tuple[str, ...], *args: Any, **kwargs: Any) -> Any:
@@ -120,7 +135,7 @@ def chunk_size(base: nn.Module, arguments: dict[str, Any]) -> int:
 
 def _goes_whole(base: nn.Module, arguments: dict[str, Any], tokens: int) -> bool:
     """Whether chunks would not give what one pass does, or somebody looks at what is inside of it."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or base.training:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or base.training or hasattr(base, _WHOLE):
         return True
     cache = _cache_of(arguments)
     if not hasattr(cache, "scheme"):

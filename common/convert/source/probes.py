@@ -14,6 +14,7 @@ from torch import nn
 from ...runtime.decoder import capped_logits, scaled_states, stated_decoder
 from ...runtime.experts import PROBE_TOLERANCE
 from ...runtime.model_sizes import head_dim_of
+from ...runtime.passes import whole_passes
 from ...runtime.rotary import rope_constants, rotated_by_slot
 
 PROBE_TOKENS = 5
@@ -37,7 +38,8 @@ def _recorded(model: nn.Module) -> Iterator[list[_Recorder]]:
     try:
         for name, module in stand_ins.items():
             decoder.set_submodule(name, module)
-        yield list(recorders)
+        with whole_passes(decoder):
+            yield list(recorders)
     finally:
         for name, module in kept.items():
             decoder.set_submodule(name, module)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from octavo.common.convert.source.probes import layer_arguments
 from octavo.common.runtime import passes
 from octavo.common.runtime.cache.quantized_cache import QuantizedCache
 from octavo.common.runtime.rotary import changes_with_length
@@ -221,6 +222,14 @@ def test_hooks_see_whole_passes(seen: list[int]) -> None:
     handle.remove()
     assert not goes_whole(model, seen)
     assert shapes == [TOKENS] * 4
+
+
+def test_stand_ins_for_layers_see_whole_passes(seen: list[int]) -> None:
+    """As a conversion asks what each layer is called with."""
+    model = stock()
+    arguments = layer_arguments(model, torch.zeros(1, TOKENS, 64).double(), **with_cache(QuantizedCache(model.config)))
+    assert [found["position_ids"].shape[-1] for found in arguments] == [TOKENS] * 3
+    assert not goes_whole(model, seen)
 
 
 def test_angles_that_change_with_the_length_of_a_pass(seen: list[int]) -> None:

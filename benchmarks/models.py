@@ -135,7 +135,7 @@ def _filled(cache: Any, config: LlamaConfig, context: int, device: torch.device)
     return cache
 
 
-def _weight_bytes(model: torch.nn.Module) -> int:
+def weight_bytes(model: torch.nn.Module) -> int:
     """Bytes of all weights that a step reads: embeddings are looked up, not read, unless lm_head is the same tensor."""
     tensors = {tensor.data_ptr(): tensor for tensor in (*model.parameters(), *model.buffers())}
     head, table = model.get_output_embeddings(), model.get_input_embeddings().weight
@@ -160,7 +160,7 @@ def _decode(context: int, name: str, device: torch.device) -> Prepared:
     for what, (model, new_cache) in variants.items():
         cache = _filled(new_cache(), model.config, context, device)
         step = partial(model, token, **{cache_argument(model): cache})
-        prepared.append(Variant(what, step, _weight_bytes(model) + _cache_bytes(cache, model.config)))
+        prepared.append(Variant(what, step, weight_bytes(model) + _cache_bytes(cache, model.config)))
     return prepared, partial(_check, variants, device)
 
 
@@ -174,7 +174,7 @@ def _prefill(tokens: int, name: str, device: torch.device) -> Prepared:
             lambda model=model, new_cache=new_cache: model(
                 ids, **{cache_argument(model): new_cache()}, logits_to_keep=1
             ),
-            _weight_bytes(model),
+            weight_bytes(model),
         )
         for what, (model, new_cache) in variants.items()
     ]

@@ -27,7 +27,7 @@ FLOAT = {"cpu": torch.float32, "cuda": torch.bfloat16}
 E4M3 = torch.float8_e4m3fn
 
 
-def _codes(kind: str, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+def codes_of(kind: str, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """Random codes of K or V."""
     if kind == "fp8":
         return torch.randn(shape, device=device).to(E4M3)
@@ -52,7 +52,7 @@ def _attention(
     }
     arguments = {}
     for what, (kind, scale) in scales.items():
-        key, value = (_codes(kind, shape, device) for _ in range(2))
+        key, value = (codes_of(kind, shape, device) for _ in range(2))
         arguments[what] = AttentionCall(query, Coded(key, scale), Coded(value, scale), scaling)
     ours = [
         Variant(

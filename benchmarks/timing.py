@@ -71,14 +71,16 @@ class Stopwatch:
             torch.cuda.synchronize()
 
 
-def in_turns(runs: dict[str, Callable[[], object]], watch: Stopwatch) -> dict[str, Timing]:
-    """Time each callable, one after the other, round after round, after two rounds of warming up."""
+def in_turns(
+    runs: dict[str, Callable[[], object]], watch: Stopwatch, seconds: float = SECONDS_PER_CASE
+) -> dict[str, Timing]:
+    """Time each callable, one after the other, round after round for about so long, after two rounds of warming up."""
     for run in runs.values():
         run()
     started = time.perf_counter()
     for run in runs.values():
         watch.seconds(run)
-    rounds = min(max(int(SECONDS_PER_CASE / (time.perf_counter() - started)), ROUNDS[0]), ROUNDS[1])
+    rounds = min(max(int(seconds / (time.perf_counter() - started)), ROUNDS[0]), ROUNDS[1])
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
@@ -92,3 +94,10 @@ def read_bandwidth(device: torch.device) -> float:
     block = torch.ones((1 << 30) if device.type == "cuda" else (1 << 26), device=device)
     watch = Stopwatch(device, wall=False)
     return block.nbytes / min(watch.seconds(block.sum) for _ in range(10))
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second that a device reads and writes in a copy: the best of ten of 256 MB, or 4 GB on a GPU."""
+    block = torch.ones((1 << 30) if device.type == "cuda" else (1 << 26), device=device)
+    copy, watch = torch.empty_like(block), Stopwatch(device, wall=False)
+    return 2 * block.nbytes / min(watch.seconds(lambda: copy.copy_(block)) for _ in range(10))

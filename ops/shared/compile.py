@@ -6,6 +6,8 @@ Environment variables:
                                be written, or others than the user and root can write it, a folder of the user's own
                                under the system's temporary one serves.
     CC=COMMAND                 the C compiler, instead of the first of cc, gcc and clang.
+    OCTAVO_ISA=NAME            the instructions that kernels may use: native (this machine's, and what is taken where
+                               nothing is said), avx2 or generic; see instruction_set.py.
     OCTAVO_CFLAGS=FLAGS        more flags for it, behind those below; kernels of other flags are other files. With
                                sanitizers, whose libraries must be in the process before Python is, both of them:
 
@@ -31,6 +33,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from .fallback import announced
+from .instruction_set import ISA_FLAGS, chosen_isa
 from .private_cache import (
     ForeignFolder,
     cache_folders,
@@ -43,8 +46,8 @@ from .private_cache import (
 from .resources import resource
 
 BASE_FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=fast", "-Wno-psabi")
-TUNING = (("-march=native", "-fopenmp"), ("-fopenmp",), ("-march=native",), ())
-"""Optional flags, the best first; a compiler that refuses one gets the next. Without OpenMP there is one thread."""
+OPENMP = "-fopenmp"
+"""A compiler that refuses it gets no such flag, and there is one thread."""
 
 _COMPILE_LOCK = threading.Lock()
 _ALL_KERNELS: "list[CKernel]" = []
@@ -98,10 +101,23 @@ def _more_flags() -> list[str]:
     return shlex.split(os.environ.get("OCTAVO_CFLAGS", ""))
 
 
+def _tunings() -> list[tuple[str, ...]]:
+    """Flags to try, the best first; a compiler that refuses some gets the next.
+
+    A machine's own instructions can be done without, but not the set that somebody names.
+
+    Raises:
+        ValueError: OCTAVO_ISA names none that there is.
+    """
+    isa = chosen_isa()
+    sets = [ISA_FLAGS[isa]] if isa != "native" else [ISA_FLAGS[isa], ()]
+    return [(*flags, *openmp) for openmp in ((OPENMP,), ()) for flags in sets]
+
+
 def _stem_of(name: str, source: str, compiler: list[str]) -> str:
     """The name of a kernel in the cache: what it is compiled from, by what and for what."""
     version = _version_of(tuple(compiler))
-    flags = (*BASE_FLAGS, repr(TUNING), *_more_flags())
+    flags = (*BASE_FLAGS, repr(_tunings()), *_more_flags())
     identity = "\0".join((source, *compiler, version, *flags, platform.machine(), _cpu_model()))
     return f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:20]}"
 
@@ -159,7 +175,7 @@ def _built(compiler: list[str], source: str, library: Path) -> Path:
     file = library.with_suffix(".c")
     file.write_text(source, encoding="utf-8")
     first_error = ""
-    for tuning in TUNING:
+    for tuning in _tunings():
         command = [*compiler, *BASE_FLAGS, *tuning, *_more_flags(), "-o", str(library), str(file), "-lm"]
         result = _run(command, library.parent)
         if result.returncode == 0:
@@ -210,6 +226,7 @@ class CKernel:
         self.declarations = declarations
         self.functions = functions
         self.failure: str | None = None
+        self.isa = "native"
         self._loaded: dict[str, Callable[[bytes], int]] | None = None
         _ALL_KERNELS.append(self)
 
@@ -235,6 +252,7 @@ class CKernel:
             self.failure = "OCTAVO_KERNELS=reference"
             announced(self.failure)
             return {}
+        self.isa = chosen_isa()
         try:
             return self._opened()
         except (CompileError, OSError, AttributeError) as error:
@@ -266,4 +284,6 @@ class CKernel:
 
     def description(self) -> str:
         """What serves on the CPU, for `ops.report()`; builds the kernel to know."""
-        return "C kernel" if self.load() else f"reference (PyTorch): {self.failure}"
+        if not self.load():
+            return f"reference (PyTorch): {self.failure}"
+        return "C kernel" if self.isa == "native" else f"C kernel (OCTAVO_ISA={self.isa})"

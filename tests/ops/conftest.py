@@ -1,8 +1,6 @@
 """Fixtures of the tests of ops: memory that nobody wrote is poisoned, and kernels are built in more than one way."""
 
-import platform
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +9,7 @@ import torch
 from octavo.ops.attention.cpu import ATTENTION_KERNEL
 from octavo.ops.codec.cpu import CODEC_KERNEL
 from octavo.ops.linear.cpu import LINEAR_KERNEL
+from octavo.ops.shared.instruction_set import ISA_FLAGS, chosen_isa, cpu_flags
 
 from .npu_double import TorchNpu, installed_double
 
@@ -44,20 +43,19 @@ def npu(monkeypatch: pytest.MonkeyPatch) -> TorchNpu:
     return installed_double(monkeypatch)
 
 
-BUILDS = {"native": "", "avx2": "-mno-avx512f", "portable": "-mno-avx2 -mno-fma -mno-f16c"}
-
-
-@pytest.fixture(scope="module", params=list(BUILDS))
+@pytest.fixture(scope="module", params=list(ISA_FLAGS))
 def build(request: pytest.FixtureRequest) -> Iterator[str]:
     """The kernels as this machine runs them, and as machines without its vector instructions do."""
-    if request.param != "native" and platform.machine() not in ("x86_64", "AMD64"):
-        pytest.skip("the native build is the portable one here")
-    if request.param == "avx2" and " avx512f " not in Path("/proc/cpuinfo").read_text():
-        pytest.skip("the native build is the one for AVX2 here")
     with pytest.MonkeyPatch.context() as patch:
-        if BUILDS[request.param]:
-            patch.setenv("CC", f"cc {BUILDS[request.param]}")
+        patch.setenv("OCTAVO_ISA", request.param)
+        try:
+            chosen_isa()
+        except ValueError as error:
+            pytest.skip(str(error))
+        if request.param == "avx2" and "avx512f" not in (cpu_flags() or ()):
+            pytest.skip("the native build is the one for AVX2 here")
         for kernel in CPU_KERNELS:
             patch.setattr(kernel, "_loaded", None)
+            patch.setattr(kernel, "isa", kernel.isa)
             assert kernel.load(), kernel.failure
         yield request.param

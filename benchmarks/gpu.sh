@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# Everything that a machine with an NVIDIA GPU can tell, in one call: its tests, then rows of attention, linears and
+# whole models. Needs torch, Triton and transformers, and no network.
+#
+#   benchmarks/gpu.sh                          at most 8 minutes; goes on where an earlier call was cut
+#   benchmarks/gpu.sh --only PART...           measures what has one of these in its name, anew, without the tests
+#   benchmarks/gpu.sh --device cpu             goes the same way with tiny shapes, without a GPU
+#
+# GPU_SECONDS  for all of it, 470 if nothing is said; a step that would not end in time is not begun
+# OUT          where gpu.csv, gpu.log and gpu-tests.log go, benchmarks/results if nothing is said
+# PYTHON       the interpreter, .venv/bin/python or python3 if nothing is said
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit 1
+started=$SECONDS
+total=${GPU_SECONDS:-470}
+out=${OUT:-benchmarks/results}
+python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
+device=cuda
+is_whole=1
+for ((i = 1; i <= $#; i++)); do
+    case ${!i} in
+    --only) is_whole=0 ;;
+    --device) next=$((i + 1)) && device=${!next:-} ;;
+    esac
+done
+mkdir -p "$out" || exit 1
+exec > >(tee -a "$out/gpu.log") 2>&1
+
+left() { echo $((total - (SECONDS - started))); }
+
+# Octavo itself, from this tree; a machine without a network has what its installation needs, or links serve.
+if ! "$python" -c "import octavo" 2>/dev/null; then
+    "$python" -m pip install --quiet --no-index --no-build-isolation --no-deps --editable . || {
+        mkdir -p .cache/gpu/octavo
+        ln -sfn "$PWD/octavo/__init__.py" .cache/gpu/octavo/__init__.py
+        for part in common models ops; do ln -sfn "$PWD/$part" ".cache/gpu/octavo/$part"; done
+        export PYTHONPATH="$PWD/.cache/gpu${PYTHONPATH:+:$PYTHONPATH}"
+    }
+fi
+echo "== $(date -u +%FT%TZ) $*"
+"$python" -c "
+import torch, transformers, octavo.ops
+print('torch', torch.__version__, 'transformers', transformers.__version__)
+try:
+    import triton; print('triton', triton.__version__)
+except ImportError as error:
+    print(error)
+print(octavo.ops.report())" || exit 1
+if [ "$device" = cuda ]; then
+    nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.mem,power.limit --format=csv,noheader || exit 1
+fi
+
+# What runs on a GPU alone, and then what its compiler makes of every preset.
+failed=0
+if [ $is_whole = 1 ]; then
+    tests=(tests/ops/test_cuda_attention_compiled.py tests/ops/test_cuda_codec.py tests/ops/test_cuda_linear.py)
+    if "$python" -c "import pytest, hypothesis" 2>/dev/null; then
+        timeout $((total / 4)) "$python" -m pytest -q -rf -k "gpu or graph or graphs" --durations=5 "${tests[@]}" |
+            tee "$out/gpu-tests.log" || failed=1
+    else
+        echo "the tests are left out: pytest or hypothesis is not installed" && failed=1
+    fi
+fi
+
+timeout $(($(left) + 10)) "$python" benchmarks/gpu.py --seconds "$(left)" --results "$out" "$@" || failed=1
+echo "== ended after $((SECONDS - started)) s, exit code $failed"
+exit $failed

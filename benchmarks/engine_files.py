@@ -15,7 +15,7 @@ from engine_cases import AVX2, ENGINES, FOR_RANDOM_WEIGHTS, RANDOM, Contender
 from engine_process import EngineFailure, EngineProcess
 
 from octavo.common.architecture import REPOSITORY, architecture_names, load_architecture
-from octavo.common.convert.output.writer import write_json
+from octavo.common.convert.output.writer import stage_path, write_json
 
 WORKERS = Path(__file__).parent / "engines"
 PREPARE_SECONDS = 7200.0
@@ -127,7 +127,8 @@ def prepared(contender: Contender, model: Model, flags: Namespace) -> Path:
         return into
     print(f"{model.name}, {contender.name}: making {into}", flush=True)
     stamp.unlink(missing_ok=True)
-    shutil.rmtree(into, ignore_errors=True)
+    for left in (into, stage_path(into)):
+        shutil.rmtree(left, ignore_errors=True)
     into.parent.mkdir(parents=True, exist_ok=True)
     log = f"{model.name}-{name}-prepare"
     if contender.flags:

@@ -230,9 +230,9 @@ class Run:
 
     def report(self) -> bool:
         """Append a row for each model, context and contender."""
-        cases = {(model, contender, context): None for model, contender, context, _ in self._wanted()}
+        cases = {(model.name, one.name, context): (model, one, context) for model, one, context, _ in self._wanted()}
         rounds = dict(zip(self.flags.contexts, self.flags.rounds, strict=True))
-        rows = [self._row(model, contender, context, rounds[context]) for model, contender, context in cases]
+        rows = [self._row(model, contender, context, rounds[context]) for model, contender, context in cases.values()]
         append_rows(RESULTS / FILE, COLUMNS, rows)
         return True
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,13 @@ class OpenVinoEngine:
         self.directory = Path(directory)
         self.properties = {"KV_CACHE_PRECISION": cache, "INFERENCE_NUM_THREADS": threads}
         self.pipeline = None
-        return f"openvino-genai {openvino_genai.__version__}"
+        return f"openvino-genai {version('openvino-genai')}"
 
     def _load_pipeline(self) -> openvino_genai.LLMPipeline:
         scheduler = openvino_genai.SchedulerConfig()
         scheduler.max_num_batched_tokens = 1 << 20  # the whole prompt at once, as without a scheduler
         scheduler.enable_prefix_caching = False
-        return openvino_genai.LLMPipeline(self.directory, "CPU", {**self.properties, "scheduler_config": scheduler})
+        return openvino_genai.LLMPipeline(self.directory, "CPU", scheduler_config=scheduler, **self.properties)
 
     def measure(self, prompts: list[list[int]], new: int) -> dict[str, Any]:
         """Time `generate`, greedy, by its own metrics."""
@@ -51,9 +52,8 @@ class OpenVinoEngine:
     def logits(self, ids: list[int], prompt: int, chunk: int, into: str) -> None:
         """Write the logits behind a prompt."""
         core = openvino.Core()
-        request = core.compile_model(
-            self.directory / "openvino_model.xml", "CPU", self.properties
-        ).create_infer_request()
+        model = core.compile_model(self.directory / "openvino_model.xml", "CPU", self.properties)
+        request = model.create_infer_request()
         found, seen = [], 0
         for piece in chunks(ids, prompt, chunk):
             positions = np.arange(seen, seen + len(piece), dtype=np.int64)[None]

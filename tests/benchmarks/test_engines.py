@@ -127,3 +127,34 @@ def test_divergence_is_of_the_predictions_behind_the_prompt(modules: Modules, tm
     )
     expected, actual = (torch.from_numpy(values[:3]).double().log_softmax(-1) for values in logits)
     assert kl == pytest.approx(float((expected.exp() * (expected - actual)).sum(-1).mean()))
+
+
+def test_the_table_has_the_least_of_each_kind_in_bold(
+    modules: Modules, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tables, rows = modules("engine_tables"), modules("rows")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert "No engine is measured" in tables.engines_table()
+
+    def record(isa: str, kind: str, contender: str, context: int, step: str, **more: str) -> dict[str, str]:
+        common = dict.fromkeys(modules("engine_turns").COLUMNS, "") | {"machine": "m", "threads": "2", "model": "tiny"}
+        return common | {
+            "isa": isa, "batch": "1", "kind": kind, "contender": contender, "context": str(context), "step_ms": step,
+        } | more  # fmt: skip
+
+    found = [
+        record("native", "8 bit", "ours", 2048, "99", kl="0.5"),
+        record("native", "8 bit", "ours", 2048, "8.04", kl="0.003", first_s="1.5"),
+        record("native", "8 bit", "ours", 8192, "20"),
+        record("native", "8 bit", "theirs", 2048, "9", kl="0.004", first_s="0.5", system="theirs 1.0"),
+        record("native", "8 bit", "theirs", 8192, "", note="it died"),
+        record("native", "4 bit", "ours, 4", 2048, "10"),
+        record("avx2", "8 bit", "theirs", 2048, "12"),
+    ]
+    rows.append_rows(tmp_path / "engines.csv", modules("engine_turns").COLUMNS, found)
+    _, _, ours, theirs, fours, _, conditions = tables.engines_table().splitlines()
+    assert ours == "| tiny | 8 bit | ours | **8.0** | **20.0** | 1.50 |  | **0.0030** |", "the newest row counts"
+    assert theirs == "| tiny | 8 bit | theirs | 9.0 |  | **0.50** |  | 0.0040 |"
+    assert fours == "| tiny | 4 bit | ours, 4 | **10.0** |  |  |  |  |"
+    assert "m, 2 CPU threads, batch 1; theirs 1.0." in conditions and "No figure: theirs, tiny: it died." in conditions
+    assert "**12.0**" in tables.other_engines_tables() and "limited to AVX2" in tables.other_engines_tables()

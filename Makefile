@@ -12,8 +12,15 @@ TRIES ?= 10000
 SEED ?= 0
 # The commit that compare compares with: the newest, for what is not committed yet.
 BASE ?= HEAD
+# What bench-engines compares with, on which models and texts, and further flags of benchmarks/engines.py.
+ENGINES ?= openvino llama_cpp vllm
+ENGINE_STAMPS := $(ENGINES:%=.cache/engines/%/.installed)
+MODELS ?=
+EVAL ?=
+CALIB ?=
+FLAGS ?=
 
-.PHONY: help setup setup-test demo test test-versions stateful campaign compare check format bench clean
+.PHONY: help setup setup-test demo test test-versions stateful campaign compare check format bench bench-engines clean
 
 help:
 	@echo "make setup          make .venv and install everything into it"
@@ -25,6 +32,7 @@ help:
 	@echo "make compare        convert tiny models with the scripts of a commit, BASE=COMMIT, and of this tree, and say what differs"
 	@echo "make check          lint, and check that the code can be bundled"
 	@echo "make bench          time ops and models on this machine"
+	@echo "make bench-engines  make environments of other engines, and measure MODELS beside them on the texts EVAL and CALIB"
 	@echo "make clean          remove .venv and .cache, and say what is left in the home directory"
 
 setup: .venv/.installed
@@ -73,6 +81,24 @@ format: setup-test
 
 bench: setup
 	$(BIN)/python benchmarks/run.py --device cpu
+
+bench-engines: setup $(ENGINE_STAMPS)
+ifneq ($(and $(MODELS),$(EVAL),$(CALIB)),)
+	$(BIN)/python benchmarks/engines.py --models $(MODELS) --eval_file $(EVAL) --calib_file $(CALIB) $(FLAGS)
+else
+	@echo "to measure: make bench-engines MODELS='DIR ...' EVAL=TEXT CALIB=TEXTS FLAGS=..."
+endif
+
+# llama.cpp is built here, for 10 minutes and more; pip's cache would hand one build to both environments of it.
+.cache/engines/llama_cpp/.installed .cache/engines/llama_cpp_avx2/.installed: export PIP_NO_CACHE_DIR := 1
+.cache/engines/llama_cpp/.installed: export CMAKE_ARGS := -DGGML_NATIVE=ON
+.cache/engines/llama_cpp_avx2/.installed: export CMAKE_ARGS := \
+    -DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON -DGGML_AVX512=OFF
+
+.cache/engines/%/.installed: benchmarks/engines/%.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check install --no-deps --requirement $<
+	touch $@
 
 # Compiled kernels and the demo's model, and transformers' copies of the code of directories that were loaded.
 clean:

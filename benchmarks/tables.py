@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from engine_tables import engines_table, other_engines_tables
 from quality import FLOAT_WEIGHTS, UNFOLDED
 from rows import RESULTS, Row, read_rows
 from support import sliding_rows, support_rows
@@ -328,6 +329,7 @@ def ops_table(file: str) -> str:
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
         "results": results_table,
+        "engines": engines_table,
         "schemes": schemes_table,
         "best weights": best_weights_table,
         "sliding": lambda: _markdown(sliding_rows(), 2),
@@ -337,6 +339,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "options": options_table,
         "checkpoints": checkpoints_table,
         "peers": peers_table,
+        "engines": other_engines_tables,
         "weights": weights_table,
         "ops on cpu": partial(ops_table, "cpu.csv"),
         "ops on cuda": partial(ops_table, "cuda.csv"),

@@ -91,24 +91,3 @@ static void bias_queries(const float *query, const float *bias, const int64_t *c
         to[i] = columns[i] < half ? q1 * b1 + q2 * b2 : q2 * b1 - q1 * b2;
     }
 }
-
-/* A row of a weight times a row of floats. */
-INLINE float dot_of_kind(const char *weight, const float *x, int64_t width, int kind) {
-    f32x8 sums[4] = {{0}};
-    int64_t k = 0, size = kind_size(kind);
-    for (; k + 32 <= width; k += 32)
-        UNROLL for (int i = 0; i < 4; i++)
-            sums[i] += load_as_f32(weight + (k + 8 * i) * size, kind) * load_f32(x + k + 8 * i);
-    for (; k + 8 <= width; k += 8) sums[0] += load_as_f32(weight + k * size, kind) * load_f32(x + k);
-    float sum = sum_of((sums[0] + sums[1]) + (sums[2] + sums[3]));
-    if (k == width) return sum;
-    f32x8 last = load_few_as_f32(weight + k * size, width - k, kind);
-    for (int64_t i = 0; k < width; k++, i++) sum += last[i] * x[k];
-    return sum;
-}
-
-static float dot_product(const char *weight, const float *x, int64_t width, int kind) {
-    if (kind == KIND_FLOAT32) return dot_of_kind(weight, x, width, KIND_FLOAT32);
-    return kind == KIND_BFLOAT16 ? dot_of_kind(weight, x, width, KIND_BFLOAT16)
-                                 : dot_of_kind(weight, x, width, KIND_FLOAT16);
-}

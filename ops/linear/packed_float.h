@@ -116,11 +116,11 @@ static __attribute__((unused)) void float_product(const void *weight, int64_t ki
 /* The same by all threads of a region that call it; the output is whole behind it. */
 static __attribute__((unused)) void share_float(const void *weight, int64_t kind, const float *bias, int64_t in,
                                                 int64_t out, const float *x, int64_t rows, float *output,
-                                                int64_t stride) {
+                                                int64_t stride, Team *team) {
     int64_t grain = (1 << 16) / (in * kind_size((int)kind) + 1) / 16 * 16 + 16, tasks = (out + grain - 1) / grain;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t task = 0; task < tasks; task++) {
+    for (int64_t task; (task = team_next(team)) < tasks;) {
         int64_t first = task * grain, last = first + grain < out ? first + grain : out;
         float_product(weight, kind, bias, in, out, x, rows, first, last, output, stride);
     }
+    team_wait(team);
 }

@@ -70,8 +70,9 @@ EXPORT int linear_float(const FloatArguments *given) {
     const FloatArguments arguments = *given, *a = &arguments;
     int threads = a->rows * a->in_features * a->out_features < SMALL ? 1 : (int)a->threads;
     (void)threads;
+    Team team = {0};
 #pragma omp parallel num_threads(threads) if (threads > 1)
     share_float((const void *)a->weight, a->kind, (const float *)a->bias, a->in_features, a->out_features,
-                (const float *)a->x, a->rows, (float *)a->output, a->out_features);
+                (const float *)a->x, a->rows, (float *)a->output, a->out_features, &team);
     return 0;
 }

@@ -22,6 +22,8 @@ TOLERANCES = {
     "log-sum-exp of large scores by position": 5e-4,
     # Outputs of linears that sum in float32 in another order, and where outputs are rounded to 16 bits after that.
     "linear": 2e-6,
+    # States behind decoder layers whose inputs are quantized: single codes tip over where sums are in another order.
+    "decoder layer": 5e-3,
     "linear in half": 2e-3,
     "logits": 1e-4,
     # A token at a time: rounding of the linears tips some codes over (see test_quantized_cache.py).

@@ -27,6 +27,7 @@ from ...ops.decoder.cpu import (
     pack_layers,
 )
 from ...ops.shared.codes import FP8_DTYPES
+from ...ops.shared.operands import FLOAT_KINDS
 from .attention import SlidingWindow, quantized_attention
 from .cache.code_store import CodeStore
 from .cache.quantized_cache import QuantizedCache
@@ -296,6 +297,8 @@ class _Pass:
     def run(self) -> torch.Tensor:
         """The last states `[B, T, C]`, behind the last norm."""
         embedded = self.states()
+        if embedded.dtype not in FLOAT_KINDS:
+            raise NotFused(f"states are in {embedded.dtype}")
         with torch.no_grad():
             hidden = embedded.detach().to(torch.float32, copy=self.embeds is not None).contiguous()
             positions = self.position_ids.expand(self.batch, -1)

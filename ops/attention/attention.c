@@ -41,7 +41,7 @@ OUTLINE void attend(const AttentionArguments *a, const Plan *plan, int64_t b, in
         load_tokens(&plan->value_zero, b, g, start, keys, scratch->value_zero);
 #if HAS_INTEGER
         if (plan->wide) {
-            value = unpacked_rows(&a->value, this_value, keys, scratch->unpacked_values);
+            value = unpacked_rows(&a->value, value, keys, scratch->unpacked_values);
             wide_block(a, plan, key, value, b, g, first, count, start, keys, scratch);
             continue;
         }

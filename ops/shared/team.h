@@ -45,7 +45,6 @@ INLINE void take_a_breath(void) {
 /* Returns when every thread of the region has come here. */
 static void team_wait(Team *team) {
     int threads = (int)thread_count();
-    if (threads == 1) return;
     int phase = atomic_load_explicit(&team->phase, memory_order_acquire);
     if (atomic_fetch_add_explicit(&team->arrived, 1, memory_order_acq_rel) == threads - 1) {
         atomic_store_explicit(&team->next, 0, memory_order_relaxed);

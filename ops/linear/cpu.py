@@ -18,7 +18,12 @@ from .reference import (
     quantize_by_group,
 )
 
-PACKED_SOURCES = ("ops/linear/packed.h", "ops/linear/packed_dot.h", "ops/linear/packed_product.h")
+PACKED_SOURCES = (
+    "ops/linear/packed.h",
+    "ops/linear/packed_dot.h",
+    "ops/linear/packed_product.h",
+    "ops/linear/packed_float.h",
+)
 """C of packed linears, which kernels that multiply codes among other things include, behind rounding.h."""
 LINEAR_KERNEL = CKernel(
     "linear",
@@ -31,7 +36,7 @@ LINEAR_KERNEL = CKernel(
         *PACKED_SOURCES,
         "ops/linear/packed_linear.c",
     ),
-    ("linear_w8a8", "linear_w8a8_dynamic", "linear_weight_only", "linear_fp8", "linear_packed"),
+    ("linear_w8a8", "linear_w8a8_dynamic", "linear_weight_only", "linear_fp8", "linear_packed", "linear_float"),
 )
 _pack_linear = struct.Struct("19q").pack
 

@@ -13,6 +13,7 @@ from .packed import Packed, unpack
 from .reference import linear_w8a8_reference
 
 _pack_arguments = struct.Struct("18q").pack
+_pack_float = struct.Struct("9q").pack
 
 
 def linear_packed_reference(
@@ -151,3 +152,37 @@ def _run_packed(
         if failed:
             raise MemoryError("a linear on the CPU found no memory for the codes of x")
     return output if output.dtype == dtype else output.to(dtype)
+
+
+def linear_float_cpu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`x W^T + bias` in float32 with a weight in float, which is read once: for few rows, at most 8 or so.
+
+    Args:
+        x: float32 `[..., K]`.
+        weight: float32, bfloat16 or float16 `[N, K]`.
+        bias: `[N]`, any float dtype, or None.
+
+    Returns:
+        float32 `[..., N]`.
+
+    Raises:
+        ValueError: shapes or dtypes that do not go together.
+    """
+    if x.dtype != torch.float32 or weight.dtype not in FLOAT_KINDS or x.shape[-1:] != weight.shape[1:]:
+        raise ValueError(f"x {tuple(x.shape)} in {x.dtype} does not belong to {weight.dtype} {tuple(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias {tuple(bias.shape)} does not belong to {weight.shape[0]} output channels")
+    run = LINEAR_KERNEL.load().get("linear_float")
+    if run is None:
+        fell_back("linear_float", "CPU", LINEAR_KERNEL.supports())
+        return torch.nn.functional.linear(x, weight.float(), None if bias is None else bias.float())
+    x, weight = x.contiguous(), weight.contiguous()
+    bias = None if bias is None else bias.float().contiguous()
+    out_features, in_features = weight.shape
+    output = x.new_empty((*x.shape[:-1], out_features))
+    rows = output.numel() // out_features if out_features else 0
+    if rows:
+        bias_at, kind = 0 if bias is None else bias.data_ptr(), FLOAT_KINDS[weight.dtype]
+        addresses = (x.data_ptr(), weight.data_ptr(), bias_at, output.data_ptr())
+        run(_pack_float(*addresses, kind, rows, in_features, out_features, torch.get_num_threads()))
+    return output

@@ -130,7 +130,9 @@ INLINE void packed_step(const uint8_t *panel, int64_t panel_bytes, const int8_t 
         UNROLL for (int half = 0; half < 8 / bits; half++) {
             PackedWords weights[4];
             UNROLL for (int v = 0; v < vectors; v++) {
-                weights[v] = packed_load(packed_at(panel, panel_bytes, v) + 64 * i);
+                const uint8_t *from = packed_at(panel, panel_bytes, v) + 64 * i;
+                __asm__("" : "+r"(from)); /* high halves are loaded again: there is no register to keep them in */
+                weights[v] = packed_load(from);
                 if (bits == 4) weights[v] = (half ? weights[v] >> 4 : weights[v]) & 0x0f0f0f0f;
                 if (bits == 8 && PACKED_SIGNED) weights[v] ^= 0x80808080;
             }

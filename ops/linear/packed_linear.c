@@ -1,4 +1,4 @@
-/* linear_packed: rows of floats times a packed weight; README.md has the semantics. */
+/* linear_packed and linear_float: rows of floats times a packed weight, or a float one; README.md has the semantics. */
 
 typedef struct {
     /* addresses; 0 for what is absent */
@@ -60,5 +60,20 @@ EXPORT int linear_packed(const PackedArguments *given) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
     packed_region(a, &product, &x, buffers);
     free(memory);
+    return 0;
+}
+
+typedef struct {
+    /* addresses, and numbers; x, bias and output are float32, the weight is of `kind` */
+    int64_t x, weight, bias, output, kind, rows, in_features, out_features, threads;
+} FloatArguments;
+
+EXPORT int linear_float(const FloatArguments *given) {
+    const FloatArguments arguments = *given, *a = &arguments;
+    int threads = a->rows * a->in_features * a->out_features < SMALL ? 1 : (int)a->threads;
+    (void)threads;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    share_float((const void *)a->weight, a->kind, (const float *)a->bias, a->in_features, a->out_features,
+                (const float *)a->x, a->rows, (float *)a->output, a->out_features);
     return 0;
 }

@@ -1,9 +1,10 @@
 /* Products of quantized rows and packed weights, in tiles whose sums live in registers. Stands behind packed_dot.h. */
 
 enum {
+    PACKED_GROUPED_SUMS = 16, /* a tile of more vectors has no registers for totals of groups beside its sums */
     PACKED_FEW = 8,          /* up to so many rows a panel is read once, tiles are one panel wide */
     PACKED_AHEAD = 1024,     /* bytes from the one read to the one that is fetched meanwhile */
-    PACKED_X_BYTES = 1 << 18, /* of codes of x that stay in cache while the panels pass */
+    PACKED_X_BYTES = 1 << 19, /* of codes of x that stay in cache while the panels pass */
     PACKED_GRAIN = 1 << 16   /* bytes of weights that a thread takes at a time, at least, where rows are few */
 };
 
@@ -25,55 +26,92 @@ INLINE PackedFloats packed_numbers(const void *from, int64_t kind, int64_t index
     return numbers;
 }
 
-/* a * b rounded: the barrier keeps compilers from fusing it with a sum that follows. */
-INLINE PackedFloats packed_rounded(PackedFloats product) {
+/* The value that compilers know nothing of, so that they do not fuse or reorder what makes it and what takes it. */
 #if defined(__AVX512F__)
-    __asm__("" : "+v"(product));
+#define PACKED_OPAQUE(x) __asm__("" : "+v"(x))
 #elif defined(__AVX__)
-    __asm__("" : "+x"(product));
+#define PACKED_OPAQUE(x) __asm__("" : "+x"(x))
 #elif defined(__ARM_NEON)
-    __asm__("" : "+w"(product));
+#define PACKED_OPAQUE(x) __asm__("" : "+w"(x))
 #else
-    __asm__("" : "+m"(product));
+#define PACKED_OPAQUE(x) __asm__("" : "+m"(x))
 #endif
-    return product;
+
+INLINE PackedFloats packed_as_floats(PackedWords sums) {
+    return __builtin_convertvector((PackedSums)sums, PackedFloats);
 }
 
-/* Sums of a group times its scales, added to totals[rows][panels of 16]. */
-INLINE void packed_fold(const PackedWeight *w, const QuantizedRows *x, int64_t row, int64_t panel, int64_t group,
-                        int first_part, const int rows, const int vectors, const int bits, const PackedSums *sums,
-                        const int chains, float *totals, int total_stride) {
-    int64_t of_weight = w->groups == x->groups ? group : w->groups == 1 ? 0 : group * w->groups / x->groups;
+/* The sum of codes of a row in every lane, as it lies in memory. */
+INLINE PackedWords packed_sum_of_x(const int32_t *at) {
+    PackedWords sum = (PackedWords){0} + (uint32_t)*at;
+    PACKED_OPAQUE(sum);
+    return sum;
+}
+
+/* Sums of unsigned codes as those of the codes themselves; the sums of a vector may be in several chains. */
+INLINE PackedWords packed_sum(const PackedSums *sums, const int chains, const int bits, PackedWords sum_of_x) {
+    PackedWords sum = (PackedWords)sums[0];
+    UNROLL for (int i = 1; i < chains; i++) sum += (PackedWords)sums[i];
+    return sum - sum_of_x * (uint32_t)packed_offset(bits);
+}
+
+/* Where the numbers of a part of a panel, or of the next one, lie. */
+INLINE int64_t packed_index(const PackedWeight *w, int64_t panel, int part, int64_t group) {
+    int64_t of_panel = panel + part / PACKED_PARTS;
+    return (of_panel * w->groups + group) * PACKED_CHANNELS + part % PACKED_PARTS * PACKED_LANES;
+}
+
+/* Sums of the only group times scales: the float operations of linear_w8a8 and linear_w8a8_dynamic in their order. */
+INLINE void packed_scale_sums(const PackedWeight *w, const QuantizedRows *x, int64_t row, int64_t panel, int first_part,
+                              const int rows, const int vectors, const int bits, const PackedSums *sums,
+                              const int chains, PackedFloats *totals) {
     UNROLL for (int v = 0; v < vectors; v++) {
-        int part = first_part + v, channel = part * PACKED_LANES;
-        int64_t of_panel = panel + part / PACKED_PARTS;
-        int64_t index = (of_panel * w->groups + of_weight) * PACKED_CHANNELS + part % PACKED_PARTS * PACKED_LANES;
+        int64_t index = packed_index(w, panel, first_part + v, 0);
+        int64_t channel = panel * PACKED_CHANNELS + (first_part + v) * PACKED_LANES, left = w->out_features - channel;
         PackedFloats scale = packed_numbers(w->scale, w->scale_kind, index), zero = {0};
         PackedWords quant_bias = {0};
         if (w->zero) zero = packed_numbers(w->zero, w->scale_kind, index);
-        if (w->quant_bias) {
-            int64_t from = panel * PACKED_CHANNELS + channel, left = w->out_features - from;
-            if (left > 0) memcpy(&quant_bias, w->quant_bias + from, 4 * (size_t)(left < PACKED_LANES ? left : PACKED_LANES));
-        }
+        if (w->quant_bias && left > 0)
+            memcpy(&quant_bias, w->quant_bias + channel, 4 * (size_t)(left < PACKED_LANES ? left : PACKED_LANES));
         UNROLL for (int r = 0; r < rows; r++) {
-            int64_t of_x = (row + r) * x->groups + group;
-            PackedWords sum = (PackedWords)sums[(r * vectors + v) * chains];
-            UNROLL for (int i = 1; i < chains; i++) sum += (PackedWords)sums[(r * vectors + v) * chains + i];
-            sum -= (uint32_t)packed_offset(bits) * (uint32_t)x->sums[of_x];
-            sum += quant_bias;
-            PackedFloats value = __builtin_convertvector((PackedSums)sum, PackedFloats);
-            if (w->zero) value -= zero * (float)x->sums[of_x];
-            PackedFloatsAny *to = (PackedFloatsAny *)(totals + r * total_stride + channel);
-            PackedFloats before = {0};
-            if (group) before = *to;
-            *to = before + packed_rounded(value * (scale * x->scale[of_x]));
+            PackedWords sum_of_x = packed_sum_of_x(x->sums + row + r);
+            PackedWords sum = packed_sum(sums + (r * vectors + v) * chains, chains, bits, sum_of_x) + quant_bias;
+            PackedFloats value = packed_as_floats(sum);
+            if (w->zero) value -= zero * packed_as_floats(sum_of_x);
+            value *= scale * x->scale[row + r];
+            PACKED_OPAQUE(value); /* rounded before the bias joins it */
+            totals[r * vectors + v] = value;
         }
     }
 }
 
-/* totals[rows][total_stride] of `rows` rows and the parts of `panels` panels. */
+/* Sums of a group times its scales, added to totals. */
+INLINE void packed_add_group(const PackedWeight *w, const QuantizedRows *x, int64_t row, int64_t panel, int64_t group,
+                             int first_part, const int rows, const int vectors, const int bits, const int affine,
+                             const PackedSums *sums, const int chains, PackedFloats *totals) {
+    int64_t of_weight = w->groups == x->groups ? group : group * w->groups / x->groups;
+    PackedFloats scale[4], zero[4];
+    UNROLL for (int v = 0; v < vectors; v++) {
+        int64_t index = packed_index(w, panel, first_part + v, of_weight);
+        scale[v] = packed_numbers(w->scale, w->scale_kind, index);
+        if (affine) zero[v] = packed_numbers(w->zero, w->scale_kind, index);
+    }
+    const float *x_scale = x->scale + row * x->groups + group;
+    const int32_t *x_sum = x->sums + row * x->groups + group;
+    UNROLL for (int r = 0; r < rows; r++) {
+        PackedWords sum_of_x = packed_sum_of_x(x_sum + r * x->groups);
+        UNROLL for (int v = 0; v < vectors; v++) {
+            int at = r * vectors + v;
+            PackedFloats value = packed_as_floats(packed_sum(sums + at * chains, chains, bits, sum_of_x));
+            if (affine) value -= zero[v] * packed_as_floats(sum_of_x);
+            totals[at] += value * x_scale[r * x->groups] * scale[v];
+        }
+    }
+}
+
+/* output[rows][panels][16] of a tile. */
 INLINE void packed_tile(const PackedWeight *w, const QuantizedRows *x, int64_t row, int64_t panel, const int rows,
-                        const int panels, const int wide, const int bits, float *totals) {
+                        const int panels, const int wide, const int bits, float *output) {
     const int vectors = wide < panels * PACKED_PARTS ? wide : panels * PACKED_PARTS;
     const int chains = rows * vectors < PACKED_CHAINS ? PACKED_CHAINS / (rows * vectors) : 1;
     int64_t depth = packed_depth(w->in_features), panel_bytes = depth * PACKED_CHANNELS * bits / 8;
@@ -81,18 +119,28 @@ INLINE void packed_tile(const PackedWeight *w, const QuantizedRows *x, int64_t r
     const int8_t *codes = x->codes + row * x->stride;
     for (int first = 0; first < panels * PACKED_PARTS; first += vectors) {
         const uint8_t *weights = packed_at(w->codes + panel * panel_bytes, panel_bytes, first);
+        PackedFloats totals[24];
+        UNROLL for (int i = 0; i < rows * vectors; i++) totals[i] = (PackedFloats){0};
         for (int64_t group = 0, k = 0; group < x->groups; group++) {
-            PackedSums sums[rows * vectors * chains];
+            PackedSums sums[24];
             UNROLL for (int i = 0; i < rows * vectors * chains; i++) sums[i] = (PackedSums){0};
             for (int64_t end = k + steps; k < end; k++) {
                 const uint8_t *from = weights + k * (PACKED_STEP * PACKED_CHANNELS / 8) * bits;
-                if (rows <= PACKED_FEW)
+                if (rows * panels <= PACKED_FEW)
                     UNROLL for (int i = 0; i < bits; i++) __builtin_prefetch(from + PACKED_AHEAD + 64 * i);
                 packed_step(from, panel_bytes, codes + k * PACKED_STEP, x->stride, rows, vectors, bits, sums);
             }
-            packed_fold(w, x, row, panel, group, first, rows, vectors, bits, sums, chains, totals,
-                        panels * PACKED_CHANNELS);
+            if (rows * vectors > PACKED_GROUPED_SUMS || x->groups == 1)
+                packed_scale_sums(w, x, row, panel, first, rows, vectors, bits, sums, chains, totals);
+            else if (w->zero)
+                packed_add_group(w, x, row, panel, group, first, rows, vectors, bits, 1, sums, chains, totals);
+            else
+                packed_add_group(w, x, row, panel, group, first, rows, vectors, bits, 0, sums, chains, totals);
         }
+        UNROLL for (int r = 0; r < rows; r++)
+            UNROLL for (int v = 0; v < vectors; v++)
+                *(PackedFloatsAny *)(output + r * panels * PACKED_CHANNELS + (first + v) * PACKED_LANES) =
+                    totals[r * vectors + v];
     }
 }
 
@@ -134,10 +182,10 @@ PACKED_TILES(4, 1)
 #if PACKED_IS_512
 PACKED_TILES(8, 1)
 PACKED_TILES(6, 2)
-PACKED_TILES(8, 2)
 PACKED_TILES(12, 2)
 static const PackedTile PACKED_SINGLE[] = {PACKED_ENTRY(8, 1), PACKED_ENTRY(4, 1), PACKED_ENTRY(2, 1), PACKED_ENTRY(1, 1)};
-static const PackedTile PACKED_DOUBLE[] = {PACKED_ENTRY(12, 2), PACKED_ENTRY(8, 2), PACKED_ENTRY(6, 2)};
+static const PackedTile PACKED_DOUBLE[] = {PACKED_ENTRY(12, 2), PACKED_ENTRY(6, 2)};
+enum { PACKED_DOUBLES = sizeof PACKED_DOUBLE / sizeof *PACKED_DOUBLE };
 #define PACKED_PAIRS 1
 #else
 PACKED_TILES(6, 1)
@@ -174,7 +222,8 @@ static void packed_block(const PackedWeight *w, const QuantizedRows *x, int64_t 
     const PackedTile *single = packed_choice(PACKED_SINGLE, PACKED_SINGLES, rows);
     int64_t panel = first;
 #ifdef PACKED_PAIRS
-    const PackedTile *pair = packed_choice(PACKED_DOUBLE, sizeof PACKED_DOUBLE / sizeof *PACKED_DOUBLE, rows);
+    int grouped = x->groups > 1; /* not the tile of 12 rows */
+    const PackedTile *pair = packed_choice(PACKED_DOUBLE + grouped, PACKED_DOUBLES - grouped, rows);
     if (rows > PACKED_FEW)
         for (; panel + 2 <= last; panel += 2) packed_rows(w, x, pair, row, rows, panel, output, stride);
 #endif

@@ -35,7 +35,7 @@ from .cache.quantized_layer import QuantizedLayer
 from .cache.sliding import sliding_windows
 from .compatibility import CACHE_ARGUMENTS
 from .decoder import scaled_states, stated_decoder
-from .fused_layers import NotFused, Sources, layer_biases, plain_layer
+from .fused_layers import NotFused, Sources, layer_biases, norm_eps, plain_layer
 from .gradients import refuse_gradient
 from .layer_angles import LayerAngles
 
@@ -76,9 +76,15 @@ class FusedDecoder:
         self.is_float = any(
             not linear.bits for layer in self.plain for linear in layer.linears if linear.codes is not None
         )
-        norms = [layer.get_submodule(decoder.attention_norm) for layer in layers]
-        self.sources = Sources(layers, norms)  # at the end: what was packed on the way is of them
+        self._norm = base.get_submodule(decoder.norm)
+        norms = [self._norm, *[layer.get_submodule(decoder.attention_norm) for layer in layers]]
+        self.sources = Sources([*layers.modules(), self._norm], norms)  # at the end: what was packed is of them
         self.decoder = decoder
+
+
+    def last_norm(self) -> tuple[torch.Tensor, float, float]:
+        """Weight, offset and epsilon of the norm behind the last layer."""
+        return self._norm.weight.detach(), self.decoder.norm_offset, norm_eps(self._norm)
 
 
 def _serves_store(store: Any) -> bool:
@@ -303,7 +309,7 @@ class _Pass:
             hidden = embedded.detach().to(torch.float32, copy=self.embeds is not None).contiguous()
             positions = self.position_ids.expand(self.batch, -1)
             rows, tables = self.fused.angles.tables(positions, int(positions.max()))
-            call = DecoderPass(hidden, rows.contiguous(), None, *self.masks, self.past)
+            call = DecoderPass(hidden, rows.contiguous(), None, *self.masks, self.past, *self.fused.last_norm())
             fused_cache = _CACHES.get(self.cache)
             if fused_cache is None:
                 fused_cache = _CACHES[self.cache] = FusedCache(self.cache)
@@ -312,7 +318,6 @@ class _Pass:
             else:
                 self._run_between(call, tables)
             output = hidden if hidden.dtype == embedded.dtype else hidden.to(embedded.dtype)
-            output = self.base.get_submodule(self.fused.decoder.norm)(output)
         if torch.is_grad_enabled() and embedded.requires_grad:
             output = refuse_gradient(output, embedded, "a decoder layer on codes")
         return output

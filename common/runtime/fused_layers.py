@@ -97,7 +97,12 @@ def _linears(layer: nn.Module, decoder: Decoder) -> LayerLinears:
     return LayerLinears(query, key, value, output, gate, up, down)
 
 
-def _eps(norm: nn.Module) -> float:
+def norm_eps(norm: nn.Module) -> float:
+    """What a norm adds to the mean of squares.
+
+    Raises:
+        NotFused: it says it by no name that is known.
+    """
     found = [getattr(norm, name) for name in ("variance_epsilon", "eps") if hasattr(norm, name)]
     if not found:
         raise NotFused(f"{type(norm).__name__} has no epsilon by a name that is known")
@@ -111,11 +116,11 @@ def _norms(layer: nn.Module, decoder: Decoder) -> LayerNorms:
     modules = [None if name is None else layer.get_submodule(name) for name in names]
     present = [module for module in modules if module is not None]
     weights = [None if module is None else module.weight.detach() for module in modules]
-    if len({_eps(module) for module in present}) > 1:
+    if len({norm_eps(module) for module in present}) > 1:
         raise NotFused("norms of a layer differ in their epsilon")
     if any(weight is not None and weight.dtype not in FLOAT_KINDS for weight in weights):
         raise NotFused("a norm is neither in float32, bfloat16 nor float16")
-    return LayerNorms(*weights, decoder.norm_offset, _eps(present[0]))
+    return LayerNorms(*weights, decoder.norm_offset, norm_eps(present[0]))
 
 
 def plain_layer(layer: nn.Module, decoder: Decoder, config: Any) -> DecoderLayer:
@@ -159,8 +164,7 @@ class Sources:
     Tensors that are changed in place are read as they are then.
     """
 
-    def __init__(self, layers: nn.Module, norms: list[nn.Module]) -> None:
-        modules = list(layers.modules())
+    def __init__(self, modules: list[nn.Module], norms: list[nn.Module]) -> None:
         self._owners = [vars(module) for module in modules]
         self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self._children = [module._modules for module in modules if module._modules]

@@ -122,13 +122,11 @@ class PackedWeight(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which share nothing with this layer but tensors that are not packed."""
-        state = self.__dict__.copy()
-        if self._panels is not None:
-            panels = {f"panels_{name}" for name in _OF_PACKED}
-            buffers = {**self._buffers, **self._unpacked()}
-            state["_buffers"] = {name: part for name, part in buffers.items() if name not in panels}
-            state["_non_persistent_buffers_set"] = self._non_persistent_buffers_set - panels
-            del state["_panels"]
+        panels = {f"panels_{name}" for name in _OF_PACKED}
+        buffers = self._buffers if self._panels is None else {**self._buffers, **self._unpacked()}
+        state = {name: part for name, part in self.__dict__.items() if name != "_panels"}
+        state["_buffers"] = {name: part for name, part in buffers.items() if name not in panels}
+        state["_non_persistent_buffers_set"] = self._non_persistent_buffers_set - panels
         return state
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

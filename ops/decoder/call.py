@@ -135,12 +135,15 @@ class DecoderPass(NamedTuple):
     """What all layers of a pass share.
 
     Attributes:
-        hidden: float32 `[B, T, C]`, dense: states before the first layer, and behind the last when it is done.
+        hidden: float32 `[B, T, C]`, dense: states before the first layer, and behind the last, and the norm that follows
+            it if there is one, when it is done.
         positions: int64 `[B, T]`, rows of `rotation`.
         bias_start: int64 `[B]`: row of a table of biases that belongs to slot 0; None without such biases.
         mask: bool `[B or 1, 1, T, S]`, True where a query sees a slot; None: causality and the layer's window say it.
         windowed_mask: likewise of layers with a window.
         stored: tokens that came before this pass.
+        norm: `[C]` in any float dtype, the weight of the norm behind the last layer.
+        norm_offset, norm_eps: as in `LayerNorms`.
     """
 
     hidden: torch.Tensor
@@ -149,6 +152,9 @@ class DecoderPass(NamedTuple):
     mask: torch.Tensor | None
     windowed_mask: torch.Tensor | None
     stored: int
+    norm: torch.Tensor | None = None
+    norm_offset: float = 0.0
+    norm_eps: float = 1e-6
 
 
 DECODER_LAYER = CallForm(DecoderLayer)

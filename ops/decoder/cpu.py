@@ -50,6 +50,7 @@ _PASS_PARTS = {
     "bias_start": _INDEX,
     "mask": Loadable((torch.bool,)),
     "windowed_mask": Loadable((torch.bool,)),
+    "norm": _VALUES,
 }
 _RESULTS = ("layers", "count", "projected", "attended", "encode", "encode_token", "threads")
 _PACKED_LAYER = PackedCall(DECODER_LAYER, ("first",), _LAYER_PARTS)
@@ -63,6 +64,7 @@ DECODER_KERNEL = CKernel(
         *ATTENTION_SOURCES,
         "ops/codec/arguments.h",
         *PACKED_SOURCES,
+        "ops/linear/packed_float.h",
         *[f"ops/decoder/{name}" for name in ("work.h", "rows.h", "linears.h", "cache.h", "decoder.c")],
     ),
     ("decoder_layers", "decoder_between"),

@@ -169,6 +169,16 @@ static Work begin_pass(const PackedDecoderPass *packed, const PackedDecoderLayer
     return work;
 }
 
+/* The norm behind the last layer, if there is one. */
+static void share_last_norm(Work *work) {
+    const DecoderPass *pass = work->pass;
+    if (pass->norm.dims < 0) return;
+    for (int64_t row = share_from(work->rows); row < share_to(work->rows); row++) {
+        float *states = work->states + row * work->hidden;
+        norm_row(states, work->hidden, &pass->norm, pass->norm_offset, pass->norm_eps, states);
+    }
+}
+
 /* All layers. Returns 0, or 1 if there is not enough memory. */
 EXPORT int decoder_layers(const PackedDecoderPass *packed) {
     const PackedDecoderLayer *layers = (const PackedDecoderLayer *)packed->layers;
@@ -176,7 +186,10 @@ EXPORT int decoder_layers(const PackedDecoderPass *packed) {
     Work work = begin_pass(packed, layers, packed->count, &memory);
     if (!memory) return 1;
 #pragma omp parallel num_threads((int)work.threads) if (work.threads > 1)
-    for (int64_t i = 0; i < packed->count; i++) share_layer(&work, &layers[i].call, layers[i].first);
+    {
+        for (int64_t i = 0; i < packed->count; i++) share_layer(&work, &layers[i].call, layers[i].first);
+        share_last_norm(&work);
+    }
     free(memory);
     return work.failed;
 }
@@ -191,7 +204,10 @@ EXPORT int decoder_between(const PackedDecoderPass *packed) {
 #pragma omp parallel num_threads((int)work.threads) if (work.threads > 1)
     {
         if (packed->attended) share_outputs(&work, &layers[0].call);
-        if (packed->projected) share_inputs(&work, &layers[packed->count - 1].call);
+        if (packed->projected)
+            share_inputs(&work, &layers[packed->count - 1].call);
+        else
+            share_last_norm(&work);
     }
     free(memory);
     return work.failed;

@@ -153,10 +153,10 @@ def test_flags_of_another_name_take_the_place_of_a_recipes(source: Path, tmp_pat
     )
     found = parsed("--preset", "ascend", "--scheme", "int8-token")
     assert (found.linear.label, found.scheme) == ("W8A8", "int8-token")
-    assert parsed("--preset", "balanced", "--group_size", "64").linear.group_size == 64
+    assert parsed("--preset", "balanced", "--group_size", "32").linear.group_size == 32
     for same in ("--w_bit", "4"), ("--a_bit", "16"), ("--w_sym", "False"):
         found = parsed("--preset", "memory-first", *same).linear
-        assert (found.label, found.group_size, found.symmetric, found.w_method) == ("W4A16", 128, False, "GPTQ")
+        assert (found.label, found.group_size, found.symmetric, found.w_method) == ("W4A16", 64, False, "GPTQ")
     assert parsed("--preset", "memory-first", "--w_sym", "True").linear.symmetric
     assert parsed("--preset", "memory-first", "--w_bit", "8", "--a_bit", "8").linear.label == "W8A8"
 

@@ -99,6 +99,18 @@ def test_copies_stand_for_themselves(scheme: LinearScheme, way: str) -> None:
 
 @SCHEMES
 @torch.no_grad()
+def test_a_shallow_copy_packs_for_itself(scheme: LinearScheme) -> None:
+    layer, tensors, x = example(scheme)
+    layer.unpack()
+    other = copy.copy(layer)
+    output = other(x)
+    assert layer._panels is None
+    assert_same(layer.state_dict(), tensors)
+    assert torch.equal(layer(x), output)
+
+
+@SCHEMES
+@torch.no_grad()
 def test_moves_and_loads_unpack(scheme: LinearScheme) -> None:
     layer, tensors, x = example(scheme)
     output = layer(x)

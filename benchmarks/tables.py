@@ -325,6 +325,56 @@ def ops_table(file: str) -> str:
     return f"{_markdown(rows, 3)}\n\n{_conditions(any_row)}, which read {bandwidth} GB/s."
 
 
+def _newest(file: str) -> dict[str, dict[str, Row]]:
+    """By model and case, the newest rows of the machine and versions of the newest of all."""
+    rows = _rows(file)
+    found: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        if all(row[column] == rows[-1][column] for column in MACHINE):
+            found.setdefault(row["model"], {})[row["case"]] = row
+    return found
+
+
+def memory_table() -> str:
+    """Resident memory of each case, beside that of float."""
+    found = _newest("memory.csv")
+    if not found:
+        return "No memory is measured yet."
+    rows = [
+        ("model", "case", "weights file", "KV cache", "loaded", "peak", "times float's", "end", "anonymous of that")
+    ]
+    for model, cases in found.items():
+        most = float(cases[FLOAT]["peak_mb"]) if FLOAT in cases else None
+        for case, row in cases.items():
+            megabytes = [
+                f"{float(row[f'{column}_mb']):,.0f}"
+                for column in ("weights", "cache", "loaded", "peak", "end", "end_anonymous")
+            ]
+            share = "" if most is None else f"{float(row['peak_mb']) / most:.2f}"
+            rows.append((model, case, *megabytes[:4], share, *megabytes[4:]))
+    row = next(iter(next(iter(found.values())).values()))
+    return (
+        f"{_markdown(rows, 2)}\n\nMB of 1e6 bytes, of a process that loads a model and generates {row['new']} tokens "
+        f"behind {int(row['prompt']):,}; resident, mapped files included as far as they are read, and "
+        f"{float(row['torch_mb']):.0f} MB that are there once torch is imported. {_conditions(row)}, transformers "
+        f"{row['transformers']}."
+    )
+
+
+def start_table() -> str:
+    """Seconds from the start of a process to its first token."""
+    found = _newest("start.csv")
+    if not found:
+        return "No start is timed yet."
+    steps = ("torch", "transformers", "tokenizer", "load", "first pass")
+    rows = [("model", "case", *(f"import {step}" if step in steps[:2] else step for step in steps), "first token")]
+    for model, cases in found.items():
+        rows += [(model, case, *(row[step] for step in steps), row["seconds"]) for case, row in cases.items()]
+    row = next(iter(next(iter(found.values())).values()))
+    where = f"{_conditions(row)}, transformers {row['transformers']}."
+    return f"{_markdown(rows, 2)}\n\nSeconds, with all files in the page cache. {where}"
+
+
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
         "results": results_table,
@@ -338,6 +388,8 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "checkpoints": checkpoints_table,
         "peers": peers_table,
         "weights": weights_table,
+        "memory": memory_table,
+        "start": start_table,
         "ops on cpu": partial(ops_table, "cpu.csv"),
         "ops on cuda": partial(ops_table, "cuda.csv"),
     },

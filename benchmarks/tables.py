@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from memory_rows import memory_rows, start_rows
 from quality import FLOAT_WEIGHTS, UNFOLDED
 from rows import RESULTS, Row, read_rows
 from support import sliding_rows, support_rows
@@ -292,6 +293,22 @@ def weights_table() -> str:
     return "\n\n".join(parts) or "No weights are measured yet."
 
 
+def _resources_table(file: str, rows_of: Callable[[list[Row]], list[tuple[str, ...]]], about: str) -> str:
+    """What processes need: a table of the newest run on the newest machine, and the conditions of it."""
+    found = _rows(file)
+    if not found:
+        return "Not measured yet."
+    row = found[-1]
+    rows = rows_of([other for other in found if all(other[column] == row[column] for column in MACHINE)])
+    return f"{_markdown(rows, 2)}\n\n{about} {_conditions(row)}, transformers {row['transformers']}."
+
+
+MEMORY = (
+    "MB of 1e6 bytes, resident, of a process that loads a model and generates 200 tokens behind 6,000: mapped files "
+    "count as far as they are read, and so do torch and transformers."
+)
+
+
 def best_weights_table() -> str:
     """Of each kind of linears, cache and set of linears in float, the row of the least KL."""
     parts = []
@@ -325,56 +342,6 @@ def ops_table(file: str) -> str:
     return f"{_markdown(rows, 3)}\n\n{_conditions(any_row)}, which read {bandwidth} GB/s."
 
 
-def _newest(file: str) -> dict[str, dict[str, Row]]:
-    """By model and case, the newest rows of the machine and versions of the newest of all."""
-    rows = _rows(file)
-    found: dict[str, dict[str, Row]] = {}
-    for row in rows:
-        if all(row[column] == rows[-1][column] for column in MACHINE):
-            found.setdefault(row["model"], {})[row["case"]] = row
-    return found
-
-
-def memory_table() -> str:
-    """Resident memory of each case, beside that of float."""
-    found = _newest("memory.csv")
-    if not found:
-        return "No memory is measured yet."
-    rows = [
-        ("model", "case", "weights file", "KV cache", "loaded", "peak", "times float's", "end", "anonymous of that")
-    ]
-    for model, cases in found.items():
-        most = float(cases[FLOAT]["peak_mb"]) if FLOAT in cases else None
-        for case, row in cases.items():
-            megabytes = [
-                f"{float(row[f'{column}_mb']):,.0f}"
-                for column in ("weights", "cache", "loaded", "peak", "end", "end_anonymous")
-            ]
-            share = "" if most is None else f"{float(row['peak_mb']) / most:.2f}"
-            rows.append((model, case, *megabytes[:4], share, *megabytes[4:]))
-    row = next(iter(next(iter(found.values())).values()))
-    return (
-        f"{_markdown(rows, 2)}\n\nMB of 1e6 bytes, of a process that loads a model and generates {row['new']} tokens "
-        f"behind {int(row['prompt']):,}; resident, mapped files included as far as they are read, and "
-        f"{float(row['torch_mb']):.0f} MB that are there once torch is imported. {_conditions(row)}, transformers "
-        f"{row['transformers']}."
-    )
-
-
-def start_table() -> str:
-    """Seconds from the start of a process to its first token."""
-    found = _newest("start.csv")
-    if not found:
-        return "No start is timed yet."
-    steps = ("torch", "transformers", "tokenizer", "load", "first pass")
-    rows = [("model", "case", *(f"import {step}" if step in steps[:2] else step for step in steps), "first token")]
-    for model, cases in found.items():
-        rows += [(model, case, *(row[step] for step in steps), row["seconds"]) for case, row in cases.items()]
-    row = next(iter(next(iter(found.values())).values()))
-    where = f"{_conditions(row)}, transformers {row['transformers']}."
-    return f"{_markdown(rows, 2)}\n\nSeconds, with all files in the page cache. {where}"
-
-
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
         "results": results_table,
@@ -388,8 +355,8 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "checkpoints": checkpoints_table,
         "peers": peers_table,
         "weights": weights_table,
-        "memory": memory_table,
-        "start": start_table,
+        "memory": partial(_resources_table, "memory.csv", memory_rows, MEMORY),
+        "start": partial(_resources_table, "start.csv", start_rows, "Seconds, with all files in the page cache."),
         "ops on cpu": partial(ops_table, "cpu.csv"),
         "ops on cuda": partial(ops_table, "cuda.csv"),
     },

@@ -35,6 +35,8 @@ from octavo.common.convert.output.bundle import commit, write_bundle
 
 CASE = Path(__file__).parent / "memory_case.py"
 FLOAT, TWO_LINES, QUICKSTART = "float", "two lines, ", "quickstart"
+TEXTS = ("The lighthouse keeper wrote down the weather every morning, and the sea wrote back at night.",)
+"""Enough to calibrate on where values do not matter."""
 QUICKSTART_FIELDS: dict[str, Any] = {"scheme": "ascend-c8", "linear": "w8a8_dynamic", "float_head": False}
 CONVERTED = (QUICKSTART, *(name for name in RECIPES if not name.startswith("ascend")))
 CASES = (FLOAT, f"{FLOAT}, bfloat16", f"{TWO_LINES}int8-token", f"{TWO_LINES}octavo-4", *CONVERTED)
@@ -59,7 +61,7 @@ def _converted(case: str, source: Path, work: Path) -> Path:
             linear = fields["linear"]
         else:
             linear = dataclasses.replace(fields["linear"], w_method="MinMax")
-        convert_quietly(ConvertRequest(source, target, **{**fields, "linear": linear}))
+        convert_quietly(ConvertRequest(source, target, **{**fields, "linear": linear}, calibration=TEXTS))
     write_bundle(architecture, target)
     return target
 

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from engine_tables import engines_table, other_engines_tables
+from memory_rows import memory_rows, start_rows
 from quality import FLOAT_WEIGHTS, UNFOLDED
 from rows import RESULTS, Row, read_rows
 from support import sliding_rows, support_rows
@@ -293,6 +294,22 @@ def weights_table() -> str:
     return "\n\n".join(parts) or "No weights are measured yet."
 
 
+def _resources_table(file: str, rows_of: Callable[[list[Row]], list[tuple[str, ...]]], about: str) -> str:
+    """What processes need: a table of the newest run on the newest machine, and the conditions of it."""
+    found = _rows(file)
+    if not found:
+        return "Not measured yet."
+    row = found[-1]
+    rows = rows_of([other for other in found if all(other[column] == row[column] for column in MACHINE)])
+    return f"{_markdown(rows, 2)}\n\n{about} {_conditions(row)}, transformers {row['transformers']}."
+
+
+MEMORY = (
+    "MB of 1e6 bytes, resident, of a process that loads a model and generates 200 tokens behind 6,000: mapped files "
+    "count as far as they are read, and so do torch and transformers."
+)
+
+
 def best_weights_table() -> str:
     """Of each kind of linears, cache and set of linears in float, the row of the least KL."""
     parts = []
@@ -341,6 +358,8 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "peers": peers_table,
         "engines": other_engines_tables,
         "weights": weights_table,
+        "memory": partial(_resources_table, "memory.csv", memory_rows, MEMORY),
+        "start": partial(_resources_table, "start.csv", start_rows, "Seconds, with all files in the page cache."),
         "ops on cpu": partial(ops_table, "cpu.csv"),
         "ops on cuda": partial(ops_table, "cuda.csv"),
     },

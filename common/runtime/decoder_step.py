@@ -81,7 +81,6 @@ class FusedDecoder:
         self.sources = Sources([*layers.modules(), self._norm], norms)  # at the end: what was packed is of them
         self.decoder = decoder
 
-
     def last_norm(self) -> tuple[torch.Tensor, float, float]:
         """Weight, offset and epsilon of the norm behind the last layer."""
         return self._norm.weight.detach(), self.decoder.norm_offset, norm_eps(self._norm)

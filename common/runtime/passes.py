@@ -79,7 +79,8 @@ def one_pass(base: nn.Module, forward: Callable[..., Any], arguments: dict[str, 
 
 def _in_chunks(base: nn.Module, forward: Callable[..., Any], arguments: dict[str, Any], size: int) -> Any:
     """The output of a pass whose chunks have `size` tokens each."""
-    states, start = None, 0
+    states, start, cache = None, 0, _cache_of(arguments)
+    cache.expect(int(cache.get_seq_length()) + _new_tokens(arguments))  # storage that grows leaves holes behind
     for chunk in _chunks(arguments, size):
         output = one_pass(base, forward, chunk)
         part = output.last_hidden_state
@@ -138,7 +139,7 @@ def _goes_whole(base: nn.Module, arguments: dict[str, Any], tokens: int) -> bool
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or base.training or hasattr(base, _WHOLE):
         return True
     cache = _cache_of(arguments)
-    if not hasattr(cache, "scheme"):
+    if not hasattr(cache, "expect"):
         return True
     is_first_decisive = cache.scheme.prefill == "float" or cache.scheme.smooth_key
     past = int(cache.get_seq_length())

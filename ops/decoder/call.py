@@ -135,8 +135,8 @@ class DecoderPass(NamedTuple):
     """What all layers of a pass share.
 
     Attributes:
-        hidden: float32 `[B, T, C]`, dense: states before the first layer, and behind the last, and the norm that follows
-            it if there is one, when it is done.
+        hidden: float32 `[B, T, C]`, dense: states before the first layer, and, when it is done, behind the last and the
+            norm that follows it.
         positions: int64 `[B, T]`, rows of `rotation`.
         bias_start: int64 `[B]`: row of a table of biases that belongs to slot 0; None without such biases.
         mask: bool `[B or 1, 1, T, S]`, True where a query sees a slot; None: causality and the layer's window say it.

@@ -58,3 +58,16 @@ def test_a_table_is_of_one_machine_and_a_case_of_one_commit(tables: ModuleType, 
     head, _, row, _, conditions = tables.ops_table("cpu.csv").splitlines()
     assert row == "| attention | decode | int8 | 2.000 | 0.50 | 2.00 | SDPA bfloat16 |"
     assert head.count("|") == row.count("|") and conditions.startswith("new, 2 CPU threads")
+
+
+def test_memory_stands_beside_that_of_float(tables: ModuleType, tmp_path: Path) -> None:
+    table = tables.TABLES["benchmarks/README.md"]["memory"]
+    assert table() == "Not measured yet."
+    rest = {"machine": "m", "threads": "2", "torch": "2.13", "transformers": "5.24", "model": "tiny"}
+    sizes = dict.fromkeys(("weights_mb", "cache_mb", "loaded_mb", "end_mb", "end_anonymous_mb"), "100.0")
+    cases = [("float", "1500.0"), ("quickstart", "9.0"), ("quickstart", "600.0")]
+    with (tmp_path / "memory.csv").open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, (*rest, *sizes, "case", "peak_mb"))
+        writer.writeheader()
+        writer.writerows({**rest, **sizes, "case": case, "peak_mb": peak} for case, peak in cases)
+    assert "| tiny | quickstart | 100 | 100 | 100 | 600 | 100 | 100 | 0.40 |" in table().splitlines()

@@ -70,10 +70,10 @@ def random_layer(linears: str, cache: str, batch: int, **changes: object) -> Dec
     sizes += [(INNER, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER)]
     (keys, is_dynamic), (values, _) = side(cache, batch), side(cache, batch)
     angles = torch.arange(ROOM)[:, None] * 10000 ** -(torch.arange(HEAD_DIM // 2) / (HEAD_DIM // 2))
+    norms = LayerNorms(torch.rand(HIDDEN) + 0.5, torch.rand(HIDDEN) + 0.5)
     layer = DecoderLayer(
-        LayerNorms(torch.rand(HIDDEN) + 0.5, torch.rand(HIDDEN) + 0.5), LayerLinears(*[linear(linears, *size) for size in sizes]),
-        keys, values, None, LayerBiases(), torch.cat((angles.cos(), angles.sin()), dim=1), HEADS, KV_HEADS, HEAD_DIM,
-        HEAD_DIM**-0.5, is_key_dynamic=is_dynamic, is_value_dynamic=is_dynamic,
+        norms, LayerLinears(*[linear(linears, *size) for size in sizes]), keys, values, None, LayerBiases(),
+        torch.cat((angles.cos(), angles.sin()), dim=1), HEADS, KV_HEADS, HEAD_DIM, HEAD_DIM**-0.5, is_key_dynamic=is_dynamic, is_value_dynamic=is_dynamic,
     )  # fmt: skip
     return layer._replace(**changes)
 

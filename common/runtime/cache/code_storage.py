@@ -59,6 +59,7 @@ class CodeStorage:
         self.max_length = max_length
         self.sliding = sliding
         self.length = self.forgotten = 0
+        self._expected = 0
         if codec is not None and codec.fixed_scale:
             scales = torch.full((1, 1, 1), codec.fixed_scale), None
         self._static_scale, self._static_zero = scales if scales is not None else (None, None)
@@ -85,6 +86,13 @@ class CodeStorage:
                 f"the cache holds max_length={self.max_length} tokens and {tokens} are needed; make it larger"
             )
 
+    def expect(self, tokens: int) -> None:
+        """Be told how many tokens there will be soon, in all: room that is made for fewer is made for so many at once.
+
+        A sliding storage makes room for those it keeps.
+        """
+        self._expected = tokens
+
     def allocate(self, like: torch.Tensor, tokens: int) -> None:
         """Make room for `tokens` tokens in all, of the batch, heads, head_dim and device of `like` (`[B, G, *, D]`).
 
@@ -95,7 +103,7 @@ class CodeStorage:
         """
         self.check_room(tokens)
         if self._codes is None:
-            self._create(like, self._capacity_for(tokens - self.forgotten))
+            self._create(like, self._capacity_for(self._with_expected(tokens) - self.forgotten))
             return
         self._check_fits(like)
         if self.codec is None:
@@ -107,7 +115,10 @@ class CodeStorage:
         if tokens - first <= capacity:
             self._drop_before(first)
         else:
-            self._move(self._capacity_for(tokens - first), first)
+            self._move(self._capacity_for(self._with_expected(tokens) - first), first)
+
+    def _with_expected(self, tokens: int) -> int:
+        return tokens if self.sliding is not None else max(tokens, self._expected)
 
     def _check_fits(self, like: torch.Tensor) -> None:
         head_dim = like.shape[-1]
@@ -254,6 +265,6 @@ class CodeStorage:
 
     def clear(self) -> None:
         """Forget all tokens, and the storage unless it is of a fixed length."""
-        self.length = self.forgotten = 0
+        self.length = self.forgotten = self._expected = 0
         if self.max_length is None:
             self._codes = self._scale = self._zero = self._outliers = self._channels = None

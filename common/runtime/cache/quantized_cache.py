@@ -134,6 +134,12 @@ class QuantizedCache(Cache):
             raise OctavoError(f"the cache is of {len(self.layers)} layers and the model has more: another model's?")
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
+    def expect(self, tokens: int) -> None:
+        """Make room for so many tokens in all, when any is made, as for the chunks of a long pass."""
+        for layer in self.layers:
+            layer.key_store.expect(tokens)
+            layer.value_store.expect(tokens)
+
     def save(self, file: str | Path) -> None:
         """Write all that the cache holds, its scheme and constants, to a safetensors file, whole or not at all.
 

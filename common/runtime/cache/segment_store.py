@@ -58,6 +58,10 @@ class SegmentStore:
         """Number of tokens stored."""
         return self.sinks + (self._offset + self._kept if self._is_delayed else self.body.length)
 
+    def expect(self, tokens: int) -> None:
+        """As of `CodeStorage`."""
+        self.body.expect(self.scheme.coded(self.codec, tokens))
+
     def _room(self) -> int:
         """Tokens that the storage of the tail holds: as many as are ever kept, and one that comes."""
         if not self._is_delayed:

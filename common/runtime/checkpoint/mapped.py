@@ -13,7 +13,7 @@ _SWAPPED, _OF_FILE = 1 << 62, 1 << 61
 _ENTRY = 8
 _DONTNEED = 4
 """MADV_DONTNEED of Linux."""
-_AT_A_TIME = 1 << 16
+_ENTRIES_READ = 1 << 16
 """Pages whose entries are read at once."""
 
 
@@ -30,7 +30,7 @@ def _is_unchanged(first: int, pages: int) -> bool:
         with _PAGEMAP.open("rb", buffering=0) as stream:
             stream.seek(first * _ENTRY)
             while pages > 0:
-                found = stream.read(min(pages, _AT_A_TIME) * _ENTRY)
+                found = stream.read(min(pages, _ENTRIES_READ) * _ENTRY)
                 if not found:
                     return False
                 entries = torch.frombuffer(bytearray(found), dtype=torch.int64)

@@ -18,7 +18,7 @@ from ..schemes.kv_scheme import Scheme
 from .buffers import read_scales
 from .mapped import release_pages
 
-_AT_A_TIME = 1 << 22
+_VALUES_CHECKED = 1 << 22
 """Values that are looked at before their pages are given back."""
 
 
@@ -32,7 +32,7 @@ def _floats(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 def _is_sound(tensor: torch.Tensor) -> bool:
     """Whether all values of a tensor are finite, of which no more than a part is in memory at once."""
     tensor = tensor.detach()
-    parts = tensor.view(-1).split(_AT_A_TIME) if tensor.is_contiguous() else (tensor,)
+    parts = tensor.view(-1).split(_VALUES_CHECKED) if tensor.is_contiguous() else (tensor,)
     for part in parts:
         if not is_finite(part):
             return False

@@ -92,6 +92,7 @@ def test_a_pass_in_chunks_gives_the_logits_and_codes_of_one_pass(
     assert seen == [TOKENS] + [CHUNK] * 9 + [5]
     torch.testing.assert_close(found, expected, atol=TOLERANCES["logits"], rtol=0)
     assert caches[1].get_seq_length() == TOKENS
+    assert caches[1].nbytes() == caches[0].nbytes(), "room is made once"
     if scheme == "int8-token":
         for one, other in zip(decoded(caches[0], 1), decoded(caches[1], 1), strict=True):
             torch.testing.assert_close(one[..., -8:, :], other[..., -8:, :])

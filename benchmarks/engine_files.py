@@ -94,10 +94,14 @@ def _flags_of(contender: Contender, model: Model, calibration: Path) -> list[str
 def _convert(contender: Contender, model: Model, into: Path, calibration: Path, log: Path) -> None:
     script = REPOSITORY / "models" / model.architecture / "convert_quant_weights.py"
     command = [sys.executable, str(script), "--model_path", str(model.directory), "--save_directory", str(into)]
+    command += _flags_of(contender, model, calibration)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as said:
-        command += _flags_of(contender, model, calibration)
-        if subprocess.run(command, stdout=said, stderr=subprocess.STDOUT, check=False).returncode:
+        if stage_path(into).exists():  # cut off, and perhaps by other code, which cannot go on
+            if not subprocess.run([*command, "--resume"], stdout=said, stderr=said, check=False).returncode:
+                return
+            shutil.rmtree(stage_path(into), ignore_errors=True)
+        if subprocess.run(command, stdout=said, stderr=said, check=False).returncode:
             raise EngineFailure(f"the conversion failed; its last words are in {log}")
 
 
@@ -127,8 +131,7 @@ def prepared(contender: Contender, model: Model, flags: Namespace) -> Path:
         return into
     print(f"{model.name}, {contender.name}: making {into}", flush=True)
     stamp.unlink(missing_ok=True)
-    for left in (into, stage_path(into)):
-        shutil.rmtree(left, ignore_errors=True)
+    shutil.rmtree(into, ignore_errors=True)
     into.parent.mkdir(parents=True, exist_ok=True)
     log = f"{model.name}-{name}-prepare"
     if contender.flags:

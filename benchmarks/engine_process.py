@@ -1,6 +1,7 @@
 """A process that runs an engine in an environment of its own, asked over a pipe; `engines/worker.py` says what for."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,15 @@ from types import TracebackType
 from typing import Any
 
 QUIT_SECONDS = 20.0
+SYSTEM = Path("/proc/stat")
+
+
+def busy_seconds() -> float | None:
+    """CPU seconds that all processes of this machine took so far; None where the system does not tell."""
+    if not SYSTEM.exists():
+        return None
+    user, nice, system, _, _, *interrupts = map(int, SYSTEM.read_text(encoding="utf-8").splitlines()[0].split()[1:9])
+    return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
 
 
 class EngineFailure(RuntimeError):
@@ -58,6 +68,14 @@ class EngineProcess:
             raise EngineFailure(f"{do}: {answer['error']}; see {self.log}")
         self.peak = answer["peak"]
         return answer["result"]
+
+    def others_seconds(self) -> float | None:
+        """CPU seconds that all other processes of this machine took so far; None where the system does not tell."""
+        busy = busy_seconds()
+        if busy is None:
+            return None
+        fields = Path(f"/proc/{self._process.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        return busy - (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def __enter__(self) -> "EngineProcess":
         return self

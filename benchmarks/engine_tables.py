@@ -1,10 +1,10 @@
 """Tables of whole models beside other engines, out of the rows that `engines.py` appends."""
 
+from engine_cases import NATIVE
+from engine_turns import FILE, MOST_OF_OTHERS
 from rows import RESULTS, Row, read_rows
 
-FILE = "engines.csv"
 CASE = ("model", "isa", "batch", "contender", "context")
-NATIVE = "native"
 MODELS = {"llama-1b-random": "Llama of 1B's shape, random"}
 """Names of models in words."""
 
@@ -56,6 +56,9 @@ def _conditions(rows: list[Row], isa: str, batch: str) -> str:
             f"KL(float32 || engine) in nats per token, on the second halves of {windows} windows of 2,048 tokens of "
             "English Wikipedia, read in chunks."
         )
+    noise = max((float(row["others_cpus"]) for row in rows if row["others_cpus"]), default=0.0)
+    if noise > MOST_OF_OTHERS:
+        sentences.append(f"Other processes took up to {noise:.2f} CPUs meanwhile.")
     notes = dict.fromkeys(f"{row['contender']}, {row['model']}: {row['note']}" for row in rows if row["note"])
     return " ".join(sentences + [f"No figure: {note}." for note in notes])
 

@@ -45,6 +45,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", default=["*"], help="contenders, by patterns of their names")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--do", nargs="+", choices=list(STAGES), default=list(STAGES), help="stages")
+    parser.add_argument("--tries", type=int, default=2, help="of a turn while other processes keep a CPU busy")
     parser.add_argument("--turns", type=int, default=sys.maxsize, help="turns to do at most; no rows then")
     parser.add_argument("--again", action="store_true", help="start the journal anew")
     parser.add_argument(

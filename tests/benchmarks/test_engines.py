@@ -52,7 +52,7 @@ def new_run(modules: Modules, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         asked = [cases.Contender(how, engine, cases.EIGHT, preparing={"how": how}) for engine, how in contenders]
         settings: dict[str, Any] = {
             "contenders": asked, "contexts": [20, 40], "rounds": [3, 1], "new": 5, "batch": 1, "threads": 1,
-            "isa": "native", "windows": 2, "turns": 1000, "again": False, "work": tmp_path / "work",
+            "isa": "native", "windows": 2, "turns": 1000, "tries": 1, "again": False, "work": tmp_path / "work",
             "environments": tmp_path / "environments", "calib_file": tmp_path / "calibration",
         }  # fmt: skip
         return turns.Run(Namespace(**{**settings, **changes}), [files.Model("tiny", source)])

@@ -54,18 +54,31 @@ OUTLINE void attend(const AttentionArguments *a, const Plan *plan, int64_t b, in
     }
 }
 
+/* x[d] -= factor * part, or x[d] *= part where `factor` is NULL, for a part that does not vary along the tokens. */
+static void apply_channels(const Part *part, int64_t b, int64_t g, int64_t width, const float *factor, float *x) {
+    int64_t start = part_start(part, b, g, 0), step = part->stride[3];
+    if (part->span == 1 && step == 1 && part->kind == KIND_FLOAT32) {
+        const float *values = (const float *)part->data + start;
+        for (int64_t d = 0; d < width; d++) x[d] = factor ? x[d] - *factor * values[d] : x[d] * values[d];
+        return;
+    }
+    for (int64_t d = 0; d < width; d += part->span, start += step) {
+        float value = part_value(part, start);
+        for (int64_t i = d; i < d + part->span; i++) x[i] = factor ? x[i] - *factor * value : x[i] * value;
+    }
+}
+
 /* A row's sum of weighted values, from its sums and unscaled output; `to` may be where `output` is. */
 OUTLINE void settle_row(const AttentionArguments *a, const Plan *plan, int64_t b, int64_t g, const Row *row,
                        const float *output, float *to) {
-    const Part *scale = plan->value_scale.data && !plan->value_scale.per_token ? &plan->value_scale : NULL;
-    const Part *zero = plan->value_zero.data && !plan->value_zero.per_token ? &plan->value_zero : NULL;
-    int64_t scale_start = scale ? part_start(scale, b, g, 0) : 0, zero_start = zero ? part_start(zero, b, g, 0) : 0;
-    for (int64_t d = 0; d < a->width; d++) {
-        float x = output[d < a->width / 2 ? d : d + plan->high_shift] - row->zeros;
-        if (zero) x -= row->weighted * part_value(zero, zero_start + d / zero->span * zero->stride[3]);
-        if (scale) x *= part_value(scale, scale_start + d / scale->span * scale->stride[3]);
-        to[d] = x;
-    }
+    int64_t half = plan->high_shift ? a->width / 2 : a->width;
+    float zeros = row->zeros, weighted = row->weighted;
+    for (int64_t d = 0; d < half; d++) to[d] = output[d] - zeros;
+    for (int64_t d = half; d < a->width; d++) to[d] = output[d + plan->high_shift] - zeros;
+    if (plan->value_zero.data && !plan->value_zero.per_token)
+        apply_channels(&plan->value_zero, b, g, a->width, &weighted, to);
+    if (plan->value_scale.data && !plan->value_scale.per_token)
+        apply_channels(&plan->value_scale, b, g, a->width, NULL, to);
 }
 
 /* A row's finished output and log-sum-exp, from sums and unscaled output. */
@@ -144,7 +157,10 @@ static Attention begin_pieces(const AttentionArguments *arguments, const Piece *
     all.failed |= !all.pieces;
     for (int64_t i = 0; i < count && all.pieces; i++) {
         all.pieces[i] = pieces[i];
-        size_t floats = lay_out(NULL, &pieces[i].plan, all.gathered_floats);
+#if HAS_INTEGER
+        widen_plan(&all.pieces[i].arguments, &all.pieces[i].plan);
+#endif
+        size_t floats = lay_out(NULL, &all.pieces[i].plan, all.gathered_floats);
         if (floats > all.scratch_floats) all.scratch_floats = floats;
     }
     return all;

@@ -1,15 +1,24 @@
 /* Blocks of many rows over int8 and int4 codes. Codes become tiles of bytes once for all rows of a block; WIDE_ROWS rows
  * at a time then go through scores, softmax and output, which leaves all of it in the nearest cache.
  *
- * Of q and the weights two digits of 8 bits are multiplied, one fewer than for few rows: the weights, unsigned, are
- * whole numbers up to LARGEST_WEIGHT of the largest. Keys whose weights have no high digit in any row cost one product,
- * keys whose weights round to 0 none. */
+ * Of q and the weights two digits of 8 bits are multiplied, one fewer than for few rows. The weights, unsigned and with
+ * scales of V in them, are whole numbers, the largest of a row so far about LARGEST_WEIGHT. Keys whose weights have no
+ * high digit in any row cost one product, keys whose weights round to 0 none. */
 
 #if HAS_INTEGER
-enum { LARGEST_WEIGHT = 65024 }; /* of 65535: room for a 2^0 that comes out above 1 */
+enum { LARGEST_WEIGHT = 65024 }; /* of 65535: room for what comes out a little above */
+#define LARGEST_WEIGHT_LOG2 15.98868469f
 
 /* Keys that the weights of WIDE_ROWS rows need multiplied, for each WIDE_STEP keys. */
 enum { NO_DIGIT = 0, LOW_DIGIT = 1, BOTH_DIGITS = 2 };
+
+/* What one block of keys does to scores and weights where nothing but causality, a window and scales per token has a
+ * say: a score becomes that of the weight with the scale of V in it. */
+typedef struct {
+    float scale[KEY_BLOCK], level[KEY_BLOCK];     /* of a score and onto it: the scale of K, and log2 of that of V */
+    float inverse[KEY_BLOCK];                     /* of the scale of V; 0 behind the last key */
+    int plain;                                    /* 0: something else has a say too, and soften_row serves */
+} WideKeys;
 
 /* What WIDE_ROWS rows need while they go through a block. */
 typedef struct {
@@ -23,7 +32,7 @@ typedef struct {
 static int has_negative(const AttentionArguments *a, const Part *part) {
     for (int64_t b = 0; b < a->batch; b++)
         for (int64_t g = 0; g < a->groups; g++)
-            for (int64_t j = 0; j < clamped(length_of(a, b), a->keys); j += part->group)
+            for (int64_t j = 0; j < clamped(length_of(a, b), a->keys); j++)
                 if (part_value(part, part_start(part, b, g, j)) < 0.0f) return 1;
     return 0;
 }
@@ -38,7 +47,7 @@ static void widen_plan(const AttentionArguments *a, Plan *plan) {
 }
 
 /* K as [panels of 32 keys][quads of channels][32][4] unsigned codes; returns the quads of a panel. */
-static int64_t wide_keys(Rows key, int64_t keys, int64_t kind, uint8_t *tile) {
+static int64_t tile_keys(Rows key, int64_t keys, int64_t kind, uint8_t *tile) {
     int64_t quads = byte_quads(key.width, kind), packed = kind == KIND_INT4 ? quads : 0, all = quads + packed;
     for (int64_t j = 0; j < keys; j += WIDE_STEP, tile += all * 128) {
         Rows from = {key.data + j * key.stride, key.stride, key.width};
@@ -53,7 +62,7 @@ static int64_t wide_keys(Rows key, int64_t keys, int64_t kind, uint8_t *tile) {
 }
 
 /* V as [quads of keys][padded channels][4] signed codes; of int4 the high halves start at `high`. */
-OUTLINE void wide_values(Rows value, int64_t keys, int64_t padded, int64_t kind, int8_t *tile) {
+OUTLINE void tile_values(Rows value, int64_t keys, int64_t padded, int64_t kind, int8_t *tile) {
     int64_t bytes = kind == KIND_INT4 ? value.width / 2 : value.width, high = round_up(bytes, 16);
     int64_t columns = kind == KIND_INT4 ? high : padded;
     __m512i by_key = _mm512_setzero_si512(), eight = _mm512_set1_epi8(INT4_OFFSET);
@@ -73,9 +82,10 @@ OUTLINE void wide_values(Rows value, int64_t keys, int64_t padded, int64_t kind,
     }
 }
 
-/* scores[WIDE_ROWS][32] = factor * scale * (digits of q . a panel of K); the largest of each row if all see it. */
+/* scores[WIDE_ROWS][32] = factor * scale * (digits of q . a panel of K) + level; the largest of each row if all see it. */
 INLINE void wide_scores_of(const int32_t *q, int64_t q_stride, const uint8_t *tile, int64_t quads, float *scores,
-                           const float *scale, const Digits *digits, Wide *wide, int seen, const int count) {
+                           const WideKeys *keys, int64_t j, const Digits *digits, Wide *wide, int seen,
+                           const int count) {
     i32v sums[WIDE_ROWS][2][2];
     UNROLL for (int h = 0; h < WIDE_ROWS; h++)
         UNROLL for (int i = 0; i < count; i++)
@@ -89,27 +99,28 @@ INLINE void wide_scores_of(const int32_t *q, int64_t q_stride, const uint8_t *ti
                 sums[h][i][1] = (i32v)_mm512_dpbusd_epi32((__m512i)sums[h][i][1], b1, digit);
             }
     }
-    f32v scales[2] = {load_lanes(scale), load_lanes(scale + 16)};
+    f32v scale[2] = {load_lanes(keys->scale + j), load_lanes(keys->scale + j + 16)};
+    f32v level[2] = {load_lanes(keys->level + j), load_lanes(keys->level + j + 16)};
     UNROLL for (int h = 0; h < WIDE_ROWS; h++) {
         f32v x[2], factor = all_lanes(wide->factor[h]);
         UNROLL for (int v = 0; v < 2; v++) {
             i32v sum = count == 2 ? sums[h][0][v] + sums[h][1][v] * 256 : sums[h][0][v];
-            x[v] = __builtin_convertvector(sum, f32v) * factor * scales[v];
-            store_lanes(scores + h * KEY_BLOCK + 16 * v, x[v]);
+            x[v] = __builtin_convertvector(sum, f32v) * factor * scale[v] + level[v];
+            store_lanes(scores + h * KEY_BLOCK + j + 16 * v, x[v]);
         }
         if (seen) wide->largest[h] = max_lanes(wide->largest[h], max_lanes(x[0], x[1]));
     }
 }
 
 OUTLINE void wide_scores(const int32_t *q, int64_t q_stride, const uint8_t *tile, int64_t quads, float *scores,
-                         const float *scale, const Digits *digits, Wide *wide, int seen, int count) {
+                         const WideKeys *keys, int64_t j, const Digits *digits, Wide *wide, int seen, int count) {
     if (count == 1)
-        wide_scores_of(q, q_stride, tile, quads, scores, scale, digits, wide, seen, 1);
+        wide_scores_of(q, q_stride, tile, quads, scores, keys, j, digits, wide, seen, 1);
     else
-        wide_scores_of(q, q_stride, tile, quads, scores, scale, digits, wide, seen, 2);
+        wide_scores_of(q, q_stride, tile, quads, scores, keys, j, digits, wide, seen, 2);
 }
 
-/* 2^x for x <= 0 within 3e-6 of it, a tenth of a step of the largest weights; below 2^-126 that. */
+/* 2^x for -126 <= x < 127, below that as of -126, within 3e-6 of it: a tenth of the step of the largest weights. */
 INLINE f32v short_exp2_of(f32v x) {
     f32v magic = all_lanes(12582912.0f);
     x = max_lanes(all_lanes(-126.0f), x); /* in this order NaN stays */
@@ -122,46 +133,54 @@ INLINE f32v short_exp2_of(f32v x) {
     return (f32v)((u32v)p + ((u32v)shifted << 23)); /* the low bits of `shifted` are the rounded x */
 }
 
-/* 16 weights as digits in their place: for each four 4 low digits, 4 high ones and 8 zeros. */
-INLINE void store_weights(float *to, __m512i whole, i32v *used) {
+/* 16 weights as digits: for each four 4 low digits, 4 high ones and 8 zeros. */
+INLINE __m512i store_weights(float *to, f32v weights) {
     const __m512i by_digit =
         _mm512_broadcast_i32x4(_mm_set_epi8(-1, -1, -1, -1, -1, -1, -1, -1, 13, 9, 5, 1, 12, 8, 4, 0));
-    *used |= (i32v)whole;
+    __m512i whole = _mm512_min_epu32(_mm512_cvtps_epi32((__m512)weights), _mm512_set1_epi32(65535));
     _mm512_storeu_si512(to, _mm512_shuffle_epi8(whole, by_digit));
+    return whole;
 }
 
-/* One row's scores become weights, where nothing but causality, a window and scales per token has a say. `inner` are
- * the keys that wide_scores has looked at for `largest`, `unit` the factors of the weights. */
-OUTLINE void wide_weights(Row *row, int h, Range computed, Range inner, Range seen, const float *unit, Wide *wide) {
-    float *scores = wide->scores[h];
-    wide->fade[h] = 1.0f;
-    if (seen.from >= seen.to) {
-        memset(scores + computed.from, 0, sizeof(float) * (size_t)(computed.to - computed.from));
-        return;
-    }
-    f32v largest = wide->largest[h];
+/* Scores that a row does not see become -inf, `inner` aside, which it does; returns the largest of the others. */
+static f32v hide_scores(float *scores, Range computed, Range inner, Range seen) {
+    f32v largest = all_lanes(-INFINITY);
     for (int64_t j = computed.from; j < computed.to; j += LANES) {
-        if (j >= inner.from && j < inner.to) {
-            j = inner.to - LANES;
-            continue;
-        }
+        if (j >= inner.from && j < inner.to) continue;
         i32v key = lane_numbers() + (int32_t)j;
         i32v inside = (i32v)(key >= (int32_t)seen.from) & (i32v)(key < (int32_t)seen.to);
         f32v s = select_lanes(inside, load_lanes(scores + j), all_lanes(-INFINITY));
         largest = max_lanes(largest, s);
         store_lanes(scores + j, s);
     }
-    float best = max_of_lanes(largest) > row->best ? max_of_lanes(largest) : row->best;
-    f32v shift = all_lanes(best), total = {0}, weighted = {0};
-    for (int64_t j = computed.from; j < computed.to; j += LANES) {
-        f32v weight = short_exp2_of(load_lanes(scores + j) - shift), scaled = weight * load_lanes(unit + j);
-        total += weight, weighted += scaled;
-        store_weights(scores + j, _mm512_cvtps_epi32((__m512)scaled), &wide->used[j / WIDE_STEP]);
+    return largest;
+}
+
+/* One row's scores become digits of weights. Those of a row count in units of 2^best, by which the largest is about
+ * LARGEST_WEIGHT; wide_scores has looked at `inner` for it. */
+OUTLINE void wide_weights(Row *row, int h, Range computed, Range inner, Range seen, const WideKeys *keys, Wide *wide) {
+    float *scores = wide->scores[h];
+    if (seen.from >= seen.to) {
+        memset(scores + computed.from, 0, sizeof(float) * (size_t)(computed.to - computed.from));
+        return;
+    }
+    float largest = max_of_lanes(max_lanes(hide_scores(scores, computed, inner, seen), wide->largest[h]));
+    float best = largest - LARGEST_WEIGHT_LOG2 > row->best ? largest - LARGEST_WEIGHT_LOG2 : row->best;
+    f32v shift = all_lanes(best), total[2] = {0}, weighted[2] = {0};
+    for (int64_t j = computed.from; j < computed.to; j += WIDE_STEP) {
+        __m512i whole[2];
+        UNROLL for (int v = 0; v < 2; v++) {
+            f32v weight = short_exp2_of(load_lanes(scores + j + 16 * v) - shift);
+            total[v] += weight * load_lanes(keys->inverse + j + 16 * v), weighted[v] += weight;
+            whole[v] = store_weights(scores + j + 16 * v, weight);
+        }
+        wide->used[j / WIDE_STEP] |= (i32v)_mm512_or_si512(whole[0], whole[1]);
     }
     float fade = exp2_of_one(row->best - best);
-    row->total = row->total * fade + sum_of_lanes(total);
-    row->weighted = row->weighted * fade + sum_of_lanes(weighted) * wide->step[h];
+    row->total = row->total * fade + sum_of_lanes(total[0] + total[1]);
+    row->weighted = row->weighted * fade + sum_of_lanes(weighted[0] + weighted[1]);
     row->best = best, wide->fade[h] = fade;
+    if (!(wide->factor[h] - wide->factor[h] == 0.0f)) row->total = NAN; /* of a query that digits cannot hold */
 }
 
 /* One row's weights, which soften_row has left, as digits; `computed` ends where they do. */
@@ -172,9 +191,8 @@ OUTLINE void split_wide_weights(int h, Range computed, Wide *wide) {
     float step = max_of_lanes(largest) / LARGEST_WEIGHT;
     f32v inverse = all_lanes(step > 0x1p-126f ? 1.0f / step : 0.0f);
     for (int64_t j = computed.from; j < computed.to; j += LANES)
-        store_weights(weights + j, _mm512_cvtps_epi32((__m512)(load_lanes(weights + j) * inverse)),
-                      &wide->used[j / WIDE_STEP]);
-    wide->fade[h] = 1.0f, wide->step[h] = step;
+        wide->used[j / WIDE_STEP] |= (i32v)store_weights(weights + j, load_lanes(weights + j) * inverse);
+    wide->step[h] = step;
 }
 
 /* sums[h][i][v] += 32 weights times 32 channels of V. */
@@ -214,46 +232,59 @@ OUTLINE void wide_output(const int32_t *weights, const int8_t *tile, int64_t pad
     }
 }
 
-/* Factors of the weights of one block of keys, scales per token in them; returns the value of a 1. `plain` becomes 0
- * where a scale is no number. */
-static float weight_units(const Plan *plan, const Scratch *scratch, float *unit, int *plain) {
-    f32v largest = {0}, odd = {0};
+/* log2 of positive normal numbers, within 1e-7 of it or of 1. */
+INLINE f32v log2_of(f32v x) {
+    f32v m = (f32v)_mm512_getmant_ps((__m512)x, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_zero);
+    f32v exponent = (f32v)_mm512_getexp_ps((__m512)(x / m)), one = all_lanes(1.0f);
+    f32v t = (m - one) / (m + one), square = t * t; /* 2 artanh(t) = ln m */
+    f32v series = square * all_lanes(2.0f / 9 * 1.44269504f) + all_lanes(2.0f / 7 * 1.44269504f);
+    series = series * square + all_lanes(2.0f / 5 * 1.44269504f);
+    series = series * square + all_lanes(2.0f / 3 * 1.44269504f);
+    return exponent + t * (series * square + all_lanes(2.0f * 1.44269504f));
+}
+
+/* A scale that is no number, or of V none that has a logarithm, is left to soften_row. */
+static void load_wide_keys(const AttentionArguments *a, const Plan *plan, const Scratch *scratch, int64_t keys,
+                           WideKeys *to) {
+    f32v odd = {0}, one = all_lanes(1.0f);
     for (int64_t j = 0; j < KEY_BLOCK; j += LANES) {
-        f32v value = load_lanes(scratch->value_scale + j), key = load_lanes(scratch->key_scale + j);
-        largest = max_lanes(largest, value), odd += (value - value) + (key - key);
+        i32v used = (i32v)(lane_numbers() < (int32_t)(keys - j));
+        f32v scale = select_lanes(used, load_lanes(scratch->key_scale + j), one);
+        f32v value = select_lanes(used, load_lanes(scratch->value_scale + j), one);
+        f32v bounded = max_lanes(value, all_lanes(0x1p-100f));
+        odd += (value - value) + (scale - scale) + (bounded - value);
+        store_lanes(to->scale + j, scale), store_lanes(to->level + j, log2_of(bounded));
+        store_lanes(to->inverse + j, one / bounded);
     }
-    if (sum_of_lanes(odd) != 0.0f) *plain = 0;
-    float most = plan->value_scale.per_token ? max_of_lanes(largest) : 1.0f;
-    float inverse = most > 0x1p-100f ? LARGEST_WEIGHT / most : 0.0f;
-    for (int64_t j = 0; j < KEY_BLOCK; j += LANES)
-        store_lanes(unit + j, load_lanes(scratch->value_scale + j) * all_lanes(inverse));
-    return most / LARGEST_WEIGHT;
+    to->plain = sum_of_lanes(odd) == 0.0f && !a->mask && !a->position.query && !plan->key_zero.per_token &&
+                !plan->value_zero.per_token && !(plan->key_scale.per_token && plan->key_zero.data);
+    for (int64_t j = 0; !to->plain && j < KEY_BLOCK; j += LANES)
+        store_lanes(to->scale + j, one), store_lanes(to->level + j, all_lanes(0.0f));
 }
 
 /* What WIDE_ROWS rows start a block with; returns the keys that all of them see. */
-static Range begin_wide(int64_t m, int64_t count, int64_t start, int64_t keys, int plain, float step, Scratch *scratch,
+static Range begin_wide(int64_t m, int64_t count, int64_t start, int64_t keys, int plain, Scratch *scratch,
                         Wide *wide) {
     int64_t last = m + WIDE_ROWS < count ? m + WIDE_ROWS - 1 : count - 1;
     memset(wide->used, 0, sizeof wide->used);
     for (int h = 0; h < WIDE_ROWS; h++) {
         wide->largest[h] = all_lanes(-INFINITY), wide->scores[h] = scratch->scores + h * KEY_BLOCK;
-        wide->step[h] = step, wide->fade[h] = 1.0f;
+        wide->step[h] = wide->fade[h] = 1.0f;
         wide->factor[h] = scratch->key_digits[m + h].step * (plain ? scratch->rows[m + h].factor : 1.0f);
     }
     return (Range){round_up(clamped(scratch->rows[last].front - start, keys), WIDE_STEP),
                    clamped(scratch->rows[m].limit - start, keys) / WIDE_STEP * WIDE_STEP};
 }
 
-/* The scores of a row, which wide_scores has left, become digits of its weights. */
+/* The scores of row `m`, which wide_scores has left, become digits of its weights. */
 static void wide_row(const AttentionArguments *a, const Plan *plan, int64_t b, int64_t g, int64_t first, int64_t m,
-                     int64_t start, int64_t keys, Range computed, Range inner, const float *unit, Scratch *scratch,
-                     Wide *wide) {
+                     int64_t start, int64_t keys, Range computed, Range inner, const WideKeys *wide_keys,
+                     Scratch *scratch, Wide *wide) {
     Row *row = &scratch->rows[m];
     int h = (int)(m % WIDE_ROWS);
     Range seen = {clamped(row->front - start, keys), clamped(row->limit - start, keys)};
-    if (unit) {
-        wide_weights(row, h, computed, inner, seen, unit, wide);
-        if (!(wide->factor[h] - wide->factor[h] == 0.0f)) row->total = NAN;
+    if (wide_keys->plain) {
+        wide_weights(row, h, computed, inner, seen, wide_keys, wide);
         return;
     }
     int64_t query = (first + m) / plan->ratio, head = g * plan->ratio + (first + m) % plan->ratio;
@@ -263,42 +294,43 @@ static void wide_row(const AttentionArguments *a, const Plan *plan, int64_t b, i
     split_wide_weights(h, computed, wide);
 }
 
+/* Which digits each WIDE_STEP keys have in the weights of any row. */
+static void find_digits(const Wide *wide, Range computed, uint8_t *digits) {
+    for (int64_t i = computed.from / WIDE_STEP; i < computed.to / WIDE_STEP; i++) {
+        __m512i used = (__m512i)wide->used[i];
+        int high = _mm512_test_epi32_mask(used, _mm512_set1_epi32(~255)) != 0;
+        digits[i] = high ? BOTH_DIGITS : _mm512_test_epi32_mask(used, used) ? LOW_DIGIT : NO_DIGIT;
+    }
+}
+
 /* One block of keys for all rows, from scores to output. */
 OUTLINE void wide_block(const AttentionArguments *a, const Plan *plan, Rows key, Rows value, int64_t b, int64_t g,
                         int64_t first, int64_t count, int64_t start, int64_t keys, Scratch *scratch) {
-    static const float ones[WIDE_STEP] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
-                                          1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
-    int plain = !a->mask && !a->position.query && !plan->key_zero.per_token && !plan->value_zero.per_token &&
-                !(plan->key_scale.per_token && plan->key_zero.data);
     int64_t padded = plan->padded;
     uint8_t *key_tile = (uint8_t *)scratch->keys;
     int8_t *value_tile = (int8_t *)scratch->values;
-    float unit[KEY_BLOCK], step = weight_units(plan, scratch, unit, &plain);
+    WideKeys wide_keys;
+    load_wide_keys(a, plan, scratch, keys, &wide_keys);
     if (a->position.query) position_scores(a, plan, b, count, start, keys, scratch);
-    int64_t quads = wide_keys(key, keys, a->key.kind, key_tile);
-    wide_values(value, keys, padded, a->value.kind, value_tile);
+    int64_t quads = tile_keys(key, keys, a->key.kind, key_tile);
+    tile_values(value, keys, padded, a->value.kind, value_tile);
     for (int64_t m = 0; m < count; m += WIDE_ROWS) {
         Wide wide;
         uint8_t digits[KEY_BLOCK / WIDE_STEP];
         Range computed = seen_by(scratch, m, WIDE_ROWS, count, start, keys);
         if (computed.from >= computed.to) continue;
         computed.to = round_up(computed.to, WIDE_STEP);
-        Range inner = begin_wide(m, count, start, keys, plain, step, scratch, &wide);
+        Range inner = begin_wide(m, count, start, keys, wide_keys.plain, scratch, &wide);
         for (int64_t j = computed.from; j < computed.to; j += WIDE_STEP)
             wide_scores((const int32_t *)scratch->q + m * padded, padded, key_tile + j * quads * 4, quads,
-                        scratch->scores + j, plain ? scratch->key_scale + j : ones, scratch->key_digits + m, &wide,
+                        scratch->scores, &wide_keys, j, scratch->key_digits + m, &wide,
                         j >= inner.from && j < inner.to, plan->query_digits);
         for (int h = 0; h < WIDE_ROWS; h++)
             if (m + h < count)
-                wide_row(a, plan, b, g, first, m + h, start, keys, computed, inner, plain ? unit : NULL, scratch,
-                         &wide);
+                wide_row(a, plan, b, g, first, m + h, start, keys, computed, inner, &wide_keys, scratch, &wide);
             else
                 memset(wide.scores[h] + computed.from, 0, sizeof(float) * (size_t)(computed.to - computed.from));
-        for (int64_t i = computed.from / WIDE_STEP; i < computed.to / WIDE_STEP; i++) {
-            __m512i used = (__m512i)wide.used[i];
-            int high = _mm512_test_epi32_mask(used, _mm512_set1_epi32(~255)) != 0;
-            digits[i] = high ? BOTH_DIGITS : _mm512_test_epi32_mask(used, used) ? LOW_DIGIT : NO_DIGIT;
-        }
+        find_digits(&wide, computed, digits);
         for (int64_t d = 0; d < padded; d += 32)
             wide_output((const int32_t *)scratch->scores, value_tile + d * 4, padded, computed, digits,
                         scratch->output + m * padded + d, &wide);

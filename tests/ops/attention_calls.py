@@ -61,6 +61,11 @@ class Call:
     position_table: torch.Tensor | None = None
     position_start: torch.Tensor | None = None
 
+    def has_many_rows(self) -> bool:
+        """Whether so many queries read a KV head of codes that fewer digits of them are multiplied."""
+        rows = self.query.shape[2] * self.query.shape[1] // self.key.shape[1]
+        return rows > 64 and {self.key.dtype, self.value.dtype} <= {torch.int8, torch.uint8}
+
     def call(self) -> AttentionCall:
         return ATTENTION_CALL.of(**vars(self))
 
@@ -155,19 +160,21 @@ def int8_call(
     return call_of(torch.int8, torch.int8, queries, keys, groups, ratio, width, batch)
 
 
-def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, many_rows: bool = False) -> None:
     assert actual.shape == expected.shape
-    assert actual.numel() == 0 or relative_rmse(actual, expected) < TOLERANCES["attention"]
+    tolerance = TOLERANCES["attention of many rows" if many_rows else "attention"]
+    assert actual.numel() == 0 or relative_rmse(actual, expected) < tolerance
 
 
-def assert_lse_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+def assert_lse_close(actual: torch.Tensor, expected: torch.Tensor, many_rows: bool = False) -> None:
     """Both say alike who sees nothing, and how much is seen. All keys at the lowest float are as good as none."""
     assert actual.shape == expected.shape and actual.dtype == torch.float32
     lowest = torch.finfo(torch.float32).min / 2
     sees = expected > lowest
     assert torch.equal(actual > lowest, sees)
     assert torch.equal(actual == float("-inf"), expected == float("-inf"))
-    torch.testing.assert_close(actual[sees].double(), expected[sees].double(), rtol=1e-6, atol=TOLERANCES["attention"])
+    tolerance = TOLERANCES["log-sum-exp of many rows" if many_rows else "attention"]
+    torch.testing.assert_close(actual[sees].double(), expected[sees].double(), rtol=1e-6, atol=tolerance)
 
 
 FORMS = (

@@ -8,7 +8,7 @@ B batch, T tokens of the pass, S stored tokens, C hidden size, H query heads, G 
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -28,6 +28,7 @@ from ...ops.decoder.cpu import (
 )
 from ...ops.shared.codes import FP8_DTYPES
 from ...ops.shared.operands import FLOAT_KINDS
+from ..errors import first_line
 from .attention import SlidingWindow, quantized_attention
 from .cache.code_store import CodeStore
 from .cache.quantized_cache import QuantizedCache
@@ -77,8 +78,6 @@ class FusedDecoder:
             not linear.bits for layer in self.plain for linear in layer.linears if linear.codes is not None
         )
         self._norm = base.get_submodule(decoder.norm)
-        norms = [self._norm, *[layer.get_submodule(decoder.attention_norm) for layer in layers]]
-        self.sources = Sources([*layers.modules(), self._norm], norms)  # at the end: what was packed is of them
         self.decoder = decoder
 
     def last_norm(self) -> tuple[torch.Tensor, float, float]:
@@ -173,8 +172,30 @@ def _with_cache(
     )
 
 
-_FUSED: "WeakKeyDictionary[nn.Module, FusedDecoder | str]" = WeakKeyDictionary()
+class _Known(NamedTuple):
+    """What was found out of a decoder, and of which modules."""
+
+    sources: Sources
+    fused: FusedDecoder | None
+    refusal: str = ""
+
+
+_FUSED: "WeakKeyDictionary[nn.Module, _Known]" = WeakKeyDictionary()
 _CACHES: "WeakKeyDictionary[QuantizedCache, FusedCache]" = WeakKeyDictionary()
+
+
+def _known(base: nn.Module) -> _Known:
+    decoder = stated_decoder(base)
+    try:
+        fused, refusal = FusedDecoder(base), ""
+    except NotFused as reason:
+        fused, refusal = None, str(reason)
+    except AttributeError as error:  # another module in the place of a layer
+        fused, refusal = None, f"the layers are not those that are stated ({first_line(error)})"
+    parts = dict(base.named_children())  # what was packed on the way is of them
+    layers, norm = parts.get(decoder.layers), parts.get(decoder.norm)
+    norms = [] if fused is None else [norm, *[layer.get_submodule(decoder.attention_norm) for layer in layers]]
+    return _Known(Sources([base, *layers.modules(), norm], norms), fused, refusal)
 
 
 def fused_decoder(base: nn.Module) -> FusedDecoder:
@@ -185,14 +206,13 @@ def fused_decoder(base: nn.Module) -> FusedDecoder:
     """
     if not getattr(base, IS_ZOO, False):
         raise NotFused(f"the zoo states no anatomy of {type(base).__name__}")
-    found = _FUSED.get(base)
-    if found is None or not found.sources.are_same():
-        found = FusedDecoder(base)
-        _FUSED[base] = found
-    change = found.sources.change()
-    if change is not None:
-        raise NotFused(change)
-    return found
+    known = _FUSED.get(base)
+    if known is None or not known.sources.are_same():
+        known = _FUSED[base] = _known(base)
+    refusal = known.refusal or known.sources.change()
+    if refusal:
+        raise NotFused(refusal)
+    return known.fused
 
 
 def _refused_arguments(base: nn.Module, arguments: Mapping[str, Any]) -> str | None:

@@ -159,14 +159,16 @@ def layer_biases(attention: nn.Module, position_ids: torch.Tensor, tokens: int) 
 
 
 class Sources:
-    """What layers are made of, as far as another library may put something else there.
+    """What a decoder is made of, as far as another library may put something else there.
 
-    Tensors that are changed in place are read as they are then.
+    Args:
+        modules: the decoder, whose own hooks and forward are those of `passes.py` and `model.py`, and all within it.
+        norms: some of them, whose weights say whether the model was moved.
     """
 
     def __init__(self, modules: list[nn.Module], norms: list[nn.Module]) -> None:
-        self._owners = [vars(module) for module in modules]
-        self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        self._owners = [vars(module) for module in modules[1:]]
+        self._hooks = [hooks for module in modules[1:] for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self._children = [module._modules for module in modules if module._modules]
         self._packed = [vars(module) for module in modules if isinstance(module, QuantizedLinear)]
         self._norms = norms

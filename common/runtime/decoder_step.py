@@ -46,7 +46,7 @@ FLOAT_TOKENS = 8
 """Tokens of a pass up to which weights in float are multiplied here; beyond, PyTorch's products are quicker."""
 _HARMLESS = ("use_cache", "cache_position", "return_dict", "output_attentions", "output_hidden_states")
 _READ = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", *CACHE_ARGUMENTS)
-_REASONS: "WeakKeyDictionary[nn.Module, str]" = WeakKeyDictionary()
+_NOT_FUSED: "WeakKeyDictionary[nn.Module, str]" = WeakKeyDictionary()
 
 
 class FusedDecoder:
@@ -147,7 +147,7 @@ def _packed(layer: DecoderLayer) -> PackedLayer:
     return packed
 
 
-def _coded(store: CodeStore) -> Coded:
+def _coded_store(store: CodeStore) -> Coded:
     """All of a store's room."""
     scale = store._static_scale if store._scale is None else store._scale
     zero = store._static_zero if store._scale is None else store._zero
@@ -159,8 +159,8 @@ def _with_cache(
 ) -> DecoderLayer:
     scheme = layer.scheme
     return fused.plain[index]._replace(
-        key_codes=_coded(layer.key_store),
-        value_codes=_coded(layer.value_store),
+        key_codes=_coded_store(layer.key_store),
+        value_codes=_coded_store(layer.value_store),
         query_scale=layer.query_scale,
         biases=biases,
         rotation=table,
@@ -181,7 +181,7 @@ class _Known(NamedTuple):
 
 
 _FUSED: "WeakKeyDictionary[nn.Module, _Known]" = WeakKeyDictionary()
-_CACHES: "WeakKeyDictionary[QuantizedCache, FusedCache]" = WeakKeyDictionary()
+_FUSED_CACHES: "WeakKeyDictionary[QuantizedCache, FusedCache]" = WeakKeyDictionary()
 
 
 def _known(base: nn.Module) -> _Known:
@@ -329,9 +329,9 @@ class _Pass:
             positions = self.position_ids.expand(self.batch, -1)
             rows, tables = self.fused.angles.tables(positions, int(positions.max()))
             call = DecoderPass(hidden, rows.contiguous(), None, *self.masks, self.past, *self.fused.last_norm())
-            fused_cache = _CACHES.get(self.cache)
+            fused_cache = _FUSED_CACHES.get(self.cache)
             if fused_cache is None:
-                fused_cache = _CACHES[self.cache] = FusedCache(self.cache)
+                fused_cache = _FUSED_CACHES[self.cache] = FusedCache(self.cache)
             if fused_cache.is_served:
                 self._run_whole(call, fused_cache, tables)
             else:
@@ -403,7 +403,7 @@ def fused_pass(base: nn.Module, arguments: Mapping[str, Any]) -> BaseModelOutput
         this = _Pass(base, arguments)
         output = this.run()
     except NotFused as reason:
-        _REASONS[base] = str(reason)
+        _NOT_FUSED[base] = str(reason)
         return None
-    _REASONS[base] = ""
+    _NOT_FUSED[base] = ""
     return BaseModelOutputWithPast(last_hidden_state=output, **{this.cache_name: this.cache})

@@ -13,44 +13,44 @@ from ..shared.operands import FLOAT_KINDS, KINDS
 from ..shared.packed_call import Loadable, PackedCall, joined_declarations
 from .call import DECODER_LAYER, DECODER_PASS, DecoderLayer, DecoderPass
 
-_FLOATS = Loadable((torch.float32,), is_dense=True)
-_VALUES = Loadable(tuple(FLOAT_KINDS), is_dense=True)
-_INDEX = Loadable((torch.int64,), is_dense=True)
-_LINEAR = {
+_FLOAT_PARTS = Loadable((torch.float32,), is_dense=True)
+_VALUE_PARTS = Loadable(tuple(FLOAT_KINDS), is_dense=True)
+_INDEX_PARTS = Loadable((torch.int64,), is_dense=True)
+_LINEAR_PARTS = {
     "codes": Loadable((torch.uint8, *FLOAT_KINDS), is_dense=True),
     "scale": Loadable((torch.float32, torch.float16), is_dense=True),
     "zero": Loadable((torch.float32, torch.float16), is_dense=True),
-    "bias": _FLOATS,
+    "bias": _FLOAT_PARTS,
     "quant_bias": Loadable((torch.int32,), is_dense=True),
-    "input_scale": _FLOATS,
-    "input_offset": _FLOATS,
+    "input_scale": _FLOAT_PARTS,
+    "input_offset": _FLOAT_PARTS,
 }
-_SIDE = {
+_CODED_PARTS = {
     "codes": Loadable(tuple(KINDS), is_dense=True),
-    "levels": _FLOATS,
+    "levels": _FLOAT_PARTS,
     "scale": Loadable((torch.float32, torch.float16)),
     "zero": Loadable((torch.float32, torch.float16)),
 }
+_LINEARS = ("query", "key", "value", "output", "gate", "up", "down")
+_NORMS = ("attention", "mlp", "attention_output", "mlp_output", "query", "key")
 _LAYER_PARTS = {
-    **{f"linears_{linear}_{name}": loadable
-       for linear in ("query", "key", "value", "output", "gate", "up", "down") for name, loadable in _LINEAR.items()},
-    **{f"{side}_codes_{name}": loadable for side in ("key", "value") for name, loadable in _SIDE.items()},
-    **{f"norms_{name}": _VALUES
-       for name in ("attention", "mlp", "attention_output", "mlp_output", "query", "key")},
+    **{f"linears_{linear}_{name}": part for linear in _LINEARS for name, part in _LINEAR_PARTS.items()},
+    **{f"{side}_codes_{name}": part for side in ("key", "value") for name, part in _CODED_PARTS.items()},
+    **{f"norms_{name}": _VALUE_PARTS for name in _NORMS},
     "query_scale": Loadable((torch.float32,)),
-    "biases_key": _FLOATS,
-    "biases_columns": _INDEX,
-    "biases_table": _FLOATS,
-    "biases_value": _FLOATS,
-    "rotation": _FLOATS,
+    "biases_key": _FLOAT_PARTS,
+    "biases_columns": _INDEX_PARTS,
+    "biases_table": _FLOAT_PARTS,
+    "biases_value": _FLOAT_PARTS,
+    "rotation": _FLOAT_PARTS,
 }  # fmt: skip
 _PASS_PARTS = {
-    "hidden": _FLOATS,
-    "positions": _INDEX,
-    "bias_start": _INDEX,
+    "hidden": _FLOAT_PARTS,
+    "positions": _INDEX_PARTS,
+    "bias_start": _INDEX_PARTS,
     "mask": Loadable((torch.bool,)),
     "windowed_mask": Loadable((torch.bool,)),
-    "norm": _VALUES,
+    "norm": _VALUE_PARTS,
 }
 _RESULTS = ("layers", "count", "projected", "attended", "encode", "encode_token", "threads")
 _PACKED_LAYER = PackedCall(DECODER_LAYER, ("first",), _LAYER_PARTS)
@@ -90,7 +90,7 @@ def pack_layers(layers: list[PackedLayer], forgotten: list[int]) -> bytes:
     return b"".join([_PACKED_LAYER.pack(layer.fields, first) for layer, first in zip(layers, forgotten, strict=True)])
 
 
-def _run(
+def _run_layers(
     name: str, call: DecoderPass, layers: bytes, count: int,
     projected: torch.Tensor | None = None, attended: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
@@ -112,7 +112,7 @@ def decoder_layers_cpu(call: DecoderPass, layers: bytes, count: int) -> None:
     Raises:
         MemoryError: no room for the scratch.
     """
-    _run("decoder_layers", call, layers, count)
+    _run_layers("decoder_layers", call, layers, count)
 
 
 def decoder_between_cpu(
@@ -128,4 +128,4 @@ def decoder_between_cpu(
     Raises:
         MemoryError: no room for the scratch.
     """
-    _run("decoder_between", call, layers, count, projected, attended)
+    _run_layers("decoder_between", call, layers, count, projected, attended)

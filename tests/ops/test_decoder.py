@@ -71,9 +71,10 @@ def random_layer(linears: str, cache: str, batch: int, **changes: object) -> Dec
     (keys, is_dynamic), (values, _) = side(cache, batch), side(cache, batch)
     angles = torch.arange(ROOM)[:, None] * 10000 ** -(torch.arange(HEAD_DIM // 2) / (HEAD_DIM // 2))
     norms = LayerNorms(torch.rand(HIDDEN) + 0.5, torch.rand(HIDDEN) + 0.5)
+    table = torch.cat((angles.cos(), angles.sin()), dim=1)
     layer = DecoderLayer(
-        norms, LayerLinears(*[linear(linears, *size) for size in sizes]), keys, values, None, LayerBiases(),
-        torch.cat((angles.cos(), angles.sin()), dim=1), HEADS, KV_HEADS, HEAD_DIM, HEAD_DIM**-0.5, is_key_dynamic=is_dynamic, is_value_dynamic=is_dynamic,
+        norms, LayerLinears(*[linear(linears, *size) for size in sizes]), keys, values, None, LayerBiases(), table,
+        HEADS, KV_HEADS, HEAD_DIM, HEAD_DIM**-0.5, is_key_dynamic=is_dynamic, is_value_dynamic=is_dynamic,
     )  # fmt: skip
     return layer._replace(**changes)
 

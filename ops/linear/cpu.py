@@ -18,12 +18,7 @@ from .reference import (
     quantize_by_group,
 )
 
-PACKED_SOURCES = (
-    "ops/linear/packed.h",
-    "ops/linear/packed_dot.h",
-    "ops/linear/packed_product.h",
-    "ops/linear/packed_float.h",
-)
+PACKED_SOURCES = ("ops/linear/packed.h", "ops/linear/packed_dot.h", "ops/linear/packed_product.h")
 """C of packed linears, which kernels that multiply codes among other things include, behind rounding.h."""
 LINEAR_KERNEL = CKernel(
     "linear",
@@ -35,9 +30,19 @@ LINEAR_KERNEL = CKernel(
         "ops/linear/integer.c",
         "ops/linear/float.c",
         *PACKED_SOURCES,
+        "ops/linear/packed_float.h",
         "ops/linear/packed_linear.c",
+        "ops/linear/packed_weight.c",
     ),
-    ("linear_w8a8", "linear_w8a8_dynamic", "linear_weight_only", "linear_fp8", "linear_packed", "linear_float"),
+    (
+        "linear_w8a8",
+        "linear_w8a8_dynamic",
+        "linear_weight_only",
+        "linear_fp8",
+        "linear_packed",
+        "linear_float",
+        "pack_panels",
+    ),
 )
 _pack_linear = struct.Struct("19q").pack
 

@@ -3,17 +3,18 @@
 packed.h says how codes lie in them. A weight is packed once, when it is loaded; `unpack` gives back what was stored.
 """
 
+import struct
 from dataclasses import dataclass
 
 import torch
 
 from ..shared.codes import pack_int4, unpack_indices
 from .arguments import WEIGHT_BLOCK
+from .cpu import LINEAR_KERNEL
 
 PANEL_CHANNELS = 16
 """Output channels of a panel."""
-SLAB_BYTES = 1 << 22
-"""Bytes of codes that are packed at a time, so that little memory is taken beside the weight."""
+_pack_addresses = struct.Struct("6q").pack
 
 
 @dataclass(frozen=True)
@@ -56,27 +57,32 @@ def _rows_of(part: torch.Tensor, out_features: int) -> torch.Tensor:
 
 
 def _unsigned(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes of some channels, as they are stored, as uint8 indices `[N, K]` from 0."""
-    if codes.dtype == torch.uint8:
-        return unpack_indices(codes, 4, WEIGHT_BLOCK)
-    return codes.view(torch.uint8) ^ 128 if bits == 8 else (codes + 8).view(torch.uint8)
+    """Codes as they are stored, as uint8 indices `[N, K]` from 0."""
+    return codes.view(torch.uint8) ^ 128 if bits == 8 else unpack_indices(codes, 4, WEIGHT_BLOCK)
 
 
-def _pack_slab(codes: torch.Tensor, bits: int, panels: torch.Tensor) -> None:
-    """Write the codes of whole panels, or those that there are, to `panels`."""
+def _pack_panels_reference(codes: torch.Tensor, bits: int, panels: torch.Tensor) -> None:
+    """Write codes to `panels`, in PyTorch."""
     indices = _unsigned(codes, bits)
-    out_features, in_features = indices.shape
-    depth = -(-in_features // WEIGHT_BLOCK) * WEIGHT_BLOCK
-    if (out_features, in_features) != (panels.shape[0] * PANEL_CHANNELS, depth):
-        padded = indices.new_zeros((panels.shape[0] * PANEL_CHANNELS, depth))
-        padded[:out_features, :in_features] = indices
-        indices = padded
-    words = indices.view(torch.int32)
+    depth = -(-indices.shape[1] // WEIGHT_BLOCK) * WEIGHT_BLOCK
+    padded = indices.new_zeros((panels.shape[0] * PANEL_CHANNELS, depth))
+    padded[: indices.shape[0], : indices.shape[1]] = indices
+    words = padded.view(torch.int32)
     if bits == 4:
         words = words[:, ::2] | words[:, 1::2] << 4
     panels.view(torch.int32).view(panels.shape[0], -1, PANEL_CHANNELS).copy_(
         words.view(panels.shape[0], PANEL_CHANNELS, -1).transpose(1, 2)
     )
+
+
+def _pack_panels(codes: torch.Tensor, bits: int, panels: torch.Tensor, in_features: int) -> None:
+    """Write contiguous codes to `panels`."""
+    run = LINEAR_KERNEL.load().get("pack_panels") if codes.device.type == "cpu" else None
+    if run is None:
+        _pack_panels_reference(codes, bits, panels)
+        return
+    threads = torch.get_num_threads()
+    run(_pack_addresses(codes.data_ptr(), panels.data_ptr(), bits, in_features, codes.shape[0], threads))
 
 
 def pack_weight(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bits: int) -> Packed:
@@ -99,10 +105,9 @@ def pack_weight(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | N
         scale, zero = scale.float(), None if zero is None else zero.float()
     panels, depth = -(-out_features // PANEL_CHANNELS), -(-in_features // WEIGHT_BLOCK) * WEIGHT_BLOCK
     packed = codes.new_empty((panels, depth * PANEL_CHANNELS * bits // 8), dtype=torch.uint8)
-    step = max(SLAB_BYTES // packed.shape[1], 1)
-    for first in range(0, panels, step):
-        rows = codes[first * PANEL_CHANNELS : (first + step) * PANEL_CHANNELS]
-        _pack_slab(rows.contiguous(), bits, packed[first : first + step])
+    if bits == 4 and codes.dtype == torch.int8:
+        codes = pack_int4(codes, WEIGHT_BLOCK)
+    _pack_panels(codes.contiguous(), bits, packed, in_features)
     zero = None if zero is None else _panels_of(zero.view(out_features, -1))
     return Packed(packed, _panels_of(scale), zero, bits, out_features, in_features)
 

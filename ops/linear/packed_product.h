@@ -3,7 +3,7 @@
 enum {
     PACKED_GROUPED_SUMS = 16, /* a tile of more vectors has no registers for totals of groups beside its sums */
     PACKED_FEW = 8,          /* up to so many rows a panel is read once, tiles are one panel wide */
-    PACKED_AHEAD = 1024,     /* bytes from the one read to the one that is fetched meanwhile */
+    PACKED_AHEAD = 4096,     /* bytes from the one read to the one that is fetched meanwhile */
     PACKED_X_BYTES = 1 << 19, /* of codes of x that stay in cache while the panels pass */
     PACKED_GRAIN = 1 << 16   /* bytes of weights that a thread takes at a time, at least, where rows are few */
 };

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from octavo.ops.linear.packed import Packed, pack_weight, unpack
+from octavo.ops.linear.packed import Packed, _pack_panels_reference, pack_weight, unpack
 from octavo.ops.linear.packed_cpu import (
     linear_float_cpu,
     linear_packed_cpu,
@@ -166,14 +166,27 @@ def test_no_rows() -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(("out_features", "in_features"), [(1, 32), (40, 96), (16, 64)])
+@pytest.mark.parametrize(("out_features", "in_features"), [(1, 32), (40, 96), (16, 64), (130, 1024)])
 def test_unpack_gives_back_what_was_stored(bits: int, out_features: int, in_features: int) -> None:
     codes, scale = random_codes(out_features, in_features, bits), torch.rand(out_features, in_features // 32).half()
     stored = codes if bits == 8 else pack_int4(codes, 32)
     packed = pack_weight(stored, scale, scale + 1, bits)
     assert torch.equal(packed.codes, pack_weight(codes, scale, None, bits).codes)
+    panels = torch.empty_like(packed.codes)
+    _pack_panels_reference(stored, bits, panels)
+    assert torch.equal(packed.codes, panels)
     for got, put in zip(unpack(packed), (stored, scale, scale + 1), strict=True):
         assert torch.equal(got, put)
+
+
+@pytest.mark.parametrize("in_features", [1, 30, 77])
+def test_any_depth_is_packed(in_features: int) -> None:
+    codes = random_codes(20, in_features, 8)
+    packed = pack_weight(codes, torch.ones(20), None, 8)
+    panels = torch.empty_like(packed.codes)
+    _pack_panels_reference(codes, 8, panels)
+    assert torch.equal(packed.codes, panels)
+    assert torch.equal(unpack(packed)[0], codes)
 
 
 @settings(max_examples=25, deadline=None)

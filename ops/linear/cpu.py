@@ -18,7 +18,12 @@ from .reference import (
     quantize_by_group,
 )
 
-PACKED_SOURCES = ("ops/linear/packed.h", "ops/linear/packed_dot.h", "ops/linear/packed_product.h")
+PACKED_SOURCES = (
+    "ops/linear/packed.h",
+    "ops/linear/packed_dot.h",
+    "ops/linear/packed_product.h",
+    "ops/linear/packed_float.h",
+)
 """C of packed linears, which kernels that multiply codes among other things include, behind rounding.h."""
 LINEAR_KERNEL = CKernel(
     "linear",
@@ -30,7 +35,6 @@ LINEAR_KERNEL = CKernel(
         "ops/linear/integer.c",
         "ops/linear/float.c",
         *PACKED_SOURCES,
-        "ops/linear/packed_float.h",
         "ops/linear/packed_linear.c",
         "ops/linear/packed_weight.c",
     ),

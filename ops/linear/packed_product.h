@@ -26,17 +26,6 @@ INLINE PackedFloats packed_numbers(const void *from, int64_t kind, int64_t index
     return numbers;
 }
 
-/* The value that compilers know nothing of, so that they do not fuse or reorder what makes it and what takes it. */
-#if defined(__AVX512F__)
-#define PACKED_OPAQUE(x) __asm__("" : "+v"(x))
-#elif defined(__AVX__)
-#define PACKED_OPAQUE(x) __asm__("" : "+x"(x))
-#elif defined(__ARM_NEON)
-#define PACKED_OPAQUE(x) __asm__("" : "+w"(x))
-#else
-#define PACKED_OPAQUE(x) __asm__("" : "+m"(x))
-#endif
-
 INLINE PackedFloats packed_as_floats(PackedWords sums) {
     return __builtin_convertvector((PackedSums)sums, PackedFloats);
 }

@@ -28,6 +28,17 @@ typedef float PackedFloats __attribute__((vector_size(4 * PACKED_LANES)));
 typedef PackedWords PackedWordsAny __attribute__((aligned(1), may_alias));
 typedef PackedFloats PackedFloatsAny __attribute__((aligned(4), may_alias));
 
+/* The value that compilers know nothing of, so that they do not fuse or reorder what makes it and what takes it. */
+#if defined(__AVX512F__)
+#define PACKED_OPAQUE(x) __asm__("" : "+v"(x))
+#elif defined(__AVX__)
+#define PACKED_OPAQUE(x) __asm__("" : "+x"(x))
+#elif defined(__ARM_NEON)
+#define PACKED_OPAQUE(x) __asm__("" : "+w"(x))
+#else
+#define PACKED_OPAQUE(x) __asm__("" : "+m"(x))
+#endif
+
 INLINE PackedWords packed_load(const void *from) { return *(const PackedWordsAny *)from; }
 INLINE uint32_t packed_word(const int8_t *from) {
     uint32_t word;
@@ -107,9 +118,11 @@ INLINE void packed_step(const uint8_t *panel, int64_t panel_bytes, const int8_t 
                 const int8_t *words = packed_row(x, stride, r) + (bits == 4 ? 8 * i : 4 * i);
                 __m256i first = _mm256_set1_epi32((int32_t)packed_word(words)), second = first;
                 if (bits == 4) second = _mm256_set1_epi32((int32_t)packed_word(words + 4));
-                __m256i *other = bits == 4 ? low : high;
-                low[r * vectors + v] = _mm256_add_epi16(low[r * vectors + v], _mm256_maddubs_epi16(lower, first));
-                other[r * vectors + v] = _mm256_add_epi16(other[r * vectors + v], _mm256_maddubs_epi16(upper, second));
+                __m256i *one = low + r * vectors + v, *other = bits == 4 ? one : high + r * vectors + v;
+                *one = _mm256_add_epi16(*one, _mm256_maddubs_epi16(lower, first));
+                PACKED_OPAQUE(*one); /* or all products are made before they are added */
+                *other = _mm256_add_epi16(*other, _mm256_maddubs_epi16(upper, second));
+                PACKED_OPAQUE(*other);
             }
         }
     UNROLL for (int i = 0; i < rows * vectors; i++) {

@@ -26,17 +26,6 @@ INLINE PackedFloats packed_numbers(const void *from, int64_t kind, int64_t index
     return numbers;
 }
 
-/* The value that compilers know nothing of, so that they do not fuse or reorder what makes it and what takes it. */
-#if defined(__AVX512F__)
-#define PACKED_OPAQUE(x) __asm__("" : "+v"(x))
-#elif defined(__AVX__)
-#define PACKED_OPAQUE(x) __asm__("" : "+x"(x))
-#elif defined(__ARM_NEON)
-#define PACKED_OPAQUE(x) __asm__("" : "+w"(x))
-#else
-#define PACKED_OPAQUE(x) __asm__("" : "+m"(x))
-#endif
-
 INLINE PackedFloats packed_as_floats(PackedWords sums) {
     return __builtin_convertvector((PackedSums)sums, PackedFloats);
 }
@@ -109,9 +98,28 @@ INLINE void packed_add_group(const PackedWeight *w, const QuantizedRows *x, int6
     }
 }
 
-/* output[rows][panels][16] of a tile. */
+/* The last channels of the output, fewer than a vector has, or none. */
+static __attribute__((noinline)) void packed_store_few(const PackedWeight *w, const float *values, int64_t channel,
+                                                       float *to) {
+    for (int64_t c = 0; c < w->out_features - channel; c++)
+        to[channel + c] = w->bias ? values[c] + w->bias[channel + c] : values[c];
+}
+
+/* A vector of the output with its bias. */
+INLINE void packed_store(const PackedWeight *w, PackedFloats total, int64_t channel, float *to) {
+    float values[PACKED_LANES];
+    if (w->out_features - channel < PACKED_LANES) {
+        memcpy(values, &total, sizeof values);
+        packed_store_few(w, values, channel, to);
+        return;
+    }
+    if (w->bias) total += *(const PackedFloatsAny *)(w->bias + channel);
+    *(PackedFloatsAny *)(to + channel) = total;
+}
+
+/* The output of `rows` rows and `panels` panels; output[0] is of row 0. */
 INLINE void packed_tile(const PackedWeight *w, const QuantizedRows *x, int64_t row, int64_t panel, const int rows,
-                        const int panels, const int wide, const int bits, float *output) {
+                        const int panels, const int wide, const int bits, float *output, int64_t stride) {
     const int vectors = wide < panels * PACKED_PARTS ? wide : panels * PACKED_PARTS;
     const int chains = rows * vectors < PACKED_CHAINS ? PACKED_CHAINS / (rows * vectors) : 1;
     int64_t depth = packed_depth(w->in_features), panel_bytes = depth * PACKED_CHANNELS * bits / 8;
@@ -139,32 +147,15 @@ INLINE void packed_tile(const PackedWeight *w, const QuantizedRows *x, int64_t r
         }
         UNROLL for (int r = 0; r < rows; r++)
             UNROLL for (int v = 0; v < vectors; v++)
-                *(PackedFloatsAny *)(output + r * panels * PACKED_CHANNELS + (first + v) * PACKED_LANES) =
-                    totals[r * vectors + v];
-    }
-}
-
-/* Totals with the bias as output. */
-static void packed_finish(const PackedWeight *w, int64_t rows, int64_t channel, int64_t channels, const float *totals,
-                          int64_t total_stride, float *output, int64_t stride) {
-    if (w->out_features - channel < channels) channels = w->out_features - channel;
-    for (int64_t r = 0; r < rows; r++) {
-        const float *from = totals + r * total_stride;
-        float *to = output + r * stride + channel;
-        if (w->bias)
-            for (int64_t c = 0; c < channels; c++) to[c] = from[c] + w->bias[channel + c];
-        else
-            memcpy(to, from, 4 * (size_t)channels);
+                packed_store(w, totals[r * vectors + v], panel * PACKED_CHANNELS + (first + v) * PACKED_LANES,
+                             output + (row + r) * stride);
     }
 }
 
 #define PACKED_TILE(rows, panels, bits)                                                                             \
     static __attribute__((noinline)) void packed_tile_##rows##_##panels##_##bits(                                   \
         const PackedWeight *w, const QuantizedRows *x, int64_t row, int64_t panel, float *output, int64_t stride) { \
-        float totals[rows * panels * PACKED_CHANNELS];                                                              \
-        packed_tile(w, x, row, panel, rows, panels, rows < 4 ? 4 : PACKED_WIDE(bits), bits, totals);                \
-        packed_finish(w, rows, panel * PACKED_CHANNELS, panels * PACKED_CHANNELS, totals, panels * PACKED_CHANNELS, \
-                      output + row * stride, stride);                                                               \
+        packed_tile(w, x, row, panel, rows, panels, rows < 4 ? 4 : PACKED_WIDE(bits), bits, output, stride);        \
     }
 #define PACKED_TILES(rows, panels) PACKED_TILE(rows, panels, 8) PACKED_TILE(rows, panels, 4)
 

@@ -34,7 +34,7 @@ COLUMNS = ("commit", "torch", "machine", "threads", "heads", "kv_heads", "head_d
 SHAPES = ((9, 3, 64), (32, 8, 128))
 """Heads, KV heads and head_dim: of SmolLM2-135M, and of an 8B model."""
 SDPA = "float32, SDPA"
-LAYERS, ROUNDS = 3, 30
+LAYERS, ROUNDS = 2, 20
 LIMIT = 1e-4
 """Relative error of an output: queries that are quantized may tip over in float64."""
 

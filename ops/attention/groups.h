@@ -157,16 +157,16 @@ OUTLINE void split_scores(const AttentionArguments *a, const Plan *plan, Rows ke
  * taken off. Digits would hide a scale that is no number. */
 OUTLINE void split_weights(const float *weights, const float *scale, const float *zero, int64_t count, int64_t span,
                           int offset, float *to, float *output, Row *row, Digits *digits) {
-    f32v sum = {0}, zeros = {0};
+    f32v sum = {0}, zeros = {0}, largest = {0};
     for (int64_t j = 0; j < count; j += LANES) {
         f32v x = load_lanes(weights + j) * load_lanes(scale + j);
-        sum += x, zeros += x * load_lanes(zero + j);
+        sum += x, zeros += x * load_lanes(zero + j), largest = max_lanes(largest, max_lanes(x, -x));
         store_lanes(to + j, x);
     }
     float shift = sum_of_lanes(zeros + (sum - sum));
     if (!(shift - shift == 0.0f)) row->total = NAN;
     for (int64_t d = 0; d < span; d += LANES) store_lanes(output + d, load_lanes(output + d) - all_lanes(shift));
-    to_digits(to, count, 0.0f, LARGEST_WHOLE, offset, digits);
+    to_digits(to, count, max_of_lanes(largest) / LARGEST_WHOLE, LARGEST_WHOLE, offset, digits);
 }
 
 /* block_output in whole numbers where groups of channels have scales per token: digits of the weights for each. */

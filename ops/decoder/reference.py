@@ -130,4 +130,6 @@ def decoder_layer_reference(call: DecoderPass, layer: DecoderLayer, first: int =
     states = states + _norm(output, norms.attention_output, norms) * layer.residual_scale
     gate, up = _side_by_side(_norm(states, norms.mlp, norms), (linears.gate, linears.up)).chunk(2, dim=-1)
     gate = functional.gelu(gate, approximate="tanh") if layer.activation == GELU_TANH else functional.silu(gate)
-    return states + _norm(layer_linear_reference(gate * up, linears.down), norms.mlp_output, norms) * layer.residual_scale
+    return (
+        states + _norm(layer_linear_reference(gate * up, linears.down), norms.mlp_output, norms) * layer.residual_scale
+    )

@@ -4,10 +4,11 @@
     python benchmarks/schemes.py --schemes int8-token octavo-4 --tokens 8192
 
 A layer of each scheme is filled with random k and v. One round appends a token to each and attends to all, in turns;
-`attention_us` and `update_us` are medians of the two halves. The token is the last but one of a group of tokens, so that
-none becomes codes by it where they do so in groups. Several layers of each kind take turns too, so that a cache comes
-from memory as far as it does in a model. Before a scheme is timed, its output is held against that of a query in float64,
-which the references compute. Rows are appended to `results/schemes.csv`, of which `tables.py` makes a table.
+`attention_us` and `update_us` are medians of the two halves. The token is the last but one of a group of tokens, so
+that none becomes codes by it where they do so in groups. Several layers of each kind take turns too, so that a cache
+comes from memory as far as it does in a model. Before a scheme is timed, its output is held against that of a query
+in float64, which the references compute. Rows are appended to `results/schemes.csv`, of which `tables.py` makes a
+table.
 """
 
 import argparse

@@ -13,6 +13,7 @@ from engine_tables import engines_table, other_engines_tables
 from memory_rows import memory_rows, start_rows
 from quality import FLOAT_WEIGHTS, UNFOLDED
 from rows import RESULTS, Row, read_rows
+from schemes import SDPA
 from support import sliding_rows, support_rows
 from transformers import LlamaConfig
 from weights import CONDITIONS, RECIPE, grid
@@ -343,6 +344,35 @@ def ops_table(file: str) -> str:
     return f"{_markdown(rows, 3)}\n\n{_conditions(any_row)}, which read {bandwidth} GB/s."
 
 
+def scheme_speed_table() -> str:
+    """What a key costs attention in each preset, beside a float one."""
+    rows = _rows("schemes.csv")
+    if not rows:
+        return "No scheme is timed yet."
+    machine = [row for row in rows if all(row[column] == rows[-1][column] for column in MACHINE)]
+    shapes = list(dict.fromkeys((row["heads"], row["kv_heads"], row["head_dim"]) for row in machine))
+    newest = {(row["heads"], row["kv_heads"], row["head_dim"], row["scheme"]): row for row in machine}
+    tokens = rows[-1]["tokens"]
+    lines = [("scheme", *(
+        text for heads, kv_heads, head_dim in shapes
+        for text in (f"{heads}/{kv_heads} heads of {head_dim}: bytes per key", "ns per key", "of float", "update, µs")
+    ))]  # fmt: skip
+    for scheme in (SDPA, *PRESETS):
+        found = [newest.get((*shape, scheme)) for shape in shapes]
+        if None in found:
+            continue
+        cells: list[str] = []
+        for shape, row in zip(shapes, found, strict=True):
+            share = float(row["ns_per_key"]) / float(newest[(*shape, SDPA)]["ns_per_key"])
+            cells += [row["bytes_per_key"], row["ns_per_key"], f"{share:.2f}", row["update_us"]]
+        lines.append((f"`{scheme}`" if scheme in PRESETS else scheme, *cells))
+    return (
+        f"{_markdown(lines)}\n\n{rows[-1]['machine']}, {rows[-1]['threads']} threads, torch {rows[-1]['torch']}: one "
+        f"query over {int(tokens):,} tokens, batch 1, medians of the whole of `quantized_attention`, its Python "
+        "included, and of the cache's `update` with one token (K and V). Bytes are what the storage takes."
+    )
+
+
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
         "results": results_table,
@@ -360,6 +390,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "weights": weights_table,
         "memory": partial(_resources_table, "memory.csv", memory_rows, MEMORY),
         "start": partial(_resources_table, "start.csv", start_rows, "Seconds, with all files in the page cache."),
+        "scheme speed": scheme_speed_table,
         "ops on cpu": partial(ops_table, "cpu.csv"),
         "ops on cuda": partial(ops_table, "cuda.csv"),
     },

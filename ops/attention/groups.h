@@ -14,32 +14,79 @@ static void folded_scores(const AttentionArguments *a, const Plan *plan, Rows ke
                           int64_t count, int64_t start, int64_t keys, Scratch *scratch) {
     for (int64_t j = 0, stop; j < keys; j = stop) {
         stop = clamped(load_group(a, b, g, start + j, scratch) - start, keys);
-        fold_rows(plan, 0, count, scratch);
+        fold_rows(plan, 0, count, scratch, scratch->folded, scratch->key_digits);
         Rows from = {key.data + j * key.stride, key.stride, key.width};
         Rows ahead = {next.data + j * next.stride, next.stride, next.width};
         direct_scores_any(scratch->folded, plan->padded, count, from, stop - j, scratch->scores + j, ahead,
                           a->key.kind);
         for (int64_t m = 0; m < count; m++)
-            for (int64_t t = j; t < stop; t++) scratch->scores[m * KEY_BLOCK + t] -= scratch->shifts[m];
+            for (int64_t t = j; t < stop; t++) scratch->scores[m * KEY_BLOCK + t] -= scratch->key_digits[m].shift;
     }
 }
 
 #if HAS_INTEGER
-/* The digits of q for the group of tokens at key j of a block, of rows that see any of it; returns where it ends. */
+/* Rows of q for one group of tokens as digits. */
+INLINE void fold_to_digits(const AttentionArguments *a, const Plan *plan, int64_t first, int64_t last,
+                           const Scratch *scratch, float *folded, Digits *digits) {
+    fold_rows(plan, first, last, scratch, folded, digits);
+    for (int64_t row = first; row < last; row++) {
+        float shift = digits[row].shift;
+        query_to_digits(a, plan, folded + row * plan->padded, digits[row].step, &digits[row]);
+        digits[row].shift = shift;
+    }
+}
+
+/* The digits of q for the group of tokens at key j of a block, of rows that see any of it; returns where it ends. Of few
+ * rows, those for all groups of a block are made with its first, since each waits long for its largest value. */
 static int64_t fold_digits(const AttentionArguments *a, const Plan *plan, int64_t b, int64_t g, int64_t count,
-                           int64_t start, int64_t j, int64_t keys, Scratch *scratch) {
+                           int64_t start, int64_t j, int64_t keys, Folded *now, Scratch *scratch) {
+    if (plan->folds > 1) {
+        int64_t size = plan->block_rows * plan->padded;
+        if (!j) {
+            for (int64_t i = 0, t = 0; t < keys; i++) {
+                t = load_group(a, b, g, start + t, scratch) - start, scratch->fold_stops[i] = t;
+                fold_to_digits(a, plan, 0, count, scratch, scratch->folded + i * size,
+                               scratch->fold_digits + i * plan->block_rows);
+            }
+            *now = (Folded){scratch->folded, scratch->fold_digits, scratch->fold_stops};
+            return now->stops[0];
+        }
+        now->q += size, now->digits += plan->block_rows;
+        return *++now->stops;
+    }
+    *now = (Folded){scratch->folded, scratch->key_digits, NULL};
     int64_t stop = load_group(a, b, g, start + j, scratch) - start;
     for (int64_t m = 0; m < count; m += INTEGER_ROWS) {
         Range seen = seen_by(scratch, m, INTEGER_ROWS, count, start, keys);
         int64_t last = m + INTEGER_ROWS < count ? m + INTEGER_ROWS : count;
         if (seen.from >= stop || seen.to <= j) continue;
-        fold_rows(plan, m, last, scratch);
-        for (int64_t row = m; row < last; row++) {
-            query_to_digits(a, plan, scratch->folded + row * plan->padded, &scratch->key_digits[row]);
-            scratch->key_digits[row].shift = scratch->shifts[row];
-        }
+        fold_to_digits(a, plan, m, last, scratch, scratch->folded, scratch->key_digits);
     }
     return stop;
+}
+
+/* Every second of `count` floats to one place, the others to another; up to 31 behind the last are read and written. */
+INLINE void halve(const float *from, int64_t count, float *even, float *odd) {
+    __m512i evens = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    __m512i odds = _mm512_add_epi32(evens, _mm512_set1_epi32(1));
+    for (int64_t i = 0; i < count; i += 32) {
+        __m512 a = _mm512_loadu_ps(from + i), b = _mm512_loadu_ps(from + i + 16);
+        _mm512_storeu_ps(even + i / 2, _mm512_permutex2var_ps(a, evens, b));
+        _mm512_storeu_ps(odd + i / 2, _mm512_permutex2var_ps(a, odds, b));
+    }
+}
+
+/* Floats of 2 or 4 groups in turn become [groups][KEY_BLOCK]; `from` is used up. */
+static void separate(float *from, int64_t count, int64_t groups, float *to) {
+    if (groups == 2) {
+        halve(from, count, to, to + KEY_BLOCK);
+        return;
+    }
+    float *twos = to, *others = to + 2 * KEY_BLOCK;
+    halve(from, count, twos, others);
+    halve(twos, count / 2, from, from + 2 * KEY_BLOCK);
+    halve(others, count / 2, from + KEY_BLOCK, from + 3 * KEY_BLOCK);
+    memcpy(to, from, sizeof(float) * 4 * KEY_BLOCK);
 }
 
 /* A scale or zero of one block of keys as [groups of `span` channels][KEY_BLOCK]; 0 behind the last key. */
@@ -53,6 +100,11 @@ OUTLINE void load_split(const Part *part, int64_t b, int64_t g, int64_t start, i
         store_f32(raw + i, load_as_f32(from, part->kind == KIND_FLOAT32 ? KIND_FLOAT32 : KIND_FLOAT16));
     }
     for (; dense && i < count; i++) raw[i] = part_value(part, at + i);
+    if (dense && (groups == 2 || groups == 4)) {
+        separate(raw, count, groups, to);
+        for (int64_t w = 0; w < groups; w++) memset(to + w * KEY_BLOCK + keys, 0, sizeof(float) * (size_t)(KEY_BLOCK - keys));
+        return;
+    }
     for (int64_t w = 0; w < groups; w++, to += KEY_BLOCK) {
         for (int64_t j = 0; dense && j < keys; j++) to[j] = raw[j * groups + w];
         for (int64_t j = 0; !dense && j < keys; j++)
@@ -105,16 +157,16 @@ OUTLINE void split_scores(const AttentionArguments *a, const Plan *plan, Rows ke
  * taken off. Digits would hide a scale that is no number. */
 OUTLINE void split_weights(const float *weights, const float *scale, const float *zero, int64_t count, int64_t span,
                           int offset, float *to, float *output, Row *row, Digits *digits) {
-    f32v sum = {0}, zeros = {0};
+    f32v sum = {0}, zeros = {0}, largest = {0};
     for (int64_t j = 0; j < count; j += LANES) {
         f32v x = load_lanes(weights + j) * load_lanes(scale + j);
-        sum += x, zeros += x * load_lanes(zero + j);
+        sum += x, zeros += x * load_lanes(zero + j), largest = max_lanes(largest, max_lanes(x, -x));
         store_lanes(to + j, x);
     }
     float shift = sum_of_lanes(zeros + (sum - sum));
     if (!(shift - shift == 0.0f)) row->total = NAN;
     for (int64_t d = 0; d < span; d += LANES) store_lanes(output + d, load_lanes(output + d) - all_lanes(shift));
-    to_digits(to, count, 0.0f, LARGEST_WHOLE, offset, digits);
+    to_digits(to, count, max_of_lanes(largest) / LARGEST_WHOLE, LARGEST_WHOLE, offset, digits);
 }
 
 /* block_output in whole numbers where groups of channels have scales per token: digits of the weights for each. */

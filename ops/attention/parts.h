@@ -15,14 +15,15 @@ INLINE int64_t part_start(const Part *part, int64_t b, int64_t g, int64_t token)
 /* The part of one token for each channel, or `otherwise` if there is none. `to` has LANES floats behind the last. */
 OUTLINE void load_channels(const Part *part, int64_t b, int64_t g, int64_t token, int64_t width, float otherwise,
                           float *to) {
-    int64_t span = part->data ? part->span : width, start = part_start(part, b, g, token);
-    for (int64_t d = 0, column = 0; d < width; d += span, column++) {
-        if (span == 1 && part->stride[3] == 1 && d + 8 <= width) {
-            const char *from = (const char *)part->data + (start + d) * kind_size((int)part->kind);
-            store_f32(to + d, load_as_f32(from, part->kind == KIND_FLOAT32 ? KIND_FLOAT32 : KIND_FLOAT16));
-            d += 7, column += 7;
-            continue;
-        }
+    int64_t span = part->data ? part->span : width, start = part_start(part, b, g, token), d = 0;
+    if (part->data && span == 1 && part->stride[3] == 1) {
+        const char *from = (const char *)part->data + start * kind_size((int)part->kind);
+        if (part->kind == KIND_FLOAT32)
+            for (; d + 8 <= width; d += 8) store_f32(to + d, load_f32((const float *)from + d));
+        else
+            for (; d + 8 <= width; d += 8) store_f32(to + d, load_as_f32(from + 2 * d, KIND_FLOAT16));
+    }
+    for (int64_t column = d / span; d < width; d += span, column++) {
         float x = part->data ? part_value(part, start + column * part->stride[3]) : otherwise;
         if (span == 1)
             to[d] = x;

@@ -1,6 +1,7 @@
 /* How a call is cut into tasks, and how K and V are multiplied in it; README.md says why. */
 
 enum { KEY_BLOCK = 192, MAX_ROWS = 192, DIRECT_ROWS = 8, GROUPED_ROWS = 64, MIN_CHUNK = 512 };
+enum { MOST_FOLDS = 7 }; /* groups of 32 tokens that a block meets */
 
 /* How the codes of K or V are multiplied: straight from memory, as whole numbers, or decoded into a tile of floats for
  * few rows or for many. */
@@ -18,6 +19,7 @@ typedef struct {
     int64_t align; /* a block starts at a multiple of it */
     int64_t key_span, value_span; /* channels of a group */
     int64_t key_row, value_row;   /* bytes of a row that is unpacked first; 0 if none is */
+    int64_t folds; /* groups of tokens for which q is kept with their scales in it */
     int key_mode, value_mode, key_groups, value_groups, query_digits;
     int wide; /* rows go through wide.h */
     float query_unit, weight_unit; /* factors of q and the weights that make up for the units of the codes */
@@ -73,6 +75,8 @@ static Plan plan_of(const AttentionArguments *a) {
     if (plan.value_groups == GROUPS_CHANNELS) plan.value_span = span_of(&a->value, a->width);
     if (a->key.bits) plan.key_row = a->width * kind_size((int)a->key.kind);
     if (a->value.bits) plan.value_row = a->width * kind_size((int)a->value.kind);
+    if (plan.key_groups == GROUPS_TOKENS)
+        plan.folds = plan.rows <= DIRECT_ROWS && plan.key_mode == MODE_INTEGER ? MOST_FOLDS : 1;
     plan.align = plan.key_groups == GROUPS_TOKENS ? GROUP_STEP : 1;
     if (!plan.key_groups) plan.key_scale = a->key.scale, plan.key_zero = a->key.zero;
     if (!plan.value_groups) plan.value_scale = a->value.scale, plan.value_zero = a->value.zero;

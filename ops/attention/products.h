@@ -21,17 +21,17 @@ OUTLINE void block_scores(const AttentionArguments *a, const Plan *plan, Rows ke
         int64_t step = row_step(MODE_INTEGER), quads = byte_quads(a->width, a->key.kind);
         int64_t tiles = (keys + TILE_COLUMNS - 1) / TILE_COLUMNS;
         int64_t folded_to = plan->key_groups ? 0 : keys;
-        const float *q = plan->key_groups ? scratch->folded : scratch->q;
+        Folded now = {scratch->q, scratch->key_digits, NULL};
         Ahead ahead = ahead_of(next, keys, tiles * quads), nothing = {(const char *)scratch->keys, 0};
         for (int64_t j = 0; j < keys; j += TILE_COLUMNS, ahead.data += ahead.step * quads) {
             Rows from = {key.data + j * key.stride, key.stride, key.width};
-            if (j >= folded_to) folded_to = fold_digits(a, plan, b, g, count, start, j, keys, scratch);
+            if (j >= folded_to) folded_to = fold_digits(a, plan, b, g, count, start, j, keys, &now, scratch);
             interleave_keys(from, keys - j, (uint8_t *)scratch->keys, a->key.kind);
             for (int64_t m = 0; m < count; m += step) {
                 Range seen = seen_by(scratch, m, step, count, start, keys);
                 if (j >= seen.from && j < seen.to)
-                    integer_scores((const int32_t *)q + m * padded, padded, (const uint8_t *)scratch->keys,
-                                   quads, scratch->scores + m * KEY_BLOCK + j, KEY_BLOCK, scratch->key_digits + m,
+                    integer_scores((const int32_t *)now.q + m * padded, padded, (const uint8_t *)scratch->keys,
+                                   quads, scratch->scores + m * KEY_BLOCK + j, KEY_BLOCK, now.digits + m,
                                    m ? nothing : ahead, a->key.kind, count - m < step ? count - m : step,
                                    plan->query_digits);
             }

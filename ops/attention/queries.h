@@ -25,8 +25,11 @@ static void load_position_query(const AttentionArguments *a, const Plan *plan, i
     memset(to + position->width, 0, sizeof(float) * (size_t)(plan->position_padded - position->width));
 }
 
-/* A row of q as digits in its place. */
-static void query_to_digits(const AttentionArguments *a, const Plan *plan, float *q, Digits *digits) {
+/* The whole number that the largest value of a row of q becomes. */
+INLINE int largest_of(const Plan *plan) { return plan->wide ? LARGEST_PAIR : LARGEST_WHOLE; }
+
+/* A row of q as digits in its place, of a step, 0 for the finest. */
+static void query_to_digits(const AttentionArguments *a, const Plan *plan, float *q, float step, Digits *digits) {
 #if HAS_INTEGER
     int64_t quads = byte_quads(a->width, a->key.kind), half = a->width / 2, gap = 4 * quads - half;
     if (a->key.kind == KIND_INT4) {
@@ -36,10 +39,9 @@ static void query_to_digits(const AttentionArguments *a, const Plan *plan, float
         }
         quads *= 2;
     }
-    to_digits(q, round_up(4 * quads, 16), plan->query_digits == 1 ? 1.0f : 0.0f,
-              plan->wide ? LARGEST_PAIR : LARGEST_WHOLE, offset_of(a->key.kind), digits);
+    to_digits(q, round_up(4 * quads, 16), step, largest_of(plan), offset_of(a->key.kind), digits);
 #else
-    (void)a, (void)plan, (void)q, (void)digits;
+    (void)a, (void)plan, (void)q, (void)step, (void)digits;
 #endif
 }
 
@@ -95,24 +97,28 @@ OUTLINE void prepare_rows(const AttentionArguments *a, const Plan *plan, int64_t
             if (plan->key_groups == GROUPS_CHANNELS)
                 query_to_split_digits(a, plan, q, scratch->split_digits + m);
             else if (!plan->key_groups)
-                query_to_digits(a, plan, q, &scratch->key_digits[m]);
+                query_to_digits(a, plan, q, plan->query_digits == 1 ? 1.0f : 0.0f, &scratch->key_digits[m]);
         }
         for (int64_t d = 0; plan->query_unit != 1.0f && d < padded; d++) q[d] *= plan->query_unit;
         scratch->rows[m] = row;
     }
 }
 
-/* The rows `first` to `stop` of q with the scales of one group of tokens folded in, which are in `channel_scale`; in
- * `shifts` what its zeros add to their scores, NaN if a scale is no number, which digits would hide. */
-OUTLINE void fold_rows(const Plan *plan, int64_t first, int64_t stop, Scratch *scratch) {
+/* The rows `first` to `stop` of q, in `folded`, with the scales of one group of tokens folded in, which are in
+ * `channel_scale`; in `digits` the step that their largest value asks for, and as shift what zeros add to their scores,
+ * NaN if a scale is no number, which digits would hide. */
+OUTLINE void fold_rows(const Plan *plan, int64_t first, int64_t stop, const Scratch *scratch, float *folded,
+                       Digits *digits) {
     int64_t padded = plan->padded;
     for (int64_t m = first; m < stop; m++) {
-        f32v sum = {0}, shift = {0};
+        f32v sum = {0}, shift = {0}, largest = {0};
         for (int64_t d = 0; d < padded; d += LANES) {
             f32v x = load_lanes(scratch->q + m * padded + d) * load_lanes(scratch->channel_scale + d);
             sum += x, shift += x * load_lanes(scratch->channel_zero + d);
-            store_lanes(scratch->folded + m * padded + d, x);
+            largest = max_lanes(largest, max_lanes(x, -x));
+            store_lanes(folded + m * padded + d, x);
         }
-        scratch->shifts[m] = sum_of_lanes(shift + (sum - sum)) / plan->query_unit;
+        digits[m].step = max_of_lanes(largest) / (float)largest_of(plan);
+        digits[m].shift = sum_of_lanes(shift + (sum - sum)) / plan->query_unit;
     }
 }

@@ -12,15 +12,24 @@ typedef struct {
     int64_t front, limit; /* the row sees keys from `front` up to `limit`, masks aside */
 } Row;
 
+/* Rows of q with a group's scales in them: theirs, their digits, and where this group and the next ones end. */
 typedef struct {
-    float *q, *folded;                           /* `folded` has the scales of one group of tokens in it */
+    const float *q;
+    const Digits *digits;
+    const int64_t *stops;
+} Folded;
+
+typedef struct {
+    float *q, *folded;   /* `folded` has the scales of a group of tokens in it, of each of a block where rows are few */
+    Digits *fold_digits; /* of those, if they are several, and where in the block these groups end */
+    int64_t fold_stops[MOST_FOLDS];
     float *split_scale, *split_zero, *split_raw; /* of one block of keys: [groups of channels][KEY_BLOCK] */
     Digits *split_digits;                        /* [groups of channels][rows] */
     float *gathered; /* of several pieces: output so far, in units of V; the sums that go with it in `gathered_rows` */
     char *unpacked_keys, *unpacked_values;
     float *output, *scores, *keys, *values, *panels, *channel_scale, *channel_zero, *position_q, *positions;
     float key_scale[KEY_BLOCK], key_zero[KEY_BLOCK], value_scale[KEY_BLOCK], value_zero[KEY_BLOCK], bias[KEY_BLOCK];
-    float shifts[MAX_ROWS], weights[2][INTEGER_ROWS * KEY_BLOCK];
+    float weights[2][INTEGER_ROWS * KEY_BLOCK];
     Row rows[MAX_ROWS], gathered_rows[MAX_ROWS];
     Digits key_digits[MAX_ROWS], weight_digits[MAX_ROWS];
 } Scratch;
@@ -42,17 +51,18 @@ static size_t lay_out(Scratch *scratch, const Plan *plan, size_t gathered_floats
     if (key_tile < position_tile) key_tile = position_tile;
     if (plan->rows > DIRECT_ROWS && panels < position_tile) panels = position_tile;
     size_t position_rows = position_padded ? rows * (position_padded + KEY_BLOCK) : 0;
-    size_t folded = plan->key_groups == GROUPS_TOKENS ? rows * padded : 0;
+    size_t folded = (size_t)plan->folds * rows * padded, fold_digits = (size_t)plan->folds * rows;
     size_t splits = plan->key_span || plan->value_span ? padded / GROUP_STEP : 0;
     size_t unpacked[2] = {(size_t)(plan->key_row * KEY_BLOCK + 64) / 4, (size_t)(plan->value_row * KEY_BLOCK + 64) / 4};
-    size_t floats = unpacked[0] + unpacked[1] + 2 * rows * padded + folded + rows * KEY_BLOCK + key_tile + value_tile + panels +
+    size_t floats = fold_digits * sizeof(Digits) / sizeof(float) + unpacked[0] + unpacked[1] + 2 * rows * padded + folded + rows * KEY_BLOCK + key_tile + value_tile + panels +
                     2 * (padded + LANES) + position_rows +
                     splits * (3 * KEY_BLOCK + rows * sizeof(Digits) / sizeof(float));
     if (!scratch) return floats + gathered_floats;
     scratch->gathered = (float *)(((uintptr_t)scratch + sizeof(Scratch) + 63) & ~(uintptr_t)63);
     scratch->q = scratch->gathered + gathered_floats;
     scratch->folded = scratch->q + rows * padded;
-    scratch->output = scratch->folded + folded;
+    scratch->fold_digits = (Digits *)(scratch->folded + folded);
+    scratch->output = (float *)(scratch->fold_digits + fold_digits);
     scratch->scores = scratch->output + rows * padded;
     scratch->keys = scratch->scores + rows * KEY_BLOCK;
     scratch->values = scratch->keys + key_tile;

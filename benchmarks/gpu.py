@@ -138,7 +138,8 @@ class Bench:
                 torch.cuda.synchronize()
                 torch.cuda.empty_cache()
             except RuntimeError:
-                sys.exit(CUDA_IS_LOST)
+                sys.stdout.flush()
+                os._exit(CUDA_IS_LOST)  # what would run at an ordinary exit aborts
 
     def work(self, cases: list[GpuCase]) -> None:
         """Measure what is wanted of some cases."""
@@ -151,11 +152,11 @@ class Bench:
                     if self.is_wanted(case, measured.what):
                         self.try_variant(case, measured)
 
-    def note_cut(self, seconds: float) -> None:
+    def note_cut(self, reason: str) -> None:
         """Append the row of what was running when its process was ended, so that the next begins behind it."""
         if self.running.exists():
             op, case, what = self.running.read_text(encoding="utf-8").split("\n")
-            self.append(op, case, what, error=f"it did not end within the {seconds:.0f} s of its step")
+            self.append(op, case, what, error=reason)
             self.running.unlink()
 
 
@@ -167,14 +168,14 @@ def run_step(bench: Bench, name: str, seconds: float) -> None:
         try:
             code = subprocess.run(command, timeout=left).returncode
         except subprocess.TimeoutExpired:
-            bench.note_cut(seconds)
+            bench.note_cut(f"it did not end within the {seconds:.0f} s of its step")
             return
         if code == 0:
             return
         if not bench.running.exists() and code != CUDA_IS_LOST:
             print(f"{name}: ended with {code}", flush=True)
             return
-        bench.note_cut(seconds - left)
+        bench.note_cut(f"its process ended with {code}")
 
 
 def wanted_names(bench: Bench, step: Step) -> Iterator[str]:

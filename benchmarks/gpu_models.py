@@ -5,6 +5,7 @@ are, with random codes, on which no time depends; nothing is converted and nothi
 """
 
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -62,8 +63,8 @@ class Subject:
             return self.model
         self.model = None  # before the next is made
         torch.manual_seed(0)
-        with torch.device(self.device):
-            model = AutoModelForCausalLM.from_config(self.config, dtype=FLOAT[self.device.type]).eval()
+        with torch.device(self.device):  # of a config of its own, which says how it attends
+            model = AutoModelForCausalLM.from_config(deepcopy(self.config), dtype=FLOAT[self.device.type]).eval()
         label, scheme = KINDS[kind]
         if scheme is not None:
             prepare(model)
@@ -134,6 +135,7 @@ def _step(subject: Subject, kind: str, mode: str, context: int, batch: int) -> t
     cache = filled_cache(model, scheme, context, batch)
     forward = model
     if mode == "compiled":
+        torch._dynamo.reset()  # or it takes the model for another of the one before, and gives up after some
         # a graph of its own making, since one of torch's copies what the cache holds into memory of the graph
         forward = torch.compile(model, backend="inductor" if model.device.type == "cuda" else "eager", dynamic=False)
     token = torch.ones((batch, 1), dtype=torch.long, device=model.device)

@@ -60,10 +60,9 @@ class Isa(NamedTuple):
 ISAS = {
     "armv8-a": Isa(("-march=armv8-a",)),
     "armv8.2-a": Isa(("-march=armv8.2-a+dotprod+fp16",)),
-    "armv8.6-a": Isa(("-march=armv8.6-a+fp16",)),
-    "armv9-a": Isa(("-march=armv9-a",)),
+    "armv9-a": Isa(("-march=armv9-a+i8mm+bf16+fp16",)),
 }
-"""Raspberry Pi 4; Neoverse N1 and Apple M1; those with products of matrices of int8 and bfloat16; those with SVE2."""
+"""Raspberry Pi 4; Neoverse N1 and Apple M1; those with SVE2 and products of matrices of int8 and bfloat16."""
 
 
 def compiled(kernel: CKernel, isa: Isa, folder: Path) -> Path:

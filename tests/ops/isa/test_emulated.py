@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.usefixtures("build", "two_threads"), pytest.mark.slow]
 NOT_OF_KERNELS = ("opcheck", "refused")
 
 
-def tests_of(module: ModuleType) -> dict[str, object]:
+def kernel_tests(module: ModuleType) -> dict[str, object]:
     """The tests of the kernels in a module, by names that no other module has."""
     prefix = f"{module.__name__.rsplit('.', 1)[-1]}_"
     tests = {name: test for name, test in vars(module).items() if name.startswith("test_")}
@@ -25,4 +25,4 @@ def tests_of(module: ModuleType) -> dict[str, object]:
 
 
 for tested in (test_attention, test_codec, test_linear):
-    globals().update(tests_of(tested))
+    globals().update(kernel_tests(tested))

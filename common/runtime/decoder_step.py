@@ -148,7 +148,7 @@ def _packed(layer: DecoderLayer) -> PackedLayer:
     return packed
 
 
-def _coded(store: CodeStore) -> Coded:
+def _step_coded(store: CodeStore) -> Coded:
     """All of a store's room."""
     scale = store._static_scale if store._scale is None else store._scale
     zero = store._static_zero if store._scale is None else store._zero
@@ -160,8 +160,8 @@ def _with_cache(
 ) -> DecoderLayer:
     scheme = layer.scheme
     return fused.plain[index]._replace(
-        key_codes=_coded(layer.key_store),
-        value_codes=_coded(layer.value_store),
+        key_codes=_step_coded(layer.key_store),
+        value_codes=_step_coded(layer.value_store),
         query_scale=layer.query_scale,
         biases=biases,
         rotation=table,

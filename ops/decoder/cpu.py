@@ -13,21 +13,21 @@ from ..shared.operands import FLOAT_KINDS, KINDS
 from ..shared.packed_call import Loadable, PackedCall, joined_declarations
 from .call import DECODER_LAYER, DECODER_PASS, DecoderLayer, DecoderPass
 
-_FLOATS = Loadable((torch.float32,), is_dense=True)
+_STEP_FLOATS = Loadable((torch.float32,), is_dense=True)
 _VALUES = Loadable(tuple(FLOAT_KINDS), is_dense=True)
 _INDEX = Loadable((torch.int64,), is_dense=True)
 _LINEAR = {
     "codes": Loadable((torch.uint8, *FLOAT_KINDS), is_dense=True),
     "scale": Loadable((torch.float32, torch.float16), is_dense=True),
     "zero": Loadable((torch.float32, torch.float16), is_dense=True),
-    "bias": _FLOATS,
+    "bias": _STEP_FLOATS,
     "quant_bias": Loadable((torch.int32,), is_dense=True),
-    "input_scale": _FLOATS,
-    "input_offset": _FLOATS,
+    "input_scale": _STEP_FLOATS,
+    "input_offset": _STEP_FLOATS,
 }
 _SIDE = {
     "codes": Loadable(tuple(KINDS), is_dense=True),
-    "levels": _FLOATS,
+    "levels": _STEP_FLOATS,
     "scale": Loadable((torch.float32, torch.float16)),
     "zero": Loadable((torch.float32, torch.float16)),
 }
@@ -38,14 +38,14 @@ _LAYER_PARTS = {
     **{f"norms_{name}": _VALUES
        for name in ("attention", "mlp", "attention_output", "mlp_output", "query", "key")},
     "query_scale": Loadable((torch.float32,)),
-    "biases_key": _FLOATS,
+    "biases_key": _STEP_FLOATS,
     "biases_columns": _INDEX,
-    "biases_table": _FLOATS,
-    "biases_value": _FLOATS,
-    "rotation": _FLOATS,
+    "biases_table": _STEP_FLOATS,
+    "biases_value": _STEP_FLOATS,
+    "rotation": _STEP_FLOATS,
 }  # fmt: skip
 _PASS_PARTS = {
-    "hidden": _FLOATS,
+    "hidden": _STEP_FLOATS,
     "positions": _INDEX,
     "bias_start": _INDEX,
     "mask": Loadable((torch.bool,)),
@@ -90,7 +90,7 @@ def pack_layers(layers: list[PackedLayer], forgotten: list[int]) -> bytes:
     return b"".join([_PACKED_LAYER.pack(layer.fields, first) for layer, first in zip(layers, forgotten, strict=True)])
 
 
-def _run(
+def _run_step(
     name: str, call: DecoderPass, layers: bytes, count: int,
     projected: torch.Tensor | None = None, attended: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
@@ -112,7 +112,7 @@ def decoder_layers_cpu(call: DecoderPass, layers: bytes, count: int) -> None:
     Raises:
         MemoryError: no room for the scratch.
     """
-    _run("decoder_layers", call, layers, count)
+    _run_step("decoder_layers", call, layers, count)
 
 
 def decoder_between_cpu(
@@ -128,4 +128,4 @@ def decoder_between_cpu(
     Raises:
         MemoryError: no room for the scratch.
     """
-    _run("decoder_between", call, layers, count, projected, attended)
+    _run_step("decoder_between", call, layers, count, projected, attended)

@@ -40,7 +40,7 @@ def chunk_passes(base: nn.Module) -> None:
 
 @contextmanager
 def whole_passes(base: nn.Module) -> Iterator[None]:
-    """Within it, a decoder takes no pass in chunks: where stand-ins for its layers are to see all of it."""
+    """Within it, a decoder takes passes whole and module by module: where stand-ins for its layers are to see them."""
     had_none = not getattr(base, _WHOLE, False)
     setattr(base, _WHOLE, True)
     try:
@@ -73,7 +73,7 @@ def run_pass(base: nn.Module, forward: Callable[..., Any], names: tuple[str, ...
 
 def one_pass(base: nn.Module, forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
     """A pass, or a chunk of one: all layers in one call where that is served, or else module by module."""
-    output = fused_pass(base, arguments)
+    output = None if hasattr(base, _WHOLE) else fused_pass(base, arguments)
     return forward(**arguments) if output is None else output
 
 

@@ -2,7 +2,7 @@
 
 `fused_pass` is what a decoder's forward computes, to within rounding, for what `ops/decoder` serves: no mask but
 causality, windows and padding; no hooks on modules, no adapters, no outputs beside the last states. What it does not
-serve goes module by module, and `fused_report` says why.
+serve goes module by module.
 
 B batch, T tokens of the pass, S stored tokens, C hidden size, H query heads, G KV heads, D head_dim.
 """
@@ -28,6 +28,7 @@ from ...ops.decoder.cpu import (
 )
 from ...ops.shared.codes import FP8_DTYPES
 from ...ops.shared.operands import FLOAT_KINDS
+from ...ops.shared.registry import note_way
 from ..errors import first_line
 from .attention import SlidingWindow, quantized_attention
 from .cache.code_store import CodeStore
@@ -46,7 +47,6 @@ FLOAT_TOKENS = 8
 """Tokens of a pass up to which weights in float are multiplied here; beyond, PyTorch's products are quicker."""
 _HARMLESS = ("use_cache", "cache_position", "return_dict", "output_attentions", "output_hidden_states")
 _READ = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", *CACHE_ARGUMENTS)
-_NOT_FUSED: "WeakKeyDictionary[nn.Module, str]" = WeakKeyDictionary()
 
 
 class FusedDecoder:
@@ -396,6 +396,8 @@ class _Pass:
 def fused_pass(base: nn.Module, arguments: Mapping[str, Any]) -> BaseModelOutputWithPast | None:
     """What a decoder's forward returns for arguments by name, a cache of ours among them; None where it has to do it.
 
+    `ops.report()` says which way passes went, and why not this one.
+
     Raises:
         OctavoError: as the forward would.
     """
@@ -403,7 +405,7 @@ def fused_pass(base: nn.Module, arguments: Mapping[str, Any]) -> BaseModelOutput
         this = _Pass(base, arguments)
         output = this.run()
     except NotFused as reason:
-        _NOT_FUSED[base] = str(reason)
+        note_way("decoder_layers", "CPU", f"has gone module by module: {reason}")
         return None
-    _NOT_FUSED[base] = ""
+    note_way("decoder_layers", "CPU", "has run")
     return BaseModelOutputWithPast(last_hidden_state=output, **{this.cache_name: this.cache})

@@ -11,6 +11,7 @@ from ..linear.cpu import PACKED_SOURCES
 from ..shared.compile import CKernel
 from ..shared.operands import FLOAT_KINDS, KINDS
 from ..shared.packed_call import Loadable, PackedCall, joined_declarations
+from ..shared.registry import describe
 from .call import DECODER_LAYER, DECODER_PASS, DecoderLayer, DecoderPass
 
 _FLOAT_PARTS = Loadable((torch.float32,), is_dense=True)
@@ -70,6 +71,9 @@ DECODER_KERNEL = CKernel(
     ("decoder_layers", "decoder_between"),
     joined_declarations(PACKED_ATTENTION, _PACKED_LAYER, _PACKED_PASS),
 )
+
+
+describe("decoder_layers", "CPU", DECODER_KERNEL.description)
 
 
 class PackedLayer(NamedTuple):

@@ -20,6 +20,7 @@ different versions live in one process."""
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 _KERNELS: dict[tuple[str, str], str | Callable[[], str]] = {}
 _SIGNATURES: dict[str, inspect.Signature] = {}
+_WAYS: set[tuple[str, str, str]] = set()
 
 
 def _is_defined(name: str) -> bool:
@@ -89,14 +90,25 @@ def implement(name: str, dispatch_key: str, kernel: Callable, description: str |
     _KERNELS[name, dispatch_key] = description
 
 
+def describe(name: str, device: str, description: Callable[[], str]) -> None:
+    """Let `report` say what serves an op that torch.library does not know."""
+    _KERNELS[name, device] = description
+
+
+def note_way(name: str, device: str, way: str) -> None:
+    """Let `report` say which way calls of an op went."""
+    _WAYS.add((name, device, way))
+
+
 def report() -> str:
-    """A table of what runs: a line per op and device, and one per reason for which calls took the reference instead."""
+    """A table of what runs: a line per op and device, and one per reason for which calls took another way instead."""
     known = {key: text if isinstance(text, str) else text() for key, text in _KERNELS.items()}
     devices = {"PrivateUse1": "NPU"}
     rows = [
         ("op", "device", "kernel"),
         *((name, devices.get(key, key), text) for (name, key), text in sorted(known.items())),
         *((name, device, f"has run as reference (PyTorch): {text}") for name, device, text in calls_fallen_back()),
+        *sorted(_WAYS),
     ]
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
     return "\n".join(f"{name:<{widths[0]}}  {key:<{widths[1]}}  {text}" for name, key, text in rows)

@@ -39,7 +39,7 @@ static int has_negative(const AttentionArguments *a, const Part *part) {
 
 /* Many rows go this way if their sums fit 32 bits and weights are not negative. */
 static void widen_plan(const AttentionArguments *a, Plan *plan) {
-    if (plan->key_mode != MODE_INTEGER || plan->value_mode != MODE_INTEGER || plan->rows <= GROUPED_ROWS) return;
+    if (plan->key_mode != MODE_INTEGER || plan->value_mode != MODE_INTEGER || plan->rows <= MAX_ROWS) return;
     if (plan->key_groups || plan->value_groups || a->width > 256) return;
     if (plan->value_scale.per_token && has_negative(a, &plan->value_scale)) return;
     plan->wide = 1;

@@ -64,7 +64,7 @@ class Call:
     def has_many_rows(self) -> bool:
         """Whether so many queries read a KV head of codes that fewer digits of them are multiplied."""
         rows = self.query.shape[2] * self.query.shape[1] // self.key.shape[1]
-        return rows > 64 and {self.key.dtype, self.value.dtype} <= {torch.int8, torch.uint8}
+        return rows > 192 and {self.key.dtype, self.value.dtype} <= {torch.int8, torch.uint8}
 
     def call(self) -> AttentionCall:
         return ATTENTION_CALL.of(**vars(self))

@@ -46,7 +46,7 @@ def test_causality_equals_its_mask(queries: int) -> None:
 def test_a_chunk_of_a_prompt_sees_what_the_whole_prompt_sees(queries: int) -> None:
     call = int8_call(queries=130, keys=130)
     last = replace(call, query=call.query[:, :, -queries:])
-    assert_close(last.run(), call.run()[:, -queries:])
+    assert_close(last.run(), call.run()[:, -queries:], call.has_many_rows())
 
 
 @pytest.mark.parametrize("queries", [2, 40])

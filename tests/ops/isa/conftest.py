@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from octavo.ops.decoder.cpu import DECODER_KERNEL
+
 from ...support import REPOSITORY
 from ..conftest import CPU_KERNELS
 from .emulator import ISAS, emulated
@@ -19,7 +21,7 @@ def build(request: pytest.FixtureRequest) -> Iterator[str]:
     reason = isa.missing()
     if reason:
         pytest.skip(reason)
-    with emulated(CPU_KERNELS, isa, PROGRAMS):
+    with emulated((*CPU_KERNELS, DECODER_KERNEL), isa, PROGRAMS):
         yield request.param
 
 

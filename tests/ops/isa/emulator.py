@@ -14,11 +14,14 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import cache, partial
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from itertools import count
 from pathlib import Path
-from typing import IO, NamedTuple
+from tempfile import TemporaryDirectory
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -29,8 +32,10 @@ from octavo.ops.shared.compile import BASE_FLAGS, CKernel
 HARNESS = Path(__file__).with_name("harness.c")
 KEPT_BYTES = 1 << 28
 """Memory of tensors that is kept, so that no other tensor gets its address; the oldest goes first."""
-_FLAGS = ("-O2", *(flag for flag in BASE_FLAGS if flag not in ("-O3", "-fPIC", "-shared")), "-static", "-fopenmp")
-"""As the kernels of this machine are built, but for an optimization that takes twice as long to compile."""
+FUNCTIONS_AT, MOST_FUNCTIONS = 0xFFDEADBEEF0000, 1000
+"""The address that stands for the first function, which no memory has and no number that is worth a thought."""
+_FLAGS = ("-O1", *(flag for flag in BASE_FLAGS if flag not in ("-O3", "-fPIC", "-shared")), "-fopenmp")
+"""As the kernels of this machine are built, but for optimizations that take thrice as long to compile."""
 
 _ENVIRONMENT = {**os.environ, "OMP_WAIT_POLICY": "passive"}  # emulated threads that spin take the time of the others
 
@@ -65,21 +70,38 @@ ISAS = {
 """Raspberry Pi 4; Neoverse N1 and Apple M1; those with SVE2 and products of matrices of int8 and bfloat16."""
 
 
-def compiled(kernel: CKernel, isa: Isa, folder: Path) -> Path:
-    """The harness with a kernel in it, out of the folder or compiled into it."""
-    functions = " ".join(f"FUNCTION({name})" for name in kernel.functions)
-    source = f'{kernel.source()}\n#define FUNCTIONS {functions}\n#line 1 "harness.c"\n{HARNESS.read_text()}'
-    command = [isa.compiler, *_FLAGS, *isa.flags, "-x", "c", "-", "-lm"]
-    version = _version_of(isa.compiler)
-    digest = hashlib.sha256("\0".join((source, version, *command)).encode()).hexdigest()[:20]
-    program = folder / f"{kernel.name}-{digest}"
+def compiled(kernels: Sequence[CKernel], isa: Isa, folder: Path) -> Path:
+    """The harness with kernels in it, out of the folder or compiled into it."""
+    functions = " ".join(f"FUNCTION({name})" for kernel in kernels for name in kernel.functions)
+    command = [isa.compiler, *_FLAGS, *isa.flags]
+    sources = {kernel.name: kernel.source() for kernel in kernels}
+    sources["harness"] = f"#define FUNCTIONS {functions}\n{HARNESS.read_text()}"
+    identity = "\0".join((_version_of(isa.compiler), *command, *sources.values()))
+    program = folder / hashlib.sha256(identity.encode()).hexdigest()[:20]
     if not program.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        unfinished = program.with_suffix(".new")
-        done = subprocess.run([*command, "-o", str(unfinished)], input=source, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        unfinished.rename(program)
+        with TemporaryDirectory(dir=folder) as scratch, ThreadPoolExecutor() as pool:
+            objects = [str(Path(scratch, f"{name}.o")) for name in sources]
+            parts = [[*command, "-c", "-x", "c", "-", "-o", made] for made in objects]
+            list(pool.map(_compile, parts, sources.values()))
+            for kernel, made in zip(kernels, objects, strict=False):  # one may contain what is a function of another
+                kept = [f"--keep-global-symbol={name}" for name in kernel.functions]
+                subprocess.run([_program_of(isa.compiler, "objcopy"), *kept, made], check=True)
+            whole = str(Path(scratch, "whole"))
+            _compile([*command, "-static", "-o", whole, *objects, "-lm"], "")
+            os.replace(whole, program)
     return program
+
+
+def _program_of(compiler: str, name: str) -> str:
+    """The program of a compiler's own binutils."""
+    command = [compiler, f"-print-prog-name={name}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def _compile(command: list[str], source: str) -> None:
+    done = subprocess.run(command, input=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @cache
@@ -91,22 +113,21 @@ class Memory:
     """The memory of tensors whose addresses were asked for, kept so that no other tensor gets them."""
 
     def __init__(self) -> None:
-        self._storages: dict[int, torch.UntypedStorage] = {}
+        self._storages: dict[int, tuple[int, torch.UntypedStorage | bytes]] = {}
         self._kept_bytes = 0
 
-    def note(self, tensor: torch.Tensor) -> None:
-        """Remember where the memory of a tensor lies, and forget the oldest if that is too much."""
-        storage = tensor.untyped_storage()
-        if storage.nbytes() and storage.data_ptr() not in self._storages:
-            self._storages[storage.data_ptr()] = storage
-            self._kept_bytes += storage.nbytes()
+    def note(self, address: int, size: int, owner: torch.UntypedStorage | bytes) -> None:
+        """Remember what lies where, and forget the oldest if that is too much."""
+        if size and address not in self._storages:
+            self._storages[address] = size, owner
+            self._kept_bytes += size
         while self._kept_bytes > KEPT_BYTES and len(self._storages) > 1:
-            self._kept_bytes -= self._storages.pop(next(iter(self._storages))).nbytes()
+            self._kept_bytes -= self._storages.pop(next(iter(self._storages)))[0]
 
     def spans(self) -> tuple[np.ndarray, np.ndarray]:
         """Ascending addresses, and the bytes behind each."""
         starts = np.array(sorted(self._storages), dtype=np.uint64)
-        return starts, np.array([self._storages[int(start)].nbytes() for start in starts], dtype=np.uint64)
+        return starts, np.array([self._storages[int(start)][0] for start in starts], dtype=np.uint64)
 
 
 class Parcel:
@@ -134,6 +155,8 @@ class Parcel:
                     self.buffers.append(ctypes.string_at(start, int(sizes[spans[word]])))
                     self.starts.append(start)
                 self.relocations.append((index, int(word) * 8, index_of[start], int(offsets[word])))
+            for word in np.flatnonzero((words >= FUNCTIONS_AT) & (words < FUNCTIONS_AT + MOST_FUNCTIONS)):
+                self.relocations.append((index, int(word) * 8, -1, int(words[word]) - FUNCTIONS_AT))
 
     def message(self, function: int) -> bytes:
         """What the harness reads."""
@@ -148,32 +171,54 @@ class Parcel:
             ctypes.memmove(start, answer.read(len(content)), len(content))
 
 
-def _called(process: subprocess.Popen, memory: Memory, function: int, packed: bytes) -> int:
-    """What a function of the harness returns."""
-    parcel = Parcel(packed, memory)
-    process.stdin.write(parcel.message(function))
-    process.stdin.flush()
-    returned = process.stdout.read(8)
-    assert len(returned) == 8, f"the emulated kernel ended: {process.wait()}"
-    parcel.take_back(process.stdout)
-    return int.from_bytes(returned, "little", signed=True)
+class Emulated(NamedTuple):
+    """A function of the harness, called as one of a library is."""
+
+    process: subprocess.Popen
+    memory: Memory
+    index: int
+
+    def __call__(self, packed: bytes) -> int:
+        """What the function returns; the memory is as it leaves it."""
+        parcel = Parcel(packed, self.memory)
+        self.process.stdin.write(parcel.message(self.index))
+        self.process.stdin.flush()
+        returned = self.process.stdout.read(8)
+        assert len(returned) == 8, f"the emulated kernel ended: {self.process.wait()}"
+        parcel.take_back(self.process.stdout)
+        return int.from_bytes(returned, "little", signed=True)
+
+
+def _note_pointers(patch: pytest.MonkeyPatch, memory: Memory) -> None:
+    """Let `memory` know of every tensor and every `bytes` whose address is asked for; functions get addresses too."""
+    data_ptr, cast = torch.Tensor.data_ptr, ctypes.cast
+
+    def noted_data_ptr(tensor: torch.Tensor) -> int:
+        storage = tensor.untyped_storage()
+        memory.note(storage.data_ptr(), storage.nbytes(), storage)
+        return data_ptr(tensor)
+
+    def noted_cast(value: Any, kind: Any) -> Any:
+        if isinstance(value, Emulated):
+            return kind(FUNCTIONS_AT + value.index)
+        found = cast(value, kind)
+        if isinstance(value, ctypes.c_char_p) and isinstance(value._objects, bytes):
+            memory.note(found.value, len(value._objects), value._objects)
+        return found
+
+    patch.setattr(torch.Tensor, "data_ptr", noted_data_ptr)
+    patch.setattr(ctypes, "cast", noted_cast)
 
 
 @contextmanager
-def emulated(kernels: Iterable[CKernel], isa: Isa, folder: Path) -> Iterator[None]:
+def emulated(kernels: Sequence[CKernel], isa: Isa, folder: Path) -> Iterator[None]:
     """Inside, the functions of these kernels run in the emulator; the programs are kept in `folder`."""
-    memory, ask = Memory(), torch.Tensor.data_ptr
-    with pytest.MonkeyPatch.context() as patch, ExitStack() as processes:
-
-        def noted_data_ptr(tensor: torch.Tensor) -> int:
-            memory.note(tensor)
-            return ask(tensor)
-
-        patch.setattr(torch.Tensor, "data_ptr", noted_data_ptr)
+    command, memory = [*isa.runner, str(compiled(kernels, isa, folder))], Memory()
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=_ENVIRONMENT)
+    with process, pytest.MonkeyPatch.context() as patch:  # which closes its input, and waits
+        _note_pointers(patch, memory)
+        numbers = count()
         for kernel in kernels:
-            command = [*isa.runner, str(compiled(kernel, isa, folder))]
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=_ENVIRONMENT)
-            processes.enter_context(process)  # which closes its input and waits
-            functions = enumerate(kernel.functions)
-            patch.setattr(kernel, "_loaded", {name: partial(_called, process, memory, i) for i, name in functions})
+            loaded = {name: Emulated(process, memory, next(numbers)) for name in kernel.functions}
+            patch.setattr(kernel, "_loaded", loaded)
         yield

@@ -1,11 +1,15 @@
-/* Calls of one kernel, read from stdin and answered on stdout: for processors that Python itself does not run on.
+/* Calls of kernels, read from stdin and answered on stdout: for processors that Python itself does not run on.
  *
- * Stands behind the kernel's source; FUNCTIONS is a list of FUNCTION(name). All numbers are int64_t. A call is
+ * FUNCTIONS is a list of FUNCTION(name). All numbers are int64_t. A call is
  *     the index of the function, bytes of the packed arguments, buffers B, relocations R,
  *     B sizes in bytes, R relocations, the packed arguments, the buffers.
- * Buffer 0 is the packed arguments. A relocation says that a pointer stands in a buffer, and where it points to. The
- * answer is what the function returns, and the buffers 1 to B as it leaves them, with what stood there for pointers. */
+ * Buffer 0 is the packed arguments. A relocation says that a pointer stands in a buffer, and where it points to, `to` -1
+ * to the function whose index is `offset`. The answer is what the function returns, and the buffers 1 to B as it leaves
+ * them, with what stood there for pointers. */
+#include <stdint.h>
 #include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -13,9 +17,11 @@ typedef struct {
     int64_t in, at, to, offset;
 } Relocation;
 
-typedef int (*Function)(const void *);
-#define FUNCTION(name) (Function)name,
-static const Function functions[] = {FUNCTIONS};
+#define FUNCTION(name) int name(const void *);
+FUNCTIONS
+#undef FUNCTION
+#define FUNCTION(name) name,
+static int (*const functions[])(const void *) = {FUNCTIONS};
 
 static void *checked(void *memory) {
     if (!memory || memory == MAP_FAILED) {
@@ -50,6 +56,10 @@ static void free_guarded(char *memory, int64_t bytes) {
     munmap((void *)((uintptr_t)memory / (uintptr_t)page * (uintptr_t)page), (size_t)mapped_bytes(bytes));
 }
 
+static char *target_of(Relocation place, char **memory) {
+    return place.to < 0 ? (char *)functions[place.offset] : memory[place.to] + place.offset;
+}
+
 static void answer_call(const int64_t head[4]) {
     int64_t buffers = head[2] + 1, relocations = head[3];
     int64_t *sizes = checked(calloc((size_t)buffers, 8)), *stood = checked(calloc((size_t)relocations + 1, 8));
@@ -60,13 +70,13 @@ static void answer_call(const int64_t head[4]) {
     read_all(places, relocations * (int64_t)sizeof(Relocation));
     for (int64_t i = 0; i < buffers; i++) read_all(memory[i] = guarded(sizes[i]), sizes[i]);
     for (int64_t i = 0; i < relocations; i++) {
-        char *target = memory[places[i].to] + places[i].offset, *place = memory[places[i].in] + places[i].at;
+        char *target = target_of(places[i], memory), *place = memory[places[i].in] + places[i].at;
         memcpy(&stood[i], place, 8);
         memcpy(place, &target, 8);
     }
     int64_t returned = functions[head[0]](memory[0]);
     for (int64_t i = 0; i < relocations; i++) {
-        char *target = memory[places[i].to] + places[i].offset, *place = memory[places[i].in] + places[i].at;
+        char *target = target_of(places[i], memory), *place = memory[places[i].in] + places[i].at;
         if (!memcmp(place, &target, 8)) memcpy(place, &stood[i], 8); /* or it has been written since */
     }
     fwrite(&returned, 8, 1, stdout);

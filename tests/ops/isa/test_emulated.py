@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 
-from .. import test_attention, test_codec, test_linear
+from .. import test_attention, test_codec, test_decoder, test_linear, test_linear_packed
 
 pytestmark = [pytest.mark.usefixtures("build", "two_threads"), pytest.mark.slow]
 NOT_OF_KERNELS = ("opcheck", "refused")
@@ -24,5 +24,5 @@ def kernel_tests(module: ModuleType) -> dict[str, object]:
     }
 
 
-for tested in (test_attention, test_codec, test_linear):
+for tested in (test_attention, test_codec, test_decoder, test_linear, test_linear_packed):
     globals().update(kernel_tests(tested))

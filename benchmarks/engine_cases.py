@@ -111,6 +111,8 @@ def write_random_model(target: Path, tokenizer_source: Path, shape: Mapping[str,
     """A Llama of random weights in float16, with the tokenizer of another checkpoint, whose vocabulary is smaller."""
     disable_progress_bar()
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=torch.float16).save_pretrained(target)
+    partial = target.with_name(target.name + ".partial")
+    AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=torch.float16).save_pretrained(partial)
     for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(tokenizer_source / file, target)
+        shutil.copy(tokenizer_source / file, partial)
+    partial.rename(target)

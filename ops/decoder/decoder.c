@@ -108,12 +108,13 @@ static void share_outputs(Work *work, const DecoderLayer *layer) {
 /* `first` tokens are forgotten by the layer's part of the cache. */
 static void share_layer(Work *work, const DecoderLayer *layer, int64_t first) {
     share_inputs(work, layer);
-    if (thread_number() == 0) { /* the others wait for it behind the encoding */
+    share_encoding(work, layer, first);
+    if (thread_number() == 0) { /* behind the encoding: its plan reads the scales of V */
         AttentionArguments call = attention_call(work, layer, first);
         work->attention = begin_attention(&call);
         work->failed |= work->attention.failed;
     }
-    share_encoding(work, layer, first);
+    team_wait(&work->team);
     if (!work->attention.failed) share_attention(&work->attention, &work->team);
     if (thread_number() == 0) end_attention(&work->attention);
     share_outputs(work, layer);

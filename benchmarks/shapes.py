@@ -22,6 +22,8 @@ from octavo.ops.shared.codes import pack_int4
 
 LIMITS = {"cpu": 1e-5, "cuda": 2e-2}
 """Relative error from the reference, as in tests/tolerances.py: of float32 on the CPU, of bfloat16 on a GPU."""
+MANY_ROWS = 2e-4
+"""The same of attention of many queries over int8 and int4 codes on the CPU, of which fewer digits are multiplied."""
 FLOAT = {"cpu": torch.float32, "cuda": torch.bfloat16}
 """The dtype of models, and so of queries and inputs, by device."""
 E4M3 = torch.float8_e4m3fn
@@ -66,7 +68,9 @@ def _attention(
     def check() -> None:
         for what, call in arguments.items():
             output = ops.attention(*ATTENTION_CALL.flat(call))
-            check_close(what, output, attention_reference(call), LIMITS[device.type])
+            check_close(
+                what, output, attention_reference(call), max(LIMITS[device.type], MANY_ROWS if queries > 1 else 0)
+            )
 
     key, value = (torch.randn(shape, device=device) for _ in range(2))
 

@@ -63,16 +63,14 @@ class Contender:
 
 EIGHT, FOUR, FLOAT = "8 bit", "4 bit", "float weights"
 KINDS = (EIGHT, FOUR, FLOAT)
-QUICKSTART = (
-    "--is_dynamic", "True", "--disable_last_linear", "False", "--use_kvcache_quant", "True", "--anti_method", "m3",
-)  # fmt: skip
-"""README's."""
+EIGHT_BIT = ("--preset", "eight-bit")
+"""README's quickstart."""
 MEMORY_FIRST = ("--preset", "memory-first")
 FOR_RANDOM_WEIGHTS = ("--anti_method", "", "--w_method", "MinMax")
 """Flags that follow where weights are random: what takes time in a conversion and none in the model."""
 
 CONTENDERS = (
-    Contender("Octavo, quickstart", "octavo", EIGHT, QUICKSTART),
+    Contender("Octavo, eight-bit", "octavo", EIGHT, EIGHT_BIT),
     Contender("OpenVINO int8, u8 cache", "openvino", EIGHT, (), {"weights": "int8", "flags": []}, {"cache": "u8"}),
     Contender("llama.cpp Q8_0, q8_0 cache", "llama.cpp", EIGHT, (), {"weights": "q8_0"}, {"cache": "q8_0"}),
     Contender("vLLM W8A8, fp8 cache", "vllm", EIGHT, (), {}, {"cache": "fp8"}),

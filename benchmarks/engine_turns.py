@@ -8,6 +8,7 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +93,16 @@ class Run:
     def __init__(self, flags: Namespace, models: list[Model]) -> None:
         self.flags, self.models = flags, models
         self.tree, self.machine = commit(), device_name(torch.device("cpu"))
-        conditions = {"code": code_digest(), "machine": self.machine, "threads": flags.threads, "isa": flags.isa}
-        self.journal = Journal(flags.work / f"journal-{flags.isa}.jsonl", conditions, flags.again)
         self.failures: dict[tuple[str, str], str] = {}
         """Reasons by names of model and contender."""
         self._ids: dict[str, torch.Tensor] = {}
+
+    @cached_property
+    def journal(self) -> Journal:
+        """What was scored and timed on this machine, with this code."""
+        flags = self.flags
+        conditions = {"code": code_digest(), "machine": self.machine, "threads": flags.threads, "isa": flags.isa}
+        return Journal(flags.work / f"journal-{flags.isa}.jsonl", conditions, flags.again)
 
     def _contenders(self) -> Iterator[tuple[Model, Contender]]:
         """Those that have not failed yet."""

@@ -8,7 +8,7 @@ import torch
 
 from octavo.ops.attention.arguments import check_call
 from octavo.ops.attention.call import ATTENTION_CALL, AttentionCall
-from octavo.ops.attention.cpu import _PACKED_ATTENTION, ATTENTION_KERNEL
+from octavo.ops.attention.cpu import PACKED_ATTENTION, ATTENTION_KERNEL
 
 from .attention_calls import add_positions, call_of, mask_of, part_of
 
@@ -52,12 +52,12 @@ def changed(arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def is_refused_by_c(call: AttentionCall) -> bool:
-    fields = _PACKED_ATTENTION.fields(call)
+    fields = PACKED_ATTENTION.fields(call)
     if fields is None:
         return True
     output, lse = torch.empty(2**16), torch.empty(2**14)
     return (
-        ATTENTION_KERNEL.load()["attention"](_PACKED_ATTENTION.pack(fields, output.data_ptr(), lse.data_ptr(), 1)) == 2
+        ATTENTION_KERNEL.load()["attention"](PACKED_ATTENTION.pack(fields, output.data_ptr(), lse.data_ptr(), 1)) == 2
     )
 
 

@@ -28,7 +28,11 @@ SIMULATION = "octavo_simulation"
 def coded_input(layer: QuantizedLinear, x: torch.Tensor) -> torch.Tensor:
     """What the codes of inputs `[..., K]` stand for."""
     if layer.LABEL in WEIGHT_ONLY:
-        return x
+        if layer.cpu_activations == "float":
+            return x
+        grouped = x.float().unflatten(-1, (layer.weight_scale.shape[1], -1))  # as the op takes it
+        scale = grouped.abs().amax(dim=-1, keepdim=True).clamp_min(1e-12) / 127
+        return ((grouped / scale).round().clamp(-128, 127).double() * scale).flatten(-2)
     if layer.LABEL == W8A8_DYNAMIC:
         x = x.float()  # as the op takes it
         scale, offset = x.abs().amax(dim=-1, keepdim=True).clamp_min(1e-12) / 127, 0.0

@@ -40,12 +40,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 WIDE = {"num_hidden_layers": 2, "sliding_window_pattern": 2, "head_dim": 256, "num_key_value_heads": 1}
 C8 = ("--use_kvcache_quant", "True")
 FLOAT_LINEARS = ("--w_bit", "16", "--a_bit", "16")
+FLOAT_INPUTS = ("--cpu_activations", "float")
 VARIANTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "w8a8, C8": ({}, C8),
     "w8a8, FA": ({}, ("--use_fa_quant", "True")),
     "dynamic, int8-token": ({}, ("--is_dynamic", "True", "--scheme", "int8-token")),
-    "w8a16, octavo-4": ({}, ("--w_bit", "8", "--a_bit", "16", "--scheme", "octavo-4")),
-    "w4a16, kvquant-4": ({}, ("--w_bit", "4", "--a_bit", "16", "--scheme", "kvquant-4")),
+    "w8a16, octavo-4": ({}, ("--w_bit", "8", "--a_bit", "16", "--scheme", "octavo-4", *FLOAT_INPUTS)),
+    "w4a16, kvquant-4": ({}, ("--w_bit", "4", "--a_bit", "16", "--scheme", "kvquant-4", *FLOAT_INPUTS)),
     "float, vllm-fp8": ({}, (*FLOAT_LINEARS, "--scheme", "vllm-fp8")),
     "smoothed, C8": ({}, ("--anti_method", "m4", *C8)),
     "smoothed with the head, octavo-4": (

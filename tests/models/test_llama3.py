@@ -113,7 +113,7 @@ def test_every_variant_loads_from_an_offline_snapshot_bit_for_bit(
 def test_two_versions_of_the_code_live_in_one_process(
     variants: dict[str, Path], expected: dict[str, Path], tmp_path: Path
 ) -> None:
-    """The second copy has another digest and an attention that does nothing, so a mix-up would be seen."""
+    """The second copy has another digest, and attention and layers that do nothing, so a mix-up would be seen."""
     other = tmp_path / "other version"
     shutil.copytree(variants["c8 w8a8"], other)
     runtime = other / "octavo_runtime.py"
@@ -124,6 +124,10 @@ def test_two_versions_of_the_code_live_in_one_process(
         "        return attention(*", "        return 0 * attention(*"
     )
     assert broken.count("0 * attention") == 1
+    broken = broken.replace(
+        "        decoder_layers_cpu(call, ", "        call.hidden.zero_(), decoder_layers_cpu(call, "
+    )
+    assert broken.count("hidden.zero_()") == 1
     runtime.write_text(broken)
     rows = [
         ("first", str(variants["c8 w8a8"]), str(expected["c8 w8a8"])),

@@ -39,8 +39,8 @@ DENSE, SPARSE = 1, (0, 2)
 KINDS = {
     "W8A8": ("--disable_names", "lm_head"),
     "W8A8_DYNAMIC": ("--is_dynamic", "True"),
-    "W8A16": ("--w_bit", "8", "--a_bit", "16"),
-    "W4A16": ("--w_bit", "4", "--a_bit", "16", "--group_size", "32"),
+    "W8A16": ("--w_bit", "8", "--a_bit", "16", "--cpu_activations", "float"),
+    "W4A16": ("--w_bit", "4", "--a_bit", "16", "--group_size", "32", "--cpu_activations", "float"),
 }
 SCHEMES = ("int8-token", "octavo-4", "ascend-c8", "ascend-fa")
 
@@ -231,7 +231,7 @@ def test_linears_are_what_their_codes_stand_for(kind: str, quantized: Callable[.
 @pytest.mark.parametrize("scheme", SCHEMES)
 @torch.inference_mode()
 def test_caches_store_what_two_lines_on_the_stock_model_store(scheme: str, quantized: Callable[..., nn.Module]) -> None:
-    model = quantized("--w_bit", "8", "--a_bit", "16", "--scheme", scheme)
+    model = quantized(*KINDS["W8A16"], "--scheme", scheme)
     stock = prepare(simulated(model))
     cache, own = model.new_cache(), model.new_cache()
     for part in (IDS[:, :30], IDS[:, 30:31], IDS[:, 31:]):

@@ -34,6 +34,8 @@ TOLERANCES = {
     # A token at a time: rounding of the linears tips some codes over (see test_quantized_cache.py).
     "codes tipped over": 5e-3,
     "logits rmse with codes tipped over": 1e-3,
+    # Prompts of hundreds of tokens, whole and in chunks: 2.5e-3 measured, where quantization itself makes 1e-2.
+    "logits rmse of many rows": 6e-3,
     # Directories of msmodelslim against a simulation in float64; quantization itself is 0.22 away from the float model.
     # bf16: the format rounds deq_scale to it. "computed in": activations in half precision tip many codes over.
     "simulation rmse float32": 5e-3,

@@ -73,7 +73,8 @@ def run_pass(base: nn.Module, forward: Callable[..., Any], names: tuple[str, ...
 
 def one_pass(base: nn.Module, forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
     """A pass, or a chunk of one: all layers in one call where that is served, or else module by module."""
-    output = None if hasattr(base, _WHOLE) else fused_pass(base, arguments)
+    is_seen = torch.compiler.is_compiling() or hasattr(base, _WHOLE)  # somebody looks at the modules
+    output = None if is_seen else fused_pass(base, arguments)
     return forward(**arguments) if output is None else output
 
 

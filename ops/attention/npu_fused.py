@@ -180,7 +180,7 @@ def _antiquant(query: torch.Tensor, sides: tuple[Coded, Coded]) -> dict[str, Any
     scales = [_antiquant_part(side.scale, side.codes, mode, query.dtype) for side in sides]
     offsets = None
     if any(side.zero is not None for side in sides):  # both or neither
-        zeros = [torch.zeros_like(scale) if zero is None else -zero for _, scale, zero, _ in sides]
+        zeros = [torch.zeros_like(scale) if zero is None else -zero for _, scale, zero, *_ in sides]
         offsets = [
             _antiquant_part(zero, side.codes, mode, query.dtype) for zero, side in zip(zeros, sides, strict=True)
         ]

@@ -215,7 +215,7 @@ def linear_weight_only(rng: Random) -> Arguments:
 
 def linear_grouped(rng: Random) -> Arguments:
     """Of `linear_grouped`."""
-    found = linear_weight_only(rng)
+    found = linear_weight_only(rng).values
     return Arguments({**found, "group": found["x"].shape[-1] // found["weight_scale"].shape[1]})
 
 

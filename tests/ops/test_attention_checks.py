@@ -8,7 +8,7 @@ import torch
 
 from octavo.ops.attention.arguments import check_call
 from octavo.ops.attention.call import ATTENTION_CALL, AttentionCall
-from octavo.ops.attention.cpu import PACKED_ATTENTION, ATTENTION_KERNEL
+from octavo.ops.attention.cpu import ATTENTION_KERNEL, PACKED_ATTENTION
 
 from .attention_calls import add_positions, call_of, mask_of, part_of
 

@@ -25,6 +25,7 @@ from octavo.common.runtime.checkpoint.ascend import (
     weight_file_names,
 )
 from octavo.common.runtime.checkpoint.files import read_headers
+from octavo.common.runtime.passes import whole_passes
 from octavo.models.llama3 import ARCHITECTURE
 from octavo.models.llama3.modeling_llama_fa3 import LlamaForCausalLM
 
@@ -351,8 +352,9 @@ def test_a_directory_of_msmodelslim_in_half_precision(attention: str, dtype: tor
         return rmse_in_std(logits, wanted)
 
     assert error() < TOLERANCES["simulation rmse computed in half"]
-    tokens = model.generate(ids, max_new_tokens=5, do_sample=False)
-    assert torch.equal(tokens, model.generate(ids, max_new_tokens=5, do_sample=False, use_cache=False))
+    with whole_passes(model.base_model):  # rounding tips codes over, and with them words of a random model
+        tokens = model.generate(ids, max_new_tokens=5, do_sample=False)
+        assert torch.equal(tokens, model.generate(ids, max_new_tokens=5, do_sample=False, use_cache=False))
     model.float()
     assert error() < TOLERANCES[f"simulation rmse {str(dtype).removeprefix('torch.')}"]
 

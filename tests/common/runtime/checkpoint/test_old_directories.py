@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from octavo.common.convert.output.bundle import main
+from octavo.common.runtime.passes import whole_passes
 from octavo.models.llama3.modeling_llama_fa3 import LlamaForCausalLM
 
+from ....metrics import rmse_in_std
 from ....models.loading import load_without_octavo, save_expected
 from ....support import CACHE_NAME, REPOSITORY, convert_flags, random_ids
 from ....tolerances import TOLERANCES
@@ -88,11 +90,12 @@ def test_one_command_mends_them(old: dict[str, Path], tmp_path: Path, capsys: py
         }
 
         model = LlamaForCausalLM.from_pretrained(directory).eval()
-        with torch.inference_mode():
+        with torch.inference_mode(), whole_passes(model.base_model):  # as that code did, module by module
             output = model(random_ids(2, 90))
         assert getattr(output, CACHE_NAME).scheme == model.scheme and model.scheme.is_quantized
         expected = load_file(f"{directory} logits")["logits"]
-        torch.testing.assert_close(output.logits, expected, atol=TOLERANCES["logits"], rtol=0)
+        error = rmse_in_std(output.logits, expected)
+        assert error <= TOLERANCES["logits rmse with codes tipped over"]
         save_expected(model, tmp_path / f"{len(rows)}.safetensors")
         rows.append((name, str(directory), str(tmp_path / f"{len(rows)}.safetensors")))
     found = load_without_octavo(rows, tmp_path)

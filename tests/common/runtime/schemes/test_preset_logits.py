@@ -39,7 +39,7 @@ def test_logits_are_close_to_float_and_do_not_depend_on_chunks(
     ids = random_ids(1, TOKENS)
     whole = logits(readers[kind], ids, cache(preset, kind))
     cut = logits(readers[kind], ids, cache(preset, kind), *CHUNKS)
-    assert rmse_in_std(cut, whole) <= 10 * TOLERANCES["logits rmse with codes tipped over"]
+    assert rmse_in_std(cut, whole) <= 20 * TOLERANCES["logits rmse with codes tipped over"]
     error = rmse_in_std(whole, expected[kind])
     if kind != "qwen2":
         assert error < (0.08 if preset in SMALL_STEPS else 1.2 if preset.endswith("2") else 0.7)

@@ -174,7 +174,7 @@ def test_a_chat_goes_on_from_its_cache(
     """The answers are those that a model without any cache gives to the whole conversation."""
     directory = converted(*C8)
     capsys.readouterr()
-    questions = ["What fell?", "And then?", "Who found the harbour?"]
+    questions = ["What fell?", "And then?", "Who saw it?"]
     assert chat(monkeypatch, directory, questions) == 0
     answers = capsys.readouterr().out.splitlines()
 

@@ -37,7 +37,7 @@ class EngineProcess:
         with log.open("wb") as errors:
             self._process = subprocess.Popen(
                 [*command],
-                env=dict(environment),
+                env={**environment, "PYTHONUNBUFFERED": "1"}(environment),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,

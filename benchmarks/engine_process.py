@@ -37,7 +37,7 @@ class EngineProcess:
         with log.open("wb") as errors:
             self._process = subprocess.Popen(
                 [*command],
-                env={**environment, "PYTHONUNBUFFERED": "1"}(environment),
+                env={**environment, "PYTHONUNBUFFERED": "1"},  # or the last words of one that hangs are lost
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,

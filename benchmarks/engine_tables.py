@@ -27,9 +27,9 @@ def _figure(rows: list[Row], name: str, context: str, column: str, digits: int) 
     if row is None or not row[column]:
         return ""
     kind = (row["kind"], context)
-    best = min(float(other[column]) for other in rows if (other["kind"], other["context"]) == kind and other[column])
+    beside = [float(other[column]) for other in rows if (other["kind"], other["context"]) == kind and other[column]]
     figure = f"{float(row[column]):,.{digits}f}"
-    return f"**{figure}**" if float(row[column]) == best else figure
+    return f"**{figure}**" if len(beside) > 1 and float(row[column]) == min(beside) else figure
 
 
 def _lines(model: str, rows: list[Row], contexts: list[str]) -> list[tuple[str, ...]]:

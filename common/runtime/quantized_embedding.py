@@ -51,7 +51,14 @@ class QuantizedEmbedding(WeightOnlyLinear):
 
 
 def rows_of_panels(panels: Packed, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes, int8 `[..., E]`, and scales, `[..., E / group]`, of some rows of a packed weight of 8 bits."""
+    """Codes, int8 `[..., E]`, and scales, `[..., E / group]`, of some rows of a packed weight of 8 bits.
+
+    Raises:
+        IndexError: there is no such row.
+    """
+    is_known = ids.numel() > 0 and not torch.compiler.is_compiling()
+    if is_known and not (int(ids.min()) >= 0 and int(ids.max()) < panels.out_features):
+        raise IndexError(f"index out of range: ids from {int(ids.min())} to {int(ids.max())}, of {panels.out_features}")
     panel, row = ids // PANEL_CHANNELS, ids % PANEL_CHANNELS
     codes = panels.codes.view(len(panels.codes), -1, PANEL_CHANNELS, 4)[panel, :, row].flatten(-2)
     return (codes[..., : panels.in_features] ^ 128).view(torch.int8), panels.scale[panel, :, row].float()

@@ -73,7 +73,7 @@ class WeightOnlyLinear(QuantizedLinear):
 
     def packed(self) -> PackedLinear | None:
         """See `PackedWeight`; None where inputs stay in float."""
-        return self._packed(self.in_features // self._groups)
+        return self._packed(self.in_features // self._groups) if self.cpu_activations == "int8" else None
 
     def float_weight(self) -> torch.Tensor:
         """What the codes of the weight stand for, float32 `[N, K]`."""

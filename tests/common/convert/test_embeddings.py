@@ -10,9 +10,10 @@ from transformers import AutoModelForCausalLM
 
 from octavo import ConvertRequest, OctavoError, convert
 from octavo.common.convert.weights.embedding import embedding_parts
-from octavo.common.runtime.quantized_embedding import QuantizedEmbedding, TiedLinear
+from octavo.common.runtime.quantized_embedding import QuantizedEmbedding, TiedLinear, rows_of_panels
 from octavo.common.runtime.weight_only_linear import W8A16Linear
 from octavo.models import gemma3, llama3
+from octavo.ops.linear.packed import pack_weight
 
 from ...models.loading import load_without_octavo, save_expected
 from ...support import TEXTS, quantized_tensors, random_ids, save_source, tiny_llama, tiny_tokenizer
@@ -158,3 +159,10 @@ def test_inputs_stay_float_where_it_is_said(sources: dict[bool, Path], tmp_path:
         assert stated == linear.cpu_activations == activations
     assert reports["int8"].fidelity == reports["float"].other_fidelity
     assert reports["float"].fidelity == reports["int8"].other_fidelity != reports["int8"].fidelity
+
+
+def test_rows_that_are_not_there_are_refused() -> None:
+    panels = pack_weight(torch.zeros(5, 32, dtype=torch.int8), torch.ones(5), None, 8)
+    for ids in ([5], [-1]):  # the panel has rows up to 16
+        with pytest.raises(IndexError, match="out of range"):
+            rows_of_panels(panels, torch.tensor(ids))

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from octavo.ops import linear_fp8, linear_grouped, linear_w8a8, linear_w8a8_dynamic, linear_weight_only
@@ -158,6 +158,7 @@ def test_grouped_is_close_to_the_reference(
     dtype: torch.dtype,
     seed: int,
 ) -> None:
+    assume(rows * out_features >= 16)  # of few numbers, whose terms may cancel, a relative error says little
     x, *arguments = grouped_arguments(
         rows, shape[0], out_features, shape[1], is_int4 and shape[0] % 32 == 0, has_zero, seed
     )

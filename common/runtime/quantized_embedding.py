@@ -28,6 +28,7 @@ class QuantizedEmbedding(WeightOnlyLinear):
     PACKED = ("weight", "weight_scale")
     CODES = (INT8_MIN, INT8_MAX)
     PARTS = ("weight_scale",)
+    adds_remainder = True
 
     def __init__(
         self, num_embeddings: int, embedding_dim: int, num_groups: int = 1, factor: float | None = None

@@ -131,6 +131,18 @@ def quantize_by_group(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.
     return (grouped / scale).round().clamp(-128, 127), scale
 
 
+def with_remainder(x: torch.Tensor, group: int) -> torch.Tensor:
+    """x, and what its int8 codes leave of it: float32 `[2, ..., K]`.
+
+    The products of the two with a weight, each of its own codes, add up to that of x in 15 bits.
+
+    Args:
+        x, group: as of `quantize_by_group`.
+    """
+    codes, scale = quantize_by_group(x, group)
+    return torch.stack((x.float(), x.float() - (codes * scale).view(x.shape)))
+
+
 def linear_grouped_reference(
     x: torch.Tensor,
     weight: torch.Tensor,

@@ -122,6 +122,8 @@ def _attach_linears(model: nn.Module, layout: Mapping[str, Any]) -> None:
             deq_scale_dtype=SCALAR_DTYPES[layout.get("deq_scale", "F32")],
             cpu_activations=layout.get("cpu_activations", "float"),
         )
+        if label in WEIGHT_ONLY:
+            layer.adds_remainder = name == stated_decoder(model).head
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
 

@@ -204,3 +204,22 @@ def test_rows_of_a_packed_embedding(vocabulary: int) -> None:
     assert product.shape == (2, vocabulary) and embedding._panels is not None
     assert torch.equal(embedding(ids), rows)
     assert torch.equal(embedding(torch.tensor(5)), rows[0, 5]) and embedding(ids[:, :0]).shape == (1, 0, 64)
+
+
+@pytest.mark.parametrize("kind", ["last linear", "embedding"])
+def test_what_codes_leave_of_the_inputs_of_a_last_linear_is_multiplied_as_well(kind: str) -> None:
+    torch.manual_seed(0)
+    linear, x = nn.Linear(64, 40, bias=kind == "last linear"), torch.randn(5, 64)
+    layer = layer_of(linear, seen(x), LinearScheme(W8A16, 32))
+    if kind == "embedding":
+        layer = QuantizedEmbedding(40, 64, 2)
+        layer.load_state_dict({"weight": (linear.weight * 500).to(torch.int8), "weight_scale": torch.rand(40, 2)})
+    layer.cpu_activations = "int8"
+    expected = nn.functional.linear(x, layer.float_weight(), linear.bias)
+    assert layer.adds_remainder == (kind == "embedding")
+
+    errors = []
+    for layer.adds_remainder in (False, True):
+        found = layer.product(x) if kind == "embedding" else layer(x)
+        errors.append(float((found - expected).detach().abs().mean()))
+    assert errors[1] < errors[0] / 50

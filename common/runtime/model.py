@@ -29,6 +29,7 @@ from .decoder import Decoder, attention_modules, list_experts, state_decoder, st
 from .decoder_step import IS_ZOO
 from .generation_step import keep_cache
 from .passes import chunk_passes
+from .quantized_embedding import QuantizedEmbedding
 from .quantized_linear import QuantizedLinear
 from .schemes.kv_scheme import CROP_ROOM, Scheme, load_scheme
 
@@ -214,7 +215,12 @@ class QuantizedCausalLM:
         count = super().num_parameters(only_trainable, exclude_embeddings)
         if only_trainable:
             return count
-        linears = [module for module in self.modules() if isinstance(module, QuantizedLinear)]
+        linears = [
+            module
+            for module in self.modules()
+            if isinstance(module, QuantizedLinear)
+            and not (exclude_embeddings and isinstance(module, QuantizedEmbedding))
+        ]
         biases = sum(linear.out_features for linear in linears if linear.bias is not None)
         return count + biases + sum(linear.in_features * linear.out_features for linear in linears)
 

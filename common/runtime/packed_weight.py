@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ...ops.linear.cpu import LINEAR_KERNEL
 from ...ops.linear.packed import Packed, pack_weight, unpack
 from ...ops.linear.reference import WEIGHT_BLOCK
 from ...ops.shared.codes import unpack_int4
@@ -74,9 +75,12 @@ class PackedWeight(nn.Module):
         return None
 
     def pack(self) -> Packed | None:
-        """The packed weight, which is made the first time; None on other devices and of kinds that are not packed."""
+        """The packed weight, which is made the first time.
+
+        None on other devices, of kinds that are not packed, and without the C kernel, for which panels are.
+        """
         if self._panels is None and not torch.compiler.is_compiling() and self._buffers["weight"].device.type == "cpu":
-            parts = self._to_pack()
+            parts = self._to_pack() if LINEAR_KERNEL.supports() is None else None
             if parts is not None:
                 self._hold_panels(*parts)
         return self._panels
@@ -114,11 +118,6 @@ class PackedWeight(nn.Module):
         if name in self.PACKED and self._panels is not None:
             return self._unpacked()[name]
         return super().__getattr__(name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in self.PACKED:
-            self.unpack()
-        super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which share nothing with this layer but tensors that are not packed."""

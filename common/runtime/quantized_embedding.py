@@ -47,8 +47,8 @@ class QuantizedEmbedding(WeightOnlyLinear):
         return rows if self.factor is None else rows * rows.new_full((), self.factor)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., E] -> [..., V]`, as a linear layer of this weight."""
-        return super().forward(x)
+        """`[..., E] -> [..., V]`, as a linear layer of this weight; a backward pass is refused."""
+        return self.refusing_gradient(super().forward(x), x)
 
 
 def rows_of_panels(panels: Packed, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -51,10 +51,20 @@ class QuantizedLinear(FoldableBias, PackedWeight):
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """As of any module; a backward pass is refused, since codes pass no gradient on."""
-        output = super().__call__(x)
+        return self.refusing_gradient(super().__call__(x), x)
+
+    def refusing_gradient(self, output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """`output`, made of `x`, whose backward pass raises an `OctavoError`."""
         if torch.is_grad_enabled() and x.requires_grad:
             output = refuse_gradient(output, x, f"a {self.LABEL} linear")
         return output
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A tensor that is set by hand takes the place of all that was made of the one before."""
+        if name in ("weight", "bias", *self.PARTS):
+            self.unpack()
+            self._forget()
+        super().__setattr__(name, value)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._forget()

@@ -8,10 +8,11 @@ from ...ops import linear_grouped, linear_weight_only
 from ...ops.linear.packed_ops import run_packed
 from ...ops.linear.reference import WEIGHT_BLOCK, with_remainder
 from ...ops.shared.codes import INT8_MAX, INT8_MIN, expand_scale, from_codes
+from ..errors import OctavoError
 from .linear_values import are_offsets
 from .packed_weight import PackedLinear
 from .quantized_linear import QuantizedLinear
-from .schemes.linear_scheme import W4A16, W8A16
+from .schemes.linear_scheme import CPU_ACTIVATIONS, W4A16, W8A16
 
 
 class WeightOnlyLinear(QuantizedLinear):
@@ -30,7 +31,7 @@ class WeightOnlyLinear(QuantizedLinear):
         num_groups: how many the K channels make; 1 is per output channel.
     """
 
-    cpu_activations = "float"
+    _cpu_activations = "float"
     adds_remainder = False
     CODES: tuple[int, int]
     """The smallest and largest code, between which the zero point of a range with 0 in it lies."""
@@ -41,6 +42,19 @@ class WeightOnlyLinear(QuantizedLinear):
         super().__init__(in_features, out_features, has_bias)
         self._hold_weight(torch.int8, (out_features, num_groups))
         self._has_zero: bool | None = None if "weight_offset" in self.PARTS else False
+
+    @property
+    def cpu_activations(self) -> str:
+        """See the attributes of the class; what is packed for the other is unpacked once it is set."""
+        return self._cpu_activations
+
+    @cpu_activations.setter
+    def cpu_activations(self, choice: str) -> None:
+        if choice not in CPU_ACTIVATIONS:
+            raise OctavoError(f"cpu_activations is {choice!r}, which is none of {', '.join(CPU_ACTIVATIONS)}")
+        if choice != self._cpu_activations:
+            self.unpack()
+        self._cpu_activations = choice
 
     def _forget(self) -> None:
         super()._forget()

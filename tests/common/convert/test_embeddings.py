@@ -98,8 +98,21 @@ def test_a_tied_head_is_the_embedding(outputs: dict[bool, Any]) -> None:
     assert count == 320 * 64 + 320 * 2, "codes and two scales a row"
     untied = load(outputs[False].output)
     assert type(untied.lm_head) is W8A16Linear and untied.lm_head.cpu_activations == "int8"
-    assert model.num_parameters() == tiny_llama(tie_word_embeddings=True).num_parameters()
-    assert untied.num_parameters() == tiny_llama().num_parameters()
+
+
+def test_codes_of_an_embedding_count_as_its_weights(outputs: dict[bool, Any]) -> None:
+    for is_tied, report in outputs.items():
+        model, stock = load(report.output), tiny_llama(tie_word_embeddings=is_tied)
+        for exclude in (False, True):
+            assert model.num_parameters(exclude_embeddings=exclude) == stock.num_parameters(exclude_embeddings=exclude)
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_a_gradient_through_the_head_is_refused(is_tied: bool, outputs: dict[bool, Any]) -> None:
+    head = load(outputs[is_tied].output).lm_head
+    x = torch.randn(2, head.in_features if not is_tied else head.embedding.embedding_dim, requires_grad=True)
+    with pytest.raises(OctavoError, match=r"a W8A16.* linear has no gradient: train the float model"):
+        head(x).sum().backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from octavo.common.convert.weights.quantize import quantize_linear
+from octavo.common.errors import OctavoError
 from octavo.common.runtime.linear_kinds import empty_linear
 from octavo.common.runtime.packed_weight import PackedLinear
 from octavo.common.runtime.quantized_embedding import QuantizedEmbedding
@@ -21,8 +22,11 @@ from octavo.common.runtime.schemes.linear_scheme import (
     WEIGHT_ONLY,
     LinearScheme,
 )
+from octavo.ops.linear.cpu import LINEAR_KERNEL
 from octavo.ops.linear.packed import Packed
 from octavo.ops.linear.packed_cpu import linear_packed_reference
+from octavo.ops.linear.reference import linear_w8a8_dynamic_reference
+from octavo.ops.shared import fallback
 
 from ...tolerances import TOLERANCES
 from ..convert.weights.test_quantize import correlated, layer_of, name_of, seen
@@ -223,3 +227,51 @@ def test_what_codes_leave_of_the_inputs_of_a_last_linear_is_multiplied_as_well(k
         found = layer.product(x) if kind == "embedding" else layer(x)
         errors.append(float((found - expected).detach().abs().mean()))
     assert errors[1] < errors[0] / 50
+
+
+@SCHEMES
+@torch.no_grad()
+def test_a_tensor_that_is_set_takes_effect(scheme: LinearScheme) -> None:
+    """Whichever it is: what was packed, or found out of the one before, is made again."""
+    layer, tensors, x = example(scheme)
+    for name in tensors:
+        changed = {part: tensor.clone() for part, tensor in tensors.items()}
+        changed[name] = tensors[name].flip(0) + (1 if name in ("weight_offset", "input_offset") else 0)
+        expected = copy.deepcopy(layer)
+        expected.load_state_dict(changed)
+        layer(x)
+        setattr(layer, name, changed[name])
+        assert torch.equal(layer(x), expected(x)), name
+        assert_same(layer.state_dict(), changed)
+        layer.load_state_dict(tensors)
+
+
+@torch.no_grad()
+def test_activations_may_be_changed_once_it_is_packed() -> None:
+    layer, _, x = example(LinearScheme(W4A16, 32))
+    integers = layer(x)
+    layer.cpu_activations = "float"
+    assert layer._buffers["weight"] is not None, "it is read as it was loaded"
+    floats = layer(x)
+    torch.testing.assert_close(floats, x @ layer.float_weight().T + layer.bias, atol=1e-4, rtol=1e-4)
+    assert not torch.equal(floats, integers)
+    layer.cpu_activations = "int8"
+    assert torch.equal(layer(x), integers) and layer._panels is not None
+    with pytest.raises(OctavoError, match="cpu_activations is 'int4', which is none of int8, float"):
+        layer.cpu_activations = "int4"
+
+
+@SCHEMES
+@pytest.mark.filterwarnings("ignore:octavo. .* runs as the reference:RuntimeWarning")
+@torch.no_grad()
+def test_nothing_is_packed_without_a_compiler(scheme: LinearScheme, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Panels are for the kernel alone: sums of W8A8 stay exact, and no call unpacks a weight."""
+    monkeypatch.setattr(fallback, "_FELL_BACK", set())
+    monkeypatch.setattr(LINEAR_KERNEL, "_loaded", {})
+    monkeypatch.setattr(LINEAR_KERNEL, "failure", "no C compiler here")
+    layer, tensors, x = example(scheme)
+    found = layer(x)
+    assert layer.packed() is None and layer._buffers["weight"] is not None
+    if scheme.label == W8A8_DYNAMIC:
+        parts = tensors["weight"], tensors["weight_scale"].view(-1), tensors["bias"]
+        assert torch.equal(found, linear_w8a8_dynamic_reference(x, *parts))

@@ -194,8 +194,7 @@ def _known(base: nn.Module) -> _Known:
         fused, refusal = None, f"the layers are not those that are stated ({first_line(error)})"
     parts = dict(base.named_children())  # what was packed on the way is of them
     layers, norm = parts.get(decoder.layers), parts.get(decoder.norm)
-    norms = [] if fused is None else [norm, *[layer.get_submodule(decoder.attention_norm) for layer in layers]]
-    return _Known(Sources([base, *layers.modules(), norm], norms), fused, refusal)
+    return _Known(Sources([base, *layers.modules(), norm], fused is not None), fused, refusal)
 
 
 def fused_decoder(base: nn.Module) -> FusedDecoder:

@@ -163,15 +163,17 @@ class Sources:
 
     Args:
         modules: the decoder, whose own hooks and forward are those of `passes.py` and `model.py`, and all within it.
-        norms: some of them, whose weights say whether the model was moved.
+        watches: whether their tensors in float count too, whose addresses were taken, or of which copies were made.
     """
 
-    def __init__(self, modules: list[nn.Module], norms: list[nn.Module]) -> None:
+    def __init__(self, modules: list[nn.Module], watches: bool) -> None:
         self._owners = [vars(module) for module in modules[1:]]
         self._hooks = [hooks for module in modules[1:] for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self._children = [module._modules for module in modules if module._modules]
         self._packed = [vars(module) for module in modules if isinstance(module, QuantizedLinear)]
-        self._norms = norms
+        biases = [module._buffers for module in modules if isinstance(module, QuantizedLinear)]
+        self._floats = [module._parameters for module in modules if module._parameters] if watches else []
+        self._biases = biases if watches else []
         self._kept = self._parts()  # alive, so that no other object has the id of one
         self._found = self._now()
 
@@ -180,7 +182,10 @@ class Sources:
         return [*children, *[owner.get("_panels") for owner in self._packed]]
 
     def _now(self) -> list[int]:
-        return [*map(id, self._parts()), *[norm.weight.data_ptr() for norm in self._norms]]
+        floats = [part for owner in self._floats for part in owner.values() if part is not None]
+        floats += [owner["bias"] for owner in self._biases if owner["bias"] is not None]
+        versions = [0 if part.is_inference() else part._version for part in floats]
+        return [*map(id, self._parts()), *[part.data_ptr() for part in floats], *versions]
 
     def change(self) -> str | None:
         """What keeps the layers from being run whole, or None."""

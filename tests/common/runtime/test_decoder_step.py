@@ -156,6 +156,38 @@ def test_a_model_that_is_moved_is_packed_anew() -> None:
     assert fused_decoder(model.base_model) is not before
 
 
+def _in_place(linear: torch.nn.Linear) -> None:
+    linear.weight.data.mul_(-1)
+    with torch.no_grad():
+        linear.bias.add_(3)
+
+
+def _replaced(linear: torch.nn.Linear) -> None:
+    linear.weight, linear.bias = (torch.nn.Parameter(part.detach() - 1) for part in (linear.weight, linear.bias))
+
+
+def _swapped(linear: torch.nn.Linear) -> None:
+    linear.weight.data, linear.bias.data = linear.weight.data - 1, linear.bias.data - 1
+
+
+@pytest.mark.parametrize("change", [_in_place, _replaced, _swapped])
+def test_weights_that_are_changed_between_passes_count(change: Callable[[torch.nn.Linear], None]) -> None:
+    """A bias in 16 bits is copied, and the address of a weight is kept."""
+    model, ids = model_of("qwen2").to(torch.bfloat16), torch.tensor([[1, 2, 3]])
+    setattr(model.base_model, IS_ZOO, True)
+
+    def output() -> torch.Tensor:
+        with torch.no_grad():
+            return model.base_model(ids, **with_cache(QuantizedCache(model.config))).last_hidden_state.float()
+
+    before = output()
+    for layer in model.base_model.layers:
+        change(layer.self_attn.q_proj)
+    found = output()
+    decoder_step._FUSED.pop(model.base_model)
+    assert torch.equal(found, output()) and (found - before).abs().max() > 0.1
+
+
 def test_a_model_that_nobody_states_goes_by_modules() -> None:
     model = model_of("llama3")
     setattr(model.base_model, IS_ZOO, False)

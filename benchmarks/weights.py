@@ -141,7 +141,7 @@ def described(setting: Setting) -> Row:
     is_recipe = linear.label == W8A8 and not request.float_linears
     inputs = ", inputs in int8" if linear.label in WEIGHT_ONLY and request.cpu_activations == "int8" else ""
     embeddings = ", embeddings in int8" if request.embeddings == "int8" else ""
-    last = ["lm_head"] if request.float_head and not embeddings else []
+    last = ["lm_head"] if request.float_head is not False and not embeddings else []
     in_float = ", ".join(dict.fromkeys([*(request.float_linears or ()), *last])) or "none"
     acts = {rule: act for act, rule in ACT_METHOD_NAMES.items()}
     return {

@@ -38,7 +38,8 @@ def choose_linears(model: nn.Module, request: ConvertRequest, stated: list[str],
         head: name of the last linear.
 
     Raises:
-        OctavoError: a name or glob of `float_linears` matches no linear layer.
+        OctavoError: a name or glob of `float_linears` matches no linear layer, or the last one beside `embeddings`
+            that are to be in int8.
     """
     if request.linear is None:
         return []
@@ -51,7 +52,10 @@ def choose_linears(model: nn.Module, request: ConvertRequest, stated: list[str],
             raise OctavoError(
                 f"{named('float_linears')} {pattern}: matches no linear layer; they are named as {names[0]}"
             )
-    if request.float_head:
+        if request.embeddings == "int8" and fnmatchcase(head, pattern):
+            given = f"{named('embeddings')} int8 and {named('float_linears')} {pattern}"
+            raise OctavoError(f"{given} exclude each other: both say what {head} is")
+    if request.float_head is not False:
         patterns.append(head)
     return [name for name in names if not any(fnmatchcase(name, pattern) for pattern in patterns)]
 

@@ -22,16 +22,16 @@ def linear_scheme_of_flags(flags: argparse.Namespace) -> LinearScheme | None:
     Raises:
         OctavoError: flags that do not go together.
     """
-    if flags.embeddings == "int8" and not flags.disable_last_linear:
-        raise OctavoError(
-            "--embeddings int8 and --disable_last_linear False exclude each other: both say what lm_head is"
-        )
+    if flags.embeddings == "int8" and flags.disable_last_linear is not None:
+        given = f"--disable_last_linear {flags.disable_last_linear}"
+        raise OctavoError(f"--embeddings int8 and {given} exclude each other: both say what lm_head is")
     if flags.quantization and (flags.is_dynamic or (flags.w_bit, flags.a_bit) != (8, 8)):
         raise OctavoError("--quantization, and --w_bit, --a_bit or --is_dynamic exclude each other: choose one way")
     label = LINEAR_NAMES[flags.quantization] if flags.quantization else _label_of_bits(flags)
     if label is None:
         for flag, unless_given in FOR_LINEARS.items():
-            if getattr(flags, flag) != unless_given and not (flag == "cpu_activations" and flags.embeddings == "int8"):
+            is_given = getattr(flags, flag) not in (None, unless_given)
+            if is_given and not (flag == "cpu_activations" and flags.embeddings == "int8"):
                 raise OctavoError(f"--{flag}: --w_bit 16 leaves every linear in float")
         return None
     if label not in WEIGHT_ONLY and (flags.group_size or not flags.w_sym):

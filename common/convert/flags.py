@@ -6,6 +6,7 @@ Names, types and defaults: MindIE-LLM, `examples/atb_models/examples/convert/mod
 import argparse
 import json
 from dataclasses import fields
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
     add("--fa_amp", type=count, default=0, help="so many linears or attentions, those that cost most, stay in float")
     add("--max_kl", type=limit, help="write nothing if the KL from float on the held-back texts is larger")
     add("--disable_names", nargs="+", help="linears left in float, as names or globs; replaces the recipe's list")
-    add("--disable_last_linear", type=boolean, default=True, help="leave lm_head in float")
+    add("--disable_last_linear", type=boolean, help="leave lm_head in float; it is unless --embeddings int8 is given")
     add("--embeddings", choices=EMBEDDINGS, default=EMBEDDINGS[0],
         help="int8: the embedding and lm_head in groups of 32 channels, once where tied")  # fmt: skip
 
@@ -140,6 +141,11 @@ def _given(name: str, argv: list[str] | None) -> set[str]:
     return set(vars(parser.parse_args(argv)))
 
 
+def _states_head(flags: argparse.Namespace, head: str | None) -> bool:
+    """Whether names of linears that stay in float say so of the last one."""
+    return head is not None and any(fnmatchcase(head, pattern) for pattern in flags.disable_names or ())
+
+
 def _recipe_flags(recipe: str, given: set[str]) -> dict[str, Any]:
     """The flags of a recipe, but for those that say what given ones say otherwise."""
     flags = {flag: value for flag, value in load_recipe(recipe).items() if flag != "about"}
@@ -149,12 +155,18 @@ def _recipe_flags(recipe: str, given: set[str]) -> dict[str, Any]:
     return {flag: value for flag, value in flags.items() if flag not in replaced}
 
 
-def parse_flags(name: str, argv: list[str] | None) -> argparse.Namespace:
-    """Parse and check what can be checked without touching a file; exits with 2 and one line."""
+def parse_flags(name: str, argv: list[str] | None, head: str | None = None) -> argparse.Namespace:
+    """Parse and check what can be checked without touching a file; exits with 2 and one line.
+
+    Args:
+        name: of the architecture.
+        head: name of its last linear, which flags that are given may leave in float; None: they do not by its name.
+    """
     parser = build_parser(name)
     flags = parser.parse_args(argv)
     if flags.preset:
-        parser.set_defaults(**_recipe_flags(flags.preset, _given(name, argv)))
+        given = _given(name, argv) | ({"disable_last_linear"} if _states_head(flags, head) else set())
+        parser.set_defaults(**_recipe_flags(flags.preset, given))
         flags = parser.parse_args(argv)
     for flag, (_, harmless, reason) in REFUSED.items():
         if getattr(flags, flag) != harmless:
@@ -218,7 +230,7 @@ def parse_request(architecture: Architecture, argv: list[str] | None) -> Convert
     Raises:
         OctavoError: see `request_of`.
     """
-    return request_of(parse_flags(architecture.name, argv), architecture)
+    return request_of(parse_flags(architecture.name, argv, architecture.decoder.head), architecture)
 
 
 def recipe_fields(name: str) -> dict[str, Any]:

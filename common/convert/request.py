@@ -63,7 +63,8 @@ class ConvertRequest:
             "none" all are 1. `--kv_scales`
         float_linears: names or globs of linears that stay in float; None: those that the architecture states for static
             int8. `--disable_names`
-        float_head: whether lm_head stays in float; False quantizes it as the other linears. `--disable_last_linear`
+        float_head: whether lm_head stays in float; False quantizes it as the other linears; None: it does, unless
+            `embeddings` say otherwise. `--disable_last_linear`
         embeddings: of the embedding and lm_head: "float", or "int8" in groups of 32 channels, stored once where they
             are tied. `--embeddings`
         float_outliers: so many linears, those with the worst outliers, stay in float. `--disable_level`
@@ -95,7 +96,7 @@ class ConvertRequest:
     anti_method: str = ""
     kv_scales: str = "data"
     float_linears: Sequence[str] | None = None
-    float_head: bool = True
+    float_head: bool | None = None
     embeddings: str = EMBEDDINGS[0]
     float_outliers: int = 0
     float_costliest: int = 0
@@ -180,7 +181,8 @@ def _check_choices(request: ConvertRequest) -> None:
             listed = ", ".join(choice or '""' for choice in choices)
             raise OctavoError(f"{name} {getattr(request, name)}: is none of {listed}")
     for name in ("float_head", "trust_remote_code", "resume"):
-        if not isinstance(getattr(request, name), bool):
+        value = getattr(request, name)
+        if not isinstance(value, bool) and not (name == "float_head" and value is None):
             raise OctavoError(f"{name} {getattr(request, name)!r}: is neither True nor False")
     if request.calibration == ():
         raise OctavoError("calibration: holds no text; give some, or None for the small text that comes with Octavo")
@@ -201,11 +203,13 @@ def _check_numbers(request: ConvertRequest) -> None:
 
 def _check_linear(request: ConvertRequest) -> None:
     linear, has_float_inputs = request.linear, request.embeddings == "int8"
-    if has_float_inputs and not request.float_head:
-        raise OctavoError("embeddings int8 and float_head=False exclude each other: both say what lm_head is")
+    if has_float_inputs and request.float_head is not None:
+        given = f"float_head={request.float_head}"
+        raise OctavoError(f"embeddings int8 and {given} exclude each other: both say what lm_head is")
     if linear is None:
         for name, unless_given in FOR_LINEARS.items():
-            if getattr(request, name) != unless_given and not (name == "cpu_activations" and has_float_inputs):
+            is_given = getattr(request, name) not in (None, unless_given)
+            if is_given and not (name == "cpu_activations" and has_float_inputs):
                 raise OctavoError(f"{name}: linear=None leaves every linear in float")
         return
     if (

@@ -154,8 +154,19 @@ def test_directories_load_without_octavo(outputs: dict[bool, Any], tmp_path: Pat
 
 
 def test_what_says_twice_what_the_head_is_is_refused(sources: dict[bool, Path], tmp_path: Path) -> None:
-    with pytest.raises(OctavoError, match="exclude each other"):
-        ConvertRequest(sources[True], tmp_path / "out", embeddings="int8", float_head=False)
+    asked = {"embeddings": "int8", "linear": "w8a16", "calibration": TEXTS}
+    for float_head in (True, False):
+        with pytest.raises(OctavoError, match=rf"embeddings int8 and float_head={float_head} exclude each other"):
+            ConvertRequest(sources[True], tmp_path / "out", float_head=float_head, **asked)
+    for is_tied, source in sources.items():
+        for names in ("lm_head", "lm*"):
+            request = ConvertRequest(source, tmp_path / f"{is_tied}", float_linears=["*.q_proj", names], **asked)
+            with pytest.raises(OctavoError) as refused:
+                convert(request)
+            assert str(refused.value) == (
+                f"embeddings int8 and float_linears {names} exclude each other: both say what lm_head is"
+            )
+            assert not request.output.exists()
 
 
 def test_inputs_stay_float_where_it_is_said(sources: dict[bool, Path], tmp_path: Path) -> None:

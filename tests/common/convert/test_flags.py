@@ -32,7 +32,7 @@ DEFAULTS: dict[str, Any] = {
     "is_dynamic": False,
     "disable_level": 0,
     "disable_names": None,
-    "disable_last_linear": True,
+    "disable_last_linear": None,
     "embeddings": "float",
     "cpu_activations": "int8",
     "device_type": "cpu",
@@ -204,6 +204,14 @@ def test_no_flags_ask_for_what_a_request_without_fields_asks_for() -> None:
             "every linear in float",
         ),
         (("--embeddings", "int8", "--disable_last_linear", "False"), "both say what lm_head is"),
+        (
+            ("--embeddings", "int8", "--disable_last_linear", "True"),
+            "--embeddings int8 and --disable_last_linear True exclude each other: both say what lm_head is",
+        ),
+        (
+            ("--w_bit", "16", "--a_bit", "16", "--scheme", "octavo-8", "--disable_last_linear", "False"),
+            "--disable_last_linear: --w_bit 16 leaves every linear in float",
+        ),
     ],
 )
 def test_what_says_nothing_or_twice_is_refused(
@@ -222,8 +230,20 @@ def test_embeddings_alone_may_be_quantized() -> None:
 
 def test_a_flag_of_the_head_takes_the_place_of_that_of_a_recipe() -> None:
     assert asked("--preset", "eight-bit").embeddings == "int8"
-    for flags in (("--embeddings", "float"), ("--disable_last_linear", "True"), ("--disable_last_linear", "False")):
+    for flags in (
+        ("--embeddings", "float"),
+        ("--disable_last_linear", "True"),
+        ("--disable_last_linear", "False"),
+        ("--disable_names", "*.q_proj", "lm_head"),
+        ("--disable_names", "lm_*"),
+    ):
         assert asked("--preset", "eight-bit", *flags).embeddings == "float"
+    assert asked("--preset", "eight-bit", "--disable_names", "*.q_proj").embeddings == "int8"
+
+
+def test_a_head_in_float_beside_linears_in_float_says_nothing_new() -> None:
+    flags = ("--quantization", "float", "--scheme", "octavo-8", "--disable_last_linear", "True")
+    assert asked(*flags).float_head is True
 
 
 def test_texts_and_a_file_of_texts_exclude_each_other() -> None:

@@ -4,6 +4,8 @@ P channels of a producer (a norm, or a linear) are K input channels of the linea
 for the projection of v, each of whose G KV heads is read by H / G query heads, which have one scale.
 """
 
+import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -27,6 +29,8 @@ LARGEST_PRODUCER, SMALLEST_PRODUCER = 2.0**15, 2.0**-14
 ALPHA = 0.5
 AWQ_STEPS, THRESHOLD_STEPS, FLEX_STEPS = 20, 20, 10
 NEAR_ALPHA, NEAR_BETA = (-0.1, -0.05, 0.0, 0.05, 0.1), (-0.2, -0.1, 0.0, 0.1, 0.2)
+SAMPLED_ROWS, SAMPLED_OUTPUTS, FINALISTS = 128, 128, 3
+"""Tokens and output channels on which all that is considered is compared, and how many are compared on all there is."""
 LOWEST_THRESHOLD = 0.1
 """Share of channels below the lowest threshold that is tried."""
 
@@ -151,11 +155,6 @@ class Site:
         return self.grouped(torch.stack(columns).amax(dim=0)).amax(dim=0)
 
     @cached_property
-    def outputs(self) -> list[torch.Tensor]:
-        """Exact outputs of the linears that will be quantized, over the rows of their inputs, `[R, N]` each."""
-        return [self.inputs.rows @ linear.weight.float().T for linear in self.quantized]
-
-    @cached_property
     def is_alive(self) -> torch.Tensor:
         """Channels that have inputs and weights, `[P]`; the others tell nothing that a scale could be made of."""
         return (self.largest_input > 0) & (self.largest_weight > 0)
@@ -172,45 +171,83 @@ class Site:
         return scale / (alive.amax() * alive.amin()).sqrt() if len(alive) else scale
 
 
+class _Sample:
+    """What errors are worked out on: evenly chosen rows of the inputs, and output channels of each linear.
+
+    Args:
+        site: whose.
+        rows: of the inputs, at most.
+        outputs: channels of a linear, to twice as many; all where it has fewer.
+    """
+
+    def __init__(self, site: Site, rows: int, outputs: int) -> None:
+        every = [linear.weight for linear in site.quantized]
+        steps = [max(1, len(weight) // outputs) for weight in every]
+        self.inputs = site.inputs if len(site.inputs.rows) <= rows else site.inputs.thinned(rows)
+        self.weights = [weight[::step].float() for weight, step in zip(every, steps, strict=True)]
+        self.outputs = [self.inputs.rows @ weight.T for weight in self.weights]
+        self.shares = [len(part) / len(weight) for part, weight in zip(self.weights, every, strict=True)]
+        self.is_whole = self.inputs is site.inputs and max(steps) == 1
+
+
 class Search:
     """What is best for a site; no change, before anything is tried.
 
-    Attributes:
-        best: the least error of all that was considered, or what was settled on.
+    All that is considered is compared on a sample, and then the best few of it, and no change, on all there is.
     """
 
     def __init__(self, site: Site, error: OutputError) -> None:
         self._site, self._error = site, error
-        self._unchanged = self.best = Smoothing(torch.ones_like(site.largest_input))
-        self._least: float | None = None  # error, once one is worked out
+        self._unchanged = Smoothing(torch.ones_like(site.largest_input))
+        self._settled: Smoothing | None = None
+        self._tried: list[tuple[float, Smoothing]] = []
+        self._costs: dict[int, float] = {}  # on all there is, by the id of what is kept above
+
+    @cached_property
+    def _sample(self) -> _Sample:
+        return _Sample(self._site, SAMPLED_ROWS, SAMPLED_OUTPUTS)
+
+    @cached_property
+    def _whole(self) -> _Sample:
+        return self._sample if self._sample.is_whole else _Sample(self._site, len(self._site.inputs.rows), sys.maxsize)
+
+    @property
+    def best(self) -> Smoothing:
+        """The least error of all that was considered, or what was settled on."""
+        if self._settled is not None or not self._tried:
+            return self._settled or self._unchanged
+        finalists = sorted(self._tried, key=lambda tried: tried[0])[:FINALISTS]
+        return min([self._unchanged, *[smoothing for _, smoothing in finalists]], key=self._whole_cost)
 
     @property
     def changes(self) -> bool:
         """Whether something is better than no change."""
         return self.best is not self._unchanged
 
-    def _cost(self, smoothing: Smoothing) -> float:
+    def _whole_cost(self, smoothing: Smoothing) -> float:
+        if id(smoothing) not in self._costs:
+            self._costs[id(smoothing)] = self._cost(smoothing, self._whole)
+        return self._costs[id(smoothing)]
+
+    def _cost(self, smoothing: Smoothing, sample: _Sample) -> float:
         scale = self._site.spread(smoothing.scale)
         shift = None if smoothing.shift is None else self._site.spread(smoothing.shift)
-        inputs = self._site.inputs.transformed(scale, shift)
+        inputs = sample.inputs.transformed(scale, shift)
         cost = 0.0
-        for linear, output in zip(self._site.quantized, self._site.outputs, strict=True):
-            weight = linear.weight.float()
-            cost += float(self._error(weight * scale, inputs, output if shift is None else output - weight @ shift))
+        for weight, output, share in zip(sample.weights, sample.outputs, sample.shares, strict=True):
+            exact = output if shift is None else output - weight @ shift
+            cost += float(self._error(weight * scale, inputs, exact)) / share
         return cost
 
     def consider(self, scale: torch.Tensor, shift: torch.Tensor | None = None, **parameters: float) -> None:
-        """Keep it if its error is less than that of all before."""
-        if self._least is None:
-            self._least = self._cost(self._unchanged)
+        """Try it: `best` is it if its error is less than that of all else."""
         smoothing = Smoothing(self._site.usable(scale), shift, parameters)
-        cost = self._cost(smoothing)
-        if cost < self._least:
-            self.best, self._least = smoothing, cost
+        cost = self._whole_cost(smoothing) if self._sample.is_whole else self._cost(smoothing, self._sample)
+        self._tried.append((cost if math.isfinite(cost) else math.inf, smoothing))
 
     def settle(self, scale: torch.Tensor, **parameters: float) -> None:
         """Take it, whatever its error."""
-        self.best = Smoothing(self._site.usable(scale), None, parameters)
+        self._settled = Smoothing(self._site.usable(scale), None, parameters)
 
 
 def _migrated(site: Site, alpha: float, beta: float) -> torch.Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from octavo.common.architecture import architecture_of
+from octavo.common.convert.outliers import search
 from octavo.common.convert.outliers.smooth import SMOOTHINGS
 from octavo.common.convert.outliers.subgraphs import Subgraph
 from octavo.common.errors import OctavoError
@@ -118,6 +119,26 @@ def test_searches_are_short(method: str) -> None:
 
     smooth(model.model.layers[0], layer_inputs(model)[0], method, ("mlp.up_proj",), counted)
     assert 10 < len(calls) <= 40
+
+
+@pytest.mark.parametrize("method", ["m2", "m3", "m6"])
+def test_a_search_on_a_sample_finds_what_one_on_all_finds(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    products, errors = [], []
+
+    def counted(weight: torch.Tensor, inputs: LinearInputs, exact: torch.Tensor) -> torch.Tensor:
+        products[-1] += weight.numel() * len(inputs.rows)
+        return int8_error(weight, inputs, exact)
+
+    for size in (128, 32):
+        products.append(0)
+        monkeypatch.setattr(search, "SAMPLED_ROWS", size)
+        monkeypatch.setattr(search, "SAMPLED_OUTPUTS", size)
+        model = with_outliers(KINDS["llama with biases"]())
+        smooth(model.model.layers[0], layer_inputs(model)[0], method, LINEARS, counted)
+        names = ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj", "mlp.down_proj")
+        errors.append(total_error(model.model.layers[0], layer_inputs(model)[0], names))
+    assert products[1] < 0.5 * products[0]
+    assert errors[1] < 1.1 * errors[0]
 
 
 def test_flex_is_no_worse_than_smoothquant() -> None:

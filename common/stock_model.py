@@ -13,7 +13,7 @@ from .errors import OctavoError, first_line
 from .runtime.attention import register_attention
 from .runtime.bias_fold import fold_biases
 from .runtime.decoder import Decoder, attention_modules, fits_attention, linear_of, state_decoder
-from .runtime.decoder_step import IS_ZOO
+from .runtime.fused_decoder import IS_ZOO
 from .runtime.generation_step import keeping_class
 from .runtime.passes import chunk_passes
 

@@ -21,7 +21,7 @@ from ...ops.shared.registry import NAMESPACE
 from ..errors import OctavoError
 from .cache.views import FOLD
 from .decoder import Decoder, attention_modules, decoder_layers, linear_of, stated_decoder
-from .foldable_linear import FoldableLinear
+from .foldable_linear import FoldableLinear, changes_of
 from .quantized_linear import QuantizedLinear
 from .rotary import is_rotated, partial_rotary_factor
 from .schemes.kv_scheme import Scheme
@@ -118,16 +118,18 @@ class BiasFold:
         self._bias: torch.Tensor | None = None  # what self._columns and self._rows are for
         self._columns: torch.Tensor | None = None
         self._rows: tuple[torch.Tensor | None, torch.Tensor | None] = None, None
-        self._floats: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._floats: dict[str, tuple[torch.Tensor, int, torch.Tensor]] = {}
 
     def _left_out(self, name: str, linear: nn.Module) -> torch.Tensor:
         """What a projection leaves out, in float32; the same tensor as long as that is the same."""
         if linear.left_out is None:
             linear._added_bias()
-        if name not in self._floats or self._floats[name][0] is not linear.left_out:
+        left, known = linear.left_out, self._floats.get(name)
+        version = changes_of(left)
+        if known is None or known[0] is not left or known[1] != version:
             with torch.inference_mode(False):
-                self._floats[name] = linear.left_out, linear.left_out.detach().float()
-        return self._floats[name][1]
+                known = self._floats[name] = left, version, left.detach().float()
+        return known[2]
 
     def _chosen_columns(self) -> torch.Tensor:
         """Columns of a table of cos and sin that belong to pairs whose bias is left out."""

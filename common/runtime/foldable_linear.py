@@ -6,6 +6,11 @@ import torch
 from torch import nn
 
 
+def changes_of(tensor: torch.Tensor) -> int:
+    """How often a tensor was changed in place, as far as PyTorch counts it."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 class FoldableBias:
     """Mixin of a linear layer that may leave its bias, or the large part of it, for somebody else: see `bias_fold.py`.
 

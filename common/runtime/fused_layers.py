@@ -21,6 +21,7 @@ from ...ops.decoder.call import (
     LayerLinears,
     LayerNorms,
 )
+from ...ops.linear.arguments import LARGEST_IN_FEATURES
 from ...ops.shared.operands import FLOAT_KINDS
 from .cache.views import FOLD
 from .decoder import Decoder
@@ -71,6 +72,8 @@ def layer_linear(name: str, module: nn.Module) -> LayerLinear:
         raise NotFused(f"{name} is a {type(module).__name__}")
     if packed.x_group * packed.groups != packed.in_features:
         raise NotFused(f"{name} quantizes groups of {packed.x_group} input channels and its weight others")
+    if packed.x_group > LARGEST_IN_FEATURES:
+        raise NotFused(f"{name} has groups of more than {LARGEST_IN_FEATURES} input channels")
     return LayerLinear(
         packed.codes, packed.scale, packed.zero, packed.bias, packed.quant_bias, packed.input_scale,
         packed.input_offset, packed.bits, packed.in_features, packed.out_features, packed.groups,
@@ -120,7 +123,20 @@ def _norms(layer: nn.Module, decoder: Decoder) -> LayerNorms:
         raise NotFused("norms of a layer differ in their epsilon")
     if any(weight is not None and weight.dtype not in FLOAT_KINDS for weight in weights):
         raise NotFused("a norm is neither in float32, bfloat16 nor float16")
+    if any(getattr(module, "bias", None) is not None for module in present):
+        raise NotFused("a norm has a bias")
     return LayerNorms(*weights, decoder.norm_offset, norm_eps(present[0]))
+
+
+def _check_sizes(norms: LayerNorms, linears: LayerLinears, head_dim: int) -> None:
+    """Raise `NotFused` unless what one part of a layer makes is as wide as what the next one reads."""
+    hidden = linears.output.out_features
+    widths = {linears.query.in_features, linears.gate.in_features, linears.down.out_features, hidden}
+    of_heads, others = (norms.query, norms.key), norms[:4]
+    if len(widths) > 1 or any(weight is not None and weight.numel() != hidden for weight in others):
+        raise NotFused("linears or norms of a layer differ in the hidden size")
+    if any(weight is not None and weight.numel() != head_dim for weight in of_heads):
+        raise NotFused("a norm of heads is not of one head")
 
 
 def plain_layer(layer: nn.Module, decoder: Decoder, config: Any) -> DecoderLayer:
@@ -136,10 +152,12 @@ def plain_layer(layer: nn.Module, decoder: Decoder, config: Any) -> DecoderLayer
         raise NotFused("q, k and v are of other sizes than the heads")
     if linears.gate.out_features + linears.up.out_features != 2 * inner:
         raise NotFused("gate and up are of other sizes than down")
+    norms = _norms(layer, decoder)
+    _check_sizes(norms, linears, head_dim)
     factor = 1.0 if decoder.residual_scale is None else decoder.residual_scale(config)
     activation = _activation(getattr(config, decoder.activation))
     return DecoderLayer(
-        _norms(layer, decoder), linears, Coded(_NOTHING), Coded(_NOTHING), None, LayerBiases(), None, heads, kv_heads,
+        norms, linears, Coded(_NOTHING), Coded(_NOTHING), None, LayerBiases(), None, heads, kv_heads,
         head_dim, float(attention.scaling), factor, 0, activation,
     )  # fmt: skip
 
@@ -156,45 +174,3 @@ def layer_biases(attention: nn.Module, position_ids: torch.Tensor, tokens: int) 
     """
     fold = getattr(attention, FOLD, None)
     return LayerBiases() if fold is None else LayerBiases(*fold.key_terms(position_ids, tokens), fold.value_bias())
-
-
-class Sources:
-    """What a decoder is made of, as far as another library may put something else there.
-
-    Args:
-        modules: the decoder, whose own hooks and forward are those of `passes.py` and `model.py`, and all within it.
-        watches: whether their tensors in float count too, whose addresses were taken, or of which copies were made.
-    """
-
-    def __init__(self, modules: list[nn.Module], watches: bool) -> None:
-        self._owners = [vars(module) for module in modules[1:]]
-        self._hooks = [hooks for module in modules[1:] for hooks in (module._forward_hooks, module._forward_pre_hooks)]
-        self._children = [module._modules for module in modules if module._modules]
-        self._packed = [vars(module) for module in modules if isinstance(module, QuantizedLinear)]
-        biases = [module._buffers for module in modules if isinstance(module, QuantizedLinear)]
-        self._floats = [module._parameters for module in modules if module._parameters] if watches else []
-        self._biases = biases if watches else []
-        self._kept = self._parts()  # alive, so that no other object has the id of one
-        self._found = self._now()
-
-    def _parts(self) -> list[Any]:
-        children = [child for part in self._children for child in part.values()]
-        return [*children, *[owner.get("_panels") for owner in self._packed]]
-
-    def _now(self) -> list[int]:
-        floats = [part for owner in self._floats for part in owner.values() if part is not None]
-        floats += [owner["bias"] for owner in self._biases if owner["bias"] is not None]
-        versions = [0 if part.is_inference() else part._version for part in floats]
-        return [*map(id, self._parts()), *[part.data_ptr() for part in floats], *versions]
-
-    def change(self) -> str | None:
-        """What keeps the layers from being run whole, or None."""
-        if any(self._hooks):
-            return "a module has a hook"
-        if any("forward" in owner for owner in self._owners):
-            return "another library has put its own forward in the place of a module's"
-        return None
-
-    def are_same(self) -> bool:
-        """Whether modules and their weights are those that were there."""
-        return self._now() == self._found

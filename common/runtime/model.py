@@ -26,7 +26,7 @@ from .compatibility import (
     without_cache,
 )
 from .decoder import Decoder, attention_modules, list_experts, state_decoder, stated_decoder
-from .decoder_step import IS_ZOO
+from .fused_decoder import IS_ZOO
 from .generation_step import keep_cache
 from .passes import chunk_passes
 from .quantized_embedding import QuantizedEmbedding

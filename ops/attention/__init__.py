@@ -76,7 +76,8 @@ def attend(call: AttentionCall) -> torch.Tensor:
     It takes as long as a third of all else around the kernel.
     """
     query = call.query
-    is_plain = type(query) is torch.Tensor and query.device.type == "cpu" and not torch.is_grad_enabled()
+    is_plain = type(query) is torch.Tensor and query.is_cpu and not torch.is_grad_enabled()
+    is_plain = is_plain and call.key.codes.is_cpu and call.value.codes.is_cpu
     if not is_plain or torch.compiler.is_compiling():
         return attention(*ATTENTION_CALL.flat(call))
     if not torch._C._len_torch_dispatch_stack() and torch._C._get_tracing_state() is None:

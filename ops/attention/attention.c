@@ -125,7 +125,7 @@ typedef struct {
     int64_t pairs, tasks, rows;
     Row *part_rows;
     float *part_outputs;
-    int failed;
+    atomic_int failed; /* whichever thread finds no memory */
 } Attention;
 
 /* Before the region. What it leaves in `failed` is 1 if there is not enough memory. */
@@ -154,7 +154,7 @@ static Attention begin_pieces(const AttentionArguments *arguments, const Piece *
     all.pieces = malloc(sizeof(Piece) * (size_t)count), all.num_pieces = count;
     all.gathered_floats = (size_t)(all.plan.block_rows * all.plan.padded);
     all.scratch_floats += all.gathered_floats;
-    all.failed |= !all.pieces;
+    if (!all.pieces) all.failed = 1;
     for (int64_t i = 0; i < count && all.pieces; i++) {
         all.pieces[i] = pieces[i];
 #if HAS_INTEGER

@@ -112,8 +112,9 @@ def _attend(call: AttentionCall, wants_lse: bool) -> tuple[torch.Tensor, torch.T
         call = _loadable_call(call)
         fields = PACKED_ATTENTION.fields(call)
     batch, heads, queries, width = query.shape
-    output = torch.empty((batch, queries, heads, width))
-    lse = torch.empty((batch, heads, queries)) if wants_lse else None
+    floats = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
+    output = torch.empty((batch, queries, heads, width), **floats)
+    lse = torch.empty((batch, heads, queries), **floats) if wants_lse else None
     lse_at = 0 if lse is None else lse.data_ptr()
     packed = PACKED_ATTENTION.pack(fields, output.data_ptr(), lse_at, torch.get_num_threads())
     failed = ATTENTION_KERNEL.load()["attention"](packed)

@@ -215,7 +215,7 @@ def decode_cpu(
     levels, levels_at = _levels_at(codes.dtype, bits, levels)
     scale, num_groups, scale_strides = _packed_scale("scale", scale, shape, token_group)
     zero, zero_groups, zero_strides = _packed_scale("zero", zero, shape, token_group)
-    output = torch.empty(shape)
+    output = torch.empty(shape, dtype=torch.float32, device="cpu")  # whatever the defaults are
     failed = run(
         _pack_codec(
             output.data_ptr(),

@@ -1,13 +1,12 @@
 /* What a layer does with its part of the cache: encoding the rows that come, and attention over all. */
 
 /* The codec's arguments for `tokens` tokens from the first on of one head of one sequence. */
-static CodecArguments codec_call(const Work *work, const Coded *side, const float *x, int64_t stride, int64_t at,
+static CodecArguments codec_call(const Coded *side, const float *x, int64_t stride, int64_t at,
                                  int64_t b, int64_t g, int64_t tokens, int64_t head_dim, int is_dynamic) {
     const Operand *codes = &side->codes, *parts[2] = {&side->scale, &side->zero};
     CodecArguments a = {.x = (int64_t)x, .x_kind = KIND_FLOAT32, .code_kind = codes->kind, .bits = 4,
                         .scale_kind = KIND_FLOAT32, .zero_kind = KIND_FLOAT32, .scale_groups = 1, .zero_groups = 1,
                         .shape = {1, 1, tokens, head_dim}, .capacity = tokens, .token_group = 1, .threads = 1};
-    (void)work;
     a.codes = codes->data + (b * codes->stride[0] + g * codes->stride[1] + at * codes->stride[2]) *
                                 kind_size((int)codes->kind);
     a.x_stride[2] = stride, a.codes_stride[2] = codes->stride[2];
@@ -54,7 +53,7 @@ static void share_encoding(Work *work, const DecoderLayer *layer, int64_t first)
             keep_rows(&side->codes, x, stride, at, b, g, tokens, head_dim);
             continue;
         }
-        CodecArguments call = codec_call(work, side, x, stride, at, b, g, tokens, head_dim, is_dynamic);
+        CodecArguments call = codec_call(side, x, stride, at, b, g, tokens, head_dim, is_dynamic);
         if ((is_dynamic ? work->encode_token : work->encode)(&call)) work->failed = 1;
     }
     team_wait(&work->team);

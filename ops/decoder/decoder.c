@@ -112,11 +112,14 @@ static void share_layer(Work *work, const DecoderLayer *layer, int64_t first) {
     if (thread_number() == 0) { /* behind the encoding: its plan reads the scales of V */
         AttentionArguments call = attention_call(work, layer, first);
         work->attention = begin_attention(&call);
-        work->failed |= work->attention.failed;
+        work->attends = !work->attention.failed; /* a thread that finds no scratch may say so before others look */
     }
     team_wait(&work->team);
-    if (!work->attention.failed) share_attention(&work->attention, &work->team);
-    if (thread_number() == 0) end_attention(&work->attention);
+    if (work->attends) share_attention(&work->attention, &work->team);
+    if (thread_number() == 0) {
+        if (work->attention.failed) work->failed = 1;
+        end_attention(&work->attention);
+    }
     share_outputs(work, layer);
 }
 

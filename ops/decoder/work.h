@@ -17,8 +17,9 @@ typedef struct {
     float *added;                 /* [BLOCK_ROWS][hidden] */
     QuantizedRows quantized;      /* room for BLOCK_ROWS of them */
     Attention attention;
+    int attends; /* whether there is memory for it */
     Team team;
-    int failed;
+    atomic_int failed;
 } Work;
 
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }

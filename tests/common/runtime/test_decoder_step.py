@@ -1,85 +1,32 @@
 """Passes through all layers in one call against the same model module by module, for every kind of architecture."""
 
 from collections.abc import Callable
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-import transformers
 
 from octavo import ops
 from octavo.common.runtime import decoder_step
 from octavo.common.runtime.cache.quantized_cache import QuantizedCache
-from octavo.common.runtime.decoder_step import IS_ZOO, NotFused, fused_decoder, fused_pass
-from octavo.common.stock_model import prepare
+from octavo.common.runtime.decoder_step import fused_pass
+from octavo.common.runtime.fused_decoder import IS_ZOO, FusedDecoder, fused_decoder
+from octavo.common.runtime.fused_layers import NotFused
 from octavo.ops.decoder.cpu import DECODER_KERNEL
 
 from ...support import with_cache
-from ...tolerances import TOLERANCES
+from .fused_models import CUTS, KINDS, assert_close, model_of, states
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.skipif(DECODER_KERNEL.supports() is not None, reason="there is no C compiler"),
 ]
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "pad_token_id": None,
-    "bos_token_id": None, "eos_token_id": None,
-}  # fmt: skip
-KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "llama3": ("LlamaConfig", "LlamaForCausalLM", {}),
-    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", {}),
-    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {}),
-    "mistral, sliding": ("MistralConfig", "MistralForCausalLM", {"sliding_window": 8}),
-    "phi3": ("Phi3Config", "Phi3ForCausalLM", {}),
-    "smollm3": ("SmolLM3Config", "SmolLM3ForCausalLM", {}),
-    "granite": ("GraniteConfig", "GraniteForCausalLM",
-                {"residual_multiplier": 0.5, "embedding_multiplier": 3.0, "attention_multiplier": 0.2}),
-    "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", {"sliding_window": 8}),
-    "dynamic RoPE": ("LlamaConfig", "LlamaForCausalLM", {
-        "max_position_embeddings": 8, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
-}  # fmt: skip
-CUTS = (5, 1, 1, 7, 1, 8)
-
-
-def model_of(kind: str) -> transformers.PreTrainedModel:
-    """A tiny random model, ready for a quantized cache, whose norms and biases differ from their defaults."""
-    torch.manual_seed(0)
-    config, model, changes = KINDS[kind]
-    model = getattr(transformers, model)(getattr(transformers, config)(**{**SIZES, **changes})).eval()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.dim() == 1:
-                weight.add_(torch.randn_like(weight) * (1.0 if name.endswith("bias") else 0.2))
-            else:
-                weight.mul_(3)
-    return prepare(model)
-
 
 @pytest.fixture
 def many_floats(monkeypatch: pytest.MonkeyPatch) -> None:
     """Passes of any number of tokens are served where weights are in float."""
     monkeypatch.setattr(decoder_step, "FLOAT_TOKENS", 1 << 20)
-
-
-def states(model: torch.nn.Module, cache: QuantizedCache, is_fused: bool, batch: int, **more: Any) -> torch.Tensor:
-    """Last hidden states over passes of several lengths."""
-    base, parts = model.base_model, []
-    setattr(base, IS_ZOO, is_fused)
-    ids = torch.randint(0, 64, (batch, sum(CUTS)), generator=torch.Generator().manual_seed(1))
-    stop = 0
-    for part in ids.split(CUTS, dim=1):
-        stop += part.shape[1]
-        arguments = {name: value[:, :stop] for name, value in more.items()}
-        with torch.no_grad():
-            parts.append(base(input_ids=part, use_cache=True, **with_cache(cache), **arguments).last_hidden_state)
-    setattr(base, IS_ZOO, True)
-    return torch.cat(parts, dim=1)
-
-
-def assert_close(found: torch.Tensor, wanted: torch.Tensor) -> None:
-    assert (found - wanted).norm() < TOLERANCES["decoder layer"] * wanted.norm()
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -90,7 +37,7 @@ def test_states_are_those_of_the_modules(kind: str, scheme: str, batch: int, man
     wanted = states(model, QuantizedCache(model.config, scheme), False, batch)
     with ops.strict():
         found = states(model, QuantizedCache(model.config, scheme), True, batch)
-    assert isinstance(fused_decoder(model.base_model), decoder_step.FusedDecoder)
+    assert isinstance(fused_decoder(model.base_model), FusedDecoder)
     assert_close(found, wanted)
 
 
@@ -193,3 +140,68 @@ def test_a_model_that_nobody_states_goes_by_modules() -> None:
     setattr(model.base_model, IS_ZOO, False)
     with pytest.raises(NotFused, match="states no anatomy"):
         fused_decoder(model.base_model)
+
+
+POSITIONS: dict[str, torch.Tensor] = {
+    "int32": torch.arange(5, dtype=torch.int32)[None],
+    "of one sequence for all": torch.arange(5)[None],
+    "below 0": torch.tensor([[-2, -1, 0, 1, 2], [0, 1, 2, 3, 4]]),
+    "far": torch.tensor([[0, 1, 2, 3, 1 << 26], [0, 1, 2, 3, 4]]),
+    "fewer than tokens": torch.arange(3)[None],
+    "more than tokens": torch.arange(9)[None],
+    "of three axes": torch.arange(5)[None, None].expand(3, 2, -1),
+}
+
+
+def outcome(call: Callable[[], torch.Tensor]) -> torch.Tensor | str:
+    """What a call returns, or the kind of error that it raises."""
+    try:
+        return call()
+    except Exception as error:
+        return type(error).__name__
+
+
+@pytest.mark.parametrize("name", POSITIONS)
+@pytest.mark.parametrize("kind", ["llama3", "dynamic RoPE"])
+def test_positions_of_any_form(kind: str, name: str, many_floats: None) -> None:
+    model, found = model_of(kind), []
+    for is_zoo in (True, False):
+        setattr(model.base_model, IS_ZOO, is_zoo)
+        arguments = {"position_ids": POSITIONS[name], **with_cache(QuantizedCache(model.config))}
+        with torch.no_grad():
+            given = torch.arange(10).view(2, 5)
+            found.append(outcome(lambda: model.base_model(input_ids=given, **arguments).last_hidden_state))  # noqa: B023
+    if isinstance(found[1], str):
+        assert found[0] == found[1]
+    else:
+        assert_close(found[0], found[1])
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 32), (1, 2, 96), (0, 2, 64), (64,)])
+def test_embeddings_of_another_shape_are_left_to_the_modules(shape: tuple[int, ...]) -> None:
+    model = model_of("llama3")
+    arguments = {"inputs_embeds": torch.randn(shape), **with_cache(QuantizedCache(model.config))}
+    assert fused_pass(model.base_model, arguments) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("scheme", ["int8-token", "octavo-4"])
+def test_the_default_dtype_is_of_no_account(scheme: str, dtype: torch.dtype, many_floats: None) -> None:
+    model = model_of("llama3")
+    wanted = states(model, QuantizedCache(model.config, scheme), True, 1)
+    torch.set_default_dtype(dtype)
+    try:
+        found = states(model, QuantizedCache(model.config, scheme), True, 1)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_close(found, wanted)
+
+
+def test_threads_have_passes_of_their_own(many_floats: None) -> None:
+    model = model_of("qwen2")
+    wanted = states(model, QuantizedCache(model.config), True, 2)
+    torch.set_num_threads(2)
+    caches = [QuantizedCache(model.config) for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda cache: states(model, cache, True, 2), caches):
+            assert_close(found, wanted)

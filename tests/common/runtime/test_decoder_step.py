@@ -8,6 +8,7 @@ import torch
 
 from octavo import ops
 from octavo.common.runtime import decoder_step
+from octavo.common.runtime import fused_decoder as fused_decoder_module
 from octavo.common.runtime.cache.quantized_cache import QuantizedCache
 from octavo.common.runtime.decoder_step import fused_pass
 from octavo.common.runtime.fused_decoder import IS_ZOO, FusedDecoder, fused_decoder
@@ -131,7 +132,7 @@ def test_weights_that_are_changed_between_passes_count(change: Callable[[torch.n
     for layer in model.base_model.layers:
         change(layer.self_attn.q_proj)
     found = output()
-    decoder_step._FUSED.pop(model.base_model)
+    fused_decoder_module._FUSED.pop(model.base_model)
     assert torch.equal(found, output()) and (found - before).abs().max() > 0.1
 
 

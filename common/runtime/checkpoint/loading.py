@@ -165,14 +165,26 @@ def _check_config(source: str, config: Any, headers: Mapping[str, TensorHeader])
         raise OctavoError(f"{where}: dtype is {config.dtype!r}, which is none of torch; {_AGAIN}")
 
 
+def rope_scaling(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """What `rope_scaling` of transformers 4 holds of `rope_parameters` of 5: all but the base, which stands apart."""
+    renamed = {"rope_type" if name == "type" else name: value for name, value in rope.items()}
+    return {name: value for name, value in renamed.items() if name != "rope_theta"}
+
+
 def check_settings(where: str, settings: Mapping[str, Any]) -> None:
-    """Raise an `OctavoError` if config.json leaves out a number, or states the base of RoPE twice and differently."""
+    """Raise an `OctavoError` if config.json leaves out a number, or states RoPE twice and differently."""
     check_stated(where, settings)
     parts = settings, settings.get("rope_parameters")
     stated = [part["rope_theta"] for part in parts if isinstance(part, dict) and "rope_theta" in part]
     if stated and stated[0] != stated[-1]:
         raise OctavoError(
             f"{where}: rope_theta is {stated[0]!r}, and {stated[-1]!r} in rope_parameters; {_AGAIN}, or change both"
+        )
+    given = [settings.get(name) for name in ("rope_parameters", "rope_scaling")]
+    if all(isinstance(part, dict) for part in given) and rope_scaling(given[0]) != rope_scaling(given[1]):
+        raise OctavoError(
+            f"{where}: rope_scaling, which takes the place of rope_parameters, says something else; {_AGAIN}, or "
+            "change both"
         )
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 from ...architecture import Architecture
 from ...runtime.checkpoint.loading import CONFIG_KEY, NATIVE_LOAD_HINT, rope_scaling
+from ...runtime.version import VERSION
 from ..plan import Plan
 from ..source.config import bearable
 
@@ -19,6 +20,7 @@ def output_config(
     recipe: dict[str, Any] = {"scheme": plan.scheme.to_dict()}
     if plan.has_weight_only:
         recipe["cpu_activations"] = plan.cpu_activations
+    recipe["version"] = VERSION
     config = {
         **bearable(source),
         "architectures": [architecture.model_class.__name__],

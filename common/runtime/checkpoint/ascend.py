@@ -67,6 +67,8 @@ C8_MODULES = ("k_proj", "v_proj")
 _OF_VLLM = re.compile(r"\.attn\.([kv])_cache_(scale|offset)$")
 """Names of the scales of K and V in vLLM's own models, as `c8_place` makes them."""
 SCALE_MODULES = (*(f"fa_{part}" for part in FA_PARTS), "octavo_cache", "attn")
+LAYOUT_KEYS = ("quantized_linears", "weight_scales", "unpacked", "deq_scale", "biases", "is_of_vllm")
+"""What `linear_layout` tells of a checkpoint."""
 FILE_ORDER = (
     *CACHE_PARTS,
     "scale",

@@ -16,8 +16,10 @@ from ...errors import OctavoError, first_line
 from ..model_sizes import check_sizes, check_sizes_stored, check_stated
 from ..schemes.kv_scheme import Scheme, load_scheme
 from ..schemes.linear_scheme import CPU_ACTIVATIONS
+from ..version import RECIPE_KEYS, check_version
 from .ascend import (
     DESCRIPTION_FILE,
+    LAYOUT_KEYS,
     check_description,
     described_scheme,
     linear_layout,
@@ -122,6 +124,8 @@ def _agreed_scheme(source: str, config: Any, description: dict[str, Any]) -> Sch
     own = getattr(config, CONFIG_KEY, None)
     if own is not None and not (isinstance(own, dict) and "scheme" in own):
         raise OctavoError(f"{source}: {CONFIG_KEY!r} in config.json names no scheme; {_AGAIN}")
+    if own is not None:
+        check_version(source, own, RECIPE_KEYS + LAYOUT_KEYS)
     if own is not None and str(own["scheme"]).endswith(".json"):
         raise OctavoError(f"{source}: the scheme in config.json is {own['scheme']!r}; put the scheme itself there")
     described = described_scheme(description, config.num_hidden_layers)

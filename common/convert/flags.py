@@ -28,7 +28,7 @@ from .flag_values import (
     limit,
     positive,
 )
-from .request import ANTI_METHODS, KV_SCALES, LINEAR_NAMES, ConvertRequest
+from .request import ANTI_METHODS, KV_SCALES, LINEAR_NAMES, TARGETS, ConvertRequest
 
 KV_CACHE_CHOICES = (*KV_CACHE_DTYPES, "fp8_e5m2")
 RECIPES = ("memory-first", "eight-bit", "speed-first", "balanced", "ascend", "ascend-fa")
@@ -50,6 +50,8 @@ def _add_paths(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model_path", required=True, help="directory of the float checkpoint (safetensors), or hub id")
     add("--save_directory", required=True, type=Path, help="directory to write; must not exist, or be empty")
+    about = "engine that is to read it: its names, and a refusal of what it cannot read; none: MindIE's names"
+    add("--target", choices=TARGETS, help=about)
     add("--part_file_size", type=positive, help="split the weights into files of at most this many GB")
     add("--resume", action="store_true", help="go on with a conversion that was interrupted, if there is one")
     parser.set_defaults(recipe_group=None, recipe_sym=True)  # of kinds of linears that have groups and zero points
@@ -99,8 +101,11 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
         default=False,
         help="quantize each token's inputs by a scale of its own (W8A8_DYNAMIC); the MLP's last too, unless disabled",
     )
-    add("--disable_level", type=level, default="L0", help="Ln leaves the n linears with the worst outliers in float")
-    add("--fa_amp", type=count, default=0, help="so many linears or attentions, those that cost most, stay in float")
+    units = "q, k and v count as one, and so do gate and up"
+    about = f"Ln leaves the n linears with the worst outliers in float; {units}"
+    add("--disable_level", type=level, default="L0", help=about)
+    about = f"so many linears or attentions, those that cost most, stay in float; {units}"
+    add("--fa_amp", type=count, default=0, help=about)
     add("--max_kl", type=limit, help="write nothing if the KL from float on the held-back texts is larger")
     add("--disable_names", nargs="+", help="linears left in float, as names or globs; replaces the recipe's list")
     add("--disable_last_linear", type=boolean, help="leave lm_head in float; it is unless --embeddings int8 is given")
@@ -213,6 +218,7 @@ def request_of(flags: argparse.Namespace, architecture: Architecture | str | Non
         float_costliest=flags.fa_amp,
         max_kl=flags.max_kl,
         calibration=flags.calib_texts if flags.calib_file is None else flags.calib_file,
+        target=flags.target,
         device=flags.device_type,
         tokenizer_arguments=flags.tokenizer_args,
         input_ids_name=flags.input_ids_name,

@@ -29,7 +29,7 @@ from .output.bundle import code_digest
 from .output.writer import check_output
 from .pipeline import Conversion
 from .plan import Plan
-from .request import ConvertRequest
+from .request import VLLM_ASCEND_0_23, ConvertRequest
 from .source.checkpoint import (
     FLOAT_DTYPES,
     check_device,
@@ -42,6 +42,7 @@ from .source.checkpoint import (
 )
 from .source.config import chosen_architecture, read_source_config
 from .spelling import named
+from .targets import check_target, engine_dtype
 
 LONGEST_SAMPLE = 2048
 RANDOM_TOKENS = 512
@@ -105,6 +106,7 @@ class Job:
         if request.anti_method and not self.linears:
             given = f"{named('anti_method')} {request.anti_method}"
             raise OctavoError(f"{given}: {named('float_linears')} leaves every linear in float")
+        check_target(request.target, self.plan(()), self.source)
         self.samples = samples if needs_texts(request, self.scheme, self.linears) else samples[:1]
 
     def _tokenized(self) -> list[dict[str, torch.Tensor]]:
@@ -131,14 +133,17 @@ class Job:
         if not (in_codes or any(scheme.of_layer(index).is_quantized for index in range(len(names)))):
             raise OctavoError("every linear and attention stays in float; nothing would be quantized")
         linear = self.request.linear or LinearScheme()
+        stored = source_dtype(self.headers)
         return Plan(
             scheme,
             linear,
             linears,
             self.request.anti_method,
-            source_dtype(self.headers),
+            stored,
             self.request.cpu_activations,
             self.request.embeddings == "int8",
+            engine_dtype(self.config, stored),
+            self.request.target == VLLM_ASCEND_0_23,
         )
 
     def conversion(

@@ -30,6 +30,8 @@ class Plan:
         dtype: of the source, as safetensors spells it.
         cpu_activations: what weight-only linears multiply with on the CPU, see `ConvertRequest`.
         quantizes_embeddings: whether the embedding and the last linear are in int8.
+        engine_dtype: of the model where engines run it, see there.
+        is_of_vllm: whether scales of K and V have the names of vLLM's models, see `c8_place`.
     """
 
     scheme: Scheme
@@ -39,11 +41,13 @@ class Plan:
     dtype: str
     cpu_activations: str
     quantizes_embeddings: bool
+    engine_dtype: torch.dtype = torch.bfloat16
+    is_of_vllm: bool = False
 
     @property
     def deq_scale_dtype(self) -> torch.dtype:
         """See `W8A8Linear`."""
-        return torch.float32 if self.dtype == "BF16" else torch.int64
+        return torch.int64 if self.engine_dtype == torch.float16 else torch.float32
 
     @property
     def has_weight_only(self) -> bool:
@@ -120,6 +124,7 @@ def quantized_config(source: LayerwiseModel, plan: Plan) -> PreTrainedConfig:
         "deq_scale": "I64" if plan.deq_scale_dtype == torch.int64 else "F32",
         "biases": _added_biases(source, plan),
         "cpu_activations": plan.cpu_activations,
+        "is_of_vllm": plan.is_of_vllm,
     }
     setattr(config, CONFIG_KEY, {"scheme": plan.scheme.to_dict(), **layout})
     config.tie_word_embeddings = bool(source.tied) and source.facts.head not in plan.linears

@@ -25,6 +25,9 @@ NO_M5 = (
     "m5 is CBQ, which trains the weights of several layers together; m4 and m6 are the exact rewrites that come closest"
 )
 KV_SCALES = ("data", "random", "none")
+VLLM_ASCEND_0_23 = "vllm-ascend-0.23"
+TARGETS = ("mindie", VLLM_ASCEND_0_23, "vllm-ascend")
+"""Engines that a directory may be for, see `Engine`; the second is vllm-ascend before 0.25."""
 LINEAR_NAMES = {"float": None, **{label.lower(): label for label in LINEAR_LABELS}, "fp8": FP8_DYNAMIC}
 """Labels by the names of linears, as MindIE spells them, and vLLM's fp8; None leaves linears in float."""
 DEFAULT_GROUP = {W4A16: 64}
@@ -73,6 +76,9 @@ class ConvertRequest:
             `--max_kl`
         calibration: the texts, a sequence of them; or a file of texts, one per line, plain or JSON; None: a small text
             that comes with Octavo. `--calib_texts`, `--calib_file`
+        target: engine on Ascend that is to read the directory, whose names are written, and for which what it cannot
+            read is refused: "mindie", "vllm-ascend-0.23" or, from 0.25 on, "vllm-ascend"; None: MindIE's names, and
+            nothing is refused. `--target`
         device: where calibration runs: "cpu", "cuda" or "npu". `--device_type`
         tokenizer_arguments: what the tokenizer is loaded with besides. `--tokenizer_args`
         input_ids_name, attention_mask_name: what the tokenizer calls them. Flags of the same names
@@ -102,6 +108,7 @@ class ConvertRequest:
     float_costliest: int = 0
     max_kl: float | None = None
     calibration: Sequence[str] | str | Path | None = None
+    target: str | None = None
     device: str = "cpu"
     tokenizer_arguments: Mapping[str, Any] = field(default_factory=dict)
     input_ids_name: str = "input_ids"
@@ -184,6 +191,8 @@ def _check_choices(request: ConvertRequest) -> None:
         value = getattr(request, name)
         if not isinstance(value, bool) and not (name == "float_head" and value is None):
             raise OctavoError(f"{name} {getattr(request, name)!r}: is neither True nor False")
+    if request.target not in (None, *TARGETS):
+        raise OctavoError(f"target {request.target}: is none of {', '.join(TARGETS)}")
     if request.calibration == ():
         raise OctavoError("calibration: holds no text; give some, or None for the small text that comes with Octavo")
 

@@ -13,7 +13,7 @@ from ..errors import OctavoError
 from ..runtime.checkpoint.ascend import DESCRIPTION_FILE, build_description, weight_file_names
 from ..runtime.static_scales import Statistics
 from .job import Job, say
-from .measure.costs import Cost, cost_table, costliest
+from .measure.costs import Cost, cost_table, costliest, costliest_units
 from .measure.fidelity import Fidelity
 from .measure.outliers import worst_outliers
 from .output.bundle import bundle
@@ -26,6 +26,8 @@ from .plan import Plan
 from .source.config import GENERATION_FILE, bearable, carried_generation_config
 from .source.tokenizer import carry_tokenizer
 from .spelling import named
+from .targets import notes
+from .units import grouped, units_of
 
 GIGABYTE = 10**9
 BLAMED = 5
@@ -62,14 +64,15 @@ class Made:
 def _survey(job: Job) -> tuple[list[str], list[Cost]]:
     """What is chosen to stay in float, and what each linear and attention costs, if measured."""
     request = job.request
-    floats = worst_outliers(job.source, job.linears, job.samples, request.float_outliers)
+    units = units_of(job.source)
+    floats = worst_outliers(job.source, grouped(job.linears, units), job.samples, request.float_outliers)
     if not request.float_costliest:
         return floats, []
     trial = job.conversion(job.plan(floats), job.codebooks, measures=True)
     for index in tqdm(range(len(job.source)), desc="measuring", unit="layer"):
         trial.layer(index)
-    worst = costliest(trial.state.costs)[: request.float_costliest]
-    return [*floats, *(cost.name for cost in worst)], trial.state.costs
+    worst = costliest_units(trial.state.costs, units)[: request.float_costliest]
+    return [*floats, *itertools.chain(*worst)], trial.state.costs
 
 
 def _begin(job: Job, stage: Stage) -> None:
@@ -192,6 +195,8 @@ def run(job: Job, stage: Stage) -> Made:
         _begin(job, stage)
     floats, surveyed = stage.notes["floats"], _costs(stage.notes["surveyed"])
     plan = job.plan(floats)
+    for note in notes(request.target, plan, job.source):
+        say(f"note: {note}")
     known = job.codebooks if not stage.step else None
     conversion = job.conversion(plan, known, measures=request.max_kl is not None)
     output, planned = conversion.output, conversion.output.planned()

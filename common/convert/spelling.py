@@ -32,6 +32,7 @@ FLAG_OF = {
     "max_kl": "--max_kl",
     "calibration": "--calib_file",
     "no calibration": "no --calib_file and no --calib_texts",
+    "target": "--target",
     "device": "--device_type",
     "tokenizer_arguments": "--tokenizer_args",
     "input_ids_name": "--input_ids_name",

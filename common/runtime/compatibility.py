@@ -12,6 +12,7 @@ import torch
 from transformers import __version__ as transformers_version
 
 from ..errors import OctavoError, first_line
+from .version import REFRESH, VERSION
 
 TESTED_TRANSFORMERS = ("5.17.0", "5.24.0")
 """Oldest and newest version of transformers that the tests have run with."""
@@ -24,8 +25,8 @@ def not_understood(what: str) -> OctavoError:
     oldest, newest = TESTED_TRANSFORMERS
     return OctavoError(
         f"transformers {transformers_version} is not understood: {what}; install one that was tested "
-        f"(pip install 'transformers>={oldest},<={newest}'), or a newer Octavo, and for a converted directory its code "
-        "(python -m octavo.common.convert.output.bundle --arch ARCHITECTURE --out DIRECTORY)"
+        f"(pip install 'transformers>={oldest},<={newest}'), or a newer Octavo than {VERSION}, whose code a converted "
+        f"directory is given by {REFRESH} DIRECTORY"
     )
 
 

@@ -24,7 +24,7 @@ class W8A8Linear(QuantizedLinear):
     Args:
         in_features, out_features: K and N.
         has_bias: the float bias is kept too, as the format does; `quant_bias` is what computes.
-        deq_scale_dtype: float32, or int64 whose low 32 bits are the float32 (Ascend's form for models not in bf16).
+        deq_scale_dtype: float32, or int64 whose low 32 bits are the float32 (Ascend's form for models in float16).
     """
 
     LABEL = W8A8

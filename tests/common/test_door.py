@@ -65,7 +65,7 @@ def test_the_door_opens_without_loading_what_is_behind() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["octavo.common.bundle", "octavo.common.doctor", "octavo.common.convert.output.bundle"]
+    "module", ["octavo.common.bundle", "octavo.common.doctor", "octavo.common.convert.output.bundle", "octavo.refresh"]
 )
 def test_commands_run_by_old_and_new_names(module: str) -> None:
     done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True)

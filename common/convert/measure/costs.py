@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from ...command import aligned
+from ..units import grouped
 
 ROWS_SHOWN = 10
 
@@ -28,6 +29,15 @@ class Cost:
 def costliest(costs: Iterable[Cost]) -> list[Cost]:
     """Costs, the largest first."""
     return sorted(costs, key=lambda cost: -cost.error)
+
+
+def costliest_units(costs: Iterable[Cost], units: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Names of what is quantized together, of each unit and else one by one, that of the largest errors first.
+
+    Errors of a unit's parts count as independent ones, and add up.
+    """
+    errors = {cost.name: cost.error for cost in costs}
+    return sorted(grouped(errors, units), key=lambda group: -sum(errors[name] for name in group))
 
 
 def cost_table(costs: list[Cost], floats: Iterable[str]) -> str:

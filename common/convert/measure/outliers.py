@@ -13,12 +13,12 @@ MOST_SAMPLES = 5
 
 
 def worst_outliers(
-    source: LayerwiseModel, linears: list[str], samples: list[dict[str, torch.Tensor]], level: int
+    source: LayerwiseModel, groups: list[tuple[str, ...]], samples: list[dict[str, torch.Tensor]], level: int
 ) -> list[str]:
-    """The `level` linears of decoder layers whose inputs have the largest `max|x| / rms`.
+    """The linears of decoder layers in the `level` groups whose inputs have the largest `max|x| / rms`.
 
     Args:
-        linears: names of those that can be chosen.
+        groups: names of those that can be chosen, together with what shares their inputs.
         samples: `[1, S]` ids and masks.
     """
     if not level:
@@ -26,8 +26,11 @@ def worst_outliers(
     stream, scores = Stream.of(source, samples[:MOST_SAMPLES]), {}
     for index in tqdm(range(len(source)), desc="looking for outliers", unit="layer"):
         with torch.no_grad(), source.layer(index) as layer:
-            names = [name for name in linears if name.startswith(f"{source.layer_name(index)}.")]
+            prefix = f"{source.layer_name(index)}."
+            names = [name for group in groups for name in group if name.startswith(prefix)]
             observers = InputObservers({name: source.model.get_submodule(name) for name in names})
             stream.hidden = stream.through(layer, index)
             scores |= {name: outlier_score(found) for name, found in observers.inputs().items()}
-    return sorted(scores, key=lambda name: -scores[name])[:level]
+    known = [group for group in groups if scores.keys() >= set(group)]
+    worst = sorted(known, key=lambda group: -max(scores[name] for name in group))[:level]
+    return [name for group in worst for name in group]

@@ -21,9 +21,12 @@ from ...architecture import REPOSITORY, Architecture, check_model_type, load_arc
 from ...command import OneLineParser
 from ...errors import OctavoError
 from ...runtime.checkpoint.files import read_json
+from .stage import sync
 
 COMMAND = "octavo.common.convert.output.bundle"
 RUNTIME = "octavo_runtime"
+_BETWEEN = "octavo_runtime_of_"
+"""What a runtime is called, with its digest, while it takes the place of an older one."""
 TEXTS = ("common/runtime/schemes/presets/*.json", "ops/**/*.c", "ops/**/*.h")
 CODE = ("common/**/*.py", "ops/**/*.py", "ops/**/*.[ch]", "models/**/*.py")
 _NAMESPACE_LINE = f'NAMESPACE = "{NAMESPACE}"\n'
@@ -213,7 +216,11 @@ def _rewrite_imports(path: str, source: str) -> str:
 
 def _header(file: Path) -> str | None:
     """The commit and digest that the header of a bundled file names; None if it is no bundled file."""
-    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()[:2]
+    return _header_of(file.read_text(encoding="utf-8", errors="replace"))
+
+
+def _header_of(text: str) -> str | None:
+    lines = text.splitlines()[:2]
     match = _HEADER.fullmatch("\n".join(lines))
     return None if match is None else f"commit {match[1]}, sha256 {match[2][:12]}"
 
@@ -232,7 +239,8 @@ def _check_target(architecture: Architecture, directory: Path, names: Iterable[s
 def write_bundle(architecture: Architecture, directory: Path) -> list[str]:
     """Write the two files of an architecture into a directory, where they take the place of older ones of that name.
 
-    Nothing else there is touched. Both are written whole beside their places before the first takes its own.
+    Nothing else there is touched. Whenever the process is stopped, the directory has the older code, or this: the new
+    runtime stands beside the older one, under a name of its own, until the modeling file is the new one.
 
     Args:
         directory: a converted checkpoint, or any other directory; made if missing.
@@ -246,21 +254,40 @@ def write_bundle(architecture: Architecture, directory: Path) -> list[str]:
     files = bundle(architecture)
     _check_target(architecture, directory, files)
     directory.mkdir(parents=True, exist_ok=True)
-    stages = {directory / name: directory / f".{name}.{os.getpid()}.partial" for name in files}
-    said = []
-    try:
-        for stage, text in zip(stages.values(), files.values(), strict=True):
-            stage.write_text(text, encoding="utf-8")
-        for file, stage in stages.items():
-            before = _header(file) if file.exists() else None
-            is_same = before is not None and file.read_bytes() == stage.read_bytes()
-            stage.replace(file)
-            was = "as it was" if is_same else f"was of {before}" if before else "new"
-            said.append(f"{file}: {_header(file)}; {was}")
-    finally:
-        for stage in stages.values():
-            stage.unlink(missing_ok=True)
+    said, changed = [], {}
+    for name, text in files.items():
+        file = directory / name
+        before = _header(file) if file.exists() else None
+        if before is None or file.read_text(encoding="utf-8") != text:
+            changed[name] = text
+        was = "as it was" if name not in changed else f"was of {before}" if before else "new"
+        said.append(f"{file}: {_header_of(text)}; {was}")
+    if changed:
+        _replace_code(directory, architecture, files)
+    for leftover in directory.glob(f"{_BETWEEN}*.py"):
+        leftover.unlink()
     return said
+
+
+def _replace_code(directory: Path, architecture: Architecture, files: dict[str, str]) -> None:
+    """Put both files in their places, each at once, with code that works after each of the steps."""
+    modeling, runtime = f"{architecture.module}.py", f"{RUNTIME}.py"
+    between = f"{_BETWEEN}{hashlib.sha256(files[runtime].encode()).hexdigest()[:12]}"
+    put_file(directory / f"{between}.py", files[runtime])
+    put_file(directory / modeling, files[modeling].replace(f"from .{RUNTIME} import", f"from .{between} import"))
+    put_file(directory / runtime, files[runtime])
+    put_file(directory / modeling, files[modeling])
+
+
+def put_file(file: Path, text: str) -> None:
+    """Write a file whole beside its place, and then put it there."""
+    stage = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    try:
+        stage.write_text(text, encoding="utf-8")
+        sync(stage)
+        stage.replace(file)
+    finally:
+        stage.unlink(missing_ok=True)
 
 
 def _note(architecture: Architecture, directory: Path) -> str:

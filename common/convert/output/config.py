@@ -3,7 +3,8 @@
 from typing import Any
 
 from ...architecture import Architecture
-from ...runtime.checkpoint.loading import CONFIG_KEY, NATIVE_LOAD_HINT
+from ...runtime.checkpoint.loading import CONFIG_KEY, NATIVE_LOAD_HINT, rope_scaling
+from ...runtime.version import VERSION
 from ..plan import Plan
 from ..source.config import bearable
 
@@ -19,6 +20,7 @@ def output_config(
     recipe: dict[str, Any] = {"scheme": plan.scheme.to_dict()}
     if plan.has_weight_only:
         recipe["cpu_activations"] = plan.cpu_activations
+    recipe["version"] = VERSION
     config = {
         **bearable(source),
         "architectures": [architecture.model_class.__name__],
@@ -28,9 +30,20 @@ def output_config(
     }
     if architecture.decoder.head in plan.linears or not ties_head:
         config["tie_word_embeddings"] = False
-    if "dtype" in config:
-        config.setdefault("torch_dtype", config["dtype"])
-    if "rope_theta" in (config.get("rope_parameters") or {}):
-        # Readers built on transformers 4, MindIE among them, look for it here and else take 10000 in silence.
-        config.setdefault("rope_theta", config["rope_parameters"]["rope_theta"])
-    return config
+    return {**config, **_for_older_readers(config, plan)}
+
+
+def _for_older_readers(config: dict[str, Any], plan: Plan) -> dict[str, Any]:
+    """What readers built on transformers 4, MindIE among them, look for under other names, or else do without."""
+    found: dict[str, Any] = {}
+    stated = config.get("dtype") or config.get("torch_dtype")
+    if stated is not None:
+        # transformers 5 reads the first; engines have no float32, and scales are as theirs of bfloat16 have to be
+        found |= {"dtype": stated, "torch_dtype": str(plan.engine_dtype).removeprefix("torch.")}
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        found["rope_theta"] = config.get("rope_theta", rope["rope_theta"])
+        if rope.get("rope_type", "default") != "default":
+            # transformers 5 takes it in the place of rope_parameters, so that it holds the same
+            found["rope_scaling"] = config.get("rope_scaling") or rope_scaling(rope)
+    return found

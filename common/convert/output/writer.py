@@ -186,4 +186,9 @@ def _discard(directory: Path) -> None:
 
 def write_json(file: Path, data: dict[str, Any]) -> None:
     """Write an object as indented JSON."""
-    file.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    file.write_text(json_text(data), encoding="utf-8")
+
+
+def json_text(data: dict[str, Any]) -> str:
+    """An object as indented JSON, as files have it."""
+    return json.dumps(data, indent=2, ensure_ascii=False) + "\n"

@@ -55,7 +55,7 @@ class QuantizeHead:
         assign_state(linear, {"weight": weight.to(self._source.device, torch.float32, copy=True)})
         coded_norm = self._smoothed(norm, linear, state)
         inputs = _inputs_behind(coded_norm, state.calibration.hidden, self._plan.needs_hessian)
-        parts = quantize_linear(linear, inputs, self._plan.linear, self._plan.deq_scale_dtype)
+        parts = quantize_linear(linear, inputs, self._plan.linear, self._plan.engine_dtype)
         state.statistics |= input_tensors({self._source.facts.head: inputs})
         return self._coded(coded_norm, parts)
 

@@ -21,14 +21,14 @@ class Quantize:
         plan = self._plan
         scales = scales_of_layer(plan.scheme, state.found(self._source.config), work.index)
         linears = {
-            part: quantize_linear(work.module.get_submodule(part), work.inputs[part], plan.linear, plan.deq_scale_dtype)
+            part: quantize_linear(work.module.get_submodule(part), work.inputs[part], plan.linear, plan.engine_dtype)
             for part in work.quantized
         }
         tensors = self._float_parts(work)
         for part, parts in linears.items():
             tensors |= {f"{part}.{end}": tensor for end, tensor in parts.items()}
         name = self._source.facts.attention.name
-        tensors |= scale_tensors([(name, work.module.get_submodule(name))], plan.scheme, [scales])
+        tensors |= scale_tensors([(name, work.module.get_submodule(name))], plan.scheme, [scales], plan.is_of_vllm)
         tensors |= self._missing_biases(work, tensors)
         work.tensors = {
             f"{work.name}.{part}": self._output.as_stored(f"{work.name}.{part}", tensor)

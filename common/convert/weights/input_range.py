@@ -117,12 +117,22 @@ def input_range(
     return _least_squares_range(low, high, *_histogram(inputs))
 
 
-def static_input_scale(bounds: tuple[float, float], label: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and zero point of static inputs, float32 `[1]` each (reference: msmodelslim's W8A8)."""
+def static_input_scale(
+    bounds: tuple[float, float], label: str, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero point of static inputs, float32 `[1]` each (reference: msmodelslim's W8A8).
+
+    Args:
+        bounds: lowest and highest value that codes cover.
+        label: "W8A8" or "WFP8AFP8".
+        dtype: that the scale of W8A8 is a number of, the next larger one.
+    """
     low, high = bounds
     if label == FP8:
         return torch.tensor([max(max(-low, high) / FP8_MAX, SMALLEST_SCALE)]), torch.zeros(1)
     scale = torch.tensor([max((high - low) / LEVELS, SMALLEST_SCALE)])
+    near = scale.to(dtype)
+    scale = (near if near.float() >= scale else near.nextafter(torch.full_like(near, torch.inf))).float()
     return scale, (-low / scale).round() + INT8_MIN
 
 

@@ -45,10 +45,14 @@ def weight_parts(weight: torch.Tensor, inputs: LinearInputs | None, scheme: Line
 
 
 def _static_parts(
-    parts: dict[str, torch.Tensor], bias: torch.Tensor | None, bounds: tuple[float, float], deq_scale_dtype: torch.dtype
+    parts: dict[str, torch.Tensor], bias: torch.Tensor | None, bounds: tuple[float, float], engine_dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
-    """What W8A8 adds for inputs within `bounds` (reference: msmodelslim's W8A8)."""
-    input_scale, input_offset = static_input_scale(bounds, W8A8)
+    """What W8A8 adds for inputs within `bounds` (reference: msmodelslim's W8A8).
+
+    Engines hold `input_scale` in the dtype of the model and `deq_scale` as it is stored, so that the former is rounded
+    before the latter is worked out.
+    """
+    input_scale, input_offset = static_input_scale(bounds, W8A8, engine_dtype)
     deq_scale = input_scale * parts["weight_scale"].squeeze(1)
     bias = torch.zeros_like(deq_scale) if bias is None else bias.float().cpu()
     sums = torch.cat([codes.sum(dim=1, dtype=torch.float64) for codes in parts["weight"].split(ROWS)])
@@ -58,7 +62,7 @@ def _static_parts(
         "input_scale": input_scale,
         "input_offset": input_offset,
         "quant_bias": quant_bias.clamp(int32.min, int32.max).to(torch.int32),
-        "deq_scale": encode_deq_scale(deq_scale, deq_scale_dtype),
+        "deq_scale": encode_deq_scale(deq_scale, torch.int64 if engine_dtype == torch.float16 else torch.float32),
     }
 
 
@@ -66,7 +70,7 @@ def quantize_linear(
     linear: nn.Linear,
     inputs: LinearInputs | None,
     scheme: LinearScheme,
-    deq_scale_dtype: torch.dtype = torch.float32,
+    engine_dtype: torch.dtype = torch.bfloat16,
 ) -> dict[str, torch.Tensor]:
     """The tensors of a quantized linear layer of a scheme's label, on the CPU and contiguous.
 
@@ -74,7 +78,7 @@ def quantize_linear(
         linear: the float layer; the bias keeps its dtype.
         inputs: what calibration saw; None where `scheme.needs_inputs` does not say that they are needed.
         scheme: how.
-        deq_scale_dtype: see `W8A8Linear`.
+        engine_dtype: of the model where engines run it, float16 or bfloat16, by which Ascend's format has its scales.
 
     Raises:
         OctavoError: inputs, or their Hessian for GPTQ, are missing, or the layer has no number of channels that the
@@ -86,7 +90,7 @@ def quantize_linear(
     if scheme.is_static:
         bounds = input_range(inputs, scheme.act_method, linear.weight.detach(), scheme.label)
         if scheme.label == W8A8:
-            parts |= _static_parts(parts, bias, bounds, deq_scale_dtype)
+            parts |= _static_parts(parts, bias, bounds, engine_dtype)
         else:
             parts["input_scale"] = static_input_scale(bounds, scheme.label)[0]
     if bias is not None:

@@ -64,13 +64,18 @@ STORED_AS = {
 FA_PARTS = ("q", "k", "v")
 C8_MODULES = ("k_proj", "v_proj")
 """Modules of an attention that the scales of K and V are named for, whatever its projections are called."""
-SCALE_MODULES = (*(f"fa_{part}" for part in FA_PARTS), "octavo_cache")
+_OF_VLLM = re.compile(r"\.attn\.([kv])_cache_(scale|offset)$")
+"""Names of the scales of K and V in vLLM's own models, as `c8_place` makes them."""
+SCALE_MODULES = (*(f"fa_{part}" for part in FA_PARTS), "octavo_cache", "attn")
+LAYOUT_KEYS = ("quantized_linears", "weight_scales", "unpacked", "deq_scale", "biases", "is_of_vllm")
+"""What `linear_layout` tells of a checkpoint."""
 FILE_ORDER = (
     *CACHE_PARTS,
     "scale",
     "offset",
     "kv_cache_scale",
     "kv_cache_offset",
+    *(f"{part}_cache_{end}" for part in "kv" for end in ("scale", "offset")),
     "weight",
     "bias",
     *LINEAR_DTYPES,
@@ -88,6 +93,23 @@ def _is_ascend(scheme: Scheme, preset: str) -> bool:
 def is_c8(scheme: Scheme) -> bool:
     """Whether a layer's scheme is stored as `kv_cache_scale` and `kv_cache_offset`: static per channel."""
     return _is_ascend(scheme, "ascend-c8")
+
+
+def c8_place(module: str, end: str, is_of_vllm: bool) -> tuple[str, str]:
+    """Where a scale of K or V is stored: name of a module within attention, and of the tensor in it.
+
+    Args:
+        module: one of `C8_MODULES`.
+        end: "scale" or "offset".
+        is_of_vllm: by the name that it has in vLLM's models, which vllm-ascend 0.23 looks for; descriptions have the
+            name by the projection all the same, since it finds the layers by that.
+    """
+    return ("attn", f"{module[0]}_cache_{end}") if is_of_vllm else (module, f"kv_cache_{end}")
+
+
+def described_name(name: str) -> str:
+    """The name under which a description has a tensor that is stored by this one."""
+    return _OF_VLLM.sub(r".\1_proj.kv_cache_\2", name)
 
 
 def is_fa(scheme: Scheme) -> bool:
@@ -108,16 +130,17 @@ def _constant_tensors(name: str, layer: LayerScales) -> dict[str, torch.Tensor]:
 
 
 def scale_tensors(
-    attentions: Iterable[tuple[str, nn.Module]], scheme: Scheme, scales: Scales
+    attentions: Iterable[tuple[str, nn.Module]], scheme: Scheme, scales: Scales, is_of_vllm: bool = False
 ) -> dict[str, torch.Tensor]:
-    """The inverse of `read_scales`: static scales as tensors named for the file."""
+    """The inverse of `read_scales`: static scales as tensors named for the file; `is_of_vllm` as in `c8_place`."""
     tensors = {}
     for (name, attention), layer in zip(attentions, scales, strict=True):
         layer_scheme = scheme.of_layer(attention.layer_idx)
         if is_c8(layer_scheme):
             for part, (scale, _) in zip(C8_MODULES, (layer.key, layer.value), strict=True):
-                tensors[f"{name}.{part}.kv_cache_scale"] = scale.flatten()
-                tensors[f"{name}.{part}.kv_cache_offset"] = torch.zeros_like(scale.flatten())
+                values = {"scale": scale.flatten(), "offset": torch.zeros_like(scale.flatten())}
+                for end, tensor in values.items():
+                    tensors[".".join((name, *c8_place(part, end, is_of_vllm)))] = tensor
         elif is_fa(layer_scheme):
             for part, scale in zip(FA_PARTS, (layer.query, layer.key[0], layer.value[0]), strict=True):
                 tensors[f"{name}.fa_{part}.scale"] = scale.flatten(1)
@@ -174,7 +197,7 @@ def linear_layout(linears: Mapping[str, str], headers: Mapping[str, TensorHeader
     Returns:
         `quantized_linears`: the labels; `weight_scales`: shapes by name, of those that have not one per output channel;
         `unpacked`: names of those in int4 that take a byte for each code; `deq_scale`: its dtype; `biases`: names of
-        all modules with a bias, which the architecture need not have.
+        all modules with a bias, which the architecture need not have; `is_of_vllm`: see `c8_place`.
 
     Raises:
         OctavoError: a weight, or its scales, that are no matrix.
@@ -194,6 +217,7 @@ def linear_layout(linears: Mapping[str, str], headers: Mapping[str, TensorHeader
         "unpacked": [n for n, label in linears.items() if label == W4A16 and headers[f"{n}.weight"].dtype == "I8"],
         "deq_scale": next(iter(deq_scales), "F32"),
         "biases": [name.removesuffix(".bias") for name in headers if name.endswith(".bias")],
+        "is_of_vllm": any(_OF_VLLM.search(name) for name in headers),
     }
 
 
@@ -253,6 +277,7 @@ def check_description(description: dict[str, Any], headers: dict[str, TensorHead
         for name, label in description.items()
         if name not in NOT_TENSORS and not (name in tied and name not in headers)
     }
+    headers = {described_name(name): header for name, header in headers.items()}
     where = f"{DESCRIPTION_FILE} and the weights disagree"
     for name in sorted(described.keys() - headers.keys()):
         raise OctavoError(f"{where}: {name} is described and not stored; convert the model again")
@@ -294,7 +319,7 @@ def build_description(
         description["fa_quant_type"] = "FAQuant"
     elif scheme.is_quantized:
         description["octavo_scheme"] = scheme.to_dict()
-    for name in tensors:
+    for name in map(described_name, tensors):
         module, _, part = name.rpartition(".")
         if part.startswith("kv_cache_"):
             description[name] = "C8"

@@ -16,7 +16,7 @@ from ..quantized_embedding import QuantizedEmbedding, TiedLinear
 from ..schemes.kv_scheme import Scheme
 from ..schemes.linear_scheme import EMBEDDING, WEIGHT_ONLY
 from ..static_scales import LayerScales, Scales
-from .ascend import C8_MODULES, DESCRIPTION_FILE, FA_PARTS, SCALAR_DTYPES, is_c8, is_fa
+from .ascend import C8_MODULES, DESCRIPTION_FILE, FA_PARTS, SCALAR_DTYPES, c8_place, is_c8, is_fa
 
 MOST_VALUE = 2**24
 """No value of K or V is as large, and so none that a zero point stands for."""
@@ -143,19 +143,23 @@ def _attach_biases(model: nn.Module, names: Iterable[str]) -> None:
             raise OctavoError(f"{DESCRIPTION_FILE} names a bias of {name}, which is no linear layer and no norm")
 
 
-def _attach_scales(model: nn.Module, scheme: Scheme) -> None:
+def _attach_c8(attention: nn.Module, channels: int, is_of_vllm: bool) -> None:
+    """Give an attention module the buffers of scales of K and V per channel."""
+    for part in C8_MODULES:
+        for end in ("scale", "offset"):
+            name, buffer = c8_place(part, end, is_of_vllm)
+            if getattr(attention, name, None) is None:  # where one linear makes q, k and v, nothing has the name
+                attention.add_module(name, nn.Module())
+            attention.get_submodule(name).register_buffer(buffer, torch.empty(channels, dtype=torch.float32))
+
+
+def _attach_scales(model: nn.Module, scheme: Scheme, is_of_vllm: bool) -> None:
     """Give attention modules the buffers of static scales."""
     heads, kv_heads, head_dim = attention_sizes(model.config)
     for _, attention in attention_modules(model):
         layer_scheme = scheme.of_layer(attention.layer_idx)
         if is_c8(layer_scheme):
-            for name in C8_MODULES:
-                holder = getattr(attention, name, None)
-                if holder is None:  # one linear makes q, k and v, so that nothing has the dialect's name
-                    holder = nn.Module()
-                    attention.add_module(name, holder)
-                for part in ("kv_cache_scale", "kv_cache_offset"):
-                    holder.register_buffer(part, torch.empty(kv_heads * head_dim, dtype=torch.float32))
+            _attach_c8(attention, kv_heads * head_dim, is_of_vllm)
         elif is_fa(layer_scheme):
             attention.fa_q = StaticScale(heads)
             attention.fa_k, attention.fa_v = StaticScale(kv_heads), StaticScale(kv_heads)
@@ -176,7 +180,7 @@ def attach_buffers(model: nn.Module, scheme: Scheme, layout: Mapping[str, Any]) 
     """
     _attach_linears(model, layout)
     _attach_biases(model, layout.get("biases", ()))
-    _attach_scales(model, scheme)
+    _attach_scales(model, scheme, layout.get("is_of_vllm", False))
 
 
 def _scale_and_zero(
@@ -193,6 +197,13 @@ def _scale_and_zero(
     return scale.float().view(heads, 1, -1), zero
 
 
+def _read_c8(name: str, attention: nn.Module, part: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scale and zero per channel of K or V, of whichever name."""
+    places = (c8_place(part, end, hasattr(attention, "attn")) for end in ("scale", "offset"))
+    scale, offset = (getattr(attention.get_submodule(module), buffer) for module, buffer in places)
+    return _scale_and_zero(f"{name}.{part}", scale, offset, scale.numel() // attention.head_dim)
+
+
 def read_scales(attentions: Iterable[tuple[str, nn.Module]], scheme: Scheme, decoder: Decoder) -> Scales:
     """The static scales out of the buffers that `attach_buffers` made and a checkpoint filled.
 
@@ -205,11 +216,7 @@ def read_scales(attentions: Iterable[tuple[str, nn.Module]], scheme: Scheme, dec
     for name, attention in attentions:
         layer_scheme = scheme.of_layer(attention.layer_idx)
         if is_c8(layer_scheme):
-            parts = [(f"{name}.{part}", attention.get_submodule(part)) for part in C8_MODULES]
-            kv_heads = parts[0][1].kv_cache_scale.numel() // attention.head_dim
-            result.append(
-                LayerScales(*[_scale_and_zero(n, m.kv_cache_scale, m.kv_cache_offset, kv_heads) for n, m in parts])
-            )
+            result.append(LayerScales(*(_read_c8(name, attention, part) for part in C8_MODULES)))
         elif is_fa(layer_scheme):
             stored = {part: getattr(attention, f"fa_{part}") for part in FA_PARTS}
             q, k, v = (

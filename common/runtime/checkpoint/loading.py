@@ -16,8 +16,10 @@ from ...errors import OctavoError, first_line
 from ..model_sizes import check_sizes, check_sizes_stored, check_stated
 from ..schemes.kv_scheme import Scheme, load_scheme
 from ..schemes.linear_scheme import CPU_ACTIVATIONS
+from ..version import RECIPE_KEYS, check_version
 from .ascend import (
     DESCRIPTION_FILE,
+    LAYOUT_KEYS,
     check_description,
     described_scheme,
     linear_layout,
@@ -122,6 +124,8 @@ def _agreed_scheme(source: str, config: Any, description: dict[str, Any]) -> Sch
     own = getattr(config, CONFIG_KEY, None)
     if own is not None and not (isinstance(own, dict) and "scheme" in own):
         raise OctavoError(f"{source}: {CONFIG_KEY!r} in config.json names no scheme; {_AGAIN}")
+    if own is not None:
+        check_version(source, own, RECIPE_KEYS + LAYOUT_KEYS)
     if own is not None and str(own["scheme"]).endswith(".json"):
         raise OctavoError(f"{source}: the scheme in config.json is {own['scheme']!r}; put the scheme itself there")
     described = described_scheme(description, config.num_hidden_layers)
@@ -165,14 +169,26 @@ def _check_config(source: str, config: Any, headers: Mapping[str, TensorHeader])
         raise OctavoError(f"{where}: dtype is {config.dtype!r}, which is none of torch; {_AGAIN}")
 
 
+def rope_scaling(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """What `rope_scaling` of transformers 4 holds of `rope_parameters` of 5: all but the base, which stands apart."""
+    renamed = {"rope_type" if name == "type" else name: value for name, value in rope.items()}
+    return {name: value for name, value in renamed.items() if name != "rope_theta"}
+
+
 def check_settings(where: str, settings: Mapping[str, Any]) -> None:
-    """Raise an `OctavoError` if config.json leaves out a number, or states the base of RoPE twice and differently."""
+    """Raise an `OctavoError` if config.json leaves out a number, or states RoPE twice and differently."""
     check_stated(where, settings)
     parts = settings, settings.get("rope_parameters")
     stated = [part["rope_theta"] for part in parts if isinstance(part, dict) and "rope_theta" in part]
     if stated and stated[0] != stated[-1]:
         raise OctavoError(
             f"{where}: rope_theta is {stated[0]!r}, and {stated[-1]!r} in rope_parameters; {_AGAIN}, or change both"
+        )
+    given = [settings.get(name) for name in ("rope_parameters", "rope_scaling")]
+    if all(isinstance(part, dict) for part in given) and rope_scaling(given[0]) != rope_scaling(given[1]):
+        raise OctavoError(
+            f"{where}: rope_scaling, which takes the place of rope_parameters, says something else; {_AGAIN}, or "
+            "change both"
         )
 
 

@@ -35,6 +35,7 @@ GOOD: dict[str, tuple[str, ...]] = {
     "--is_dynamic": ("True", "False"),
     "--disable_level": ("L0", "L1", "L2", "L9999"),
     "--fa_amp": ("0", "1", "99"),
+    "--target": ("mindie", "vllm-ascend-0.23", "vllm-ascend"),
     "--max_kl": ("1e-9", "100"),
     "--disable_names": ("lm_head", "*.q_proj", "*", "nothing"),
     "--disable_last_linear": ("True", "False"),

@@ -54,7 +54,7 @@ def within(low: float, high: float, in_features: int) -> LinearInputs:
     low=some.floats(-20, 0),
     high=some.floats(0, 20),
     has_bias=some.booleans(),
-    dtype=some.sampled_from([torch.int64, torch.float32]),
+    dtype=some.sampled_from([torch.float16, torch.bfloat16]),
 )
 def test_every_tensor_follows_its_formula(
     seed: int, low: float, high: float, has_bias: bool, dtype: torch.dtype
@@ -67,28 +67,30 @@ def test_every_tensor_follows_its_formula(
     weight = linear.weight.detach().double()
     eps = float(torch.finfo(torch.float32).eps)
     weight_scale = (weight.abs().amax(1, keepdim=True) / 127).clamp_min(eps)
-    input_scale = max((high - low) / 255, eps)
+    exact, input_scale = max((high - low) / 255, eps), float(tensors["input_scale"])
     torch.testing.assert_close(tensors["weight_scale"].double(), weight_scale, atol=0, rtol=1e-6)
     assert ((tensors["weight"].double() - weight / weight_scale).abs() <= 0.5001).all()
     assert (
         not tensors["weight_offset"].any() and tensors["weight"].abs().max() <= 127 and not tensors["weight"][3].any()
     )
-    assert float(tensors["input_scale"]) == pytest.approx(input_scale, rel=1e-6)
+    assert exact * (1 - 1e-6) <= input_scale <= exact * (1 + torch.finfo(dtype).eps) + 2**-24  # a step of float16 there
+    assert torch.equal(tensors["input_scale"].to(dtype).float(), tensors["input_scale"])
     assert abs(float(tensors["input_offset"]) - (-low / input_scale - 128)) <= 0.51
     deq_scale = decode_deq_scale(tensors["deq_scale"]).double()
     torch.testing.assert_close(deq_scale, input_scale * weight_scale[:, 0], atol=0, rtol=1e-5)
     bias = linear.bias.detach().double() if has_bias else torch.zeros(7).double()
+    stored = torch.int64 if dtype == torch.float16 else torch.float32
     sums = tensors["weight"].double().sum(1)
     wanted = (bias / deq_scale - float(tensors["input_offset"]) * sums).clamp(-(2**31), 2**31 - 1)
     assert ((tensors["quant_bias"].double() - wanted).abs() <= 0.51 + wanted.abs() * 1e-6).all()
-    assert ("bias" in tensors) == has_bias and tensors["deq_scale"].dtype == dtype
+    assert ("bias" in tensors) == has_bias and tensors["deq_scale"].dtype == stored
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_the_layer_computes_what_its_tensors_say(has_bias: bool) -> None:
     torch.manual_seed(0)
     linear, x = nn.Linear(48, 20, bias=has_bias), torch.randn(5, 9, 48)
-    tensors = quantize_linear(linear, seen(x.flatten(0, 1)), LinearScheme(), torch.int64)
+    tensors = quantize_linear(linear, seen(x.flatten(0, 1)), LinearScheme(), torch.float16)
     layer = W8A8Linear(48, 20, has_bias, torch.int64)
     layer.load_state_dict(tensors)
     exact = linear.double()(x.double())

@@ -47,7 +47,7 @@ W8A8_LINEAR = [
     ("input_scale", "W8A8", "F32", (1,)),
     ("input_offset", "W8A8", "F32", (1,)),
     ("quant_bias", "W8A8", "I32", ("out",)),
-    ("deq_scale", "W8A8", "I64, or F32 for bf16", ("out",)),
+    ("deq_scale", "W8A8", "F32, or I64 for fp16", ("out",)),
 ]
 FLOAT_LINEAR = [("weight", "FLOAT", "model", ("out", "in")), ("bias", "FLOAT", "model", ("out",))]
 C8_PROJECTION = [("kv_cache_scale", "C8", "F32", ("out",)), ("kv_cache_offset", "C8", "F32", ("out",))]
@@ -75,10 +75,10 @@ Row = tuple[str, str, str, tuple[int, ...]]
 def expected_rows(attention: str, w8a8: bool, dtype: str, biases: tuple[str, ...] = ()) -> list[Row]:
     """Name, label, dtype and shape of every tensor, in the order of the file's description."""
     model = FLOATS[dtype]
-    deq_scale = "F32" if dtype == "bfloat16" else "I64"
+    deq_scale = "I64" if dtype == "float16" else "F32"
 
     def linear(name: str, rows: list, out: int, into: int, has_bias: bool) -> list[Row]:
-        dtypes = {"model": model, "I64, or F32 for bf16": deq_scale}
+        dtypes = {"model": model, "F32, or I64 for fp16": deq_scale}
         sizes = {"out": out, "in": into}
         return [
             (f"{name}.{part}", label, dtypes.get(kind, kind), tuple(sizes.get(size, size) for size in shape))
@@ -196,8 +196,7 @@ def test_numbers_of_w8a8(converted: Callable[..., Path]) -> None:
         assert (tensors["weight"] == (weight / scale).round()).double().mean() > 0.999
         assert (tensors["weight"].double() * scale - weight).abs().max() <= scale.max() * 0.501
         assert not tensors["weight_offset"].any() and int(tensors["weight"].min()) >= -127
-        deq_scale = tensors["deq_scale"].to(torch.int32).view(torch.float32)
-        assert (tensors["deq_scale"] >> 32 == 0).all()
+        deq_scale = tensors["deq_scale"]
         torch.testing.assert_close(deq_scale.double(), tensors["input_scale"].double() * scale[:, 0], atol=0, rtol=1e-6)
         assert tensors["input_offset"].frac().eq(0).all() and -128 <= float(tensors["input_offset"]) <= 127
         sums = tensors["weight"].double().sum(1)

@@ -80,7 +80,7 @@ def quantized_tensors_of(model: nn.Module, schemes: dict[str, LinearScheme]) -> 
         hook.remove()
     tensors = dict(model.state_dict())
     for name, scheme in schemes.items():
-        parts = quantize_linear(model.get_submodule(name), seen(seen_by[name]), scheme, torch.int64)
+        parts = quantize_linear(model.get_submodule(name), seen(seen_by[name]), scheme, torch.float16)
         tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
     return tensors
 

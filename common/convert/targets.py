@@ -1,0 +1,169 @@
+"""Which engine a directory in Ascend's dialect is for, and what each of them cannot read of what Octavo writes in it.
+
+Read in MindIE-LLM of 2026-04, in vllm-ascend 0.23.0 and 0.25.1rc1 beside vLLM of the same number, and in what these do
+with directories of Octavo (`tests/engines/test_vllm_ascend.py`).
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import OctavoError
+from ..runtime.checkpoint.ascend import is_c8, is_fa
+from ..runtime.schemes.linear_scheme import W4A16, W8A8, W8A8_DYNAMIC, W8A16, WEIGHT_ONLY
+from .outliers.subgraphs import shifted_subgraphs
+from .plan import OFFSETS, Plan
+from .request import TARGETS
+from .source.layerwise import LayerwiseModel
+from .spelling import named
+from .units import units_of
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What an engine reads of the dialect.
+
+    Attributes:
+        name: as users know it.
+        labels: of linears.
+        groups: numbers of input channels that may share a scale of a weight, 0 for all.
+        reads_fa: whether it runs FAQuant.
+        subtracts_offset: whether the zero point of a weight counts as it is stored, `(code - offset) * scale`.
+    """
+
+    name: str
+    labels: tuple[str, ...]
+    groups: tuple[int, ...]
+    reads_fa: bool
+    subtracts_offset: bool
+
+
+_MINDIE = Engine("MindIE", (W8A8, W8A8_DYNAMIC, W8A16, W4A16), (0, 64, 128, 256), True, True)
+_VLLM_ASCEND = Engine("vllm-ascend", (W8A8, W8A8_DYNAMIC, W8A16), (0,), False, False)
+ENGINES = dict(zip(TARGETS, (_MINDIE, _VLLM_ASCEND, _VLLM_ASCEND), strict=True))
+
+
+def engine_dtype(config: Mapping[str, Any], stored: str) -> torch.dtype:
+    """The dtype in which engines on Ascend run a model: float16, or else bfloat16, which they make of float32, too.
+
+    Args:
+        config: what config.json holds, whose dtype counts.
+        stored: dtype of the tensors, as safetensors spells it, for a config that says nothing.
+    """
+    stated = config.get("dtype") or config.get("torch_dtype") or {"F16": "float16"}.get(stored)
+    return torch.float16 if str(stated).removeprefix("torch.") in ("float16", "half") else torch.bfloat16
+
+
+def _of_cache(engine: Engine, plan: Plan) -> Iterator[str]:
+    scheme = plan.scheme
+    if is_fa(scheme) and not engine.reads_fa:
+        yield (
+            f"{engine.name} has no FAQuant for such models (it registers FAKQuant and INT8_DYNAMIC alone), which is "
+            f"MindIE's; give {named('scheme')} ascend-c8, or {named('target')} mindie"
+        )
+    elif scheme.is_quantized and not (is_c8(scheme) or is_fa(scheme)):
+        known = "ascend-c8 or ascend-fa" if engine.reads_fa else "ascend-c8"
+        yield f"{engine.name} has no name for scheme {scheme.name}; give {named('scheme')} {known}"
+
+
+def _of_linears(engine: Engine, plan: Plan) -> Iterator[str]:
+    linear = plan.linear
+    if plan.quantizes_embeddings:
+        yield f"{engine.name} reads embeddings in float alone; leave out {named('embeddings')}"
+    if not plan.linears:
+        return
+    if linear.label not in engine.labels:
+        yield f"{engine.name} has no linears of {linear.label}; give one of {', '.join(engine.labels)}"
+    elif linear.label in WEIGHT_ONLY and linear.group_size not in engine.groups:
+        known = ", ".join(map(str, engine.groups))
+        yield f"{engine.name} reads {linear.label} by {named('group_size')} {known}, not {linear.group_size}"
+
+
+def _of_units(engine: Engine, plan: Plan, source: LayerwiseModel) -> Iterator[str]:
+    """Linears that engines load as one, of which some are in codes and some are not."""
+    chosen = set(plan.linears)
+    for unit in units_of(source):
+        if 0 < len(chosen.intersection(unit)) < len(unit):
+            left, other = (next(name for name in unit if (name in chosen) == is_in) for is_in in (False, True))
+            yield (
+                f"{engine.name} loads {left} and {other} as one, and only one of them is quantized; name both in "
+                f"{named('float_linears')}, or neither"
+            )
+            return
+
+
+def _skipped_bias(plan: Plan, source: LayerwiseModel) -> str | None:
+    """A linear that m2 gives a bias, which its architecture has none of, and which no int32 bias of W8A8 holds."""
+    if plan.anti_method != OFFSETS:
+        return None
+    static = set(plan.linears) if plan.linear.label == W8A8 else set()
+    for index in range(len(source)):
+        layer = source.layer_name(index)
+        quantized = plan.of(layer)
+        for subgraph in shifted_subgraphs(source.facts, source.experts_in(index)):
+            if not any(part in quantized for part in subgraph.consumers):
+                continue
+            for name in (f"{layer}.{part}" for part in subgraph.consumers):
+                if name not in static and source.model.get_submodule(name).bias is None:
+                    return name
+    return None
+
+
+def misread(engine: Engine, plan: Plan, source: LayerwiseModel) -> Iterator[str]:
+    """What an engine takes for something else, or leaves out, without a word."""
+    skipped = _skipped_bias(plan, source)
+    if skipped is not None:
+        yield (
+            f"{engine.name} skips the bias that {named('anti_method')} m2 gives {skipped}, whose architecture has none "
+            "there; take W8A8 for all linears behind a norm, or another method"
+        )
+    if plan.linears and plan.linear.label in WEIGHT_ONLY and not plan.linear.symmetric and not engine.subtracts_offset:
+        yield (
+            f"{engine.name} adds the zero points of weights (`(code + offset) * scale`), which are stored to be taken "
+            f"off, as MindIE does; leave out {named('symmetric')} False"
+        )
+
+
+def _stops_older(plan: Plan) -> str | None:
+    if (is_c8(plan.scheme) or is_fa(plan.scheme)) and plan.scheme.float_layers:
+        layers = ", ".join(map(str, plan.scheme.float_layers))
+        return (
+            f"MindIE's older loader (atb_llm) looks for scales of K and V in every layer, and stops at {layers}, in "
+            "float; its newer one, and vllm-ascend, do not"
+        )
+    return None
+
+
+def check_target(target: str | None, plan: Plan, source: LayerwiseModel) -> None:
+    """Raise an `OctavoError` that says what the chosen engine cannot read of a plan, and the way out.
+
+    Args:
+        target: one of `TARGETS`; None checks nothing.
+        plan: what is to be made.
+        source: the float model.
+    """
+    if target is None:
+        return
+    engine = ENGINES[target]
+    checks = (_of_cache(engine, plan), _of_linears(engine, plan), _of_units(engine, plan, source))
+    for reasons in (*checks, misread(engine, plan, source)):
+        for reason in reasons:
+            raise OctavoError(f"{named('target')} {target}: {reason}")
+
+
+def notes(target: str | None, plan: Plan, source: LayerwiseModel) -> list[str]:
+    """What is to be said of engines that could load what a plan makes, and run it wrong or stop.
+
+    Only where no `target` is chosen, which would have refused it, and of what engines have names for.
+    """
+    found = []
+    if target is None:
+        for engine in (_MINDIE, _VLLM_ASCEND):
+            if not [*_of_cache(engine, plan), *_of_linears(engine, plan)]:
+                found += [*_of_units(engine, plan, source), *misread(engine, plan, source)]
+    older = _stops_older(plan)
+    if older is not None and target in (None, TARGETS[0]):
+        found.append(older)
+    return found

@@ -1,0 +1,228 @@
+"""Directories for engines on Ascend: their names and dtypes, what is refused for which, and what is only said."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, Qwen2Config, Qwen2ForCausalLM
+
+from octavo.common.architecture import load_architecture
+from octavo.common.convert.api import main
+from octavo.common.convert.targets import engine_dtype
+from octavo.common.convert.units import grouped
+from octavo.models.llama3 import ARCHITECTURE
+from octavo.models.llama3.modeling_llama_fa3 import LlamaForCausalLM
+
+from ...support import (
+    assert_one_error_line,
+    convert_flags,
+    quantized_tensors,
+    random_ids,
+    randomized,
+    save_source,
+    tiny_config,
+    tiny_llama,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+C8 = ("--use_kvcache_quant", "True")
+Q, K, V = (f"model.layers.0.self_attn.{part}_proj" for part in "qkv")
+
+
+def description_of(directory: Path) -> dict[str, str]:
+    return json.loads((directory / "quant_model_description.json").read_text())
+
+
+def test_scales_of_vllm_ascend_0_23_are_those_of_mindie(converted: Callable[..., Path]) -> None:
+    mindie, newest, older = (
+        converted(*C8, "--target", target) for target in ("mindie", "vllm-ascend", "vllm-ascend-0.23")
+    )
+    assert description_of(mindie) == description_of(newest) == description_of(older)  # it finds layers by these names
+    tensors, renamed, same = (
+        load_file(path / "quant_model_weight_w8a8.safetensors") for path in (mindie, older, newest)
+    )
+    assert same.keys() == tensors.keys()
+    for layer in range(3):
+        attention = f"model.layers.{layer}.self_attn"
+        for part in "kv":
+            for end in ("scale", "offset"):
+                found = renamed.pop(f"{attention}.attn.{part}_cache_{end}")
+                assert torch.equal(found, tensors.pop(f"{attention}.{part}_proj.kv_cache_{end}"))
+    assert renamed.keys() == tensors.keys()
+
+    ids = random_ids(1, 40)
+    logits = []
+    for directory in (mindie, older):
+        model = LlamaForCausalLM.from_pretrained(directory).eval()
+        assert model.scheme.name == "ascend-c8"
+        with torch.inference_mode():
+            logits.append(model(ids).logits)
+    assert torch.equal(*logits)
+
+
+REFUSED = [
+    ("vllm-ascend", ("--use_fa_quant", "True"), "registers FAKQuant and INT8_DYNAMIC alone"),
+    ("vllm-ascend-0.23", ("--use_fa_quant", "True"), "--target mindie"),
+    ("mindie", ("--scheme", "int8-token"), "give --scheme ascend-c8 or ascend-fa"),
+    ("vllm-ascend", ("--scheme", "int8-token"), "give --scheme ascend-c8"),
+    (
+        "vllm-ascend",
+        ("--w_bit", "4", "--a_bit", "16"),
+        "has no linears of W4A16; give one of W8A8, W8A8_DYNAMIC",
+    ),
+    ("mindie", ("--quantization", "w8a8_mixed"), "has no linears of W8A8_MIXED"),
+    ("vllm-ascend", ("--a_bit", "16", "--group_size", "64"), "by --group_size 0, not 64"),
+    ("mindie", ("--a_bit", "16", "--group_size", "32"), "by --group_size 0, 64, 128, 256, not 32"),
+    ("mindie", ("--embeddings", "int8"), "leave out --embeddings"),
+    ("vllm-ascend", ("--a_bit", "16", "--w_sym", "False"), "adds the zero points of weights"),
+    ("mindie", ("--disable_names", "*.q_proj"), "loads model.layers.0.self_attn.q_proj and"),
+    ("vllm-ascend", ("--disable_names", "*.up_proj"), "name both in --disable_names, or neither"),
+    ("mindie", ("--is_dynamic", "True", "--anti_method", "m2"), "skips the bias that --anti_method m2 gives"),
+    ("mindie", ("--anti_method", "m2", "--disable_names", "*.gate_proj", "*.up_proj", "*.q_proj"), "loads model."),
+]
+
+
+@pytest.mark.parametrize(("target", "flags", "reason"), REFUSED)
+def test_what_an_engine_cannot_read_is_refused(
+    target: str, flags: tuple[str, ...], reason: str, source: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(ARCHITECTURE, convert_flags(source, tmp_path / "out", "--target", target, *flags)) == 1
+    assert_one_error_line(capfd.readouterr().err, f"--target {target}: ", reason)
+    assert not (tmp_path / "out").exists()
+
+
+NOTED = [
+    (("--a_bit", "16", "--w_sym", "False"), ("note: vllm-ascend adds the zero points",)),
+    (("--is_dynamic", "True", "--anti_method", "m2"), ("note: MindIE skips the bias", "note: vllm-ascend skips")),
+    (("--disable_names", "*.up_proj"), ("note: MindIE loads", "note: vllm-ascend loads")),
+    ((*C8, "--fa_amp", "11"), ("note: MindIE's older loader (atb_llm) looks for scales of K and V in every layer",)),
+    (("--anti_method", "m2"), ()),
+    (("--quantization", "w8a8_mixed", "--disable_names", "*.up_proj"), ()),
+]
+
+
+@pytest.mark.parametrize(("flags", "notes"), NOTED)
+def test_without_a_target_it_is_said(
+    flags: tuple[str, ...], notes: tuple[str, ...], source: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(ARCHITECTURE, convert_flags(source, tmp_path / "out", *flags)) == 0
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert len(said) == len(notes)
+    for line, note in zip(said, notes, strict=True):
+        assert line.startswith(note)
+
+
+def test_a_bias_of_the_architecture_may_be_shifted(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Qwen2 has biases of q, k and v, which readers load with every kind of linear; of gate and up it has none."""
+    torch.manual_seed(0)
+    settings = {**tiny_config().to_dict(), "model_type": "qwen2"}
+    model = randomized(Qwen2ForCausalLM(Qwen2Config(**{key: settings[key] for key in settings if key != "head_dim"})))
+    source, qwen2 = save_source(tmp_path / "source", model), load_architecture("qwen2")
+    flags = ("--is_dynamic", "True", "--anti_method", "m2", "--target", "mindie")
+    assert main(qwen2, convert_flags(source, tmp_path / "out", *flags)) == 1
+    assert_one_error_line(capfd.readouterr().err, "gives model.layers.0.mlp.gate_proj, whose architecture has none")
+    only_attention = (*flags, "--disable_names", "*.mlp.*")
+    assert main(qwen2, convert_flags(source, tmp_path / "out", *only_attention)) == 0
+
+
+def in_float(directory: Path) -> set[str]:
+    """Linears of the layers that are in float, without `.weight`."""
+    description = description_of(directory)
+    return {
+        name.removesuffix(".weight")
+        for name, label in description.items()
+        if name.endswith("_proj.weight") and label == "FLOAT"
+    }
+
+
+@pytest.mark.parametrize("flags", [("--disable_level", "L8"), ("--fa_amp", "8")])
+def test_q_k_and_v_stay_in_float_together(flags: tuple[str, ...], source: Path, tmp_path: Path) -> None:
+    """And gate and up; each such unit counts once. A target would refuse anything else."""
+    flags = ("--disable_names", "lm_head", *flags, "--target", "mindie")
+    assert main(ARCHITECTURE, convert_flags(source, tmp_path / "out", *flags)) == 0
+    floats = in_float(tmp_path / "out")
+    units = [
+        tuple(f"model.layers.{layer}.{part}_proj" for part in parts)
+        for layer in range(3)
+        for parts in (("self_attn.q", "self_attn.k", "self_attn.v"), ("mlp.gate", "mlp.up"))
+    ]
+    assert all(floats.isdisjoint(unit) or floats.issuperset(unit) for unit in units)
+    assert len(grouped(sorted(floats), units)) == 8 < len(floats)
+
+
+def test_grouped() -> None:
+    units = [(Q, K, V), ("gate", "up")]
+    assert grouped(["o", "up", V, Q, "down", "gate"], units) == [("o",), ("gate", "up"), (Q, V), ("down",)]
+
+
+@pytest.mark.parametrize(
+    ("config", "stored", "dtype"),
+    [
+        ({"dtype": "float32"}, "F32", torch.bfloat16),
+        ({"dtype": "bfloat16"}, "F32", torch.bfloat16),
+        ({"torch_dtype": "float16"}, "BF16", torch.float16),
+        ({"dtype": "torch.float16"}, "F16", torch.float16),
+        ({}, "F16", torch.float16),
+        ({}, "F32", torch.bfloat16),
+    ],
+)
+def test_engines_run_float32_as_bfloat16(config: dict[str, str], stored: str, dtype: torch.dtype) -> None:
+    """vLLM's `_resolve_auto_dtype` on a platform whose first dtype is bfloat16."""
+    assert engine_dtype(config, stored) == dtype
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_scales_survive_the_dtype_of_engines(dtype: str, tmp_path: Path) -> None:
+    """They hold input_scale in the dtype of the model, which deq_scale has to be the product of all the same."""
+    source = save_source(tmp_path / "source", tiny_llama().to(getattr(torch, dtype)))
+    assert main(ARCHITECTURE, convert_flags(source, tmp_path / "out")) == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    engine = "float16" if dtype == "float16" else "bfloat16"
+    assert (config["dtype"], config["torch_dtype"]) == (dtype, engine)
+    assert AutoConfig.from_pretrained(tmp_path / "out").dtype == getattr(torch, dtype)
+    tensors = quantized_tensors(tmp_path / "out")
+    name = "model.layers.1.mlp.up_proj"
+    scale, stored = tensors[f"{name}.input_scale"], tensors[f"{name}.deq_scale"]
+    assert torch.equal(scale, scale.to(getattr(torch, engine)).float())
+    found = stored.to(torch.int32).view(torch.float32) if dtype == "float16" else stored
+    assert stored.dtype == (torch.int64 if dtype == "float16" else torch.float32)
+    assert torch.equal(found, scale * tensors[f"{name}.weight_scale"].flatten())
+
+
+LLAMA_31 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def test_llama_31_keeps_its_scaling_in_every_reader(tmp_path: Path) -> None:
+    """transformers 4 and MindIE read `rope_scaling` and `rope_theta`; 5 takes the former for `rope_parameters`."""
+    source = save_source(tmp_path / "source", tiny_llama(rope_parameters=LLAMA_31))
+    assert main(ARCHITECTURE, convert_flags(source, tmp_path / "out", *C8)) == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["rope_parameters"] == LLAMA_31 and config["rope_theta"] == 500000.0
+    assert config["rope_scaling"] == {name: value for name, value in LLAMA_31.items() if name != "rope_theta"}
+    loaded, before = (AutoConfig.from_pretrained(tmp_path / name) for name in ("out", "source"))
+    assert loaded.rope_parameters == before.rope_parameters == LLAMA_31
+    rotary, expected = (
+        model.base_model.rotary_emb.inv_freq
+        for model in (LlamaForCausalLM.from_pretrained(tmp_path / "out"), tiny_llama(rope_parameters=LLAMA_31))
+    )
+    assert torch.equal(rotary, expected)
+
+
+def test_two_scalings_are_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    source = save_source(tmp_path / "source", tiny_llama(rope_parameters=LLAMA_31))
+    file = source / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "rope_scaling": {**LLAMA_31, "factor": 4.0}}))
+    assert main(ARCHITECTURE, convert_flags(source, tmp_path / "out")) == 1
+    assert_one_error_line(capfd.readouterr().err, "rope_scaling, which takes the place of rope_parameters")

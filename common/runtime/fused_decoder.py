@@ -90,21 +90,24 @@ class Sources:
         self._owners = [vars(module) for module in modules[1:]]
         self._hooks = [hooks for module in modules[1:] for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self._children = [module._modules for module in modules if module._modules]
-        self._packed = [module for module in modules if isinstance(module, QuantizedLinear)]
+        packed = [module for module in modules if isinstance(module, QuantizedLinear)]
+        self._packed = [vars(module) for module in packed]
+        self._buffers = [module._buffers for module in packed]  # a bias by its name is slower to reach, at every pass
         self._weights = [module._parameters for module in modules[1:] if module._parameters]
         self._kept = [*self._parts(), *[weight.detach() for weight in self._parameters()]]  # so no other has the id
         self._found = self._now()
 
     def _parts(self) -> list[Any]:
         children = [child for part in self._children for child in part.values()]
-        return [*children, *[part for owner in self._packed for part in (vars(owner).get("_panels"), owner.bias)]]
+        panels = [owner.get("_panels") for owner in self._packed]
+        return [*children, *panels, *[buffers.get("bias") for buffers in self._buffers]]
 
     def _parameters(self) -> Iterator[torch.Tensor]:
         return (weight for part in self._weights for weight in part.values() if weight is not None)
 
     def _now(self) -> list[int]:
         # of biases, what is read may be a copy
-        biases = [weights.get("bias") for weights in self._weights] + [owner.bias for owner in self._packed]
+        biases = [tensors.get("bias") for tensors in (*self._weights, *self._buffers)]
         return [
             *map(id, self._parts()),
             *[weight.data_ptr() for weight in self._parameters()],

@@ -82,7 +82,7 @@ def _begin(job: Job, stage: Stage) -> None:
     floats, costs = _survey(job)
     stage.notes = {"floats": floats, "surveyed": _plain(costs)}
     if costs:
-        say(cost_table(costs, floats))
+        say(cost_table(costs, floats, units_of(job.source)))
 
 
 def _plain(costs: list[Cost]) -> list[tuple]:

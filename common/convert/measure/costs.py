@@ -40,10 +40,11 @@ def costliest_units(costs: Iterable[Cost], units: Iterable[tuple[str, ...]]) -> 
     return sorted(grouped(errors, units), key=lambda group: -sum(errors[name] for name in group))
 
 
-def cost_table(costs: list[Cost], floats: Iterable[str]) -> str:
-    """The parts that cost most, those that stay in float among them, as a table."""
-    floats = set(floats)
-    shown = costliest(costs)[: max(ROWS_SHOWN, len(floats))]
+def cost_table(costs: list[Cost], floats: Iterable[str], units: Iterable[tuple[str, ...]] = ()) -> str:
+    """The parts that cost most, those that stay in float among them, as a table; those of a unit behind one another."""
+    floats, by_name = set(floats), {cost.name: cost for cost in costs}
+    ordered = [by_name[name] for group in costliest_units(costs, units) for name in group]
+    shown = ordered[: max(ROWS_SHOWN, len(floats))]
     caption = (
         f"The {len(shown)} of {len(costs)} parts that cost most: relative squared error of the output of their layer "
         "on held-back tokens, once the part is quantized; beside it, how large the outliers of its input are."

@@ -25,6 +25,7 @@ from .foldable_linear import FoldableLinear, changes_of
 from .quantized_linear import QuantizedLinear
 from .rotary import is_rotated, partial_rotary_factor
 from .schemes.kv_scheme import Scheme
+from .sharding.ranks import Ranks
 
 STEADY_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Those whose angles do not change as a sequence grows."""
@@ -77,7 +78,9 @@ class RotaryTable:
         return max(self._needed, tokens)
 
 
-def large_key_bias(linear: nn.Module, norm: nn.Module | None, head_dim: int, norm_offset: float = 0.0) -> torch.Tensor:
+def large_key_bias(
+    linear: nn.Module, norm: nn.Module | None, head_dim: int, norm_offset: float = 0.0, ranks: Ranks | None = None
+) -> torch.Tensor:
     """The bias of k `[N]` in those rotary pairs where it exceeds the usual size of the key, and 0 elsewhere.
 
     That size is what the weights make of an input of unit variance, times the weights of the norm before it: the root
@@ -88,14 +91,19 @@ def large_key_bias(linear: nn.Module, norm: nn.Module | None, head_dim: int, nor
         norm: RMSNorm before it; None, or one that is elsewhere just now, counts as ones.
         head_dim: D.
         norm_offset: what the norm adds to its weight.
+        ranks: those that share the heads, if any, which decide as one.
     """
     bias = linear.bias.detach().float().view(-1, 2, head_dim // 2)
     weight = linear.float_weight() if isinstance(linear, QuantizedLinear) else linear.weight.detach().float()
     gains = getattr(norm, "weight", None)
     if gains is not None and not gains.is_meta:
         weight = weight * (gains.detach().float() + norm_offset)
-    usual = weight.square().sum(dim=1).mean().sqrt()
-    is_large = (bias.square().sum(dim=1) > usual.square()).any(dim=0)
+    usual = weight.square().sum(dim=1).mean()
+    if ranks is not None:
+        usual = ranks.sum(usual) / ranks.size
+    is_large = (bias.square().sum(dim=1) > usual.sqrt().square()).any(dim=0)
+    if ranks is not None:
+        is_large = ranks.largest(is_large.to(torch.uint8)).bool()
     return (bias * is_large).reshape(-1).to(linear.bias.dtype)
 
 
@@ -243,11 +251,13 @@ def folds_key_bias(model: nn.Module, index: int = 0) -> bool:
     return can_fold_key_bias(model.base_model.config, stated_decoder(model), index)
 
 
-def fold_biases(model: nn.Module, scheme: Scheme | None = None, has_keys: bool = True) -> int:
+def fold_biases(
+    model: nn.Module, scheme: Scheme | None = None, has_keys: bool = True, ranks: Ranks | None = None
+) -> int:
     """Fold the biases of k and v of a stated decoder that has any, in place; return how many there were.
 
     Those of k stay where `folds_key_bias` says so, or without `has_keys`. With `scheme`, only layers are folded in
-    which it says `fold_bias`.
+    which it says `fold_bias`. `ranks` are those that share the heads of the model, if any.
 
     Raises:
         OctavoError: another library has put its own forward in the place of a projection's.
@@ -265,7 +275,9 @@ def fold_biases(model: nn.Module, scheme: Scheme | None = None, has_keys: bool =
             continue
         setattr(attention, FOLD, BiasFold(key, value, attention.head_dim, table if key is not None else None))
         norm, offset = dict(layer.named_children()).get(facts.attention_norm), facts.norm_offset
-        key_part = partial(large_key_bias, norm=norm, head_dim=attention.head_dim, norm_offset=offset)
+        key_part = partial(
+            large_key_bias, norm=norm, head_dim=attention.head_dim, norm_offset=offset, ranks=ranks
+        )
         for linear in (key, value):
             if linear is None:
                 continue

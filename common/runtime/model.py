@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from ...ops.shared.registry import NAMESPACE
 from ..errors import OctavoError, first_line
@@ -32,6 +33,9 @@ from .passes import chunk_passes
 from .quantized_embedding import QuantizedEmbedding
 from .quantized_linear import QuantizedLinear
 from .schemes.kv_scheme import CROP_ROOM, Scheme, load_scheme
+from .sharding.load import Shared, shared_checkpoint, shared_state
+from .sharding.ranks import ranks_asked_for
+from .sharding.summed import sum_over_ranks
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 ASSISTED_ROOM = 256
@@ -129,6 +133,8 @@ class QuantizedCausalLM:
     Args:
         config: of the model.
         stored: headers by name of the tensors that will be loaded, whose shapes are checked before any is allocated.
+        shared: the part of them that is loaded, if this process is one of several that share the model; the config
+            says what it holds.
 
     Raises:
         OctavoError: no model can be built of the config, or its shapes are not those of `stored`.
@@ -140,8 +146,15 @@ class QuantizedCausalLM:
         super().__init_subclass__(**kwargs)
         keep_cache(cls)
 
+    octavo_shared: Shared | None = None
+
     def __init__(
-        self, config: Any, *args: Any, stored: Mapping[str, TensorHeader] | None = None, **kwargs: Any
+        self,
+        config: Any,
+        *args: Any,
+        stored: Mapping[str, TensorHeader] | None = None,
+        shared: Shared | None = None,
+        **kwargs: Any,
     ) -> None:
         if config._attn_implementation not in (None, NAMESPACE):
             raise OctavoError(
@@ -165,7 +178,7 @@ class QuantizedCausalLM:
         self.scheme: Scheme = load_scheme(recipe.get("scheme", "float"))
         attach_buffers(self, self.scheme, recipe)
         if self.scheme.is_quantized:
-            fold_biases(self, self.scheme)
+            fold_biases(self, self.scheme, ranks=None if shared is None else shared.ranks)
         check_shapes(config.name_or_path, self, stored or {})
         decoder = self.base_model
         decoder.octavo_scheme = self.scheme
@@ -174,14 +187,21 @@ class QuantizedCausalLM:
         decoder.register_forward_hook(_withdraw_cache, with_kwargs=True)
         setattr(decoder, IS_ZOO, True)
         chunk_passes(decoder)
+        if shared is not None:
+            self.octavo_shared = shared
+            sum_over_ranks(self, shared.ranks, shared.extra_inputs)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *args: Any, config: Any = None, **kwargs: Any) -> Any:
         """As in transformers, from a quantized directory or hub id, or from an ordinary checkpoint.
 
+        With `tp_plan="auto"`, or a `distributed_config` that says it, in processes that torchrun started: each loads
+        its share of the model (`shares.py`), and `config` is that of the share.
+
         Raises:
-            OctavoError: the directory is incomplete, damaged, or not one whole.
+            OctavoError: the directory is incomplete, damaged, or not one whole; it cannot be shared among the ranks.
         """
+        ranks = ranks_asked_for(kwargs)
         hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
         if config is None or isinstance(config, (str, Path)):
             config = read_config(str(source if config is None else config), hub_arguments)
@@ -189,6 +209,10 @@ class QuantizedCausalLM:
             raise OctavoError(f"{source}: model_type is {config.model_type!r}, not {cls.config_class.model_type!r}")
         stored = describe_checkpoint(config, str(source), cls._tied_weights_keys or (), hub_arguments)
         check_transformers(cls)
+        shared = None
+        if ranks is not None:
+            config, shared = shared_checkpoint(ranks, cls, config, str(source), stored)
+            stored, kwargs["shared"] = shared.headers, shared
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs["ignore_mismatched_sizes"] = True  # reported below, by name
         model, info = super().from_pretrained(
@@ -199,10 +223,21 @@ class QuantizedCausalLM:
                 first = sorted(map(str, info[problem]))[0]
                 raise OctavoError(f"{source}: {problem.replace('_', ' ')}: {first}; config and weights disagree")
         check_values(str(source), model, model.scheme)
+        if shared is not None:
+            model.to(ranks.device)
         return (model, info) if wants_info else model
+
+    @staticmethod
+    def _load_pretrained_model(model: Any, state_dict: Any, files: Any, load_config: Any, *args: Any) -> Any:
+        """As in transformers; a rank reads the parts that are its own."""
+        if model.octavo_shared is not None:
+            state_dict = shared_state(model.octavo_shared, files)
+        return PreTrainedModel._load_pretrained_model(model, state_dict, files, load_config, *args)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As in transformers for a float model; a quantized one is its directory, which can be copied."""
+        if self.octavo_shared is not None:
+            raise OctavoError("save_pretrained: this model is one rank's share; save one that is loaded without tp_plan")
         if self.scheme != load_scheme("float") or getattr(self.config, CONFIG_KEY, {}).get("quantized_linears"):
             raise OctavoError(f"save_pretrained: copy the directory that was loaded instead ({self.name_or_path})")
         super().save_pretrained(*args, **kwargs)

@@ -105,7 +105,8 @@ def _attach_linears(model: nn.Module, layout: Mapping[str, Any]) -> None:
             continue
         if not isinstance(linear, nn.Linear):
             raise OctavoError(f"{DESCRIPTION_FILE}: {name} is labelled {label} and is no linear layer; convert again")
-        out_features, in_features = linear.out_features, linear.in_features
+        out_features = linear.out_features
+        in_features = linear.in_features + layout.get("extra_inputs", {}).get(name, 0)
         rows, num_groups = scales.get(name, (out_features, 1))
         if (label not in WEIGHT_ONLY and num_groups > 1) or in_features % num_groups:
             raise OctavoError(

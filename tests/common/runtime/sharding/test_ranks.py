@@ -1,0 +1,213 @@
+"""Two and four ranks on the CPU, each with a share of a model: the tokens and logits of one process with all of it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from octavo.common.convert import api as conversion
+from octavo.common.errors import OctavoError
+from octavo.common.runtime.passes import whole_passes
+from octavo.common.runtime.sharding.ranks import Ranks, ranks_asked_for
+from octavo.models import llama3, qwen2, qwen3_moe
+
+from ....metrics import rmse_in_std
+from ....support import convert_flags, random_ids, randomized, save_source, tiny_config, tiny_llama
+from ....tolerances import TOLERANCES
+from .launch import shared
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SIZES = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 8,
+    "num_key_value_heads": 2, "head_dim": 16, "eos_token_id": None,
+}  # fmt: skip
+IDS = random_ids(2, 20)
+
+
+def _fields() -> dict[str, Any]:
+    return {name: value for name, value in tiny_config(**SIZES).to_diff_dict().items() if name != "model_type"}
+
+
+def _llama() -> torch.nn.Module:
+    return tiny_llama(**SIZES)
+
+
+def _qwen2() -> torch.nn.Module:
+    """With biases of k that are large in some rotary pairs of one KV head."""
+    torch.manual_seed(0)
+    model = randomized(Qwen2ForCausalLM(Qwen2Config(**_fields())))
+    for layer in model.model.layers:
+        layer.self_attn.k_proj.bias.data[3] += 40
+    return model
+
+
+def _qwen3_moe() -> torch.nn.Module:
+    """The first layer has four experts, and the second a plain MLP."""
+    torch.manual_seed(0)
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "mlp_only_layers": [1]}
+    return randomized(Qwen3MoeForCausalLM(Qwen3MoeConfig(**_fields(), **experts)))
+
+
+W4 = ("--quantization", "w4a16")
+MODELS = {
+    "llama": (_llama, llama3, (*W4, "--group_size", "0", "--w_sym", "False", "--scheme", "int8-token")),
+    "llama in groups": (_llama, llama3, (*W4, "--group_size", "32", "--scheme", "ascend-fa")),
+    "llama static": (_llama, llama3, ("--quantization", "w8a8", "--scheme", "ascend-c8")),
+    "llama fp8": (_llama, llama3, ("--quantization", "wfp8afp8_dynamic", "--scheme", "{layers}")),
+    "qwen2": (_qwen2, qwen2, ("--quantization", "w8a8_dynamic", "--scheme", "int8-token")),
+    "qwen3_moe": (_qwen3_moe, qwen3_moe, ("--quantization", "w8a8_dynamic", "--scheme", "int8-token")),
+}
+LAYERS = '{"name": "of layers", "key": {}, "value": {}, "layers": {"0": "int8-token"}}'
+"""A scheme of static scales per channel, and other codecs in the first layer."""
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Converted models, by their names in `MODELS`."""
+    root = tmp_path_factory.mktemp("ranks")
+    (root / "layers.json").write_text(LAYERS)
+    made = {}
+    for name, (build, architecture, flags) in MODELS.items():
+        source = root / build.__name__
+        if not source.exists():
+            save_source(source, build())
+        given = [flag.format(layers=root / "layers.json") for flag in flags]
+        made[name] = root / name.replace(" ", "_")
+        assert conversion.main(architecture.ARCHITECTURE, convert_flags(source, made[name], *given)) == 0
+    return made
+
+
+def _whole(name: str, directory: Path) -> torch.nn.Module:
+    return MODELS[name][1].ARCHITECTURE.model_class.from_pretrained(directory).eval()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_compute_what_one_process_does(directories: dict[str, Path], ranks: int, tmp_path: Path) -> None:
+    """There are two KV heads, so that of four ranks each has one that another has too."""
+    found = shared(directories, IDS, ranks, tmp_path)
+    for name, directory in directories.items():
+        model = _whole(name, directory)
+        cache = model.new_cache()
+        with torch.inference_mode(), whole_passes(model.base_model):
+            logits = model(IDS, **{model.base_model.octavo_cache_argument: cache}).logits
+            tokens = model.generate(IDS, max_new_tokens=16, do_sample=False)
+        single = sum(part.nbytes for part in [*model.parameters(), *model.buffers()])
+        whole = sum(part.nbytes for part in [*model.lm_head.parameters(), *model.model.embed_tokens.parameters()])
+        for of_rank in found:
+            own = of_rank[name]
+            assert torch.equal(own["tokens"], tokens), name
+            assert torch.equal(own["logits"], found[0][name]["logits"]), name
+            assert rmse_in_std(own["logits"], logits) < TOLERANCES["logits rmse with codes tipped over"], name
+            assert own["heads"] == own["config"] == 1
+            assert own["cache_bytes"] * 2 == cache.nbytes()
+            assert own["model_bytes"] - whole < 0.75 * 2 / ranks * (single - whole), name
+        assert [of_rank[name]["errors"] for of_rank in found] == [
+            [
+                "ranks were given different tokens, and each has a share of one model: give all the same, and where "
+                "tokens are sampled, the same seed (torch.manual_seed)",
+                "save_pretrained: this model is one rank's share; save one that is loaded without tp_plan",
+            ]
+        ] * ranks
+
+
+# What is asked for
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ({"tp_plan": {"layers.*.mlp.up_proj": "colwise"}}, "say tp_plan='auto'"),
+        ({"tp_plan": "auto", "device_map": "auto"}, "leave out device_map"),
+        ({"tp_plan": "auto", "device_mesh": object()}, "device_mesh is not served"),
+        ({"distributed_config": {"tp_plan": "auto", "fsdp_size": 2}}, "fsdp_size=2: ranks share heads and channels"),
+        ({"distributed_config": {"tp_size": 2, "enable_expert_parallel": True}}, "a part of every expert instead"),
+        ({"tp_plan": "auto"}, "start it by torchrun --nproc_per_node=N"),
+        ({"tp_size": 2}, "this one is alone"),
+    ],
+)
+def test_what_ranks_do_not_serve_is_refused(
+    arguments: dict[str, Any], line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(OctavoError, match=line.replace("(", r"\(")):
+        ranks_asked_for(arguments)
+
+
+def test_nothing_is_shared_where_nobody_asks() -> None:
+    for arguments in ({}, {"device_map": "cpu"}, {"tp_size": 1}, {"distributed_config": {}}):
+        assert ranks_asked_for(arguments) is None
+
+
+def test_processes_that_do_not_find_one_another_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(OctavoError, match="processes do not find one another .*MASTER_ADDR"):
+        ranks_asked_for({"tp_plan": "auto"})
+
+
+def two_ranks(monkeypatch: pytest.MonkeyPatch, size: int = 2) -> None:
+    """Let a load take itself for the first of some ranks."""
+
+
+    def asked_for(arguments: dict[str, Any]) -> Ranks:
+        assert arguments.pop("tp_plan") == "auto"
+        return Ranks(0, size, torch.device("cpu"))
+
+    monkeypatch.setattr("octavo.common.runtime.model.ranks_asked_for", asked_for)
+
+
+@pytest.mark.parametrize(
+    ("size", "changes", "flags", "line"),
+    [
+        (3, {}, (), "8 query heads on 2 KV heads cannot be shared among 3 ranks"),
+        (4, {"hidden_size": 96, "num_attention_heads": 12, "num_key_value_heads": 6}, (), "12 query heads on 6 KV heads"),
+        (2, {"intermediate_size": 97}, (), "intermediate_size 97 cannot be shared among 2 ranks"),
+        (2, {"intermediate_size": 96}, (*W4, "--group_size", "32"),
+         r"model.layers.0.mlp.down_proj: 3 groups of 32 input channels cannot be shared among 2 ranks; convert with a"),
+        (4, {"intermediate_size": 64}, (*W4, "--group_size", "0"), "down_proj: int4 lies in blocks of 32"),
+        (2, {}, ("--quantization", "w8a8_mixed"), "W8A8_MIXED keeps columns in float"),
+    ],
+)  # fmt: skip
+def test_shares_that_cannot_be_are_refused(
+    size: int,
+    changes: dict[str, Any],
+    flags: tuple[str, ...],
+    line: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source, target = save_source(tmp_path / "source", tiny_llama(**{**SIZES, **changes})), tmp_path / "converted"
+    if flags:
+        assert conversion.main(llama3.ARCHITECTURE, convert_flags(source, target, *flags)) == 0
+    two_ranks(monkeypatch, size)
+    with pytest.raises(OctavoError, match=line):
+        llama3.ARCHITECTURE.model_class.from_pretrained(target if flags else source, tp_plan="auto")
+
+
+def test_weights_that_are_not_in_safetensors_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = save_source(tmp_path / "source", _llama())
+    torch.save(_llama().state_dict(), source / "pytorch_model.bin")
+    (source / "model.safetensors").unlink()
+    two_ranks(monkeypatch)
+    with pytest.raises(OctavoError, match="tp_plan reads shares of safetensors files, and there are none"):
+        llama3.ARCHITECTURE.model_class.from_pretrained(source, tp_plan="auto")
+
+
+def test_shares_of_a_float_model_are_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fused projection, too: rows of q, of k and of v."""
+    whole = _llama()
+    source = save_source(tmp_path / "source", whole)
+    two_ranks(monkeypatch, 4)
+    model = llama3.ARCHITECTURE.model_class.from_pretrained(source, tp_plan="auto")
+    of_whole, own = whole.model.layers[0], model.model.layers[0]
+    assert torch.equal(own.self_attn.q_proj.weight, of_whole.self_attn.q_proj.weight[:32])
+    assert torch.equal(own.self_attn.k_proj.weight, of_whole.self_attn.k_proj.weight[:16])
+    assert torch.equal(own.self_attn.o_proj.weight, of_whole.self_attn.o_proj.weight[:, :32])
+    assert torch.equal(own.mlp.down_proj.weight, of_whole.mlp.down_proj.weight[:, :32])
+    assert torch.equal(model.lm_head.weight, whole.lm_head.weight)

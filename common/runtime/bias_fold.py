@@ -44,20 +44,22 @@ class RotaryTable:
 
     def __init__(self, rotary: nn.Module, *kind: str) -> None:
         self._rotary, self._kind = rotary, kind
-        self._rows: torch.Tensor | None = None
+        self._rows: dict[torch.device, torch.Tensor] = {}
         self._checked: torch.Tensor | None = None
         self._needed = 0
 
     def rows(self, length: int, device: torch.device) -> torch.Tensor:
         """`[P, D]` float32 with P at least `length`: cos of the D / 2 rotary pairs and then their sin."""
-        if self._rows is None or self._rows.shape[0] < length or self._rows.device != device:
+        rows = self._rows.get(device)  # layers may lie on several
+        if rows is None or rows.shape[0] < length:
             size = max(SMALLEST_TABLE, 1 << (length - 1).bit_length())
             with torch.inference_mode(False), torch.no_grad():  # it outlives this pass, and may be read by another mode
                 positions = torch.arange(size, device=device)[None]
                 cos, sin = self._rotary(torch.zeros(1, dtype=torch.float32, device=device), positions, *self._kind)
                 half = cos.shape[-1] // 2
-                self._rows = torch.cat((cos[0, :, :half], sin[0, :, :half]), dim=-1).contiguous()
-        return self._rows
+                rows = torch.cat((cos[0, :, :half], sin[0, :, :half]), dim=-1).contiguous().to(device)
+                self._rows[device] = rows
+        return rows
 
     def length_for(self, position_ids: torch.Tensor, tokens: int) -> int:
         """Rows that a pass needs, asked for by every layer and worked out by the first.
@@ -275,9 +277,7 @@ def fold_biases(
             continue
         setattr(attention, FOLD, BiasFold(key, value, attention.head_dim, table if key is not None else None))
         norm, offset = dict(layer.named_children()).get(facts.attention_norm), facts.norm_offset
-        key_part = partial(
-            large_key_bias, norm=norm, head_dim=attention.head_dim, norm_offset=offset, ranks=ranks
-        )
+        key_part = partial(large_key_bias, norm=norm, head_dim=attention.head_dim, norm_offset=offset, ranks=ranks)
         for linear in (key, value):
             if linear is None:
                 continue

@@ -29,6 +29,7 @@ from .compatibility import (
 from .decoder import Decoder, attention_modules, list_experts, state_decoder, stated_decoder
 from .fused_decoder import IS_ZOO
 from .generation_step import keep_cache
+from .offload import check_device_map, check_tied, in_memory
 from .passes import chunk_passes
 from .quantized_embedding import QuantizedEmbedding
 from .quantized_linear import QuantizedLinear
@@ -53,8 +54,9 @@ _NO_ADAPTERS = (
 
 
 def _new_cache(decoder: torch.nn.Module, **arguments: Any) -> QuantizedCache:
-    scheme = decoder.octavo_scheme
-    scales = read_scales(attention_modules(decoder), scheme, stated_decoder(decoder))
+    scheme, attentions = decoder.octavo_scheme, attention_modules(decoder)
+    with in_memory(part for _, attention in attentions for part in attention.modules()):
+        scales = read_scales(attentions, scheme, stated_decoder(decoder))
     return QuantizedCache(decoder.config, scheme, scales=scales, **arguments)
 
 
@@ -202,6 +204,7 @@ class QuantizedCausalLM:
             OctavoError: the directory is incomplete, damaged, or not one whole; it cannot be shared among the ranks.
         """
         ranks = ranks_asked_for(kwargs)
+        check_device_map(kwargs.get("device_map"))
         hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
         if config is None or isinstance(config, (str, Path)):
             config = read_config(str(source if config is None else config), hub_arguments)
@@ -222,6 +225,7 @@ class QuantizedCausalLM:
             if info[problem]:
                 first = sorted(map(str, info[problem]))[0]
                 raise OctavoError(f"{source}: {problem.replace('_', ' ')}: {first}; config and weights disagree")
+        check_tied(model)
         check_values(str(source), model, model.scheme)
         if shared is not None:
             model.to(ranks.device)
@@ -237,7 +241,9 @@ class QuantizedCausalLM:
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As in transformers for a float model; a quantized one is its directory, which can be copied."""
         if self.octavo_shared is not None:
-            raise OctavoError("save_pretrained: this model is one rank's share; save one that is loaded without tp_plan")
+            raise OctavoError(
+                "save_pretrained: this model is one rank's share; save one that is loaded without tp_plan"
+            )
         if self.scheme != load_scheme("float") or getattr(self.config, CONFIG_KEY, {}).get("quantized_linears"):
             raise OctavoError(f"save_pretrained: copy the directory that was loaded instead ({self.name_or_path})")
         super().save_pretrained(*args, **kwargs)

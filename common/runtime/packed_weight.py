@@ -13,6 +13,7 @@ from ...ops.linear.cpu import LINEAR_KERNEL
 from ...ops.linear.packed import Packed, pack_weight, unpack
 from ...ops.linear.reference import WEIGHT_BLOCK
 from ...ops.shared.codes import unpack_int4
+from .offload import is_offloaded
 
 _OF_PACKED = ("codes", "scale", "zero")
 
@@ -77,9 +78,11 @@ class PackedWeight(nn.Module):
     def pack(self) -> Packed | None:
         """The packed weight, which is made the first time.
 
-        None on other devices, of kinds that are not packed, and without the C kernel, for which panels are.
+        None on other devices, of kinds that are not packed, without the C kernel, for which panels are, and of a weight
+        that is somewhere else between two uses, of which no copy is to stay.
         """
-        if self._panels is None and not torch.compiler.is_compiling() and self._buffers["weight"].device.type == "cpu":
+        is_free = self._panels is None and not torch.compiler.is_compiling() and not is_offloaded(self)
+        if is_free and self._buffers["weight"].device.type == "cpu":
             parts = self._to_pack() if LINEAR_KERNEL.supports() is None else None
             if parts is not None:
                 self._hold_panels(*parts)

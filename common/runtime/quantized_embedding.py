@@ -46,6 +46,11 @@ class QuantizedEmbedding(WeightOnlyLinear):
         rows = (codes.unflatten(-1, (scale.shape[-1], -1)) * scale[..., None]).flatten(-2).to(self.like.dtype)
         return rows if self.factor is None else rows * rows.new_full((), self.factor)
 
+    @property
+    def device(self) -> torch.device:
+        """Where its codes lie."""
+        return (self._buffers["weight"] if self._panels is None else self._panels.codes).device
+
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., E] -> [..., V]`, as a linear layer of this weight; a backward pass is refused."""
         return self.refusing_gradient(super().forward(x), x)
@@ -100,8 +105,8 @@ class TiedLinear(nn.Module):
         return self.embedding.packed()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., E] -> [..., V]`."""
-        return self.embedding.product(x)
+        """`[..., E] -> [..., V]`, where the embedding lies."""
+        return self.embedding.product(x.to(self.embedding.device))
 
     def extra_repr(self) -> str:
         return f"in_features={self.embedding.embedding_dim}, out_features={self.embedding.num_embeddings}"

@@ -74,7 +74,9 @@ def _asked_for(arguments: dict[str, Any]) -> tuple[Any, int | None] | None:
             if (fields.get(name) or 1) > 1:
                 raise OctavoError(f"distributed_config: {name}={fields[name]}: ranks share heads and channels only")
         if fields.get("enable_expert_parallel"):
-            raise OctavoError("distributed_config: enable_expert_parallel: each rank has a part of every expert instead")
+            raise OctavoError(
+                "distributed_config: enable_expert_parallel: each rank has a part of every expert instead"
+            )
         plan, size = fields.get("tp_plan") or plan, fields.get("tp_size") or size
     if mesh is not None:
         raise OctavoError("device_mesh is not served: all processes share one model; leave it out")

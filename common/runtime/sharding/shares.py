@@ -10,9 +10,8 @@ R ranks, H query heads, G KV heads, D head_dim, N output channels, K input chann
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -115,7 +114,9 @@ class Shares:
         field = "moe_intermediate_size" if experts else "intermediate_size"
         count, size = getattr(self._config, field), self.ranks.size
         if count % size:
-            raise OctavoError(f"tp_plan: {field} {count} cannot be shared among {size} ranks, of which it is no multiple")
+            raise OctavoError(
+                f"tp_plan: {field} {count} cannot be shared among {size} ranks, of which it is no multiple"
+            )
         part = count // size
         return count, (self.ranks.rank * part, (self.ranks.rank + 1) * part)
 
@@ -175,7 +176,7 @@ class Shares:
 
     def _of_columns(self, name: str, part: str, own: Range, headers: Mapping[str, TensorHeader]) -> Share | None:
         """Of a linear that is cut by input channels."""
-        linear, header = name.removesuffix(f".{part}"), headers[name]
+        linear = name.removesuffix(f".{part}")
         label = self._labels.get(linear)
         if part in _ADDED:
             return Share(is_empty=True) if self.ranks.rank else None
@@ -216,8 +217,8 @@ class Shares:
         if label == W4A16 and headers[f"{linear}.weight"].dtype == _INT4_BYTES:
             if (own[1] - own[0]) % WEIGHT_BLOCK:
                 raise OctavoError(
-                    f"tp_plan: {linear}: int4 lies in blocks of {WEIGHT_BLOCK} input channels, and {own[1] - own[0]} of "
-                    f"each of {self.ranks.size} ranks are not a multiple; take fewer ranks"
+                    f"tp_plan: {linear}: int4 lies in blocks of {WEIGHT_BLOCK} input channels, and the "
+                    f"{own[1] - own[0]} of each of {self.ranks.size} ranks are no multiple; take fewer ranks"
                 )
             own, extra = (own[0] // 2, own[1] // 2), extra // 2
         return Share(1, (own,), extra, zero=zero)

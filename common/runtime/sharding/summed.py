@@ -1,4 +1,4 @@
-"""The modules of a rank's model whose outputs are summed over all ranks, and the inputs that need to know of others'."""
+"""The modules of a rank's model whose outputs are summed over all ranks, and those that need to know others' inputs."""
 
 from collections.abc import Callable
 from functools import partial, update_wrapper

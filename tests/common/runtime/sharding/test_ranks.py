@@ -1,6 +1,5 @@
 """Two and four ranks on the CPU, each with a share of a model: the tokens and logits of one process with all of it."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +51,15 @@ def _qwen3_moe() -> torch.nn.Module:
     return randomized(Qwen3MoeForCausalLM(Qwen3MoeConfig(**_fields(), **experts)))
 
 
+LARGEST_SHARE = {2: 0.75, 4: 0.5}
+"""By ranks, of the bytes beside embedding and last linear; in so small a model norms and scales count."""
 W4 = ("--quantization", "w4a16")
 MODELS = {
     "llama": (_llama, llama3, (*W4, "--group_size", "0", "--w_sym", "False", "--scheme", "int8-token")),
     "llama in groups": (_llama, llama3, (*W4, "--group_size", "32", "--scheme", "ascend-fa")),
     "llama static": (_llama, llama3, ("--quantization", "w8a8", "--scheme", "ascend-c8")),
-    "llama fp8": (_llama, llama3, ("--quantization", "wfp8afp8_dynamic", "--scheme", "{layers}")),
+    "llama fp8": (_llama, llama3, ("--quantization", "wfp8afp8_dynamic", "--scheme", "int8-token")),
+    "llama of layers": (_llama, llama3, ("--quantization", "w8a8_dynamic", "--scheme", "{layers}")),
     "qwen2": (_qwen2, qwen2, ("--quantization", "w8a8_dynamic", "--scheme", "int8-token")),
     "qwen3_moe": (_qwen3_moe, qwen3_moe, ("--quantization", "w8a8_dynamic", "--scheme", "int8-token")),
 }
@@ -105,7 +107,7 @@ def test_ranks_compute_what_one_process_does(directories: dict[str, Path], ranks
             assert rmse_in_std(own["logits"], logits) < TOLERANCES["logits rmse with codes tipped over"], name
             assert own["heads"] == own["config"] == 1
             assert own["cache_bytes"] * 2 == cache.nbytes()
-            assert own["model_bytes"] - whole < 0.75 * 2 / ranks * (single - whole), name
+            assert own["model_bytes"] - whole < LARGEST_SHARE[ranks] * (single - whole), name
         assert [of_rank[name]["errors"] for of_rank in found] == [
             [
                 "ranks were given different tokens, and each has a share of one model: give all the same, and where "
@@ -147,13 +149,12 @@ def test_processes_that_do_not_find_one_another_are_named(monkeypatch: pytest.Mo
     for name, value in {"RANK": "0", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    with pytest.raises(OctavoError, match="processes do not find one another .*MASTER_ADDR"):
+    with pytest.raises(OctavoError, match=r"processes do not find one another .*MASTER_ADDR"):
         ranks_asked_for({"tp_plan": "auto"})
 
 
 def two_ranks(monkeypatch: pytest.MonkeyPatch, size: int = 2) -> None:
     """Let a load take itself for the first of some ranks."""
-
 
     def asked_for(arguments: dict[str, Any]) -> Ranks:
         assert arguments.pop("tp_plan") == "auto"
@@ -166,7 +167,7 @@ def two_ranks(monkeypatch: pytest.MonkeyPatch, size: int = 2) -> None:
     ("size", "changes", "flags", "line"),
     [
         (3, {}, (), "8 query heads on 2 KV heads cannot be shared among 3 ranks"),
-        (4, {"hidden_size": 96, "num_attention_heads": 12, "num_key_value_heads": 6}, (), "12 query heads on 6 KV heads"),
+        (4, {"hidden_size": 96, "num_attention_heads": 12, "num_key_value_heads": 6}, (), "on 6 KV heads cannot be"),
         (2, {"intermediate_size": 97}, (), "intermediate_size 97 cannot be shared among 2 ranks"),
         (2, {"intermediate_size": 96}, (*W4, "--group_size", "32"),
          r"model.layers.0.mlp.down_proj: 3 groups of 32 input channels cannot be shared among 2 ranks; convert with a"),

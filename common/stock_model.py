@@ -76,8 +76,13 @@ def prepare(model: nn.Module) -> nn.Module:
 
     Raises:
         OctavoError: the model's attention is its own and not transformers' `AttentionInterface`; it is not what the
-            zoo states of its model type; see `fold_biases`.
+            zoo states of its model type; transformers shares it among ranks; see `fold_biases`.
     """
+    if (getattr(model, "_tp_size", None) or 1) > 1:
+        raise OctavoError(
+            f"{type(model).__name__} is not served: transformers shares it among ranks; load it by the zoo's class of "
+            "its architecture (octavo.models), which takes tp_plan='auto' as well"
+        )
     facts = _stated(model) if isinstance(model, PreTrainedModel) else None  # a refused model stays as it is
     register_attention()
     try:

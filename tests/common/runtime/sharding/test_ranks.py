@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from octavo import prepare
 from octavo.common.convert import api as conversion
 from octavo.common.errors import OctavoError
 from octavo.common.runtime.passes import whole_passes
@@ -198,6 +199,13 @@ def test_weights_that_are_not_in_safetensors_are_refused(tmp_path: Path, monkeyp
     two_ranks(monkeypatch)
     with pytest.raises(OctavoError, match="tp_plan reads shares of safetensors files, and there are none"):
         llama3.ARCHITECTURE.model_class.from_pretrained(source, tp_plan="auto")
+
+
+def test_a_stock_model_that_transformers_shares_is_refused() -> None:
+    model = _llama()
+    model._tp_size = 2
+    with pytest.raises(OctavoError, match="transformers shares it among ranks; load it by the zoo's class"):
+        prepare(model)
 
 
 def test_shares_of_a_float_model_are_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -209,7 +209,6 @@ def test_a_stock_model_that_transformers_shares_is_refused() -> None:
 
 
 def test_shares_of_a_float_model_are_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fused projection, too: rows of q, of k and of v."""
     whole = _llama()
     source = save_source(tmp_path / "source", whole)
     two_ranks(monkeypatch, 4)

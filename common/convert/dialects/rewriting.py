@@ -1,0 +1,121 @@
+"""A converted directory in the format of an engine, written whole or not at all, without calibrating again."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...command import OneLineParser, run_script
+from ...errors import OctavoError
+from ...runtime.schemes.kv_scheme import Scheme, load_scheme
+from ...runtime.static_scales import load_statistics
+from ..output.writer import whole_directory
+from ..run import GIGABYTE
+from .dialect import Target
+from .directory import OctavoDirectory
+from .table import DIALECTS, dialect_of
+
+LARGEST_FILE_GB = 5.0
+
+
+@dataclass(frozen=True)
+class RewriteRequest:
+    """One rewriting.
+
+    Attributes:
+        model: directory that a conversion wrote, which is left as it is. `--model_path`
+        output: directory to write; must not exist, or be empty. `--save_directory`
+        format: name of a dialect. `--format`
+        scheme: of KV cache and attention in the place of the directory's own; None keeps that. `--scheme`
+        statistics: file of the model's calibration, to derive static scales from; None keeps those of the directory,
+            or goes without. `--statistics`
+        max_shard_gb: split the weights into files of at most so many GB. `--part_file_size`
+        trust_remote_code: run code that comes with the tokenizer. `--trust_remote_code`
+    """
+
+    model: Path
+    output: Path
+    format: str
+    scheme: Scheme | str | None = None
+    statistics: Path | None = None
+    max_shard_gb: float = LARGEST_FILE_GB
+    trust_remote_code: bool = False
+
+
+def _source(request: RewriteRequest) -> OctavoDirectory:
+    """What is written: the directory, with another cache if one is asked for."""
+    directory = OctavoDirectory(request.model)
+    if request.scheme is None and request.statistics is None:
+        return directory
+    scheme = directory.form.scheme if request.scheme is None else load_scheme(request.scheme)
+    statistics = None if request.statistics is None else load_statistics(request.statistics)
+    if statistics is not None and not scheme.is_static:
+        raise OctavoError(
+            f"--statistics {request.statistics}: scheme {scheme.name} has no static scales; leave it out, or give "
+            "--scheme vllm-fp8"
+        )
+    return directory.with_cache(scheme, statistics)
+
+
+def rewrite(request: RewriteRequest) -> list[str]:
+    """Write a converted directory in another format.
+
+    Returns:
+        what the user has to know of it, and the commands that serve it, in lines.
+
+    Raises:
+        OctavoError: the directory is none of a conversion, or the format cannot say what it holds; the message has the
+            reason and the nearest thing that works.
+    """
+    dialect = dialect_of(request.format)
+    directory = _source(request)
+    for refusal in dialect.check(directory.form):
+        raise OctavoError(f"--format {dialect.name}: {refusal}")
+    job = {"rewriting of": str(request.model.absolute()), "format": dialect.name}
+    with whole_directory(request.output, "--save_directory", job) as stage:
+        target = Target(stage.path, request.output, round(request.max_shard_gb * GIGABYTE), request.trust_remote_code)
+        notes = dialect.write(directory, target)
+    return [
+        f"{request.model} -> {request.output}, {dialect.name}",
+        *notes,
+        *dialect.serve(directory.form, request.output),
+    ]
+
+
+def _size(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no size in GB")
+    return value
+
+
+def parse_rewriting(argv: list[str] | None) -> RewriteRequest:
+    """The request that a command line stands for; one that cannot be parsed ends the process with 2 and one line."""
+    parser = OneLineParser(
+        prog="octavo.rewrite",
+        description="Write a converted directory in the format of an engine, without calibrating again.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--model_path", required=True, type=Path, help="directory that a conversion script wrote")
+    add(
+        "--format",
+        required=True,
+        choices=tuple(DIALECTS),
+        help="; ".join(f"{d.name}: {d.about}" for d in DIALECTS.values()),
+    )
+    add("--save_directory", required=True, type=Path, help="directory to write; must not exist, or be empty")
+    add("--statistics", type=Path, help="file of --save_statistics of the model as it was converted: static scales "
+        "are derived from it anew")  # fmt: skip
+    add("--scheme", help="scheme of the KV cache in the place of the directory's: a preset, or a JSON file")
+    add("--part_file_size", type=_size, default=LARGEST_FILE_GB, help="GB of the largest file (default 5)")
+    add("--trust_remote_code", action="store_true", help="run code that comes with the tokenizer")
+    flags = parser.parse_args(argv)
+    return RewriteRequest(
+        flags.model_path, flags.save_directory, flags.format, flags.scheme, flags.statistics, flags.part_file_size,
+        flags.trust_remote_code,
+    )  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of `python -m octavo.rewrite`; returns the exit code."""
+    return run_script(lambda arguments: print("\n".join(rewrite(parse_rewriting(arguments)))), argv)

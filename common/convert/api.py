@@ -1,16 +1,19 @@
 """From a float checkpoint to a quantized one: for programs by `convert`, for the scripts of `models/` by `main`."""
 
 import time
+from collections.abc import Callable
 
 from ..architecture import Architecture
 from ..command import run_script
 from ..runtime.cache.sizes import kv_bits_per_element, kv_bytes_per_token
 from ..runtime.schemes.kv_scheme import CROP_ROOM, load_scheme
+from ..runtime.static_scales import Statistics
+from .dialects.converting import converted_as
 from .flags import parse_request
 from .job import Job
 from .output.writer import whole_directory
 from .report import ConversionReport
-from .request import ConvertRequest
+from .request import OWN_FORMAT, ConvertRequest
 from .run import Made, run
 from .source.checkpoint import FLOAT_DTYPES, source_files
 from .spelling import named, naming_fields
@@ -48,13 +51,22 @@ def _report(job: Job, made: Made, seconds: float) -> ConversionReport:
 
 
 def _converted(request: ConvertRequest) -> ConversionReport:
+    if request.format != OWN_FORMAT:
+        return converted_as(request, _made)
+    return _made(request)[0]
+
+
+def _made(request: ConvertRequest, check: Callable[[Job], None] | None = None) -> tuple[ConversionReport, Statistics]:
+    """Convert into our own format, unless `check` raises of what is planned; the statistics go with the report."""
     began = time.perf_counter()
     job = Job(request)
+    if check is not None:
+        check(job)
     with whole_directory(request.output, named("output"), job.identity(), request.resume) as stage:
         made = run(job, stage)
     if request.save_statistics is not None:
         made.statistics.save(request.save_statistics)
-    return _report(job, made, time.perf_counter() - began)
+    return _report(job, made, time.perf_counter() - began), made.statistics
 
 
 def convert(request: ConvertRequest) -> ConversionReport:

@@ -16,6 +16,7 @@ from ..command import DEVICES, OneLineParser
 from ..errors import OctavoError
 from ..runtime.schemes.kv_scheme import KV_CACHE_DTYPES
 from ..runtime.schemes.linear_scheme import CPU_ACTIVATIONS, EMBEDDINGS, GROUP_SIZES, WEIGHT_METHODS
+from .dialects.table import FORMATS
 from .flag_linears import linear_scheme_of_flags
 from .flag_values import (
     ACT_METHOD_NAMES,
@@ -28,7 +29,7 @@ from .flag_values import (
     limit,
     positive,
 )
-from .request import ANTI_METHODS, KV_SCALES, LINEAR_NAMES, TARGETS, ConvertRequest
+from .request import ANTI_METHODS, KV_SCALES, LINEAR_NAMES, OWN_FORMAT, TARGETS, ConvertRequest
 
 KV_CACHE_CHOICES = (*KV_CACHE_DTYPES, "fp8_e5m2")
 RECIPES = ("memory-first", "eight-bit", "speed-first", "balanced", "ascend", "ascend-fa")
@@ -53,6 +54,8 @@ def _add_paths(parser: argparse.ArgumentParser) -> None:
     about = "engine that is to read it: its names, and a refusal of what it cannot read; none: MindIE's names"
     add("--target", choices=TARGETS, help=about)
     add("--part_file_size", type=positive, help="split the weights into files of at most this many GB")
+    add("--format", choices=FORMATS, default=OWN_FORMAT,
+        help="of the output: ascend, which the scripts here run, or that of an engine")  # fmt: skip
     add("--resume", action="store_true", help="go on with a conversion that was interrupted, if there is one")
     parser.set_defaults(recipe_group=None, recipe_sym=True)  # of kinds of linears that have groups and zero points
     add("--preset", choices=RECIPES, help="a set of flags by name; flags that are given take the place of its own")
@@ -227,6 +230,7 @@ def request_of(flags: argparse.Namespace, architecture: Architecture | str | Non
         max_shard_gb=flags.part_file_size,
         save_statistics=flags.save_statistics,
         resume=flags.resume,
+        format=flags.format,
     )
 
 

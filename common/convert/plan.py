@@ -82,7 +82,7 @@ class Plan:
         return [name.removeprefix(f"{module}.") for name in self.linears if name.startswith(f"{module}.")]
 
 
-def _added_biases(source: LayerwiseModel, plan: Plan) -> list[str]:
+def added_biases(source: LayerwiseModel, plan: Plan) -> list[str]:
     """Modules to which the treatment of outliers gives a bias that they may not have."""
     if plan.anti_method != OFFSETS:
         return []
@@ -122,7 +122,7 @@ def quantized_config(source: LayerwiseModel, plan: Plan) -> PreTrainedConfig:
         "quantized_linears": plan.labels(source),
         "weight_scales": scales,
         "deq_scale": "I64" if plan.deq_scale_dtype == torch.int64 else "F32",
-        "biases": _added_biases(source, plan),
+        "biases": added_biases(source, plan),
         "cpu_activations": plan.cpu_activations,
         "is_of_vllm": plan.is_of_vllm,
     }

@@ -11,6 +11,7 @@ from ..runtime.schemes.linear_scheme import CPU_ACTIVATIONS, LinearScheme
 from .measure.costs import Cost
 from .measure.fidelity import Fidelity
 from .output.writer import write_json
+from .request import OWN_FORMAT
 
 FEW_TOKENS = 100
 """Below this the summary says that its figures mean little."""
@@ -45,6 +46,8 @@ class ConversionReport:
         unreached: names of the experts that no calibration token chose, where anything follows from their inputs: they
             were calibrated on the tokens of all.
         seconds: that the conversion took; of one that was resumed, since then.
+        format: that the output is in.
+        notes: of an engine's format, what of it is not as in ours, and the commands that serve it.
     """
 
     model: Path
@@ -70,10 +73,12 @@ class ConversionReport:
     costs: tuple[Cost, ...]
     unreached: tuple[str, ...]
     seconds: float
+    format: str = OWN_FORMAT
+    notes: tuple[str, ...] = ()
 
     def summary(self) -> str:
         """The lines that the conversion scripts print."""
-        return "\n".join([*_figures(self), *_conditions(self), *_contents(self)])
+        return "\n".join([*_figures(self), *_conditions(self), *_contents(self), *self.notes])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, which JSON can hold."""

@@ -24,6 +24,8 @@ ANTI_METHODS = ("", "m1", "m2", "m3", "m4", "m6")
 NO_M5 = (
     "m5 is CBQ, which trains the weights of several layers together; m4 and m6 are the exact rewrites that come closest"
 )
+OWN_FORMAT = "ascend"
+"""What a conversion writes itself, and every other format is made of."""
 KV_SCALES = ("data", "random", "none")
 VLLM_ASCEND_0_23 = "vllm-ascend-0.23"
 TARGETS = ("mindie", VLLM_ASCEND_0_23, "vllm-ascend")
@@ -36,7 +38,7 @@ FOR_LINEARS = {
     "anti_method": "", "float_linears": None, "float_head": True, "float_outliers": 0, "cpu_activations": "int8",
 }  # fmt: skip
 """Fields that mean nothing where every linear stays in float, and what they are unless given."""
-NOT_DECISIVE = ("model", "output", "architecture", "scheme", "linear", "calibration", "resume")
+NOT_DECISIVE = ("model", "output", "architecture", "scheme", "linear", "calibration", "resume", "format")
 """Fields that the bytes of an output do not follow from, or not from what is written in them."""
 ONLY_WHETHER = ("max_kl", "save_statistics")
 """Fields of which only matters whether they are given."""
@@ -87,6 +89,7 @@ class ConvertRequest:
             `--part_file_size`
         save_statistics: file to write the calibration statistics to, too. `--save_statistics`
         resume: go on with a conversion that was interrupted, if there is one. `--resume`
+        format: of the output: "ascend", which Octavo's own classes load, or an engine's. `--format`
 
     Raises:
         OctavoError: a field holds what is none of its values, or fields do not go together; the message names it.
@@ -117,6 +120,7 @@ class ConvertRequest:
     max_shard_gb: float | None = None
     save_statistics: str | Path | None = None
     resume: bool = False
+    format: str = OWN_FORMAT
 
     def __post_init__(self) -> None:
         for name, value in _normalized(self).items():

@@ -41,6 +41,7 @@ FLAG_OF = {
     "max_shard_gb": "--part_file_size",
     "save_statistics": "--save_statistics",
     "resume": "--resume",
+    "format": "--format",
     "resume=True": "--resume",
     "files of model": "files of --model_path",
 }

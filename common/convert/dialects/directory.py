@@ -28,7 +28,7 @@ from ...runtime.decoder import attention_modules
 from ...runtime.linear_values import is_zero
 from ...runtime.quantized_linear import QuantizedLinear
 from ...runtime.schemes.kv_scheme import Scheme
-from ...runtime.schemes.linear_scheme import EMBEDDING
+from ...runtime.schemes.linear_scheme import EMBEDDING, W8A16
 from ...runtime.static_scales import Scales, Statistics, scales_of
 from ..job import source_dtype
 from ..output.shards import SAFETENSORS_DTYPES, TensorFiles
@@ -194,6 +194,10 @@ class OctavoDirectory:
         found = self._model.get_submodule(module)
         return found.out_features, found.in_features
 
+    def embedding_form(self) -> LinearForm:
+        """The embedding in int8, as the last linear that is tied to it has it."""
+        return self._linear_form(self.form.embedding, W8A16)
+
     # Tensors
 
     def read(self, name: str) -> torch.Tensor:
@@ -223,6 +227,16 @@ class OctavoDirectory:
             codes, scale, zero, None if input_scale is None else input_scale.float(), input_zero, *outliers
         )
 
+    def linear_rows(self, name: str) -> Iterator[LinearCodes]:
+        """A quantized linear layer in parts of some rows."""
+        count = self._headers[f"{name}.weight"].shape[0]
+        for first in range(0, count, ROWS_READ):
+            yield self.linear(name, first, min(count, first + ROWS_READ))
+
+    def scale(self, name: str) -> torch.Tensor:
+        """The scales of a quantized weight, as of `LinearCodes`."""
+        return self._files.read(f"{name}.weight_scale").float()
+
     def _part(self, name: str, part: str, first: int, last: int) -> torch.Tensor:
         """Rows of a part of a linear, or all of one that has no row for each output channel."""
         tensor, rows = f"{name}.{part}", self._headers[f"{name}.weight"].shape[0]
@@ -231,9 +245,10 @@ class OctavoDirectory:
 
     def float_rows(self, name: str) -> Iterator[tuple[torch.Tensor, int]]:
         """The weight of a linear or embedding in codes, in the dtype of the model, as `rows` gives it."""
-        dtype, count = SAFETENSORS_DTYPES[self.form.dtype], self._headers[f"{name}.weight"].shape[0]
-        for first in range(0, count, ROWS_READ):
-            yield self.linear(name, first, min(count, first + ROWS_READ)).float_weight().to(dtype), first
+        dtype, first = SAFETENSORS_DTYPES[self.form.dtype], 0
+        for part in self.linear_rows(name):
+            yield part.float_weight().to(dtype), first
+            first += len(part.codes)
 
     # Scales of the cache
 

@@ -10,8 +10,10 @@ from ...runtime.schemes.kv_scheme import Scheme, load_scheme
 from ...runtime.static_scales import load_statistics
 from ..output.writer import whole_directory
 from ..run import GIGABYTE
-from .dialect import Target
+from ..spelling import named
+from .dialect import Dialect, Target
 from .directory import OctavoDirectory
+from .form import Form
 from .table import DIALECTS, dialect_of
 
 LARGEST_FILE_GB = 5.0
@@ -66,19 +68,35 @@ def rewrite(request: RewriteRequest) -> list[str]:
         OctavoError: the directory is none of a conversion, or the format cannot say what it holds; the message has the
             reason and the nearest thing that works.
     """
-    dialect = dialect_of(request.format)
-    directory = _source(request)
-    for refusal in dialect.check(directory.form):
-        raise OctavoError(f"--format {dialect.name}: {refusal}")
-    job = {"rewriting of": str(request.model.absolute()), "format": dialect.name}
-    with whole_directory(request.output, "--save_directory", job) as stage:
-        target = Target(stage.path, request.output, round(request.max_shard_gb * GIGABYTE), request.trust_remote_code)
-        notes = dialect.write(directory, target)
-    return [
-        f"{request.model} -> {request.output}, {dialect.name}",
-        *notes,
-        *dialect.serve(directory.form, request.output),
-    ]
+    lines = write_as(
+        dialect_of(request.format),
+        _source(request),
+        request.output,
+        round(request.max_shard_gb * GIGABYTE),
+        request.trust_remote_code,
+    )
+    return [f"wrote {request.output} from {request.model}: {request.format}", *lines]
+
+
+def check_form(dialect: Dialect, form: Form) -> None:
+    """Raise an `OctavoError` with the first reason why a form cannot be written, and the nearest that can."""
+    for refusal in dialect.check(form):
+        raise OctavoError(f"{named('format')} {dialect.name}: {refusal}")
+
+
+def write_as(
+    dialect: Dialect, directory: OctavoDirectory, output: Path, most_bytes: int | None, trust_remote_code: bool
+) -> list[str]:
+    """Write a directory in a dialect: the one way of both commands; returns notes and commands, in lines.
+
+    Raises:
+        OctavoError: the dialect cannot say what the directory holds, or the output cannot be written.
+    """
+    check_form(dialect, directory.form)
+    job = {"rewriting of": str(directory.path.absolute()), "format": dialect.name}
+    with whole_directory(output, named("output"), job) as stage:
+        notes = dialect.write(directory, Target(stage.path, output, most_bytes, trust_remote_code))
+    return [*notes, *dialect.serve(directory.form, output)]
 
 
 def _size(text: str) -> float:

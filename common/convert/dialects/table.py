@@ -1,14 +1,15 @@
 """Every dialect that there is a writer for, by its name."""
 
 from ...errors import OctavoError
+from ..request import OWN_FORMAT
+from ..spelling import named
 from .compressed_tensors import COMPRESSED_TENSORS
 from .dialect import Dialect
+from .gguf import GGUF
 
-DIALECTS: dict[str, Dialect] = {dialect.name: dialect for dialect in (COMPRESSED_TENSORS,)}
+DIALECTS: dict[str, Dialect] = {dialect.name: dialect for dialect in (COMPRESSED_TENSORS, GGUF)}
 
-OWN = "ascend"
-"""The format of a conversion itself, which Octavo's own classes load."""
-FORMATS = (OWN, *DIALECTS)
+FORMATS = (OWN_FORMAT, *DIALECTS)
 """What `--format` may be."""
 
 
@@ -19,5 +20,5 @@ def dialect_of(name: str) -> Dialect:
         OctavoError: there is none; the message lists those there are.
     """
     if name not in DIALECTS:
-        raise OctavoError(f"--format {name}: is none of {', '.join(DIALECTS)}")
+        raise OctavoError(f"{named('format')} {name}: is none of {', '.join(DIALECTS)}")
     return DIALECTS[name]

@@ -1,0 +1,37 @@
+"""The form of what a conversion is going to make, so that a format that cannot say it is refused before it is made."""
+
+from torch import nn
+
+from ..job import Job
+from ..plan import Plan, added_biases
+from .form import Form, LinearForm, as_engines_hold
+
+
+def form_of_plan(job: Job, plan: Plan) -> Form:
+    """What a plan comes to, with K and V as engines hold them."""
+    source, linear = job.source, plan.linear
+    modules = {name: module for name, module in source.model.named_modules() if isinstance(module, nn.Linear)}
+    linears = {}
+    for name in plan.linears:
+        module = modules[name]
+        groups = linear.num_groups(module.in_features)
+        linears[name] = LinearForm(
+            linear.label,
+            module.out_features,
+            module.in_features,
+            module.in_features // groups if groups > 1 else 0,
+            linear.symmetric,
+            linear.per_tensor,
+            module.bias is not None,
+        )
+    return Form(
+        architecture=job.architecture,
+        config=source.config,
+        scheme=as_engines_hold(plan.scheme),
+        linears=linears,
+        float_linears=tuple(name for name in modules if name not in linears),
+        has_coded_embedding=plan.quantizes_embeddings,
+        added_biases=tuple(added_biases(source, plan)),
+        folds=False,
+        dtype=plan.dtype,
+    )

@@ -261,8 +261,21 @@ COMPRESSED_TENSORS = Dialect(
     name="compressed-tensors",
     about="quantization_config in config.json, for vLLM, SGLang and transformers",
     engines=(
-        Engine("vLLM", "0.32", RUN, "W8A8, W4A16, fp8 KV per tensor; per head with FlashAttention 3"),
-        Engine("transformers", "5.24 with compressed-tensors 0.20", RUN, "all linears; fp8 KV scales, fake-quantized"),
+        Engine(
+            "vLLM",
+            "0.32",
+            RUN,
+            "W8A8, W4A16, W8A16 on GPUs, fp8 KV per tensor; fp8 KV per head with FlashAttention 3",
+            "on the CPU, int8_per_token_head, int4_per_token_head and turboquant_* are taken without a word, and what "
+            "is answered is wrong; auto and fp8 are real there, fp8 with AVX-512",
+        ),
+        Engine(
+            "transformers",
+            "5.24 with compressed-tensors 0.20",
+            RUN,
+            "all linears but those with zero points, which it makes no room for; fp8 KV scales",
+            "K and V go through fp8 and stay in float: nothing is saved",
+        ),
         Engine("SGLang", "0.5.23", NAMES, "the same linears; fp8 KV per tensor"),
         Engine("Huawei's Ascend-vLLM", "2025-12", NAMES, "int8 KV per channel"),
     ),

@@ -28,12 +28,14 @@ class Engine:
         versions: those that the statement holds for.
         level: `RUN`, `PARSED` or `NAMES`.
         reads: what of the dialect it reads, in a few words.
+        beware: what it does otherwise than it says; "" if nothing is known.
     """
 
     name: str
     versions: str
     level: str
     reads: str
+    beware: str = ""
 
 
 @dataclass(frozen=True)

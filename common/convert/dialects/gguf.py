@@ -64,7 +64,8 @@ def _cache(form: Form) -> str | None:
 def _halves(scale: torch.Tensor) -> torch.Tensor | None:
     """Scales in float16, rounded where they have to be; None where float16 has no room for some."""
     half = scale.to(torch.float16)
-    return half if bool(torch.isfinite(half).all() and (half.abs() >= torch.finfo(torch.float16).tiny).all()) else None
+    is_there = (half == scale) | ((half >= torch.finfo(torch.float16).tiny) & torch.isfinite(half))
+    return half if bool(is_there.all()) else None
 
 
 def _kind(linear: LinearForm) -> str | None:

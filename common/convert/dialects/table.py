@@ -4,11 +4,18 @@ from ...errors import OctavoError
 from ..request import OWN_FORMAT
 from ..spelling import named
 from .compressed_tensors import COMPRESSED_TENSORS
-from .dialect import Dialect
+from .dialect import RUN, Dialect, Engine
+from .fastdeploy import FASTDEPLOY
 from .gguf import GGUF
+from .modelopt import MODELOPT
+from .onnxruntime_genai import ONNXRUNTIME_GENAI
 
-DIALECTS: dict[str, Dialect] = {dialect.name: dialect for dialect in (COMPRESSED_TENSORS, GGUF)}
+DIALECTS: dict[str, Dialect] = {
+    dialect.name: dialect for dialect in (COMPRESSED_TENSORS, MODELOPT, GGUF, ONNXRUNTIME_GENAI, FASTDEPLOY)
+}
 
+OWN_ENGINES = (Engine("Octavo, through transformers", "5.17 to 5.24", RUN, "everything"),)
+"""Readers of what a conversion writes itself."""
 FORMATS = (OWN_FORMAT, *DIALECTS)
 """What `--format` may be."""
 

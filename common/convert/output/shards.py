@@ -206,7 +206,8 @@ class PlannedFiles:
         """
         placed = self.placed[name]
         header = header_of(tensor)
-        fits = header.shape[1:] == placed.header.shape[1:] and first_row + header.shape[0] <= placed.header.shape[0]
+        rows, room = (found.shape[0] if found.shape else 1 for found in (header, placed.header))
+        fits = header.shape[1:] == placed.header.shape[1:] and first_row + rows <= room
         if header.dtype != placed.header.dtype or not fits:
             raise ValueError(f"{name} was planned as {placed.header} and is {header}")
         with placed.file.open("r+b", buffering=0) as opened:

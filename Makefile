@@ -14,18 +14,21 @@ SEED ?= 0
 BASE ?= HEAD
 # What bench-engines compares with, on which models and texts, and further flags of benchmarks/engines.py.
 ENGINES ?= openvino llama_cpp vllm
+# Those that test-engines lets load what is written for them.
+TESTED ?= llama_cpp vllm
 ENGINE_STAMPS := $(ENGINES:%=.cache/engines/%/.installed)
 MODELS ?=
 EVAL ?=
 CALIB ?=
 FLAGS ?=
 
-.PHONY: help setup setup-test demo test test-versions stateful campaign compare check format bench bench-engines clean
+.PHONY: help setup setup-test demo test test-engines test-versions stateful campaign compare check format bench bench-engines clean
 
 help:
 	@echo "make setup          make .venv and install everything into it"
 	@echo "make demo           fetch SmolLM2-135M, quantize it, and compare it with the float model (some minutes)"
 	@echo "make test           run the tests"
+	@echo "make test-engines   make environments of other engines, and let them load and run what is written for them"
 	@echo "make test-versions  run the contract with the oldest, the pinned and the newest transformers, and the newest torch"
 	@echo "make stateful       run random sequences of cache operations, STEPS=$(STEPS) of them for each scheme"
 	@echo "make campaign       damage outputs, sources, files, flags and calls of ops, TRIES=$(TRIES) times from SEED=$(SEED) on"
@@ -57,6 +60,9 @@ demo: setup
 
 test: setup-test
 	smollm2="$$($(BIN)/python examples/fetch_smollm2.py)" && OCTAVO_SMOLLM2="$$smollm2" $(BIN)/python -m pytest -q
+
+test-engines: setup-test $(TESTED:%=.cache/engines/%/.installed)
+	$(BIN)/python -m pytest -q -rs tests/engines
 
 test-versions: setup-test
 	$(BIN)/python tests/versions/environments.py $(VERSIONS) $(addprefix --report ,$(REPORT))

@@ -45,7 +45,7 @@ def document() -> str:
         *_rows(OWN_ENGINES),
     ]
     for dialect in DIALECTS.values():
-        lines += ["", f"## {dialect.name}", "", f"{dialect.about[0].upper()}{dialect.about[1:]}.", ""]
+        lines += ["", f"## {dialect.name}", "", f"It is {dialect.about}.", ""]
         lines += _rows(dialect.engines)
     return "\n".join(lines) + "\n"
 

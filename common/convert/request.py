@@ -197,6 +197,10 @@ def _check_choices(request: ConvertRequest) -> None:
             raise OctavoError(f"{name} {getattr(request, name)!r}: is neither True nor False")
     if request.target not in (None, *TARGETS):
         raise OctavoError(f"target {request.target}: is none of {', '.join(TARGETS)}")
+    if request.target is not None and request.format != OWN_FORMAT:
+        raise OctavoError(
+            f"target {request.target}: is of the format {OWN_FORMAT}, not {request.format}; leave one out"
+        )
     if request.calibration == ():
         raise OctavoError("calibration: holds no text; give some, or None for the small text that comes with Octavo")
 

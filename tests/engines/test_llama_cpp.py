@@ -18,13 +18,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
 CASES = {
-    "q8_0": (("--quantization", "w8a16", "--group_size", "32"), 0.02),
-    "q4_0": (("--quantization", "w4a16", "--group_size", "32"), 0.02),
-    "q4_1": (("--quantization", "w4a16", "--group_size", "32", "--w_sym", "False"), 0.02),
+    "q8_0": (("--quantization", "w8a16", "--group_size", "32"), 0.04),
+    "q4_0": (("--quantization", "w4a16", "--group_size", "32"), 0.04),
+    "q4_1": (("--quantization", "w4a16", "--group_size", "32", "--w_sym", "False"), 0.04),
     "float16": (("--quantization", "fp8", "--disable_names", "*.k_proj", "*.q_proj", "*.v_proj"), 0.05),
 }
 """Flags, and the largest mean difference of logits in their standard deviation: llama.cpp rounds inputs to int8 in
-blocks of 32, as ours does in groups of so many."""
+blocks of 32, as ours does in groups of so many, and keeps K and V in float16."""
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -56,6 +56,7 @@ DEFAULTS: dict[str, Any] = {
     "group_size": None,
     "fa_amp": 0,
     "target": None,
+    "format": "ascend",
     "resume": False,
     "preset": None,
     "quantization": None,

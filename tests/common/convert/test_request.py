@@ -93,7 +93,7 @@ def test_a_job_is_told_by_what_its_bytes_follow_from() -> None:
     assert all(request(**{name: value}).decisive_fields() != plain for name, value in others.items())
     floats, integers = (request(linear="w8a16", cpu_activations=part).decisive_fields() for part in ("float", "int8"))
     assert floats != integers
-    told = {"cpu_activations", "scheme", "calibration", "max_kl", "model", "output", "architecture", "resume"}
+    told = {"cpu_activations", "scheme", "calibration", "max_kl", "model", "output", "architecture", "resume", "format"}
     assert {*others, *told} == {field.name for field in dataclasses.fields(ConvertRequest)}, "a new field is told, too"
 
 

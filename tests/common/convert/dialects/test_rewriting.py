@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from octavo.common.convert.api import main as convert
 from octavo.common.convert.dialects.rewriting import RewriteRequest, main, rewrite
 from octavo.common.convert.dialects.table import DIALECTS
+from octavo.common.convert.request import ConvertRequest
 from octavo.common.errors import OctavoError
 from octavo.models.llama3 import ARCHITECTURE
 
@@ -109,3 +110,8 @@ def test_static_scales_need_statistics(
 def test_an_unknown_format_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OctavoError, match="--format none: is none of compressed-tensors"):
         rewrite(RewriteRequest(tmp_path, tmp_path / "out", "none"))
+
+
+def test_a_target_is_of_our_own_format(tmp_path: Path) -> None:
+    with pytest.raises(OctavoError, match="target mindie: is of the format ascend, not gguf"):
+        ConvertRequest(tmp_path, tmp_path / "out", target="mindie", format="gguf")

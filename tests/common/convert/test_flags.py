@@ -167,6 +167,7 @@ REACHES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "fa_amp": (("2",), {"float_costliest": 2}),
     "max_kl": (("0.5",), {"max_kl": 0.5}),
     "target": (("vllm-ascend",), {"target": "vllm-ascend"}),
+    "format": (("gguf",), {"format": "gguf"}),
     "disable_names": (("a", "b*"), {"float_linears": ("a", "b*")}),
     "disable_last_linear": (("False",), {"float_head": False}),
     "device_type": (("npu",), {"device": "npu"}),

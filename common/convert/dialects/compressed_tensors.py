@@ -267,7 +267,8 @@ COMPRESSED_TENSORS = Dialect(
             RUN,
             "W8A8, W4A16, W8A16 on GPUs, fp8 KV per tensor; fp8 KV per head with FlashAttention 3",
             "on the CPU, int8_per_token_head, int4_per_token_head and turboquant_* are taken without a word, and what "
-            "is answered is wrong; auto and fp8 are real there, fp8 with AVX-512",
+            "is answered is wrong; auto and fp8 are real there, fp8 with AVX-512, whose tokens are not all ours: of "
+            "SmolLM2-135M 116 of 128",
         ),
         Engine(
             "transformers",

@@ -171,12 +171,35 @@ def _check_spread(model: nn.Module, directory: Path) -> None:
         raise OctavoError(f"{named('model')} {directory}: does not fit on the devices as a whole, which codebooks need")
 
 
+def _decoded_model(source: LayerwiseModel, device: str) -> nn.Module:
+    """The whole model in memory of one whose layers are loaded one by one.
+
+    Raises:
+        OctavoError: it has experts, which are not put together.
+    """
+    if source.facts.experts is not None:
+        raise OctavoError(
+            f"{named('scheme')}: codebooks need the whole model, and experts in codes are not decoded together; give "
+            "the float checkpoint"
+        )
+    model = AutoModelForCausalLM.from_config(source.config, dtype=torch.float32)
+    state = {name: source.tensor(name).float() for name in model.state_dict() if name not in source.tied}
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    state_decoder(model, source.facts)
+    return model.eval().to(device)
+
+
 def load_source(directory: Path, device: str, architecture: Architecture | None = None) -> nn.Module:
     """The whole float model in memory: fp32 on the CPU, its own dtype elsewhere, over several devices if there are.
+
+    One with linears in codes is decoded, in fp32 everywhere.
 
     Raises:
         OctavoError: config and weights disagree, a weight is NaN or Inf, or several devices do not hold the model.
     """
+    if isinstance(open_source(directory), CodedFiles):
+        return _decoded_model(layerwise_source(directory, device, architecture), device)
     dtype = torch.float32 if device == "cpu" else "auto"
     device_map = _device_map(device)
     try:

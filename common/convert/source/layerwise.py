@@ -196,6 +196,11 @@ class LayerwiseModel:
                 names[origin] = names[target]
             self.tied[target] = origin
 
+    def _is_empty_bias(self, name: str) -> bool:
+        """Whether it is a bias of a linear in codes that is 0 throughout, which AutoGPTQ wrote where there was none."""
+        is_coded = isinstance(self.files, CodedFiles) and f"{name.removesuffix('.bias')}.weight" in self.files.linears
+        return name.endswith(".bias") and is_coded and not bool(self.files.read(name).any())
+
     def _matched(self) -> dict[str, str]:
         """The name in the files of each tensor of the model, those tied to another left out."""
         shapes = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
@@ -206,7 +211,11 @@ class LayerwiseModel:
         names = {name: file_name for name, file_name in names.items() if name not in self.tied}
         missing = sorted(name for name, file_name in names.items() if file_name not in stored)
         ignored = f"{self.facts.rotary}.{IGNORED}"
-        unexpected = sorted(name for name in stored if name not in known and not name.endswith(ignored))
+        unexpected = sorted(
+            name
+            for name in stored
+            if name not in known and not name.endswith(ignored) and not self._is_empty_bias(name)
+        )
         for problem, found in (("missing", missing), ("unexpected", unexpected)):
             if found:
                 raise OctavoError(f"{self._where}: {problem} keys: {found[0]}; the checkpoint is not whole")

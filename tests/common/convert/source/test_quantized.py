@@ -248,6 +248,37 @@ def test_a_scale_of_zero_makes_zeros(tmp_path: Path) -> None:
     assert out.get_submodule(up).float_weight()[:, :32].abs().max() < 1e-30
 
 
+def test_a_bias_of_zeros_that_the_model_has_not_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As AutoGPTQ wrote them."""
+    write_coded(tmp_path / "source", PASSED["gptq"])
+    change_weights(tmp_path / "source", lambda tensors: tensors.update({f"{UP}.bias": torch.zeros(128)}))
+    stored = quantized_tensors(converted(tmp_path / "source", tmp_path / "out"))
+    assert f"{UP}.bias" not in stored
+    change_weights(tmp_path / "source", lambda tensors: tensors[f"{UP}.bias"].fill_(1))
+    assert f"unexpected keys: {UP}.bias" in refused(tmp_path / "source", tmp_path / "other", capsys)
+
+
+def test_codebooks_are_fitted_on_the_decoded_model(tmp_path: Path) -> None:
+    _, model = write_coded(tmp_path / "source", PASSED["awq"])
+    save_source(tmp_path / "decoded", model)
+    found, expected = (
+        quantized_tensors(converted(tmp_path / part, tmp_path / f"{part} out", "--scheme", "kvquant-4", *flags))
+        for part, flags in (("source", ()), ("decoded", ("--quantization", "float")))
+    )
+    levels = [name for name in expected if name.endswith("_levels")]
+    assert levels and all(torch.equal(found[name], expected[name]) for name in levels)
+
+
+def test_attentions_that_cost_most_may_stay_in_float(tmp_path: Path) -> None:
+    write_coded(tmp_path / "source", PASSED["awq"])
+    asked = ConvertRequest(
+        tmp_path / "source", tmp_path / "out", scheme="ascend-c8", calibration=TEXTS, float_costliest=1
+    )
+    report = convert(asked)
+    assert len(report.linears) == 21, "linears in codes are none of them"
+    assert len(report.scheme.float_layers) == 1 and report.chosen_floats[0].endswith("self_attn")
+
+
 # What is refused.
 
 

@@ -14,9 +14,11 @@ from safetensors.torch import load_file, save_file
 from octavo import ConvertRequest, OctavoError, convert
 from octavo.common.convert.api import main
 from octavo.common.convert.source.checkpoint import layerwise_source
+from octavo.models import qwen3_moe
 from octavo.models.llama3 import ARCHITECTURE
 from octavo.ops.shared.codes import unpack_int4
 
+from ....models.test_qwen3_moe import tiny_moe
 from ....support import (
     TEXTS,
     assert_one_error_line,
@@ -267,6 +269,34 @@ def test_codebooks_are_fitted_on_the_decoded_model(tmp_path: Path) -> None:
     )
     levels = [name for name in expected if name.endswith("_levels")]
     assert levels and all(torch.equal(found[name], expected[name]) for name in levels)
+
+
+def test_experts_in_codes(tmp_path: Path) -> None:
+    """They lie in a checkpoint one by one, as in Qwen's own of GPTQ."""
+    for part in ("source", "decoded"):
+        save_source(tmp_path / part, tiny_moe())
+    linears = {}
+
+    def code(tensors: dict[str, torch.Tensor], stored: bool) -> None:
+        for name in [name for name in tensors if name.endswith("_proj.weight")]:
+            linears[name] = gptq(tensors.pop(name))
+            ends = linears[name].stored if stored else {"weight": linears[name].weight}
+            tensors |= {f"{name.removesuffix('.weight')}.{end}": tensor.clone() for end, tensor in ends.items()}
+
+    for part, stored in (("source", True), ("decoded", False)):
+        change_weights(tmp_path / part, partial(code, stored=stored))
+    edit_json(tmp_path / "source" / "config.json", quantization_config=GPTQ)
+    flags = convert_flags(tmp_path / "source", tmp_path / "out", "--scheme", "float", *FLOAT_INPUTS)
+    assert main(qwen3_moe.ARCHITECTURE, flags) == 0
+    down = "model.layers.0.mlp.experts.3.down_proj.weight"
+    assert torch.equal(unpack_int4(quantized_tensors(tmp_path / "out")[down], 32), linears[down].codes)
+    model_class, ids = qwen3_moe.ARCHITECTURE.model_class, random_ids(1, 20)
+    with torch.inference_mode():
+        found, expected = (
+            model_class.from_pretrained(tmp_path / part, dtype=torch.float32).eval()(ids).logits
+            for part in ("out", "decoded")
+        )
+    assert (found - expected).abs().max() < TOLERANCES["logits"]
 
 
 def test_attentions_that_cost_most_may_stay_in_float(tmp_path: Path) -> None:

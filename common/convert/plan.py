@@ -114,7 +114,8 @@ def scheme_of_codes(coded: Mapping[str, CodedLinear]) -> LinearScheme:
     found = Counter((linear.label, linear.scales[0] == 1, linear.group) for linear in coded.values())
     label, per_tensor, group = found.most_common(1)[0][0]
     has_groups = label in WEIGHT_ONLY and group in GROUP_SIZES
-    return LinearScheme(label, group if has_groups else 0, per_tensor=label in FP8_LABELS and per_tensor)
+    symmetric = label not in WEIGHT_ONLY or all(linear.symmetric for linear in coded.values())
+    return LinearScheme(label, group if has_groups else 0, symmetric, label in FP8_LABELS and per_tensor)
 
 
 def _added_biases(source: LayerwiseModel, plan: Plan) -> list[str]:

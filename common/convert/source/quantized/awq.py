@@ -26,10 +26,10 @@ def read_awq(
     if version != "gemm" or bits != BITS:
         raise OctavoError(f"{where}: awq in version {version!r} and {bits} bits; Octavo reads 'gemm' and {BITS} bits")
     names = [name.removesuffix(".qweight") for name in headers if name.endswith(".qweight")]
-    return {name: _linear(where, name, headers) for name in names}
+    return {name: _linear(where, name, not config.get("zero_point", True), headers) for name in names}
 
 
-def _linear(where: str, name: str, headers: dict[str, TensorHeader]) -> CodedLinear:
+def _linear(where: str, name: str, symmetric: bool, headers: dict[str, TensorHeader]) -> CodedLinear:
     parts = tuple(f"{name}.{part}" for part in PARTS)
     shapes = [headers[part].shape if part in headers else () for part in parts]
     if any(len(shape) != 2 or 0 in shape for shape in shapes):
@@ -43,4 +43,4 @@ def _linear(where: str, name: str, headers: dict[str, TensorHeader]) -> CodedLin
         codes, zero, scale = unpack_awq({part: read(f"{name}.{part}") for part in PARTS})
         return CodedWeight(codes, sound_scale(parts[2], scale), sound_zero(parts[1], zero, BITS))
 
-    return CodedLinear(label, fault, (out_features, in_features), (out_features, groups), parts, weight)
+    return CodedLinear(label, fault, (out_features, in_features), (out_features, groups), parts, weight, symmetric)

@@ -112,7 +112,8 @@ def _packed(where: str, name: str, group: _Group, headers: dict[str, TensorHeade
             order,
         )
 
-    return CodedLinear(label, fault, (out_features, in_features), (out_features, groups), parts, weight)
+    symmetric = zero_name not in parts
+    return CodedLinear(label, fault, (out_features, in_features), (out_features, groups), parts, weight, symmetric)
 
 
 def _names(name: str, *ends: str) -> list[str]:
@@ -172,4 +173,4 @@ def _plain(where: str, name: str, group: _Group, headers: dict[str, TensorHeader
         zero = None if zero is None else zero.view(-1, scales[1]).expand(scales)
         return CodedWeight(read(weight_name), found, zero, None, block, *of_input)
 
-    return CodedLinear(label, fault, (out_features, in_features), scales, parts, weight)
+    return CodedLinear(label, fault, (out_features, in_features), scales, parts, weight, zero_name not in parts)

@@ -54,4 +54,5 @@ def _linear(
         scale, zero = sound_scale(f"{name}.scales", scale), sound_zero(f"{name}.qzeros", zero, bits)
         return CodedWeight(codes, scale, zero, order)
 
-    return CodedLinear(label, fault, (out_features, in_features), (out_features, groups), parts, weight)
+    symmetric = bool(config.get("sym", True))
+    return CodedLinear(label, fault, (out_features, in_features), (out_features, groups), parts, weight, symmetric)

@@ -71,6 +71,7 @@ class CodedLinear:
         scales: rows and columns of its scales.
         parts: names of the tensors that it is made of.
         read: gives the weight; it raises an `OctavoError` if the tensors hold what their layout does not.
+        symmetric: whether the checkpoint says that there are no zero points.
     """
 
     label: str | None
@@ -79,6 +80,7 @@ class CodedLinear:
     scales: tuple[int, int]
     parts: tuple[str, ...]
     read: Callable[[Read], CodedWeight]
+    symmetric: bool = True
 
     @property
     def group(self) -> int:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from octavo import ConvertRequest, OctavoError, convert
+from octavo import ConvertRequest, LinearScheme, OctavoError, convert
 from octavo.common.convert.api import main
 from octavo.common.convert.source.checkpoint import layerwise_source
 from octavo.models import qwen3_moe
@@ -149,7 +149,7 @@ def test_the_cache_is_calibrated_on_the_decoded_model(name: str, tmp_path: Path)
 def test_what_is_reported(tmp_path: Path) -> None:
     write_coded(tmp_path / "source", PASSED["awq"])
     report = convert(ConvertRequest(tmp_path / "source", tmp_path / "out", scheme="ascend-c8", calibration=TEXTS))
-    assert (report.source_codes, report.linear.label, report.linear.group_size) == ("awq", "W4A16", 32)
+    assert (report.source_codes, report.linear) == ("awq", LinearScheme("W4A16", 32, symmetric=False))
     assert report.fidelity.kl < 0.05 and "21 linears in W4A16, in the codes of the source (awq)" in report.summary()
 
 

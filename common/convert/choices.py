@@ -10,6 +10,7 @@ from ..runtime.schemes.kv_scheme import Scheme, load_scheme
 from ..runtime.schemes.linear_scheme import W8A8
 from .plan import OFFSETS
 from .request import ConvertRequest
+from .source.quantized.weight import CodedLinear
 from .spelling import named
 
 
@@ -58,6 +59,50 @@ def choose_linears(model: nn.Module, request: ConvertRequest, stated: list[str],
     if request.float_head is not False:
         patterns.append(head)
     return [name for name in names if not any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def choose_codes(request: ConvertRequest, found: dict[str, CodedLinear], head: str) -> dict[str, CodedLinear]:
+    """The linears of a source whose codes stay as they are: all that are in codes, or none if they are to be decoded.
+
+    Args:
+        found: those in codes, by name.
+        head: name of the last linear.
+
+    Raises:
+        OctavoError: no kind of linear here holds them, or what is asked for would change them.
+    """
+    where = f"{named('model')} {request.model}"
+    if request.requantize and not found:
+        raise OctavoError(f"{named('requantize')}: {where} has no linear in codes; leave it out")
+    if request.requantize or not found:
+        return {}
+    for name, linear in found.items():
+        if linear.label is None:
+            raise OctavoError(
+                f"{where}: {name} {linear.fault}; no kind of linear here holds its codes as they are: "
+                f"{named('requantize')} decodes them and quantizes them again as {named('linear')} says"
+            )
+    asked = _changes_codes(request, head in found)
+    if asked is not None:
+        labels = ", ".join(sorted({linear.label for linear in found.values()}))
+        raise OctavoError(
+            f"{asked}: the linears of {request.model} are in codes already ({labels}), which stay as they are; leave "
+            f"it out, or decode and quantize them again by {named('requantize')}"
+        )
+    return found
+
+
+def _changes_codes(request: ConvertRequest, has_head: bool) -> str | None:
+    """What of a request would change linears that are in codes; None if nothing would."""
+    given = {
+        named("a linear"): request.linear_is_given,
+        f"{named('anti_method')} {request.anti_method}": bool(request.anti_method),
+        named("float_linears"): request.float_linears is not None,
+        named("float_outliers"): bool(request.float_outliers),
+        f"{named('float_head')} {request.float_head}": request.float_head is has_head or request.float_head is False,
+        f"{named('embeddings')} int8": has_head and request.embeddings == "int8",
+    }
+    return next((field for field, is_given in given.items() if is_given), None)
 
 
 def _check_statistics_file(file: Path | None, output: Path) -> None:

@@ -5,7 +5,7 @@ import argparse
 from ..errors import OctavoError
 from ..runtime.schemes.linear_scheme import W4A16, W8A8, W8A8_DYNAMIC, W8A16, WEIGHT_ONLY, LinearScheme
 from .flag_values import ACT_METHOD_NAMES
-from .request import DEFAULT_GROUP, LINEAR_NAMES
+from .request import DEFAULT_GROUP, DEFAULT_LINEAR, LINEAR_NAMES
 
 BITS = {(8, 16): W8A16, (4, 16): W4A16, (16, 16): None}
 """Label by `--w_bit` and `--a_bit`; 8 and 8 depend on `--is_dynamic`."""
@@ -16,8 +16,15 @@ FOR_LINEARS = {
 """Flags that mean nothing where every linear stays in float, and what they are unless given."""
 
 
-def linear_scheme_of_flags(flags: argparse.Namespace) -> LinearScheme | None:
+LINEAR_FLAGS = {"w_bit", "a_bit", "quantization", "is_dynamic", "w_sym", "group_size", "w_method", "act_method"}
+"""Flags that say how linears are quantized."""
+
+
+def linear_scheme_of_flags(flags: argparse.Namespace, is_given: bool = True) -> LinearScheme | None:
     """How linear layers are quantized, from the flags; None leaves them in float.
+
+    Args:
+        is_given: whether any of `LINEAR_FLAGS` is; `DEFAULT_LINEAR` follows if none is.
 
     Raises:
         OctavoError: flags that do not go together.
@@ -27,6 +34,8 @@ def linear_scheme_of_flags(flags: argparse.Namespace) -> LinearScheme | None:
         raise OctavoError(f"--embeddings int8 and {given} exclude each other: both say what lm_head is")
     if flags.quantization and (flags.is_dynamic or (flags.w_bit, flags.a_bit) != (8, 8)):
         raise OctavoError("--quantization, and --w_bit, --a_bit or --is_dynamic exclude each other: choose one way")
+    if not is_given:
+        return DEFAULT_LINEAR
     label = LINEAR_NAMES[flags.quantization] if flags.quantization else _label_of_bits(flags)
     if label is None:
         for flag, unless_given in FOR_LINEARS.items():

@@ -17,7 +17,7 @@ from ..errors import OctavoError
 from ..runtime.schemes.kv_scheme import KV_CACHE_DTYPES
 from ..runtime.schemes.linear_scheme import CPU_ACTIVATIONS, EMBEDDINGS, GROUP_SIZES, WEIGHT_METHODS
 from .dialects.table import FORMATS
-from .flag_linears import linear_scheme_of_flags
+from .flag_linears import LINEAR_FLAGS, linear_scheme_of_flags
 from .flag_values import (
     ACT_METHOD_NAMES,
     REFUSED,
@@ -49,7 +49,7 @@ def load_recipe(name: str) -> dict[str, Any]:
 
 def _add_paths(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model_path", required=True, help="directory of the float checkpoint (safetensors), or hub id")
+    add("--model_path", required=True, help="directory of the checkpoint (safetensors), or hub id")
     add("--save_directory", required=True, type=Path, help="directory to write; must not exist, or be empty")
     about = "engine that is to read it: its names, and a refusal of what it cannot read; none: MindIE's names"
     add("--target", choices=TARGETS, help=about)
@@ -78,6 +78,8 @@ def _add_linears(parser: argparse.ArgumentParser) -> None:
     add("--w_method", choices=WEIGHT_METHODS, default="MinMax", help="how codes of weights are chosen")
     add("--cpu_activations", choices=CPU_ACTIVATIONS, default=CPU_ACTIVATIONS[0],
         help="inputs of W8A16 and W4A16 on the CPU: int8 per token and group, or as they are")  # fmt: skip
+    add("--requantize", action="store_true",
+        help="decode linears that the checkpoint holds in codes, and quantize them as flags say")  # fmt: skip
     add("--anti_method", type=anti_method, choices=ANTI_METHODS, default="",
         help="outliers: m1 SmoothQuant, m2 with an offset, m3 AWQ, m4 iterative, m6 searched; none")  # fmt: skip
 
@@ -182,8 +184,9 @@ def parse_flags(name: str, argv: list[str] | None, head: str | None = None) -> a
     chosen = [flag for flag in SCHEME_FLAGS if getattr(flags, flag)]
     if len(chosen) > 1:
         parser.error(f"--{chosen[0]} and --{chosen[1]} exclude each other: both say how K and V are stored; choose one")
+    given = flags.preset or _given(name, argv) & LINEAR_FLAGS
     try:
-        flags.linear = linear_scheme_of_flags(flags)
+        flags.linear = linear_scheme_of_flags(flags, is_given=bool(given))
     except OctavoError as error:
         parser.error(str(error))
     if flags.linear is None and not chosen and flags.embeddings == "float":
@@ -231,6 +234,7 @@ def request_of(flags: argparse.Namespace, architecture: Architecture | str | Non
         save_statistics=flags.save_statistics,
         resume=flags.resume,
         format=flags.format,
+        requantize=flags.requantize,
     )
 
 

@@ -24,12 +24,12 @@ from .calibration.codebooks import fit_codebooks
 from .calibration.observe import calibrate
 from .calibration.streams import Texts
 from .calibration.texts import default_texts, hold_back, read_calibration_file, tokenize
-from .choices import check_treatment, choose_linears, chosen_scheme, needs_texts
+from .choices import check_treatment, choose_codes, choose_linears, chosen_scheme, needs_texts
 from .output.bundle import code_digest
 from .output.writer import check_output
 from .pipeline import Conversion
-from .plan import Plan
-from .request import VLLM_ASCEND_0_23, ConvertRequest
+from .plan import Plan, scheme_of_codes
+from .request import VLLM_ASCEND_0_23, ConvertRequest, check_activations
 from .source.checkpoint import (
     FLOAT_DTYPES,
     check_device,
@@ -101,13 +101,29 @@ class Job:
                 f"{named('max_kl')} {request.max_kl}: the held-back texts have one token each; give longer ones"
             )
         self.source = layerwise_source(self.directory, request.device, self.architecture)
-        stated = self.architecture.floats(self.source.config, FLOAT_DTYPES[source_dtype(self.headers)])
-        self.linears = choose_linears(self.source.model, request, stated, self.source.facts.head)
+        self._say_left_out()
+        self.coded = choose_codes(request, self.source.coded_linears(), self.source.facts.head)
+        self.linear = scheme_of_codes(self.coded) if self.coded else request.linear or LinearScheme()
+        if request.linear is not None:
+            check_activations(request, self.linear, named("cpu_activations"))
+        self.linears = list(self.coded) if self.coded else self._float_linears()
         if request.anti_method and not self.linears:
             given = f"{named('anti_method')} {request.anti_method}"
             raise OctavoError(f"{given}: {named('float_linears')} leaves every linear in float")
         check_target(request.target, self.plan(()), self.source)
-        self.samples = samples if needs_texts(request, self.scheme, self.linears) else samples[:1]
+        made = [] if self.coded else self.linears
+        self.samples = samples if needs_texts(request, self.scheme, made) else samples[:1]
+
+    def _float_linears(self) -> list[str]:
+        """Names of the linears to quantize, all of them in float in the source."""
+        stated = self.architecture.floats(self.source.config, FLOAT_DTYPES[source_dtype(self.headers)])
+        return choose_linears(self.source.model, self.request, stated, self.source.facts.head)
+
+    def _say_left_out(self) -> None:
+        """Say what of a quantized source is not carried over."""
+        parts = getattr(self.source.files, "kv_parts", [])
+        if parts:
+            say(f"{parts[0]} and {len(parts) - 1} more scales of a cache are left: {self.scheme.name} has its own")
 
     def _tokenized(self) -> list[dict[str, torch.Tensor]]:
         """All texts as samples of `[1, S]` ids and mask."""
@@ -132,11 +148,10 @@ class Job:
         in_codes = linears or self.request.embeddings == "int8"
         if not (in_codes or any(scheme.of_layer(index).is_quantized for index in range(len(names)))):
             raise OctavoError("every linear and attention stays in float; nothing would be quantized")
-        linear = self.request.linear or LinearScheme()
         stored = source_dtype(self.headers)
         return Plan(
             scheme,
-            linear,
+            self.linear,
             linears,
             self.request.anti_method,
             stored,
@@ -144,6 +159,7 @@ class Job:
             self.request.embeddings == "int8",
             engine_dtype(self.config, stored),
             self.request.target == VLLM_ASCEND_0_23,
+            self.coded,
         )
 
     def conversion(
@@ -165,7 +181,7 @@ class Job:
 
     def odd_groups(self, plan: Plan) -> Iterator[tuple[int, int]]:
         """Input channels and size of the groups of linears that cannot have those that were asked for."""
-        for name in plan.linears:
+        for name in () if plan.coded else plan.linears:
             in_features = self.source.model.get_submodule(name).in_features
             group = in_features // plan.linear.num_groups(in_features)
             if plan.linear.group_size and group != plan.linear.group_size:

@@ -1,7 +1,9 @@
 """What a conversion is to make of a model."""
 
 import copy
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedConfig
@@ -9,9 +11,17 @@ from transformers import PreTrainedConfig
 from ..errors import OctavoError
 from ..runtime.checkpoint.loading import CONFIG_KEY
 from ..runtime.schemes.kv_scheme import Scheme
-from ..runtime.schemes.linear_scheme import EMBEDDING, EMBEDDING_SCHEME, WEIGHT_ONLY, LinearScheme
+from ..runtime.schemes.linear_scheme import (
+    EMBEDDING,
+    EMBEDDING_SCHEME,
+    FP8_LABELS,
+    GROUP_SIZES,
+    WEIGHT_ONLY,
+    LinearScheme,
+)
 from .outliers.subgraphs import shifted_subgraphs
 from .source.layerwise import LayerwiseModel
+from .source.quantized.weight import CodedLinear
 from .spelling import named
 
 OFFSETS = "m2"
@@ -24,7 +34,7 @@ class Plan:
 
     Attributes:
         scheme: of attention and cache.
-        linear: of the linear layers that are quantized.
+        linear: of the linear layers that are quantized; of those in `coded`, what most of them are.
         linears: their names.
         anti_method: treatment of outliers: "", "m1", "m2", "m3", "m4" or "m6".
         dtype: of the source, as safetensors spells it.
@@ -32,6 +42,7 @@ class Plan:
         quantizes_embeddings: whether the embedding and the last linear are in int8.
         engine_dtype: of the model where engines run it, see there.
         is_of_vllm: whether scales of K and V have the names of vLLM's models, see `c8_place`.
+        coded: those of `linears` that the source holds in codes, which stay as they are: all of them or none.
     """
 
     scheme: Scheme
@@ -43,6 +54,22 @@ class Plan:
     quantizes_embeddings: bool
     engine_dtype: torch.dtype = torch.bfloat16
     is_of_vllm: bool = False
+    coded: Mapping[str, CodedLinear] = field(default_factory=dict)
+
+    def label_of(self, linear: str) -> str:
+        """The label of one of `linears`."""
+        return self.coded[linear].label if linear in self.coded else self.linear.label
+
+    def scales_of(self, linear: str, out_features: int, in_features: int) -> tuple[int, int]:
+        """Rows and columns of the scales of the weight of one of `linears`.
+
+        Raises:
+            OctavoError: its channels make no groups.
+        """
+        if linear in self.coded:
+            return self.coded[linear].scales
+        groups = self.linear.num_groups(in_features)
+        return (1 if self.linear.per_tensor else out_features), groups
 
     @property
     def deq_scale_dtype(self) -> torch.dtype:
@@ -52,18 +79,18 @@ class Plan:
     @property
     def has_weight_only(self) -> bool:
         """Whether there are linears for which `cpu_activations` counts."""
-        return self.quantizes_embeddings or (bool(self.linears) and self.linear.label in WEIGHT_ONLY)
+        return self.quantizes_embeddings or any(self.label_of(name) in WEIGHT_ONLY for name in self.linears)
 
     @property
     def needs_hessian(self) -> bool:
         """Whether calibration works out the mean of x x^T of the inputs of linears."""
-        return self.linear.w_method == "GPTQ"
+        return self.linear.w_method == "GPTQ" and not self.coded
 
     @property
     def uses_inputs(self) -> bool:
         """Whether anything of the linears follows from their inputs."""
         by_inputs = self.linear.needs_inputs or self.anti_method or self.linear.w_method != "MinMax"
-        return bool(self.linears and by_inputs)
+        return bool(self.linears and by_inputs and not self.coded)
 
     def own_head(self, source: LayerwiseModel) -> tuple[str, ...]:
         """Name of the last linear if it is in int8 with a weight of its own; empty if it is not."""
@@ -72,7 +99,7 @@ class Plan:
 
     def labels(self, source: LayerwiseModel) -> dict[str, str]:
         """Label by name of all that is in codes and stored."""
-        labels = dict.fromkeys(self.linears, self.linear.label)
+        labels = {name: self.label_of(name) for name in self.linears}
         if self.quantizes_embeddings:
             labels |= {**dict.fromkeys(self.own_head(source), EMBEDDING_SCHEME.label), source.embedding_name: EMBEDDING}
         return labels
@@ -80,6 +107,15 @@ class Plan:
     def of(self, module: str) -> list[str]:
         """Names within a module of its linears that are quantized."""
         return [name.removeprefix(f"{module}.") for name in self.linears if name.startswith(f"{module}.")]
+
+
+def scheme_of_codes(coded: Mapping[str, CodedLinear]) -> LinearScheme:
+    """What most of the linears are that a source holds in codes, as far as a scheme says it."""
+    found = Counter((linear.label, linear.scales[0] == 1, linear.group) for linear in coded.values())
+    label, per_tensor, group = found.most_common(1)[0][0]
+    has_groups = label in WEIGHT_ONLY and group in GROUP_SIZES
+    symmetric = label not in WEIGHT_ONLY or all(linear.symmetric for linear in coded.values())
+    return LinearScheme(label, group if has_groups else 0, symmetric, label in FP8_LABELS and per_tensor)
 
 
 def added_biases(source: LayerwiseModel, plan: Plan) -> list[str]:
@@ -111,13 +147,13 @@ def quantized_config(source: LayerwiseModel, plan: Plan) -> PreTrainedConfig:
         scales = {name: [rows, groups] for name in (source.embedding_name, *plan.own_head(source))}
     for name in plan.linears:
         try:
-            groups = plan.linear.num_groups(modules[name].in_features)
+            rows, groups = plan.scales_of(name, modules[name].out_features, modules[name].in_features)
         except OctavoError as error:
             raise OctavoError(
                 f"{name}: {error}; leave it in float by {named('float_linears')}, or give {named('group_size=0')}"
             ) from None
-        if plan.linear.per_tensor or groups > 1:
-            scales[name] = [1 if plan.linear.per_tensor else modules[name].out_features, groups]
+        if (rows, groups) != (modules[name].out_features, 1):
+            scales[name] = [rows, groups]
     layout = {
         "quantized_linears": plan.labels(source),
         "weight_scales": scales,

@@ -28,6 +28,8 @@ class ConversionReport:
         scheme: of KV cache and attention; its `float_layers` are those whose attention stays in float.
         linear: of the linears that are quantized; None if none is.
         linears: label by name of the linears that are quantized.
+        source_codes: how the source holds its linears in codes, which stay as they are ("awq", "gptq", ...); None if
+            they were quantized here.
         chosen_floats: linears and attentions that stay in float for their outliers or costs (`float_outliers`,
             `float_costliest`).
         odd_groups: input channels and size of the groups of linears that cannot have groups of `linear.group_size`.
@@ -56,6 +58,7 @@ class ConversionReport:
     scheme: Scheme
     linear: LinearScheme | None
     linears: Mapping[str, str]
+    source_codes: str | None
     chosen_floats: tuple[str, ...]
     odd_groups: tuple[tuple[int, int], ...]
     float_bytes: int
@@ -98,7 +101,7 @@ def _figures(report: ConversionReport) -> list[str]:
     """Sizes and fidelity before and after, as a table."""
     fidelity = report.fidelity
     rows = [
-        ("", "float", "quantized"),
+        ("", report.source_codes or "float", "quantized"),
         ("checkpoint, MB", f"{report.float_bytes / 1e6:.1f}", f"{report.output_bytes / 1e6:.1f}"),
         ("KV cache, bytes per token", str(report.float_kv_bytes_per_token), str(report.kv_bytes_per_token)),
         ("KV cache, bits per element, all counted", f"{report.float_kv_bits:g}", f"{report.kv_bits:.2f}"),
@@ -126,7 +129,10 @@ def _conditions(report: ConversionReport) -> list[str]:
 
 def _contents(report: ConversionReport) -> list[str]:
     """What was written, and what of it is not as it was asked for."""
-    linears = f"{len(report.linears)} linears in {report.linear.label}" if report.linears else "linears in float"
+    labels = " and ".join(sorted(set(report.linears.values())))
+    linears = f"{len(report.linears)} linears in {labels}" if report.linears else "linears in float"
+    if report.source_codes is not None:
+        linears += f", in the codes of the source ({report.source_codes})"
     if report.embeddings != "float":
         linears += f", embedding and last linear in {report.embeddings}"
     if report.cpu_activations is not None:

@@ -34,6 +34,8 @@ LINEAR_NAMES = {"float": None, **{label.lower(): label for label in LINEAR_LABEL
 """Labels by the names of linears, as MindIE spells them, and vLLM's fp8; None leaves linears in float."""
 DEFAULT_GROUP = {W4A16: 64}
 """Input channels that share a scale of a weight, unless a number is given; 0 of labels that are not here."""
+DEFAULT_LINEAR = LinearScheme()
+"""How linears are quantized unless it is said; the same that is asked for is another object, by which it is told."""
 FOR_LINEARS = {
     "anti_method": "", "float_linears": None, "float_head": True, "float_outliers": 0, "cpu_activations": "int8",
 }  # fmt: skip
@@ -51,13 +53,15 @@ class ConvertRequest:
     What can be checked without touching a file is checked here; the rest by `convert`.
 
     Attributes:
-        model: directory of the float checkpoint (safetensors), or a hub id. `--model_path`
+        model: directory of the checkpoint (safetensors), or a hub id: in float, or with linears in the codes of AWQ,
+            GPTQ, compressed-tensors or fp8, which stay as they are. `--model_path`
         output: directory to write; must not exist, or be empty. `--save_directory`
         scheme: of KV cache and attention: a `Scheme`, the name of a preset, a `kv_cache_dtype` of vLLM, or a JSON file;
             "float" leaves them in float. `--scheme`, `--kv_cache_dtype`, `--use_kvcache_quant`, `--use_fa_quant`
         linear: of the linear layers: a `LinearScheme`, or a name, as "w8a8", "w4a16" (groups of 64 input channels) or
-            "fp8"; None or "float" leaves them in float. `--quantization`, `--w_bit`, `--a_bit`, `--is_dynamic`,
-            `--w_sym`, `--group_size`, `--w_method`, `--act_method`
+            "fp8"; None or "float" leaves them in float. Unless given, "w8a8", or as a quantized checkpoint has them.
+            `--quantization`, `--w_bit`, `--a_bit`, `--is_dynamic`, `--w_sym`, `--group_size`, `--w_method`,
+            `--act_method`
         architecture: folder under `models/`, or what stands in it; None: found by config.json's model_type.
             The script that is run
         cpu_activations: of W8A16 and W4A16 on the CPU: "int8" quantizes inputs per token and group of channels, as the
@@ -90,6 +94,7 @@ class ConvertRequest:
         save_statistics: file to write the calibration statistics to, too. `--save_statistics`
         resume: go on with a conversion that was interrupted, if there is one. `--resume`
         format: of the output: "ascend", which Octavo's own classes load, or an engine's. `--format`
+        requantize: decode the linears that the checkpoint holds in codes, and take it for a float one. `--requantize`
 
     Raises:
         OctavoError: a field holds what is none of its values, or fields do not go together; the message names it.
@@ -99,7 +104,7 @@ class ConvertRequest:
     output: str | Path
     _: KW_ONLY
     scheme: Scheme | str | Path = "float"
-    linear: LinearScheme | str | None = field(default_factory=LinearScheme)
+    linear: LinearScheme | str | None = DEFAULT_LINEAR
     architecture: Architecture | str | None = None
     cpu_activations: str = CPU_ACTIVATIONS[0]
     anti_method: str = ""
@@ -121,6 +126,7 @@ class ConvertRequest:
     save_statistics: str | Path | None = None
     resume: bool = False
     format: str = OWN_FORMAT
+    requantize: bool = False
 
     def __post_init__(self) -> None:
         for name, value in _normalized(self).items():
@@ -128,6 +134,11 @@ class ConvertRequest:
         _check_choices(self)
         _check_numbers(self)
         _check_linear(self)
+
+    @property
+    def linear_is_given(self) -> bool:
+        """Whether `linear` was asked for, be it for what it is unless given."""
+        return self.linear is not DEFAULT_LINEAR
 
     def decisive_fields(self) -> dict[str, Any]:
         """What the bytes of an output follow from, as plain data, but for the model, its texts and the scheme.
@@ -191,7 +202,7 @@ def _check_choices(request: ConvertRequest) -> None:
         if getattr(request, name) not in choices:
             listed = ", ".join(choice or '""' for choice in choices)
             raise OctavoError(f"{name} {getattr(request, name)}: is none of {listed}")
-    for name in ("float_head", "trust_remote_code", "resume"):
+    for name in ("float_head", "trust_remote_code", "resume", "requantize"):
         value = getattr(request, name)
         if not isinstance(value, bool) and not (name == "float_head" and value is None):
             raise OctavoError(f"{name} {getattr(request, name)!r}: is neither True nor False")
@@ -218,6 +229,13 @@ def _check_numbers(request: ConvertRequest) -> None:
             raise OctavoError(f"{name} {value}: is no number of layers")
 
 
+def check_activations(request: ConvertRequest, linear: LinearScheme, field: str) -> None:
+    """Raise an `OctavoError` that names `cpu_activations` as `field` if it is given and means nothing."""
+    counts = linear.label in WEIGHT_ONLY or request.embeddings == "int8"
+    if not counts and request.cpu_activations != FOR_LINEARS["cpu_activations"]:
+        raise OctavoError(f"{field}: {linear.label} quantizes inputs on every device; leave it out")
+
+
 def _check_linear(request: ConvertRequest) -> None:
     linear, has_float_inputs = request.linear, request.embeddings == "int8"
     if has_float_inputs and request.float_head is not None:
@@ -229,11 +247,7 @@ def _check_linear(request: ConvertRequest) -> None:
             if is_given and not (name == "cpu_activations" and has_float_inputs):
                 raise OctavoError(f"{name}: linear=None leaves every linear in float")
         return
-    if (
-        not has_float_inputs
-        and linear.label not in WEIGHT_ONLY
-        and request.cpu_activations != FOR_LINEARS["cpu_activations"]
-    ):
-        raise OctavoError(f"cpu_activations: {linear.label} quantizes inputs on every device; leave it out")
+    if request.linear_is_given:
+        check_activations(request, linear, "cpu_activations")
     if not linear.is_static and linear.act_method != "minmax":
         raise OctavoError(f"linear: {linear.label} has no static ranges of inputs; leave out act_method")

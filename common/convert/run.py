@@ -71,7 +71,8 @@ def _survey(job: Job) -> tuple[list[str], list[Cost]]:
     trial = job.conversion(job.plan(floats), job.codebooks, measures=True)
     for index in tqdm(range(len(job.source)), desc="measuring", unit="layer"):
         trial.layer(index)
-    worst = costliest_units(trial.state.costs, units)[: request.float_costliest]
+    costs = [cost for cost in trial.state.costs if cost.name not in job.coded]
+    worst = costliest_units(costs, units)[: request.float_costliest]
     return [*floats, *itertools.chain(*worst)], trial.state.costs
 
 

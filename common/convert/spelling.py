@@ -40,6 +40,8 @@ FLAG_OF = {
     "trust_remote_code": "--trust_remote_code",
     "max_shard_gb": "--part_file_size",
     "save_statistics": "--save_statistics",
+    "requantize": "--requantize",
+    "a linear": "--quantization, --w_bit, --preset or another flag of linears",
     "resume": "--resume",
     "format": "--format",
     "resume=True": "--resume",

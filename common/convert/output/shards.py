@@ -107,14 +107,7 @@ class TensorFiles:
 
     def rows(self, name: str, first: int, last: int) -> torch.Tensor:
         """Rows `first` to `last` (not included) of a tensor of at least one dimension, in its own dtype."""
-        placed = self.placed[name]
-        dtype = SAFETENSORS_DTYPES[placed.header.dtype]
-        result = torch.empty((last - first, *placed.header.shape[1:]), dtype=dtype)
-        if result.numel():
-            with placed.file.open("rb", buffering=0) as opened:
-                opened.seek(placed.offset + first * placed.row_bytes)
-                _read_into(opened, _bytes_of(result))
-        return result
+        return read_rows(self.placed[name], first, last)
 
     def read(self, name: str) -> torch.Tensor:
         """A whole tensor, in its own dtype."""
@@ -125,6 +118,16 @@ class TensorFiles:
         """Some rows of a matrix: `[N]` indices to `[N, K]`."""
         found, inverse = rows.unique(return_inverse=True)
         return torch.cat([self.rows(name, row, row + 1) for row in found.tolist()])[inverse]
+
+
+def read_rows(placed: Placed, first: int, last: int) -> torch.Tensor:
+    """Rows `first` to `last` (not included) of what lies there, of at least one dimension."""
+    result = torch.empty((last - first, *placed.header.shape[1:]), dtype=SAFETENSORS_DTYPES[placed.header.dtype])
+    if result.numel():
+        with placed.file.open("rb", buffering=0) as opened:
+            opened.seek(placed.offset + first * placed.row_bytes)
+            _read_into(opened, _bytes_of(result))
+    return result
 
 
 def _read_into(opened: BinaryIO, target: memoryview) -> None:

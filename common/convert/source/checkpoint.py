@@ -1,4 +1,4 @@
-"""The float checkpoint that is converted: found, checked and loaded."""
+"""The checkpoint that is converted: found, checked and loaded; linears in codes are decoded as they are read."""
 
 import os
 import re
@@ -27,6 +27,7 @@ from ..output.writer import LONGEST_FILE_NAME
 from ..spelling import named
 from .config import LOAD_ERRORS, load_source_config
 from .layerwise import LayerwiseModel
+from .quantized.files import CodedFiles
 
 PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 CODE_PATTERNS = ("*.py", "*.tiktoken")
@@ -128,13 +129,27 @@ def source_files(directory: Path) -> list[Path]:
     return files
 
 
+def open_source(directory: Path) -> TensorFiles:
+    """The tensors of a checkpoint, those of linears in codes as weights that are decoded.
+
+    Raises:
+        OctavoError: there are no sound files, or it is quantized in a way that Octavo does not read.
+    """
+    files, config = source_files(directory), directory / "config.json"
+    quantized = read_json(config).get("quantization_config") if config.is_file() else None
+    return TensorFiles(files) if quantized is None else CodedFiles(files, str(config), quantized)
+
+
 def read_source_headers(directory: Path) -> dict[str, TensorHeader]:
-    """Dtype and shape of every tensor of a float checkpoint.
+    """Dtype and shape of every tensor of a checkpoint, of weights in codes as they are once decoded.
 
     Raises:
         OctavoError: there are no safetensors files, one is damaged, or a tensor is of another dtype than float.
     """
     headers = read_headers(source_files(directory))
+    files = open_source(directory)
+    if isinstance(files, CodedFiles):
+        headers = {name: placed.header for name, placed in files.placed.items()}
     for name, header in headers.items():
         if header.dtype not in FLOAT_DTYPES:
             raise OctavoError(
@@ -156,12 +171,35 @@ def _check_spread(model: nn.Module, directory: Path) -> None:
         raise OctavoError(f"{named('model')} {directory}: does not fit on the devices as a whole, which codebooks need")
 
 
+def _decoded_model(source: LayerwiseModel, device: str) -> nn.Module:
+    """The whole model in memory of one whose layers are loaded one by one.
+
+    Raises:
+        OctavoError: it has experts, which are not put together.
+    """
+    if source.facts.experts is not None:
+        raise OctavoError(
+            f"{named('scheme')}: codebooks need the whole model, and experts in codes are not decoded together; give "
+            "the float checkpoint"
+        )
+    model = AutoModelForCausalLM.from_config(source.config, dtype=torch.float32)
+    state = {name: source.tensor(name).float() for name in model.state_dict() if name not in source.tied}
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    state_decoder(model, source.facts)
+    return model.eval().to(device)
+
+
 def load_source(directory: Path, device: str, architecture: Architecture | None = None) -> nn.Module:
     """The whole float model in memory: fp32 on the CPU, its own dtype elsewhere, over several devices if there are.
+
+    One with linears in codes is decoded, in fp32 everywhere.
 
     Raises:
         OctavoError: config and weights disagree, a weight is NaN or Inf, or several devices do not hold the model.
     """
+    if isinstance(open_source(directory), CodedFiles):
+        return _decoded_model(layerwise_source(directory, device, architecture), device)
     dtype = torch.float32 if device == "cpu" else "auto"
     device_map = _device_map(device)
     try:
@@ -198,7 +236,7 @@ def layerwise_source(directory: Path, device: str, architecture: Architecture | 
     Raises:
         OctavoError: config and weights disagree.
     """
-    files = TensorFiles(source_files(directory))
+    files = open_source(directory)
     config = load_source_config(directory)
     return LayerwiseModel(directory, config, files, device, architecture or architecture_of(config))
 

@@ -99,12 +99,12 @@ def read_source_config(directory: Path, architecture: Architecture) -> dict[str,
     """The config.json of a float checkpoint of this architecture.
 
     Raises:
-        OctavoError: there is none, it is another architecture's, or the checkpoint is quantized already.
+        OctavoError: there is none, it is another architecture's, or the checkpoint is Octavo's or Ascend's own.
     """
     config = _read_config(directory)
     who, way_out = f"models/{architecture.name} converts", named("give architecture='{}'")
     check_model_type(directory / "config.json", config.get("model_type"), architecture, who, way_out)
-    if config.get("quantization_config") is not None or (directory / DESCRIPTION_FILE).exists():
+    if (directory / DESCRIPTION_FILE).exists():
         raise OctavoError(f"{named('model')} {directory}: is quantized already; give the float checkpoint")
     if config.get("is_causal") is False:
         raise OctavoError(f"{directory}/config.json: is_causal is false, and a KV cache serves causal models only")

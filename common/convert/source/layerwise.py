@@ -29,6 +29,8 @@ from ...runtime.experts import ExpertList, list_layer_experts
 from ..output.shards import TensorFiles
 from ..spelling import named
 from .probes import ends_fault, rope_fault
+from .quantized.files import CodedFiles
+from .quantized.weight import CodedLinear, CodedWeight
 
 MOST_LOGITS = 2**23
 """Logits that are held at a time."""
@@ -194,6 +196,11 @@ class LayerwiseModel:
                 names[origin] = names[target]
             self.tied[target] = origin
 
+    def _is_empty_bias(self, name: str) -> bool:
+        """Whether it is a bias of a linear in codes that is 0 throughout, which AutoGPTQ wrote where there was none."""
+        is_coded = isinstance(self.files, CodedFiles) and f"{name.removesuffix('.bias')}.weight" in self.files.linears
+        return name.endswith(".bias") and is_coded and not bool(self.files.read(name).any())
+
     def _matched(self) -> dict[str, str]:
         """The name in the files of each tensor of the model, those tied to another left out."""
         shapes = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
@@ -204,7 +211,11 @@ class LayerwiseModel:
         names = {name: file_name for name, file_name in names.items() if name not in self.tied}
         missing = sorted(name for name, file_name in names.items() if file_name not in stored)
         ignored = f"{self.facts.rotary}.{IGNORED}"
-        unexpected = sorted(name for name in stored if name not in known and not name.endswith(ignored))
+        unexpected = sorted(
+            name
+            for name in stored
+            if name not in known and not name.endswith(ignored) and not self._is_empty_bias(name)
+        )
         for problem, found in (("missing", missing), ("unexpected", unexpected)):
             if found:
                 raise OctavoError(f"{self._where}: {problem} keys: {found[0]}; the checkpoint is not whole")
@@ -239,8 +250,25 @@ class LayerwiseModel:
         name = self.tied.get(name, name)
         return self.files.placed[self._file_names[name]].header.dtype if name in self._file_names else None
 
+    def coded_linears(self) -> dict[str, CodedLinear]:
+        """What is known of the linears that the checkpoint holds in codes, by name, in the order of the model.
+
+        Raises:
+            OctavoError: one of them is no linear of the model.
+        """
+        known = self.files.linears if isinstance(self.files, CodedFiles) else {}
+        found = {name: known[file] for name, file in self._file_names.items() if file in known}
+        for name in found:
+            if not isinstance(self.model.get_submodule(name.rpartition(".")[0]), nn.Linear):
+                raise OctavoError(f"{self._where}: {name} is in codes, and of no linear; give the float checkpoint")
+        return {name.removesuffix(".weight"): linear for name, linear in found.items()}
+
+    def coded_weight(self, name: str) -> CodedWeight:
+        """The weight in codes of one of `coded_linears`."""
+        return self.files.coded(self.file_name(f"{name}.weight"))
+
     def tensor(self, name: str) -> torch.Tensor:
-        """A tensor of the model, in the files' dtype.
+        """A tensor of the model, in the files' dtype; one that is in codes there, decoded to float32.
 
         Raises:
             OctavoError: it holds NaN or Inf.

@@ -20,7 +20,8 @@ from ..plan import Plan
 from ..source.layerwise import LayerwiseModel, assign_state
 from ..state import ConversionState
 from ..weights.embedding import embedding_parts
-from ..weights.quantize import quantize_linear, weight_parts
+from ..weights.quantize import weight_parts
+from .quantize import linear_parts
 from .smooth import SEARCH_ROWS, error_of
 
 
@@ -55,7 +56,7 @@ class QuantizeHead:
         assign_state(linear, {"weight": weight.to(self._source.device, torch.float32, copy=True)})
         coded_norm = self._smoothed(norm, linear, state)
         inputs = _inputs_behind(coded_norm, state.calibration.hidden, self._plan.needs_hessian)
-        parts = quantize_linear(linear, inputs, self._plan.linear, self._plan.engine_dtype)
+        parts = linear_parts(self._source, self._plan, self._source.facts.head, linear, inputs)
         state.statistics |= input_tensors({self._source.facts.head: inputs})
         return self._coded(coded_norm, parts)
 

@@ -1,14 +1,27 @@
 """Quantize: the tensors of a layer of the output, and the layer that they load to."""
 
 import torch
+from torch import nn
 
 from ...runtime.checkpoint.ascend import scale_tensors
+from ...runtime.schemes.linear_scheme import LinearInputs
 from ...runtime.static_scales import scales_of_layer
 from ..output.model import OutputModel
 from ..plan import Plan
 from ..source.layerwise import LayerwiseModel
 from ..state import ConversionState, LayerWork
+from ..weights.coded import coded_parts
 from ..weights.quantize import quantize_linear
+
+
+def linear_parts(
+    source: LayerwiseModel, plan: Plan, name: str, linear: nn.Linear, inputs: LinearInputs
+) -> dict[str, torch.Tensor]:
+    """The tensors of a linear that is to be quantized: the codes of the source where it has them, or new ones."""
+    if name not in plan.coded:
+        return quantize_linear(linear, inputs, plan.linear, plan.engine_dtype)
+    weight = source.coded_weight(name)
+    return coded_parts(name, weight, plan.label_of(name), linear.bias, plan.engine_dtype)
 
 
 class Quantize:
@@ -21,7 +34,9 @@ class Quantize:
         plan = self._plan
         scales = scales_of_layer(plan.scheme, state.found(self._source.config), work.index)
         linears = {
-            part: quantize_linear(work.module.get_submodule(part), work.inputs[part], plan.linear, plan.engine_dtype)
+            part: linear_parts(
+                self._source, plan, f"{work.name}.{part}", work.module.get_submodule(part), work.inputs[part]
+            )
             for part in work.quantized
         }
         tensors = self._float_parts(work)

@@ -44,15 +44,18 @@ def weight_parts(weight: torch.Tensor, inputs: LinearInputs | None, scheme: Line
     return parts
 
 
-def _static_parts(
-    parts: dict[str, torch.Tensor], bias: torch.Tensor | None, bounds: tuple[float, float], engine_dtype: torch.dtype
+def static_parts(
+    parts: dict[str, torch.Tensor],
+    bias: torch.Tensor | None,
+    input_scale: torch.Tensor,
+    input_offset: torch.Tensor,
+    engine_dtype: torch.dtype,
 ) -> dict[str, torch.Tensor]:
-    """What W8A8 adds for inputs within `bounds` (reference: msmodelslim's W8A8).
+    """What W8A8 adds for inputs of a scale and zero point, float32 `[1]` (reference: msmodelslim's W8A8).
 
-    Engines hold `input_scale` in the dtype of the model and `deq_scale` as it is stored, so that the former is rounded
-    before the latter is worked out.
+    Engines hold `input_scale` in the dtype of the model and `deq_scale` as it is stored, so that the former is a number
+    of that dtype before the latter is worked out.
     """
-    input_scale, input_offset = static_input_scale(bounds, W8A8, engine_dtype)
     deq_scale = input_scale * parts["weight_scale"].squeeze(1)
     bias = torch.zeros_like(deq_scale) if bias is None else bias.float().cpu()
     sums = torch.cat([codes.sum(dim=1, dtype=torch.float64) for codes in parts["weight"].split(ROWS)])
@@ -90,7 +93,7 @@ def quantize_linear(
     if scheme.is_static:
         bounds = input_range(inputs, scheme.act_method, linear.weight.detach(), scheme.label)
         if scheme.label == W8A8:
-            parts |= _static_parts(parts, bias, bounds, engine_dtype)
+            parts |= static_parts(parts, bias, *static_input_scale(bounds, W8A8, engine_dtype), engine_dtype)
         else:
             parts["input_scale"] = static_input_scale(bounds, scheme.label)[0]
     if bias is not None:

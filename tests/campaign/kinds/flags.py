@@ -50,7 +50,7 @@ GOOD: dict[str, tuple[str, ...]] = {
     "--co_sparse": ("True", "False"),
     "--tp_size": ("1", "2"),
 }
-SWITCHES = ("--resume", "--trust_remote_code")
+SWITCHES = ("--resume", "--requantize", "--trust_remote_code")
 MOST_ERROR = 1.5
 """Relative rmse of logits from those of the float model above which an output is worth nothing. 2 bits of a random
 model are 0.5 off."""

@@ -58,6 +58,7 @@ DEFAULTS: dict[str, Any] = {
     "target": None,
     "format": "ascend",
     "resume": False,
+    "requantize": False,
     "preset": None,
     "quantization": None,
     "w_method": "MinMax",
@@ -146,6 +147,7 @@ def asked(*flags: str) -> ConvertRequest:
 REACHES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "part_file_size": (("4",), {"max_shard_gb": 4}),
     "resume": ((), {"resume": True}),
+    "requantize": ((), {"requantize": True}),
     "preset": (("ascend",), {"scheme": "ascend-c8", "anti_method": "m6"}),
     "w_bit": (("8", "--a_bit", "16"), {"linear": LinearScheme("W8A16")}),
     "a_bit": (("16", "--w_bit", "4"), {"linear": LinearScheme("W4A16", group_size=64)}),
@@ -202,7 +204,7 @@ def test_no_flags_ask_for_what_a_request_without_fields_asks_for() -> None:
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        (("--cpu_activations", "float"), "--cpu_activations: W8A8 quantizes inputs on every device"),
+        (("--w_bit", "8", "--cpu_activations", "float"), "--cpu_activations: W8A8 quantizes inputs on every device"),
         (
             ("--w_bit", "16", "--a_bit", "16", "--scheme", "octavo-8", "--cpu_activations", "float"),
             "every linear in float",
@@ -224,6 +226,16 @@ def test_what_says_nothing_or_twice_is_refused(
     with pytest.raises(SystemExit):
         asked(*flags)
     assert reason in capsys.readouterr().err
+
+
+def test_what_is_given_is_told_from_what_is_so_anyway() -> None:
+    """A quantized checkpoint keeps its linears unless a flag says how they are to be."""
+    assert not asked().linear_is_given and not asked("--cpu_activations", "float").linear_is_given
+    for flags in (("--w_bit", "8"), ("--act_method", "1"), ("--quantization", "w8a8"), ("--preset", "ascend")):
+        assert asked(*flags).linear_is_given
+    assert (
+        ConvertRequest("in", "out", linear="w8a8").linear_is_given and not ConvertRequest("in", "out").linear_is_given
+    )
 
 
 def test_embeddings_alone_may_be_quantized() -> None:

@@ -86,8 +86,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "config.json is a list": (lambda d: (d / "config.json").write_text("[]"), ("config.json", "object")),
     "another architecture": (lambda d: edit_json(d / "config.json", model_type="gpt2"), ("gpt2", "llama")),
     "quantized by another tool": (
-        lambda d: edit_json(d / "config.json", quantization_config={"quant_method": "gptq"}),
-        ("quantized already",),
+        lambda d: edit_json(d / "config.json", quantization_config={"quant_method": "hqq"}),
+        ("quantized already", "'hqq'"),
     ),
     "quantized by Octavo": (lambda d: (d / "quant_model_description.json").write_text("{}"), ("quantized already",)),
     "config of another width": (lambda d: edit_json(d / "config.json", hidden_size=128), ("mismatched", "[320, 64]")),

@@ -1,0 +1,48 @@
+"""From a weight that a checkpoint holds in codes to the tensors of a quantized linear layer: the codes as they are.
+
+N output channels, K input channels.
+"""
+
+import torch
+
+from ....ops.linear.reference import WEIGHT_BLOCK
+from ....ops.shared.codes import pack_int4
+from ...errors import OctavoError
+from ...runtime.schemes.linear_scheme import FP8, FP8_LABELS, W4A16, W8A8
+from ..source.quantized.weight import CodedWeight
+from .quantize import static_parts
+
+
+def coded_parts(
+    name: str,
+    weight: CodedWeight,
+    label: str,
+    bias: torch.Tensor | None = None,
+    engine_dtype: torch.dtype = torch.bfloat16,
+) -> dict[str, torch.Tensor]:
+    """The tensors of a quantized linear layer, on the CPU and contiguous.
+
+    Args:
+        name: of the linear, for messages.
+        weight: its codes.
+        label: the kind of linear that holds them.
+        bias: `[N]`, which keeps its dtype; None if there is none.
+        engine_dtype: as of `quantize_linear`; the scale of static inputs stays that of the checkpoint.
+
+    Raises:
+        OctavoError: groups are mixed up, although the checkpoint does not say so.
+    """
+    if weight.order is not None:
+        raise OctavoError(f"{name}: g_idx mixes groups up, and config.json says desc_act false; set it to true")
+    codes = pack_int4(weight.codes, WEIGHT_BLOCK) if label == W4A16 else weight.codes
+    parts = {"weight": codes, "weight_scale": weight.scale}
+    if label not in FP8_LABELS:
+        parts["weight_offset"] = torch.zeros_like(weight.scale) if weight.zero is None else weight.zero
+    if label == W8A8:
+        zero = torch.zeros(1) if weight.input_zero is None else weight.input_zero
+        parts |= static_parts(parts, bias, weight.input_scale, zero, engine_dtype)
+    elif label == FP8:
+        parts["input_scale"] = weight.input_scale
+    if bias is not None:
+        parts["bias"] = bias
+    return {part: tensor.cpu().contiguous() for part, tensor in parts.items()}

@@ -3,15 +3,17 @@
 from ...errors import OctavoError
 from ..request import OWN_FORMAT
 from ..spelling import named
+from .awq import AWQ
 from .compressed_tensors import COMPRESSED_TENSORS
 from .dialect import RUN, Dialect, Engine
 from .fastdeploy import FASTDEPLOY
 from .gguf import GGUF
+from .gptq import GPTQ
 from .modelopt import MODELOPT
 from .onnxruntime_genai import ONNXRUNTIME_GENAI
 
 DIALECTS: dict[str, Dialect] = {
-    dialect.name: dialect for dialect in (COMPRESSED_TENSORS, MODELOPT, GGUF, ONNXRUNTIME_GENAI, FASTDEPLOY)
+    dialect.name: dialect for dialect in (COMPRESSED_TENSORS, AWQ, GPTQ, MODELOPT, GGUF, ONNXRUNTIME_GENAI, FASTDEPLOY)
 }
 
 OWN_ENGINES = (Engine("Octavo, through transformers", "5.17 to 5.24", RUN, "everything"),)

@@ -51,6 +51,7 @@ def test_a_round_trip_changes_no_bit(name: str, converted: Callable[..., Path], 
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of optimum
 @pytest.mark.parametrize("name", KINDS)
 def test_transformers_loads_the_same_model(name: str, converted: Callable[..., Path], tmp_path: Path) -> None:
     """By gptqmodel, whose linears compute in half precision."""

@@ -14,14 +14,14 @@ def form_of_plan(job: Job, plan: Plan) -> Form:
     linears = {}
     for name in plan.linears:
         module = modules[name]
-        groups = linear.num_groups(module.in_features)
+        rows, groups = plan.scales_of(name, module.out_features, module.in_features)
         linears[name] = LinearForm(
-            linear.label,
+            plan.label_of(name),
             module.out_features,
             module.in_features,
             module.in_features // groups if groups > 1 else 0,
             linear.symmetric,
-            linear.per_tensor,
+            rows == 1 < module.out_features,
             module.bias is not None,
         )
     return Form(

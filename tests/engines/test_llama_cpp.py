@@ -21,10 +21,11 @@ CASES = {
     "q8_0": (("--quantization", "w8a16", "--group_size", "32"), 0.04),
     "q4_0": (("--quantization", "w4a16", "--group_size", "32"), 0.04),
     "q4_1": (("--quantization", "w4a16", "--group_size", "32", "--w_sym", "False"), 0.04),
-    "float16": (("--quantization", "fp8", "--disable_names", "*.k_proj", "*.q_proj", "*.v_proj"), 0.05),
+    "float16": (("--quantization", "fp8", "--disable_names", "*.k_proj", "*.q_proj", "*.v_proj"), 0.1),
 }
 """Flags, and the largest mean difference of logits in their standard deviation: llama.cpp rounds inputs to int8 in
-blocks of 32, as ours does in groups of so many, and keeps K and V in float16."""
+blocks of 32, as ours does in groups of so many, and keeps K and V in
+float16; inputs that ours has in fp8 stay in float there."""
 
 
 @pytest.mark.parametrize("name", CASES)

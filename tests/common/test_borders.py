@@ -15,7 +15,11 @@ ARCHITECTURES = sorted(file.parent.name for file in REPOSITORY.glob("models/*/co
 MOST_ROOMS, MOST_FLOORS = 8, 5
 NAMES = r"self_attn|\b[qkvo]_proj|layernorm|(gate|up|down|qkv|gate_up)_proj|embed_tokens|rotary_emb|[qk]_norm"
 """Names of modules that differ between architectures."""
-OF_A_DIALECT = {"common/runtime/checkpoint/ascend.py": 2, "common/convert/recipes/memory-first.json": 1}
+OF_A_DIALECT = {
+    "common/runtime/checkpoint/ascend.py": 2,
+    "common/convert/dialects/gguf.py": 1,
+    "common/convert/dialects/modelopt.py": 1,
+}
 """Files that may name modules, since a format on disk or a set of flags names them, and on how many lines at most."""
 
 

@@ -77,7 +77,7 @@ class Form:
         return f"{self.architecture.model_class.base_model_prefix}.{self.architecture.decoder.embedding}"
 
     def attention(self, index: int) -> str:
-        """Name of the attention of a layer, as `model.layers.3.self_attn`."""
+        """Name of the attention of a layer."""
         return f"{self.architecture.layer_name(index)}.{self.architecture.decoder.attention.name}"
 
     def schemes(self) -> list[Scheme]:

@@ -2,9 +2,9 @@
 
 A rank has whole heads: `H / R` query heads and the KV heads that these read, `G / R` or, where there are more ranks
 than KV heads, one that several ranks hold; and an equal part of the channels between the linears of the MLP, or of each
-expert. So it is a model of the same layers with fewer heads and narrower MLPs, and sums what `o_proj` and `down_proj`
-make over all ranks. Linears that read the states are cut by output channels, those two by input channels. Norms,
-router, embedding and last linear are whole on every rank.
+expert. So it is a model of the same layers with fewer heads and narrower MLPs, and sums over all ranks what the last
+linears of attention and MLP make. Linears that read the states are cut by output channels, those two by input channels.
+Norms, router, embedding and last linear are whole on every rank.
 
 R ranks, H query heads, G KV heads, D head_dim, N output channels, K input channels.
 """

@@ -19,6 +19,7 @@ from safetensors import safe_open
 
 from ....ops.linear.reference import WEIGHT_BLOCK
 from ...errors import OctavoError
+from ..checkpoint.ascend import described_name
 from ..checkpoint.files import TensorHeader
 from ..decoder import Decoder
 from ..model_sizes import attention_sizes
@@ -28,8 +29,6 @@ from .ranks import Ranks
 Range = tuple[int, int]
 _OF_OUTPUTS = ("weight", "weight_scale", "weight_offset", "quant_bias", "deq_scale", "bias", "outlier_weight")
 """Parts of a linear that have a row for each output channel, or are one for all."""
-_ADDED = ("bias", "quant_bias")
-"""Parts that are added to a sum over input channels, and so on one rank alone."""
 _INT4_BYTES = "U8"
 MAX_CHANNELS = WEIGHT_BLOCK
 """Input channels of weight 0 that a linear with a scale per token has behind those of its share: they are given the
@@ -46,6 +45,8 @@ class Share:
         extra: elements behind these, which stand for 0.
         is_empty: whether all of it is zeros, since another rank adds it.
         zero: name of the tensor whose values are the codes that stand for 0, `[N, 1]`, for `extra`.
+        columns: of a `quant_bias`, the input channels whose zero point it takes off, if it is empty, and else those
+            whose it no longer does; see `SharedBias`.
     """
 
     dim: int = 0
@@ -53,10 +54,11 @@ class Share:
     extra: int = 0
     is_empty: bool = False
     zero: str | None = None
+    columns: Range | None = None
 
     def shape_of(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Of the part, from that of the whole."""
-        if self.is_empty:
+        if self.is_empty or self.columns is not None:
             return shape
         size = sum(stop - start for start, stop in self.ranges) + self.extra
         return (*shape[: self.dim], size, *shape[self.dim + 1 :])
@@ -152,7 +154,7 @@ class Shares:
             return None
         index, module, part = int(found[1]), found[2], found[3]
         linear = self._linears[self._decoder.experts_in(self._config, index)].get(module)
-        if part.startswith("kv_cache_"):
+        if described_name(name).rpartition(".")[2].startswith("kv_cache_"):
             first, last = self._kv_heads
             return Share(ranges=((first * self._width, last * self._width),))
         if linear is None:
@@ -178,7 +180,10 @@ class Shares:
         """Of a linear that is cut by input channels."""
         linear = name.removesuffix(f".{part}")
         label = self._labels.get(linear)
-        if part in _ADDED:
+        if part == "quant_bias":
+            behind = own[1], headers[f"{linear}.weight"].shape[1]
+            return Share(is_empty=True, columns=own) if self.ranks.rank else Share(columns=behind)
+        if part == "bias":
             return Share(is_empty=True) if self.ranks.rank else None
         if label == W8A8_MIXED:
             raise OctavoError(
@@ -286,6 +291,32 @@ class SharedTensor:
         return codes.to(part.dtype).expand(shape)
 
 
+class SharedBias(SharedTensor):
+    """The `quant_bias` of a rank of a W8A8 linear that is cut by input channels, int32 `[N]`, read as `SharedTensor`.
+
+    It holds the bias, which the first rank adds, and takes off what the zero point of the inputs adds to the products,
+    `offset * sum(codes of a row)`. Each rank takes off what its own channels add: if one did it for all, parts of a sum
+    would be many times as large as the sum, and be rounded as such to the dtype of the model.
+
+    Args:
+        stored: the slice of the whole.
+        share: which part.
+        weight, offset: of the linear, as `stored`.
+    """
+
+    def __init__(self, stored: Any, share: Share, weight: Any, offset: Any) -> None:
+        super().__init__(stored, share)
+        self._weight, self._offset = weight, offset
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        start, stop = self._share.columns
+        added = self._offset[...].to(torch.int64) * self._weight[:, start:stop].sum(dim=1, dtype=torch.int64)
+        whole = self._stored[...]
+        found = -added if self._share.is_empty else whole + added
+        limits = torch.iinfo(torch.int32)
+        return found.clamp(limits.min, limits.max).to(whole.dtype)[index]
+
+
 def shared_tensors(shares: Shares, headers: Mapping[str, TensorHeader], files: list[str]) -> dict[str, Any]:
     """What a rank reads of the tensors of some safetensors files, by name, each when it is asked for."""
     stored: dict[str, Any] = {}
@@ -295,5 +326,9 @@ def shared_tensors(shares: Shares, headers: Mapping[str, TensorHeader], files: l
     found = {}
     for name, part in stored.items():
         share = shares.of(name, headers)
-        found[name] = part if share is None else SharedTensor(part, share, stored.get(share.zero))
+        if share is not None and share.columns is not None:
+            of_linear = (stored[name.removesuffix("quant_bias") + other] for other in ("weight", "input_offset"))
+            found[name] = SharedBias(part, share, *of_linear)
+        else:
+            found[name] = part if share is None else SharedTensor(part, share, stored.get(share.zero))
     return found

@@ -87,9 +87,14 @@ def _asked_for(arguments: dict[str, Any]) -> tuple[Any, int | None] | None:
     return plan, size
 
 
+def _accelerator() -> torch.device | None:
+    """The accelerator of this machine; none where torch is built for one that is not there."""
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+
+
 def _device(backend: str) -> torch.device:
     """The device of this process, of the kind that a backend of torch.distributed serves."""
-    accelerator = None if backend == "gloo" else torch.accelerator.current_accelerator()
+    accelerator = None if backend == "gloo" else _accelerator()
     if accelerator is None:
         return torch.device("cpu")
     device = torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")))
@@ -105,7 +110,7 @@ def _join() -> None:
     """
     if not distributed.is_available() or not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         raise OctavoError(f"tp_plan: a model is shared among processes, and this one is alone; {_START}")
-    kind = torch.accelerator.current_accelerator()
+    kind = _accelerator()
     backend = distributed.get_default_backend_for_device("cpu" if kind is None else kind.type)
     try:
         _device(backend)

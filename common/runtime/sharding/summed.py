@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from ..decoder import decoder_layers, stated_decoder
+from ..gradients import refuse_gradient
 from .ranks import Ranks
 
 
@@ -22,7 +23,11 @@ def _wrap(module: nn.Module, run: Callable[..., torch.Tensor], *before: Any) -> 
 
 
 def _summed(ranks: Ranks, forward: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
-    return ranks.sum(forward(*args, **kwargs))
+    part = forward(*args, **kwargs)
+    total = ranks.sum(part)
+    if torch.is_grad_enabled() and part.requires_grad:
+        total = refuse_gradient(total, part, "a model that is shared among ranks")
+    return total
 
 
 def _with_largest(

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from octavo import prepare
@@ -15,7 +16,7 @@ from octavo.common.runtime.sharding.ranks import Ranks, ranks_asked_for
 from octavo.models import llama3, qwen2, qwen3_moe
 
 from ....metrics import rmse_in_std
-from ....support import convert_flags, random_ids, randomized, save_source, tiny_config, tiny_llama
+from ....support import convert_flags, quantized_tensors, random_ids, randomized, save_source, tiny_config, tiny_llama
 from ....tolerances import TOLERANCES
 from .launch import shared
 
@@ -154,12 +155,29 @@ def test_processes_that_do_not_find_one_another_are_named(monkeypatch: pytest.Mo
         ranks_asked_for({"tp_plan": "auto"})
 
 
-def two_ranks(monkeypatch: pytest.MonkeyPatch, size: int = 2) -> None:
-    """Let a load take itself for the first of some ranks."""
+def test_an_accelerator_that_torch_is_built_for_need_not_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with torch for CUDA, which pip installs, on a machine without a GPU: processes meet by gloo."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    asked, places = [], []
+    monkeypatch.setattr(torch.distributed, "init_process_group", asked.append)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    for backend in ("gloo", "undefined"):  # the latter of a program that started them without naming one
+        monkeypatch.setattr(torch.distributed, "get_backend", lambda backend=backend: backend)
+        places.append(ranks_asked_for({"tp_plan": "auto"}))
+    assert asked == ["gloo"] * 2 and places == [Ranks(0, 2, torch.device("cpu"))] * 2
+
+
+def two_ranks(monkeypatch: pytest.MonkeyPatch, size: int = 2, rank: int = 0) -> None:
+    """Let a load take itself for one of some ranks."""
 
     def asked_for(arguments: dict[str, Any]) -> Ranks:
         assert arguments.pop("tp_plan") == "auto"
-        return Ranks(0, size, torch.device("cpu"))
+        return Ranks(rank, size, torch.device("cpu"))
 
     monkeypatch.setattr("octavo.common.runtime.model.ranks_asked_for", asked_for)
 
@@ -219,3 +237,50 @@ def test_shares_of_a_float_model_are_its_parts(tmp_path: Path, monkeypatch: pyte
     assert torch.equal(own.self_attn.o_proj.weight, of_whole.self_attn.o_proj.weight[:, :32])
     assert torch.equal(own.mlp.down_proj.weight, of_whole.mlp.down_proj.weight[:, :32])
     assert torch.equal(model.lm_head.weight, whole.lm_head.weight)
+
+
+def test_scales_of_k_and_v_are_shared_by_their_names_in_vllm_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = save_source(tmp_path / "source", _llama()), tmp_path / "converted"
+    flags = ("--quantization", "w8a8", "--scheme", "ascend-c8", "--target", "vllm-ascend-0.23")
+    assert conversion.main(llama3.ARCHITECTURE, convert_flags(source, target, *flags)) == 0
+    stored = load_file(target / "quant_model_weight_w8a8.safetensors")
+    two_ranks(monkeypatch, rank=1)
+    model = llama3.ARCHITECTURE.model_class.from_pretrained(target, tp_plan="auto")
+    for index, layer in enumerate(model.model.layers):
+        of_layer = f"model.layers.{index}.self_attn.attn"
+        for part in ("k_cache_scale", "v_cache_scale"):
+            assert torch.equal(getattr(layer.self_attn.attn, part), stored[f"{of_layer}.{part}"][16:])
+
+
+def test_each_rank_takes_off_the_zero_point_of_its_own_channels(
+    directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the first did it for all, parts of a sum would be far larger than the sum, and be rounded so in bfloat16."""
+    name, size = "model.layers.0.self_attn.o_proj", 4
+    stored = quantized_tensors(directories["llama static"])
+    offset, codes = stored[f"{name}.input_offset"].int(), stored[f"{name}.weight"].int()
+    assert offset.item() != 0
+    found = []
+    for rank in range(size):
+        two_ranks(monkeypatch, size, rank)
+        model = llama3.ARCHITECTURE.model_class.from_pretrained(directories["llama static"], tp_plan="auto")
+        found.append(model.get_submodule(name).quant_bias)
+    added = [-offset * part.sum(dim=1) for part in codes.chunk(size, dim=1)]
+    whole = stored[f"{name}.quant_bias"]
+    assert torch.equal(sum(found), whole)
+    assert all(torch.equal(*pair) for pair in zip(found[1:], added[1:], strict=True))
+    assert torch.equal(found[0], added[0])  # there is no bias
+
+
+def test_a_share_has_no_gradient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is summed over ranks would count as a constant."""
+    source = save_source(tmp_path / "source", _llama())
+    two_ranks(monkeypatch)
+    monkeypatch.setattr(Ranks, "sum", lambda self, part: part.detach())
+    monkeypatch.setattr(Ranks, "check_same", lambda self, ids: None)
+    model = llama3.ARCHITECTURE.model_class.from_pretrained(source, tp_plan="auto")
+    loss = model(IDS, labels=IDS).loss
+    with pytest.raises(OctavoError, match="a model that is shared among ranks has no gradient"):
+        loss.backward()

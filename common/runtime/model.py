@@ -227,7 +227,7 @@ class QuantizedCausalLM:
                 raise OctavoError(f"{source}: {problem.replace('_', ' ')}: {first}; config and weights disagree")
         check_tied(model)
         check_values(str(source), model, model.scheme)
-        if shared is not None:
+        if shared is not None and model.device != ranks.device:
             model.to(ranks.device)
         return (model, info) if wants_info else model
 

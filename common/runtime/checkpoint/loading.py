@@ -185,7 +185,7 @@ def check_settings(where: str, settings: Mapping[str, Any]) -> None:
             f"{where}: rope_theta is {stated[0]!r}, and {stated[-1]!r} in rope_parameters; {_AGAIN}, or change both"
         )
     given = [settings.get(name) for name in ("rope_parameters", "rope_scaling")]
-    if all(isinstance(part, dict) for part in given) and rope_scaling(given[0]) != rope_scaling(given[1]):
+    if all(part and isinstance(part, dict) for part in given) and rope_scaling(given[0]) != rope_scaling(given[1]):
         raise OctavoError(
             f"{where}: rope_scaling, which takes the place of rope_parameters, says something else; {_AGAIN}, or "
             "change both"

@@ -226,3 +226,14 @@ def test_two_scalings_are_refused(tmp_path: Path, capfd: pytest.CaptureFixture[s
     file.write_text(json.dumps({**config, "rope_scaling": {**LLAMA_31, "factor": 4.0}}))
     assert main(ARCHITECTURE, convert_flags(source, tmp_path / "out")) == 1
     assert_one_error_line(capfd.readouterr().err, "rope_scaling, which takes the place of rope_parameters")
+
+
+def test_a_scaling_that_says_nothing_is_none(tmp_path: Path) -> None:
+    """transformers takes an empty `rope_scaling` for none, too."""
+    source = save_source(tmp_path / "source", tiny_llama(rope_parameters=LLAMA_31))
+    file = source / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "rope_scaling": {}}))
+    assert main(ARCHITECTURE, convert_flags(source, tmp_path / "out")) == 0
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["rope_scaling"]["factor"] == LLAMA_31["factor"]

@@ -60,6 +60,15 @@ class Plan:
         """The label of one of `linears`."""
         return self.coded[linear].label if linear in self.coded else self.linear.label
 
+    @property
+    def kinds(self) -> list[tuple[str, int, bool]]:
+        """Label, group size and whether weights are symmetric, of the linears that differ in these, each once."""
+        if not self.linears:
+            return []
+        coded = (self.coded[name] for name in self.linears if name in self.coded)
+        found = [(linear.label, linear.group, linear.symmetric) for linear in coded]
+        return list(dict.fromkeys(found)) or [(self.linear.label, self.linear.group_size, self.linear.symmetric)]
+
     def scales_of(self, linear: str, out_features: int, in_features: int) -> tuple[int, int]:
         """Rows and columns of the scales of the weight of one of `linears`.
 

@@ -69,16 +69,15 @@ def _of_cache(engine: Engine, plan: Plan) -> Iterator[str]:
 
 
 def _of_linears(engine: Engine, plan: Plan) -> Iterator[str]:
-    linear = plan.linear
     if plan.quantizes_embeddings:
         yield f"{engine.name} reads embeddings in float alone; leave out {named('embeddings')}"
-    if not plan.linears:
-        return
-    if linear.label not in engine.labels:
-        yield f"{engine.name} has no linears of {linear.label}; give one of {', '.join(engine.labels)}"
-    elif linear.label in WEIGHT_ONLY and linear.group_size not in engine.groups:
-        known = ", ".join(map(str, engine.groups))
-        yield f"{engine.name} reads {linear.label} by {named('group_size')} {known}, not {linear.group_size}"
+    decoded = f"; {named('requantize')} makes others of those of the source" if plan.coded else ""
+    for label, group, _ in plan.kinds:
+        if label not in engine.labels:
+            yield f"{engine.name} has no linears of {label}; give one of {', '.join(engine.labels)}{decoded}"
+        elif label in WEIGHT_ONLY and group not in engine.groups:
+            known = ", ".join(map(str, engine.groups))
+            yield f"{engine.name} reads {label} by {named('group_size')} {known}, not {group}{decoded}"
 
 
 def _of_units(engine: Engine, plan: Plan, source: LayerwiseModel) -> Iterator[str]:
@@ -98,7 +97,7 @@ def _skipped_bias(plan: Plan, source: LayerwiseModel) -> str | None:
     """A linear that m2 gives a bias, which its architecture has none of, and which no int32 bias of W8A8 holds."""
     if plan.anti_method != OFFSETS:
         return None
-    static = set(plan.linears) if plan.linear.label == W8A8 else set()
+    static = {name for name in plan.linears if plan.label_of(name) == W8A8}
     for index in range(len(source)):
         layer = source.layer_name(index)
         quantized = plan.of(layer)
@@ -119,10 +118,12 @@ def misread(engine: Engine, plan: Plan, source: LayerwiseModel) -> Iterator[str]
             f"{engine.name} skips the bias that {named('anti_method')} m2 gives {skipped}, whose architecture has none "
             "there; take W8A8 for all linears behind a norm, or another method"
         )
-    if plan.linears and plan.linear.label in WEIGHT_ONLY and not plan.linear.symmetric and not engine.subtracts_offset:
+    has_zero = any(label in WEIGHT_ONLY and not symmetric for label, _, symmetric in plan.kinds)
+    if has_zero and not engine.subtracts_offset:
+        way = f"{named('requantize')} makes others" if plan.coded else f"leave out {named('symmetric')} False"
         yield (
             f"{engine.name} adds the zero points of weights (`(code + offset) * scale`), which are stored to be taken "
-            f"off, as MindIE does; leave out {named('symmetric')} False"
+            f"off, as MindIE does; {way}"
         )
 
 

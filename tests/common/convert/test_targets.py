@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from ...support import (
     tiny_config,
     tiny_llama,
 )
+from .source.coded_sources import Layout, args, ct_config, packed_ct, write_coded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -237,3 +239,44 @@ def test_a_scaling_that_says_nothing_is_none(tmp_path: Path) -> None:
     assert main(ARCHITECTURE, convert_flags(source, tmp_path / "out")) == 0
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["rope_scaling"]["factor"] == LLAMA_31["factor"]
+
+
+def _in_two_kinds() -> Layout:
+    """Linears in int8, and the last of the MLP in int4."""
+    config = ct_config("pack-quantized", args(8, "int", "channel"))
+    config["config_groups"]["group_1"] = {"targets": ["re:.*down_proj"], "weights": args(4, "int", "group")}
+    return Layout(lambda w: packed_ct(w) if w.shape[1] == 128 else packed_ct(w, bits=8, group=0), config)
+
+
+EIGHT_WITH_ZEROS = ct_config("pack-quantized", args(8, "int", "channel", False))
+WIDE = args(4, "int", "group", group_size=96)
+CODED = [
+    (
+        "vllm-ascend",
+        _in_two_kinds(),
+        {},
+        "has no linears of W4A16; give one of W8A8, W8A8_DYNAMIC, W8A16; --requantize",
+    ),
+    (
+        "mindie",
+        Layout(partial(packed_ct, group=96), ct_config("pack-quantized", WIDE)),
+        {"hidden_size": 192, "intermediate_size": 192, "head_dim": 48},
+        "reads W4A16 by --group_size 0, 64, 128, 256, not 96; --requantize makes others of those of the source",
+    ),
+    (
+        "vllm-ascend",
+        Layout(partial(packed_ct, bits=8, group=0, symmetric=False), EIGHT_WITH_ZEROS),
+        {},
+        "which are stored to be taken off, as MindIE does; --requantize makes others",
+    ),
+]
+
+
+@pytest.mark.parametrize(("target", "layout", "sizes", "reason"), CODED)
+def test_codes_of_a_source_that_an_engine_cannot_read_are_refused(
+    target: str, layout: Layout, sizes: dict[str, int], reason: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Of every kind that there is, and groups of any size."""
+    write_coded(tmp_path / "source", layout, **sizes)
+    assert main(ARCHITECTURE, convert_flags(tmp_path / "source", tmp_path / "out", "--target", target)) == 1
+    assert_one_error_line(capfd.readouterr().err, f"--target {target}: ", reason)

@@ -15,7 +15,7 @@ BASE ?= HEAD
 # What bench-engines compares with, on which models and texts, and further flags of benchmarks/engines.py.
 ENGINES ?= openvino llama_cpp vllm
 # Those that test-engines lets load what is written for them.
-TESTED ?= llama_cpp vllm
+TESTED ?= llama_cpp vllm vllm_ascend_0.23.0 vllm_ascend_0.25.1rc1
 ENGINE_STAMPS := $(ENGINES:%=.cache/engines/%/.installed)
 MODELS ?=
 EVAL ?=
@@ -104,6 +104,11 @@ endif
 .cache/engines/%/.installed: benchmarks/engines/%.txt
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip --disable-pip-version-check install --no-deps --requirement $<
+	touch $@
+
+# Of vllm-ascend, which runs on NPUs alone, the wheel's own Python is imported as far as it goes without.
+.cache/engines/vllm_ascend_%/.installed:
+	$(BIN)/python -m pip --disable-pip-version-check install --no-deps --target $(@D) vllm-ascend==$*
 	touch $@
 
 # Compiled kernels and the demo's model, and transformers' copies of the code of directories that were loaded.

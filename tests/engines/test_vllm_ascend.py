@@ -1,10 +1,7 @@
 """Directories of Octavo as vllm-ascend reads them, by its own config, schemes and adapters; see the reader.
 
 The reader runs the `quantization` package of the wheel; not run are vLLM's engine, its attention, and CANN's operators,
-which stand-ins replace that compute what torch_npu documents. Unpack the wheel to have these tests:
-
-    pip install --no-deps --target .cache/engines/vllm_ascend_0.23.0 vllm-ascend==0.23.0
-    pip install --no-deps --target .cache/engines/vllm_ascend_0.25.1rc1 vllm-ascend==0.25.1rc1
+which stand-ins replace that compute what torch_npu documents. `make test-engines` unpacks the wheels.
 """
 
 import json
@@ -23,11 +20,11 @@ from octavo.models.llama3 import ARCHITECTURE
 from octavo.models.llama3.modeling_llama_fa3 import LlamaForCausalLM
 
 from ..metrics import rmse_in_std
-from ..support import REPOSITORY, convert_flags, save_source, tiny_llama
+from ..support import convert_flags, save_source, tiny_llama
+from .environments import ENVIRONMENTS
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
-ENGINES = REPOSITORY / ".cache" / "engines"
 READER = Path(__file__).with_name("vllm_ascend_reader.py")
 LAYERS = 3
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -38,11 +35,9 @@ Convert = Callable[..., Path]
 @pytest.fixture(scope="module", params=["0.23.0", "0.25.1rc1"])
 def version(request: pytest.FixtureRequest) -> str:
     """A version of vllm-ascend whose wheel is unpacked here."""
-    if not (ENGINES / f"vllm_ascend_{request.param}" / "vllm_ascend" / "quantization").is_dir():
-        folder = f".cache/engines/vllm_ascend_{request.param}"
-        pytest.skip(
-            f"{folder} is missing; pip install --no-deps --target {folder} vllm-ascend=={request.param} fills it"
-        )
+    folder = ENVIRONMENTS / f"vllm_ascend_{request.param}"
+    if not (folder / "vllm_ascend" / "quantization").is_dir():
+        pytest.skip(f"no {folder}; make test-engines makes it")
     return request.param
 
 
@@ -69,7 +64,7 @@ def convert(tmp_path_factory: pytest.TempPathFactory) -> Convert:
 
 
 def run_reader(version: str, directory: Path, dtype: str, out: Path) -> "subprocess.CompletedProcess[str]":
-    command = [str(READER), str(ENGINES / f"vllm_ascend_{version}"), str(directory), str(LAYERS), dtype, str(out)]
+    command = [str(READER), str(ENVIRONMENTS / f"vllm_ascend_{version}"), str(directory), str(LAYERS), dtype, str(out)]
     return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=300)
 
 

@@ -2,6 +2,7 @@
 
 from octavo.common.convert.dialects.document import COMMAND, document
 from octavo.common.convert.dialects.table import DIALECTS
+from octavo.common.convert.request import TARGETS
 
 from ....support import REPOSITORY
 
@@ -15,3 +16,4 @@ def test_every_engine_of_every_dialect_is_in_it() -> None:
     for dialect in DIALECTS.values():
         assert f"## {dialect.name}\n" in text
         assert all(f"| {engine.name} | {engine.versions} | {engine.level} |" in text for engine in dialect.engines)
+    assert all(f"with `--target {target}` |" in text for target in TARGETS)

@@ -106,7 +106,7 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
         default=False,
         help="quantize each token's inputs by a scale of its own (W8A8_DYNAMIC); the MLP's last too, unless disabled",
     )
-    units = "q, k and v count as one, and so do gate and up"
+    units = "q, k and v count as one, and so do gate and up, and all of a layer's experts"
     about = f"Ln leaves the n linears with the worst outliers in float; {units}"
     add("--disable_level", type=level, default="L0", help=about)
     about = f"so many linears or attentions, those that cost most, stay in float; {units}"

@@ -28,6 +28,7 @@ class Engine:
     Attributes:
         name: as users know it.
         labels: of linears.
+        expert_labels: of linears of experts.
         groups: numbers of input channels that may share a scale of a weight, 0 for all.
         reads_fa: whether it runs FAQuant.
         subtracts_offset: whether the zero point of a weight counts as it is stored, `(code - offset) * scale`.
@@ -35,13 +36,15 @@ class Engine:
 
     name: str
     labels: tuple[str, ...]
+    expert_labels: tuple[str, ...]
     groups: tuple[int, ...]
     reads_fa: bool
     subtracts_offset: bool
 
 
-_MINDIE = Engine("MindIE", (W8A8, W8A8_DYNAMIC, W8A16, W4A16), (0, 64, 128, 256), True, True)
-_VLLM_ASCEND = Engine("vllm-ascend", (W8A8, W8A8_DYNAMIC, W8A16), (0,), False, False)
+_ALL = (W8A8, W8A8_DYNAMIC, W8A16, W4A16)
+_MINDIE = Engine("MindIE", _ALL, _ALL, (0, 64, 128, 256), True, True)
+_VLLM_ASCEND = Engine("vllm-ascend", (W8A8, W8A8_DYNAMIC, W8A16), (W8A8_DYNAMIC,), (0,), False, False)
 ENGINES = dict(zip(TARGETS, (_MINDIE, _VLLM_ASCEND, _VLLM_ASCEND), strict=True))
 
 
@@ -80,15 +83,31 @@ def _of_linears(engine: Engine, plan: Plan) -> Iterator[str]:
             yield f"{engine.name} reads {label} by {named('group_size')} {known}, not {group}{decoded}"
 
 
+def _of_experts(engine: Engine, plan: Plan, source: LayerwiseModel) -> Iterator[str]:
+    """Linears of experts, of which engines read other kinds than of the rest."""
+    chosen = set(plan.linears)
+    for index in range(len(source)):
+        count = source.experts_in(index)
+        for mlp in source.facts.mlps(count) if count else ():
+            for name in (f"{source.layer_name(index)}.{part}" for part in (*mlp.inputs, mlp.down)):
+                if name in chosen and plan.label_of(name) not in engine.expert_labels:
+                    yield (
+                        f"{engine.name} has no experts of {plan.label_of(name)}, which {name} is; give "
+                        f"{', '.join(engine.expert_labels)}, or leave experts in float by {named('float_linears')}"
+                    )
+                    return
+
+
 def _of_units(engine: Engine, plan: Plan, source: LayerwiseModel) -> Iterator[str]:
     """Linears that engines load as one, of which some are in codes and some are not."""
     chosen = set(plan.linears)
     for unit in units_of(source):
         if 0 < len(chosen.intersection(unit)) < len(unit):
             left, other = (next(name for name in unit if (name in chosen) == is_in) for is_in in (False, True))
+            every = "both" if len(unit) == 2 else f"all {len(unit)} of such"
             yield (
-                f"{engine.name} loads {left} and {other} as one, and only one of them is quantized; name both in "
-                f"{named('float_linears')}, or neither"
+                f"{engine.name} loads {left} and {other} as one, and only one of them is quantized; name {every} in "
+                f"{named('float_linears')}, or none"
             )
             return
 
@@ -148,7 +167,8 @@ def check_target(target: str | None, plan: Plan, source: LayerwiseModel) -> None
     if target is None:
         return
     engine = ENGINES[target]
-    checks = (_of_cache(engine, plan), _of_linears(engine, plan), _of_units(engine, plan, source))
+    of_linears = _of_linears(engine, plan), _of_experts(engine, plan, source)
+    checks = (_of_cache(engine, plan), *of_linears, _of_units(engine, plan, source))
     for reasons in (*checks, misread(engine, plan, source)):
         for reason in reasons:
             raise OctavoError(f"{named('target')} {target}: {reason}")
@@ -162,7 +182,7 @@ def notes(target: str | None, plan: Plan, source: LayerwiseModel) -> list[str]:
     found = []
     if target is None:
         for engine in (_MINDIE, _VLLM_ASCEND):
-            if not [*_of_cache(engine, plan), *_of_linears(engine, plan)]:
+            if not [*_of_cache(engine, plan), *_of_linears(engine, plan), *_of_experts(engine, plan, source)]:
                 found += [*_of_units(engine, plan, source), *misread(engine, plan, source)]
     older = _stops_older(plan)
     if older is not None and target in (None, TARGETS[0]):

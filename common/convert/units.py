@@ -1,4 +1,4 @@
-"""Linears that engines load as one, which are in codes together or not at all: q, k and v; gate and up."""
+"""Linears that engines load as one, which are in codes together or not at all: q, k and v; gate and up; experts."""
 
 from collections.abc import Iterable
 
@@ -6,11 +6,14 @@ from .source.layerwise import LayerwiseModel
 
 
 def units_of(source: LayerwiseModel) -> list[tuple[str, ...]]:
-    """Names of the linears of each unit that has several, layer by layer."""
+    """Names of the linears of each unit that has several, layer by layer; those of a layer's experts are one."""
     units = []
     for index in range(len(source)):
-        facts = (source.facts.attention, *source.facts.mlps(source.experts_in(index)))
-        units += [tuple(f"{source.layer_name(index)}.{part}" for part in fact.inputs) for fact in facts]
+        experts = source.experts_in(index)
+        mlps = source.facts.mlps(experts)
+        inner = [part for mlp in mlps for part in (*mlp.inputs, mlp.down)] if experts else mlps[0].inputs
+        parts = source.facts.attention.inputs, inner
+        units += [tuple(f"{source.layer_name(index)}.{part}" for part in unit) for unit in parts]
     return [unit for unit in units if len(unit) > 1]
 
 

@@ -31,6 +31,6 @@ def worst_outliers(
             observers = InputObservers({name: source.model.get_submodule(name) for name in names})
             stream.hidden = stream.through(layer, index)
             scores |= {name: outlier_score(found) for name, found in observers.inputs().items()}
-    known = [group for group in groups if scores.keys() >= set(group)]
-    worst = sorted(known, key=lambda group: -max(scores[name] for name in group))[:level]
+    known = {group: [scores[name] for name in group if name in scores] for group in groups}  # not of all experts
+    worst = sorted((group for group in known if known[group]), key=lambda group: -max(known[group]))[:level]
     return [name for group in worst for name in group]

@@ -17,6 +17,7 @@ from octavo.common.convert.units import grouped
 from octavo.models.llama3 import ARCHITECTURE
 from octavo.models.llama3.modeling_llama_fa3 import LlamaForCausalLM
 
+from ...models.test_qwen3_moe import tiny_moe
 from ...support import (
     assert_one_error_line,
     convert_flags,
@@ -82,7 +83,7 @@ REFUSED = [
     ("mindie", ("--embeddings", "int8"), "leave out --embeddings"),
     ("vllm-ascend", ("--a_bit", "16", "--w_sym", "False"), "adds the zero points of weights"),
     ("mindie", ("--disable_names", "*.q_proj"), "loads model.layers.0.self_attn.q_proj and"),
-    ("vllm-ascend", ("--disable_names", "*.up_proj"), "name both in --disable_names, or neither"),
+    ("vllm-ascend", ("--disable_names", "*.up_proj"), "name both in --disable_names, or none"),
     ("mindie", ("--is_dynamic", "True", "--anti_method", "m2"), "skips the bias that --anti_method m2 gives"),
     ("mindie", ("--anti_method", "m2", "--disable_names", "*.gate_proj", "*.up_proj", "*.q_proj"), "loads model."),
 ]
@@ -280,3 +281,40 @@ def test_codes_of_a_source_that_an_engine_cannot_read_are_refused(
     write_coded(tmp_path / "source", layout, **sizes)
     assert main(ARCHITECTURE, convert_flags(tmp_path / "source", tmp_path / "out", "--target", target)) == 1
     assert_one_error_line(capfd.readouterr().err, f"--target {target}: ", reason)
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose first and last layers have four experts."""
+    return save_source(tmp_path_factory.mktemp("experts") / "source", tiny_moe())
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (
+            ("--disable_names", "lm_head"),
+            "has no experts of W8A8, which model.layers.0.mlp.experts.0.gate_proj is; give",
+        ),
+        (("--a_bit", "16"), "has no experts of W8A16"),
+        (
+            ("--is_dynamic", "True", "--disable_names", "*.experts.3.down_proj"),
+            "and model.layers.0.mlp.experts.0.gate_proj as one, and only one of them is quantized; name all 12",
+        ),
+    ],
+)
+def test_experts_are_read_of_fewer_kinds_and_as_one(
+    flags: tuple[str, ...], reason: str, experts: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--target", "vllm-ascend", *flags)
+    assert main(load_architecture("qwen3_moe"), convert_flags(experts, tmp_path / "out", *flags)) == 1
+    assert_one_error_line(capfd.readouterr().err, "--target vllm-ascend: vllm-ascend ", reason)
+
+
+@pytest.mark.parametrize("flags", [("--disable_level", "L5"), ("--fa_amp", "5")])
+def test_experts_of_a_layer_stay_in_float_together(flags: tuple[str, ...], experts: Path, tmp_path: Path) -> None:
+    flags = ("--is_dynamic", "True", "--disable_names", "lm_head", *flags, "--target", "vllm-ascend")
+    assert main(load_architecture("qwen3_moe"), convert_flags(experts, tmp_path / "out", *flags)) == 0
+    floats = in_float(tmp_path / "out")
+    counts = [len([name for name in floats if name.startswith(f"model.layers.{n}.mlp.experts.")]) for n in (0, 2)]
+    assert set(counts) <= {0, 12} and 12 in counts

@@ -136,18 +136,21 @@ def static_input_scale(
     return scale, (-low / scale).round() + INT8_MIN
 
 
-def coded_rows(rows: torch.Tensor, label: str, bounds: tuple[float, float] | None = None) -> torch.Tensor:
+def coded_rows(
+    rows: torch.Tensor, label: str, bounds: tuple[float, float] | None = None, dtype: torch.dtype = torch.bfloat16
+) -> torch.Tensor:
     """Inputs as the codes of a label's layers stand for, float32 `[R, K]`; as they are for W8A16 and W4A16.
 
     Args:
         rows: float32 `[R, K]`; for W8A8_MIXED, without outliers.
         label: one of `LINEAR_LABELS`.
         bounds: range of static inputs.
+        dtype: that their scale is a number of; see `static_input_scale`.
     """
     if label in WEIGHT_ONLY:
         return rows
     if label in STATIC:
-        scale, zero = (part.to(rows.device) for part in static_input_scale(bounds, label))
+        scale, zero = (part.to(rows.device) for part in static_input_scale(bounds, label, dtype))
     else:
         scale = dynamic_scale(rows.abs().amax(dim=1, keepdim=True), FP8_MAX if label in FP8_LABELS else INT8_MAX)
         zero = torch.zeros_like(scale)

@@ -251,7 +251,8 @@ def _serve(form: Form, place: Path) -> list[str]:
     floats = form.float_layers()
     if floats:
         flags += f" --kv-cache-dtype-skip-layers {' '.join(map(str, floats))}"
-    lines = [f"vllm serve {place}{flags}  # vLLM 0.32"]
+    where = ", on GPUs: on the CPU it takes this dtype without a word and answers wrong" if kind == ONLINE else ""
+    lines = [f"vllm serve {place}{flags}  # vLLM 0.32{where}"]
     if kind in (FLOAT, FP8_TENSOR) and not floats:
         lines.append(f"python -m sglang.launch_server --model-path {place}  # SGLang 0.5.23")
     return lines

@@ -255,7 +255,12 @@ GGUF = Dialect(
     name="gguf",
     about="one file for llama.cpp, tokenizer included: Q8_0, Q4_0 and Q4_1 with the codes of the linears, else float16",
     engines=(
-        Engine("llama.cpp", "llama-cpp-python 0.3.36", RUN, "Llama, Mistral, Qwen2 and Qwen3; with --scheme llamacpp-q8_0 and the like, caches of its own"),
+        Engine(
+            "llama.cpp",
+            "llama-cpp-python 0.3.36",
+            RUN,
+            "Llama, Mistral, Qwen2 and Qwen3; its own caches: --scheme llamacpp-*",
+        ),
     ),
     check=_check,
     write=_write,

@@ -39,8 +39,8 @@ def linear_scheme_of_flags(flags: argparse.Namespace, is_given: bool = True) -> 
     label = LINEAR_NAMES[flags.quantization] if flags.quantization else _label_of_bits(flags)
     if label is None:
         for flag, unless_given in FOR_LINEARS.items():
-            is_given = getattr(flags, flag) not in (None, unless_given)
-            if is_given and not (flag == "cpu_activations" and flags.embeddings == "int8"):
+            is_meant = getattr(flags, flag) not in (None, unless_given)
+            if is_meant and not (flag == "cpu_activations" and flags.embeddings == "int8"):
                 raise OctavoError(f"--{flag}: --w_bit 16 leaves every linear in float")
         return None
     if label not in WEIGHT_ONLY and (flags.group_size or not flags.w_sym):

@@ -23,6 +23,7 @@ from .outliers.subgraphs import shifted_subgraphs
 from .source.layerwise import LayerwiseModel
 from .source.quantized.weight import CodedLinear
 from .spelling import named
+from .weights.quantize import deq_scale_dtype
 
 OFFSETS = "m2"
 """The treatment of outliers that shifts inputs."""
@@ -79,11 +80,6 @@ class Plan:
             return self.coded[linear].scales
         groups = self.linear.num_groups(in_features)
         return (1 if self.linear.per_tensor else out_features), groups
-
-    @property
-    def deq_scale_dtype(self) -> torch.dtype:
-        """See `W8A8Linear`."""
-        return torch.int64 if self.engine_dtype == torch.float16 else torch.float32
 
     @property
     def has_weight_only(self) -> bool:
@@ -166,7 +162,7 @@ def quantized_config(source: LayerwiseModel, plan: Plan) -> PreTrainedConfig:
     layout = {
         "quantized_linears": plan.labels(source),
         "weight_scales": scales,
-        "deq_scale": "I64" if plan.deq_scale_dtype == torch.int64 else "F32",
+        "deq_scale": "I64" if deq_scale_dtype(plan.engine_dtype) == torch.int64 else "F32",
         "biases": added_biases(source, plan),
         "cpu_activations": plan.cpu_activations,
         "is_of_vllm": plan.is_of_vllm,

@@ -68,3 +68,11 @@ def why_not(form: Form, says: str, instead: str) -> str:
         instead: arguments of the command that give such a cache.
     """
     return f"scheme {form.scheme.name}: the format says {says} alone; {instead}"
+
+
+def leaves_biases_out(form: Form) -> str:
+    """A refusal of static scales that leave biases out, as `Form.folds` says it."""
+    return (
+        f"scheme {form.scheme.name}: its scales are of K and V without the biases of their projections, which engines "
+        "count in; give --statistics FILE, to derive them with the biases"
+    )

@@ -21,13 +21,25 @@ from ...runtime.schemes.linear_scheme import (
     W8A16,
     WEIGHT_ONLY,
 )
-from .caches import FLOAT, FP8_HEAD, FP8_TENSOR, INT8_CHANNEL, ONLINE, kind_of, online_name, quantized_layers, why_not
+from .caches import (
+    FLOAT,
+    FP8_HEAD,
+    FP8_TENSOR,
+    INT8_CHANNEL,
+    ONLINE,
+    kind_of,
+    leaves_biases_out,
+    online_name,
+    quantized_layers,
+    why_not,
+)
 from .dialect import NAMES, RUN, Dialect, Engine, Target, native_settings, write_texts
 from .directory import OctavoDirectory
 from .form import Form, LinearForm
+from .layouts.compressed_tensors import METHOD, pack_signed, pack_zero_points
+from .layouts.words import words_of
 from .tensor_plan import TensorPlan
 
-WORD_BITS = 32
 FORMATS_OF = {W8A8: "int-quantized", W8A8_DYNAMIC: "int-quantized", W8A16: "pack-quantized", W4A16: "pack-quantized",
               FP8: "float-quantized", FP8_DYNAMIC: "float-quantized"}  # fmt: skip
 BITS = {W4A16: 4}
@@ -39,18 +51,6 @@ ONLINE_DTYPES = {
 }
 """Schemes of vLLM that need no scales in a checkpoint, and its `--kv-cache-dtype`."""
 STRATEGIES = {FP8_TENSOR: ("float", "tensor"), FP8_HEAD: ("float", "attn_head"), INT8_CHANNEL: ("int", "channel")}
-
-
-def pack_words(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes of `bits` bits `[R, C]`, of any signed dtype, as int32 `[R, ceil(C bits / 32)]`.
-
-    A word holds code plus `2 ** (bits - 1)` of as many columns as fit, the first in its lowest bits.
-    """
-    per_word = WORD_BITS // bits
-    fields = codes.long() + 2 ** (bits - 1)
-    fields = torch.nn.functional.pad(fields, (0, -codes.shape[1] % per_word)).unflatten(1, (-1, per_word))
-    words = (fields << torch.arange(0, WORD_BITS, bits)).sum(dim=-1)
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
 
 
 def _check(form: Form) -> Iterator[str]:
@@ -103,10 +103,7 @@ def _check_cache(form: Form) -> Iterator[str]:
             "give --scheme vllm-fp8 --statistics FILE, or --scheme int8-token",
         )
     elif form.folds and kind != ONLINE:
-        yield (
-            f"scheme {form.scheme.name}: its scales are of K and V without the biases of their projections, which "
-            "engines count in; give --statistics FILE, to derive them with the biases"
-        )
+        yield leaves_biases_out(form)
 
 
 def _weights(linear: LinearForm) -> dict[str, Any]:
@@ -148,7 +145,7 @@ def quantization_config(form: Form) -> dict[str, Any]:
     formats = {group["format"] for group in plain.values()}
     targets = {key: ["Linear"] if len(groups) == 1 else names for key, names in groups.items()}
     return {
-        "quant_method": "compressed-tensors",
+        "quant_method": METHOD,
         "format": next(iter(formats)) if len(formats) == 1 else "mixed-precision" if formats else "dense",
         "quantization_status": "compressed",
         "ignore": sorted({*form.float_linears, form.head}),
@@ -173,11 +170,11 @@ def _linear_headers(name: str, linear: LinearForm) -> dict[str, TensorHeader]:
         if not linear.symmetric_inputs:
             found["input_zero_point"] = TensorHeader("I8", (1,))
     else:
-        per_word = WORD_BITS // BITS.get(linear.label, 8)
-        found = {"weight_packed": TensorHeader("I32", (count, -(-width // per_word))), "weight_scale": scale}
+        bits = BITS.get(linear.label, 8)
+        found = {"weight_packed": TensorHeader("I32", (count, words_of(width, bits))), "weight_scale": scale}
         found["weight_shape"] = TensorHeader("I64", (2,))
         if not linear.symmetric:
-            found["weight_zero_point"] = TensorHeader("I32", (-(-count // per_word), groups))
+            found["weight_zero_point"] = TensorHeader("I32", (words_of(count, bits), groups))
     return {f"{name}.{part}": header for part, header in found.items()}
 
 
@@ -190,9 +187,8 @@ def _linear_tensors(directory: OctavoDirectory, name: str, linear: LinearForm) -
     found = {"weight": parts.codes, "weight_scale": parts.scale, "input_scale": parts.input_scale}
     found["input_zero_point"] = input_zero.to(torch.int8)
     if linear.label in WEIGHT_ONLY:
-        found["weight_packed"] = pack_words(parts.codes, bits)
-        found["weight_shape"] = torch.tensor([linear.out_features, linear.in_features])
-        found["weight_zero_point"] = pack_words(zero.T, bits).T.contiguous()
+        found |= pack_signed(parts.codes, bits)
+        found["weight_zero_point"] = pack_zero_points(zero, bits)
     headers = _linear_headers(name, linear)
     return {whole: found[whole.rpartition(".")[2]].reshape(header.shape) for whole, header in headers.items()}
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .caches import kind_of, quantized_layers
+from .caches import kind_of, leaves_biases_out, quantized_layers
 from .directory import OctavoDirectory
 from .form import Form
 from .tensor_plan import TensorPlan
@@ -38,10 +38,7 @@ def check_static(form: Form, kinds: tuple[str, ...], instead: str) -> Iterator[s
     if kind_of(form) not in kinds:
         yield f"scheme {form.scheme.name}: the format says {' and '.join(kinds)} alone; {instead}"
     elif form.folds:
-        yield (
-            f"scheme {form.scheme.name}: its scales are of K and V without the biases of their projections, which "
-            "engines count in; give --statistics FILE, to derive them with the biases"
-        )
+        yield leaves_biases_out(form)
     elif len(quantized_layers(form)) < form.layers:
         floats = ", ".join(map(str, form.float_layers()))
         yield f"layers {floats} keep their cache in float, which the format cannot say; convert without --fa_amp"

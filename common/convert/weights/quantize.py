@@ -44,6 +44,11 @@ def weight_parts(weight: torch.Tensor, inputs: LinearInputs | None, scheme: Line
     return parts
 
 
+def deq_scale_dtype(engine_dtype: torch.dtype) -> torch.dtype:
+    """How Ascend's format has `deq_scale` for engines that run a model in a dtype; see `W8A8Linear`."""
+    return torch.int64 if engine_dtype == torch.float16 else torch.float32
+
+
 def static_parts(
     parts: dict[str, torch.Tensor],
     bias: torch.Tensor | None,
@@ -65,7 +70,7 @@ def static_parts(
         "input_scale": input_scale,
         "input_offset": input_offset,
         "quant_bias": quant_bias.clamp(int32.min, int32.max).to(torch.int32),
-        "deq_scale": encode_deq_scale(deq_scale, torch.int64 if engine_dtype == torch.float16 else torch.float32),
+        "deq_scale": encode_deq_scale(deq_scale, deq_scale_dtype(engine_dtype)),
     }
 
 

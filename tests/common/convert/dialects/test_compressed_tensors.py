@@ -12,8 +12,8 @@ from compressed_tensors.quantization import QuantizationConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from octavo.common.convert.dialects.compressed_tensors import pack_words
 from octavo.common.convert.dialects.directory import OctavoDirectory
+from octavo.common.convert.dialects.layouts.compressed_tensors import pack_signed, pack_zero_points
 from octavo.common.convert.dialects.rewriting import RewriteRequest, main, rewrite
 
 from ....support import assert_one_error_line, random_ids
@@ -44,8 +44,8 @@ def rewritten(path: Path, target: Path, **options: object) -> tuple[Path, list[s
 @pytest.mark.parametrize("bits", [4, 8])
 def test_words_are_theirs(bits: int) -> None:
     codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (12, 40), dtype=torch.int8)
-    assert torch.equal(pack_words(codes, bits), pack_to_int32(codes, bits))
-    assert torch.equal(pack_words(codes[:7].T, bits).T, pack_to_int32(codes[:7], bits, packed_dim=0))
+    assert torch.equal(pack_signed(codes, bits)["weight_packed"], pack_to_int32(codes, bits))
+    assert torch.equal(pack_zero_points(codes[:7], bits), pack_to_int32(codes[:7], bits, packed_dim=0))
 
 
 @pytest.mark.parametrize("name", [name for name in LINEARS if "zeros" not in name])

@@ -34,6 +34,8 @@ TOLERANCES = {
     # A token at a time: rounding of the linears tips some codes over (see test_quantized_cache.py).
     "codes tipped over": 5e-3,
     "logits rmse with codes tipped over": 1e-3,
+    # Each rank rounds its part of a sum to bfloat16, and that tips codes over, too. Measured: 2.4e-2.
+    "ranks rmse bfloat16": 5e-2,
     # Prompts of hundreds of tokens, whole and in chunks: 2.5e-3 measured, where quantization itself makes 1e-2.
     "logits rmse of many rows": 6e-3,
     # Directories of msmodelslim against a simulation in float64; quantization itself is 0.22 away from the float model.

@@ -93,6 +93,8 @@ def _provide_cache(decoder: torch.nn.Module, args: tuple, kwargs: dict[str, Any]
     elif len(cache.layers) != decoder.config.num_hidden_layers:
         layers = decoder.config.num_hidden_layers
         raise OctavoError(f"{name} is of {len(cache.layers)} layers, and this model has {layers}: another model's?")
+    else:
+        cache.check_share(name, decoder.config)
     return (), {**arguments, name: cache}
 
 

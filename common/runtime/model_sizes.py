@@ -22,6 +22,8 @@ EPSILONS = ("_eps", "_epsilon")
 """Endings of what norms add to a variance."""
 _STATES_ROPE = "5."
 """Versions of transformers that write `rope_parameters` into every config.json."""
+KV_SHARE = "octavo_kv_share"
+"""Of the config of one rank's model: which of the KV heads these are, in words; a whole model's has none."""
 MOST_LAYERS = MOST_EXPERTS = 4096
 MOST_SIZE = 2**24
 MOST_TOKENS = 2**40

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
 from ...errors import OctavoError, first_line
-from ..model_sizes import check_cache_sizes, head_dim_of, kv_heads_of
+from ..model_sizes import KV_SHARE, check_cache_sizes, head_dim_of, kv_heads_of
 from ..rotary import rope_constants
 from ..schemes.kv_scheme import CROP_ROOM, Scheme, load_scheme
 from ..static_scales import LayerScales, Scales, load_statistics, scales_of
@@ -23,7 +23,11 @@ from .sliding import sliding_windows
 
 @dataclasses.dataclass(frozen=True)
 class CacheOptions:
-    """How a cache was made; the arguments of `QuantizedCache` that every layer shares, and the sizes of its model."""
+    """How a cache was made; the arguments of `QuantizedCache` that every layer shares, and the sizes of its model.
+
+    Attributes:
+        share: which KV heads of the model these are, where one of several ranks holds the cache; see `sharding/`.
+    """
 
     max_length: int | None
     offloading: bool
@@ -31,6 +35,7 @@ class CacheOptions:
     crop_room: int
     kv_heads: int
     head_dim: int
+    share: str | None = None
 
 
 class QuantizedCache(Cache):
@@ -103,7 +108,15 @@ class QuantizedCache(Cache):
             scales or [LayerScales()] * count,
             sliding_windows(config),
             [rope_constants(config, head_dim_of(config), index)[0] for index in range(count)],
-            CacheOptions(max_length, offloading, compileable, crop_room, kv_heads_of(config), head_dim_of(config)),
+            CacheOptions(
+                max_length,
+                offloading,
+                compileable,
+                crop_room,
+                kv_heads_of(config),
+                head_dim_of(config),
+                getattr(config, KV_SHARE, None),
+            ),
         )
 
     def _set_layers(
@@ -196,14 +209,25 @@ class QuantizedCache(Cache):
             layer.restore(counts, part, torch.empty((batch, options.kv_heads, 0, options.head_dim), device=device))
 
     def _check_model(self, where: str, config: PreTrainedConfig) -> None:
-        """Raise an `OctavoError` unless the cache is of the sizes of a decoder's config."""
+        """Raise an `OctavoError` unless the cache is of the sizes, and of the KV heads, of a decoder's config."""
         ours = {"layers": len(self.layers), "KV heads": self._options.kv_heads, "head_dim": self._options.head_dim}
         theirs = (config.num_hidden_layers, kv_heads_of(config), head_dim_of(config))
         for (name, found), wanted in zip(ours.items(), theirs, strict=True):
             if found != wanted:
                 raise OctavoError(f"{where}: is a cache of another model: {name} {found}, and this model has {wanted}")
+        self.check_share(where, config)
         if not self._options.compileable and [layer.window for layer in self.layers] != sliding_windows(config):
             raise OctavoError(f"{where}: is a cache of another model, whose layers slide otherwise")
+
+    def check_share(self, where: str, config: PreTrainedConfig) -> None:
+        """Raise an `OctavoError` unless the KV heads are those that a decoder's config has of its model."""
+        theirs = getattr(config, KV_SHARE, None)
+        if self._options.share != theirs:
+            whole = "all KV heads"
+            raise OctavoError(
+                f"{where}: holds {self._options.share or whole} of its model, and this one has {theirs or whole}: "
+                "each rank saves and loads a file of its own, and one process one of all"
+            )
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest `-tokens_to_remove` tokens in every layer, or in none, as `QuantizedLayer.crop` says."""

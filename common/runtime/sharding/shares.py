@@ -22,7 +22,7 @@ from ...errors import OctavoError
 from ..checkpoint.ascend import described_name
 from ..checkpoint.files import TensorHeader
 from ..decoder import Decoder
-from ..model_sizes import attention_sizes
+from ..model_sizes import KV_SHARE, attention_sizes
 from ..schemes.linear_scheme import FP8_DYNAMIC, W4A16, W8A8_DYNAMIC, W8A8_MIXED, WEIGHT_ONLY
 from .ranks import Ranks
 
@@ -239,6 +239,7 @@ class Shares:
         config.head_dim = self._width
         config.num_attention_heads = self._all_heads // size
         config.num_key_value_heads = self._kv_heads[1] - self._kv_heads[0]
+        setattr(config, KV_SHARE, f"KV heads {self._kv_heads[0]} to {self._kv_heads[1] - 1} of {self._all_kv_heads}")
         for experts in self._linears:
             field = "moe_intermediate_size" if experts else "intermediate_size"
             setattr(config, field, getattr(config, field) // size)

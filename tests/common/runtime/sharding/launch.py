@@ -32,11 +32,24 @@ def run(source):
         logits = model(ids, **{name: cache}).logits
         other = line(lambda: model(ids + int(rank)))
     tokens = model.generate(ids, max_new_tokens=16, do_sample=False)
+    saved = os.path.join(directory, f"cache{rank}.safetensors")
+    cache.save(saved)
+    torch.distributed.barrier()
+    size = int(os.environ["WORLD_SIZE"])
+    far = os.path.join(directory, f"cache{(int(rank) + size // 2) % size}.safetensors")  # of other KV heads
+    again = type(cache).load(saved, config=model.config)
+    with torch.inference_mode():
+        goes_on = [model(ids[:, -1:], **{name: one}).logits for one in (cache, again)]
     return {
         "logits": logits, "tokens": tokens, "heads": cache.layers[0].key_store._codes.shape[1],
         "model_bytes": sum(part.nbytes for part in [*model.parameters(), *model.buffers()]),
         "cache_bytes": cache.nbytes(), "config": model.config.num_key_value_heads,
-        "errors": [other, line(lambda: model.save_pretrained(directory))],
+        "errors": [
+            other,
+            line(lambda: model.save_pretrained(directory)),
+            line(lambda: type(cache).load(far, config=model.config)),
+        ],
+        "comes_back": torch.equal(*goes_on),
     }
 
 found = {name: run(source) for name, source in json.loads(sys.argv[1]).items()}

@@ -64,6 +64,7 @@ def _made(request: ConvertRequest, check: Callable[[Job], None] | None = None) -
     if check is not None:
         check(job)
     with whole_directory(request.output, named("output"), job.identity(), request.resume) as stage:
+        job.announce()
         made = run(job, stage)
     if request.save_statistics is not None:
         made.statistics.save(request.save_statistics)

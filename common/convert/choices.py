@@ -8,6 +8,7 @@ from torch import nn
 from ..errors import OctavoError
 from ..runtime.schemes.kv_scheme import Scheme, load_scheme
 from ..runtime.schemes.linear_scheme import W8A8
+from .dialects.form import as_engines_hold
 from .plan import OFFSETS
 from .request import ConvertRequest
 from .source.quantized.weight import CodedLinear
@@ -15,7 +16,7 @@ from .spelling import named
 
 
 def chosen_scheme(request: ConvertRequest) -> Scheme:
-    """The scheme of cache and attention that is asked for.
+    """The scheme of cache and attention that is asked for; with the source's scales, for K and V as engines hold them.
 
     Raises:
         OctavoError: an unknown preset, a file that holds no scheme, one that leaves everything in float, or scales of 1
@@ -24,10 +25,13 @@ def chosen_scheme(request: ConvertRequest) -> Scheme:
     scheme, scales = load_scheme(request.scheme), request.kv_scales
     if scales != "data" and not scheme.is_static:
         raise OctavoError(f"{named('kv_scales')} {scales}: scheme {scheme.name} has no static scales; leave it out")
-    if scales == "random" and scheme.has_codebooks:
-        raise OctavoError(f"{named('kv_scales')} random: the codebooks of {scheme.name} come from texts; leave it out")
+    if scales in ("random", "source") and scheme.has_codebooks:
+        books = f"the codebooks of {scheme.name} come from texts"
+        raise OctavoError(f"{named('kv_scales')} {scales}: {books}; leave it out")
     if request.linear is None and not scheme.is_quantized and request.embeddings == "float":
         raise OctavoError(f"{named('linear=None')}: scheme {scheme.name} quantizes nothing either; choose another")
+    if scales == "source":
+        return as_engines_hold(scheme)
     return scheme.with_scales_of_one() if scales == "none" else scheme
 
 
@@ -131,9 +135,9 @@ def check_treatment(request: ConvertRequest, scheme: Scheme) -> None:
     _check_statistics_file(statistics, request.output)
 
 
-def needs_texts(request: ConvertRequest, scheme: Scheme, linears: list[str]) -> bool:
-    """Whether anything rests on the calibration texts."""
+def needs_texts(request: ConvertRequest, is_static: bool, linears: list[str]) -> bool:
+    """Whether anything rests on the calibration texts: static scales still to be found, or what is asked for."""
     linear = request.linear
     by_inputs = linears and (linear.needs_inputs or request.anti_method or linear.w_method != "MinMax")
     chooses = request.float_outliers or request.float_costliest
-    return bool(by_inputs or scheme.is_static or request.save_statistics or chooses)
+    return bool(by_inputs or is_static or request.save_statistics or chooses)

@@ -91,7 +91,7 @@ def _add_cache_and_texts(parser: argparse.ArgumentParser) -> None:
     add("--scheme", help="any scheme of KV cache and attention: name of a preset, or a JSON file of your own")
     add("--kv_cache_dtype", choices=KV_CACHE_CHOICES, help="the same, as vLLM spells it")
     add("--kv_scales", choices=KV_SCALES, default="data",
-        help="static scales: from the texts, from random tokens (vLLM's calculate_kv_scales), or all 1")  # fmt: skip
+        help="static scales: of texts, of random tokens (vLLM's calculate_kv_scales), all 1, the source's")  # fmt: skip
     add("--calib_file", type=Path, help="texts, one per line: plain, or JSON with 'inputs_pretokenized'")
     add("--calib_texts", nargs="+", help="texts, used if there is no --calib_file")
 

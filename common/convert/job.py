@@ -19,7 +19,10 @@ from ..errors import OctavoError
 from ..runtime.checkpoint.files import TensorHeader
 from ..runtime.checkpoint.loading import check_settings, check_stored_sizes
 from ..runtime.decoder import attention_modules
+from ..runtime.model_sizes import attention_sizes
+from ..runtime.schemes.kv_scheme import load_scheme
 from ..runtime.schemes.linear_scheme import LinearScheme
+from ..runtime.static_scales import LayerScales
 from .calibration.codebooks import fit_codebooks
 from .calibration.observe import calibrate
 from .calibration.streams import Texts
@@ -41,6 +44,8 @@ from .source.checkpoint import (
     source_files,
 )
 from .source.config import chosen_architecture, read_source_config
+from .source.quantized.cache_scales import CacheScales
+from .source.quantized.files import CodedFiles
 from .spelling import named
 from .targets import check_target, engine_dtype
 
@@ -69,10 +74,7 @@ def say(text: str) -> None:
 def _texts(request: ConvertRequest) -> list[str]:
     if isinstance(request.calibration, Path):
         return read_calibration_file(request.calibration)
-    if request.calibration is not None:
-        return list(request.calibration)
-    say(f"{named('no calibration')}: calibrating on the small text that comes with Octavo")
-    return default_texts()
+    return default_texts() if request.calibration is None else list(request.calibration)
 
 
 class Job:
@@ -101,7 +103,7 @@ class Job:
                 f"{named('max_kl')} {request.max_kl}: the held-back texts have one token each; give longer ones"
             )
         self.source = layerwise_source(self.directory, request.device, self.architecture)
-        self._say_left_out()
+        self.source_scales = self._source_scales() if request.kv_scales == "source" else ()
         self.coded = choose_codes(request, self.source.coded_linears(), self.source.facts.head)
         self.linear = scheme_of_codes(self.coded) if self.coded else request.linear or LinearScheme()
         if request.linear is not None:
@@ -111,19 +113,46 @@ class Job:
             given = f"{named('anti_method')} {request.anti_method}"
             raise OctavoError(f"{given}: {named('float_linears')} leaves every linear in float")
         check_target(request.target, self.plan(()), self.source)
-        made = [] if self.coded else self.linears
-        self.samples = samples if needs_texts(request, self.scheme, made) else samples[:1]
+        made, is_static = [] if self.coded else self.linears, self.scheme.is_static and not self._keeps_all_scales()
+        self.samples = samples if needs_texts(request, is_static, made) else samples[:1]
 
     def _float_linears(self) -> list[str]:
         """Names of the linears to quantize, all of them in float in the source."""
         stated = self.architecture.floats(self.source.config, FLOAT_DTYPES[source_dtype(self.headers)])
         return choose_linears(self.source.model, self.request, stated, self.source.facts.head)
 
-    def _say_left_out(self) -> None:
-        """Say what of a quantized source is not carried over."""
-        parts = getattr(self.source.files, "kv_parts", [])
-        if parts:
-            say(f"{parts[0]} and {len(parts) - 1} more scales of a cache are left: {self.scheme.name} has its own")
+    def _source_scales(self) -> tuple[LayerScales, ...]:
+        """The static scales of K, V and q of the source, layer by layer."""
+        files, model = self.source.files, self.source.model
+        kept = files.cache_scales if isinstance(files, CodedFiles) else CacheScales((), None, files.read)
+        attentions = [name for name, _ in attention_modules(model)]
+        return kept.of_layers(self.scheme, attentions, model.base_model_prefix, attention_sizes(model.config))
+
+    def _lacks_query(self) -> bool:
+        """Whether the source keeps static scales of K and V, and none of a q that is quantized, too."""
+        schemes = (self.scheme.of_layer(index) for index in range(len(self.source_scales)))
+        return any(
+            scheme.query is not None and scheme.query.is_calibrated and kept.query is None
+            for scheme, kept in zip(schemes, self.source_scales, strict=True)
+        )
+
+    def _keeps_all_scales(self) -> bool:
+        return bool(self.source_scales) and not self._lacks_query()
+
+    def announce(self) -> None:
+        """Say what nothing in the request asks for, once all of it is found to be possible."""
+        if self.request.calibration is None:
+            say(f"{named('no calibration')}: calibrating on the small text that comes with Octavo")
+        files, scheme = self.source.files, self.scheme
+        names = files.cache_scales.names if isinstance(files, CodedFiles) else ()
+        if names and not self.source_scales:
+            way = f"; {named('kv_scales')} source keeps them" if scheme.is_static else ""
+            say(f"{names[0]} and {len(names) - 1} more scales of a cache are left: {scheme.name} has its own{way}")
+        if self.source_scales:
+            query = ", and that of q from the texts, since the source keeps none" if self._lacks_query() else ""
+            say(f"{names[0]} and the other scales of K and V stay as they are{query}")
+            if scheme != load_scheme(self.request.scheme):
+                say(f"scheme {scheme.name}: biases of K and V are counted in and nothing is turned, as scales have it")
 
     def _tokenized(self) -> list[dict[str, torch.Tensor]]:
         """All texts as samples of `[1, S]` ids and mask."""
@@ -160,6 +189,7 @@ class Job:
             engine_dtype(self.config, stored),
             self.request.target == VLLM_ASCEND_0_23,
             self.coded,
+            self.source_scales,
         )
 
     def conversion(

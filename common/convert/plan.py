@@ -19,6 +19,7 @@ from ..runtime.schemes.linear_scheme import (
     WEIGHT_ONLY,
     LinearScheme,
 )
+from ..runtime.static_scales import LayerScales
 from .outliers.subgraphs import shifted_subgraphs
 from .source.layerwise import LayerwiseModel
 from .source.quantized.weight import CodedLinear
@@ -44,6 +45,8 @@ class Plan:
         engine_dtype: of the model where engines run it, see there.
         is_of_vllm: whether scales of K and V have the names of vLLM's models, see `c8_place`.
         coded: those of `linears` that the source holds in codes, which stay as they are: all of them or none.
+        source_scales: static scales of each layer that the source keeps, and calibration does not replace; empty if it
+            is to find all of them.
     """
 
     scheme: Scheme
@@ -56,6 +59,7 @@ class Plan:
     engine_dtype: torch.dtype = torch.bfloat16
     is_of_vllm: bool = False
     coded: Mapping[str, CodedLinear] = field(default_factory=dict)
+    source_scales: tuple[LayerScales, ...] = ()
 
     def label_of(self, linear: str) -> str:
         """The label of one of `linears`."""

@@ -26,7 +26,7 @@ NO_M5 = (
 )
 OWN_FORMAT = "ascend"
 """What a conversion writes itself, and every other format is made of."""
-KV_SCALES = ("data", "random", "none")
+KV_SCALES = ("data", "random", "none", "source")
 VLLM_ASCEND_0_23 = "vllm-ascend-0.23"
 TARGETS = ("mindie", VLLM_ASCEND_0_23, "vllm-ascend")
 """Engines that a directory may be for, see `Engine`; the second is vllm-ascend before 0.25."""
@@ -69,7 +69,7 @@ class ConvertRequest:
         anti_method: treatment of outliers: "" none, "m1" SmoothQuant, "m2" with an offset, "m3" AWQ, "m4" iterative,
             "m6" searched. `--anti_method`
         kv_scales: where static scales of K and V come from: "data" the calibration texts, "random" random tokens,
-            "none" all are 1. `--kv_scales`
+            "none" all are 1, "source" the checkpoint, which keeps them beside linears in codes. `--kv_scales`
         float_linears: names or globs of linears that stay in float; None: those that the architecture states for static
             int8. `--disable_names`
         float_head: whether lm_head stays in float; False quantizes it as the other linears; None: it does, unless

@@ -1,5 +1,7 @@
 """Quantize: the tensors of a layer of the output, and the layer that they load to."""
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -33,6 +35,10 @@ class Quantize:
     def __call__(self, work: LayerWork, state: ConversionState) -> None:
         plan = self._plan
         scales = scales_of_layer(plan.scheme, state.found(self._source.config), work.index)
+        if plan.source_scales:
+            kept = plan.source_scales[work.index]
+            query = scales.query if kept.query is None else kept.query
+            scales = replace(scales, key=kept.key, value=kept.value, query=query)
         linears = {
             part: linear_parts(
                 self._source, plan, f"{work.name}.{part}", work.module.get_submodule(part), work.inputs[part]

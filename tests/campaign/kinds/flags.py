@@ -30,7 +30,7 @@ GOOD: dict[str, tuple[str, ...]] = {
     "--use_fa_quant": ("True", "False"),
     "--scheme": PRESETS,
     "--kv_cache_dtype": ("auto", "fp8", "fp8_e4m3", "fp8_e5m2"),
-    "--kv_scales": ("data", "random", "none"),
+    "--kv_scales": ("data", "random", "none", "source"),
     "--act_method": ("1", "2", "3", "percentile", "mse"),
     "--is_dynamic": ("True", "False"),
     "--disable_level": ("L0", "L1", "L2", "L9999"),

@@ -13,6 +13,7 @@ from ....runtime.checkpoint.files import TensorHeader
 from ...dialects.layouts import awq, compressed_tensors, fp8_block, gptq
 from ...output.shards import Placed, TensorFiles, read_rows
 from .awq import read_awq
+from .cache_scales import PARTS, CacheScales, cache_dtype
 from .compressed_tensors import read_compressed_tensors
 from .fp8 import read_fp8
 from .gptq import read_gptq
@@ -25,8 +26,6 @@ READERS = {
     fp8_block.METHOD: read_fp8,
 }
 """By `quant_method` of `quantization_config` in config.json."""
-KV_PARTS = tuple(f"{side}_{part}" for side in "kvq" for part in ("scale", "zero_point"))
-"""Static scales of K, V and q that compressed-tensors keeps with an attention."""
 _FLOATS = ("F32", "F16", "BF16")
 
 
@@ -40,7 +39,7 @@ class CodedFiles(TensorFiles):
 
     Attributes:
         linears: those in codes, by the name of their weight.
-        kv_parts: names of static scales of K and V, which are no tensors of the model.
+        cache_scales: static scales of K and V, which are no tensors of the model.
         method: `quant_method`.
 
     Raises:
@@ -60,14 +59,15 @@ class CodedFiles(TensorFiles):
         headers = {name: placed.header for name, placed in self._stored.items()}
         found = READERS[self.method](where, config, headers, self._read_stored)
         self.linears: dict[str, CodedLinear] = {f"{name}.weight": linear for name, linear in found.items()}
-        self.kv_parts = sorted(name for name in self.placed if name.rpartition(".")[2] in KV_PARTS)
-        if not self.linears and not self.kv_parts:
+        of_cache = sorted(name for name in self.placed if name.rpartition(".")[2] in PARTS)
+        self.cache_scales = CacheScales(of_cache, cache_dtype(config), self._read_stored)
+        if not self.linears and not of_cache:
             raise OctavoError(f"{where}: quantization_config says {self.method}, and no linear is in codes; remove it")
         self._present(where, headers)
 
     def _present(self, where: str, headers: dict[str, TensorHeader]) -> None:
         """Put weights in the place of the tensors that they are made of."""
-        hidden = {part for linear in self.linears.values() for part in linear.parts} | set(self.kv_parts)
+        hidden = {part for linear in self.linears.values() for part in linear.parts} | set(self.cache_scales.names)
         dtypes = Counter(header.dtype for name, header in headers.items() if name not in hidden)
         dtype = next((dtype for dtype, _ in dtypes.most_common() if dtype in _FLOATS), None)
         if dtype is None:

@@ -2,7 +2,7 @@
 
 from .attention import attend, attention, attention_lse
 from .codec import decode, encode, encode_token
-from .linear import linear_fp8, linear_grouped, linear_w8a8, linear_w8a8_dynamic, linear_weight_only
+from .linear import linear_fp8, linear_fp8_block, linear_grouped, linear_w8a8, linear_w8a8_dynamic, linear_weight_only
 from .shared.fallback import strict
 from .shared.registry import report
 
@@ -14,6 +14,7 @@ __all__ = [
     "encode",
     "encode_token",
     "linear_fp8",
+    "linear_fp8_block",
     "linear_grouped",
     "linear_w8a8",
     "linear_w8a8_dynamic",

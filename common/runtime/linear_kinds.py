@@ -4,10 +4,11 @@ from typing import Any
 
 import torch
 
-from .fp8_linear import FP8DynamicLinear, FP8Linear
+from .fp8_linear import FP8BlockLinear, FP8DynamicLinear, FP8Linear
+from .ordered_linear import W4A16OrderedLinear, W8A16OrderedLinear
 from .quantized_embedding import QuantizedEmbedding
 from .quantized_linear import QuantizedLinear
-from .schemes.linear_scheme import FP8_LABELS, W4A16, W8A8, WEIGHT_ONLY
+from .schemes.linear_scheme import FP8_LABELS, INT4_LABELS, W8A8, WEIGHT_ONLY
 from .w8a8_linear import MixedLinear, W8A8DynamicLinear, W8A8Linear
 from .weight_only_linear import W4A16Linear, W8A16Linear
 
@@ -15,7 +16,7 @@ QUANTIZED_LINEARS: dict[str, type[QuantizedLinear]] = {
     part.LABEL: part
     for part in (
         W8A8Linear, W8A8DynamicLinear, W8A16Linear, W4A16Linear, FP8Linear, FP8DynamicLinear, MixedLinear,
-        QuantizedEmbedding,
+        W8A16OrderedLinear, W4A16OrderedLinear, FP8BlockLinear, QuantizedEmbedding,
     )
 }  # fmt: skip
 """The class of a linear layer, or embedding, by its label in a description."""
@@ -36,7 +37,7 @@ def empty_linear(
     """A quantized linear layer whose tensors are still to be filled.
 
     Args:
-        label: one of `LINEAR_LABELS`.
+        label: one of `LINEAR_LABELS` or `HELD_LABELS`.
         in_features, out_features: K and N.
         has_bias: whether there is one.
         num_groups: of input channels, for W8A16 and W4A16.
@@ -52,7 +53,7 @@ def empty_linear(
         options["num_groups"] = num_groups
     elif label in FP8_LABELS:
         options["per_tensor"] = per_tensor
-    if label == W4A16:
+    if label in INT4_LABELS:
         options["is_packed"] = is_packed
     layer = QUANTIZED_LINEARS[label](in_features, out_features, has_bias, **options)
     if label in WEIGHT_ONLY:

@@ -6,6 +6,8 @@ from ..shared.operands import VALUE_DTYPES, dtype_name
 
 WEIGHT_BLOCK = 32
 """Codes of an int4 weight that are packed together: the smallest group, which divides every K."""
+FP8_BLOCK_SIZE = 128
+"""Input and output channels of a block of an fp8 weight that share a scale."""
 LARGEST_IN_FEATURES = 131071
 """Input channels up to which sums of products of int8 codes fit 32 bits: one more, and 2^17 * 128 * 128 is 2^31."""
 
@@ -136,5 +138,26 @@ def check_fp8(
     _check_part("weight_scale", weight_scale, torch.float32, 1 if weight_scale.numel() == 1 else out_features)
     if input_scale is not None:
         _check_part("input_scale", input_scale, torch.float32, 1)
+    _check_bias(bias, out_features)
+    return out_features, in_features
+
+
+def block_counts(out_features: int, in_features: int) -> tuple[int, int]:
+    """Blocks of an fp8 weight `[N, K]` along both."""
+    return -(-out_features // FP8_BLOCK_SIZE), -(-in_features // FP8_BLOCK_SIZE)
+
+
+def check_fp8_block(
+    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[int, int]:
+    """N and K; raises ValueError as `linear_fp8_block` does."""
+    out_features, in_features = check_matrix(x, weight, torch.float8_e4m3fn)
+    if in_features % FP8_BLOCK_SIZE:
+        raise ValueError(f"blocks are of {FP8_BLOCK_SIZE} input channels, and the weight has {in_features}")
+    blocks = block_counts(out_features, in_features)
+    if weight_scale.dtype != torch.float32 or weight_scale.shape != blocks:
+        raise ValueError(
+            f"weight_scale must be float32 {blocks}, not {dtype_name(weight_scale.dtype)} {tuple(weight_scale.shape)}"
+        )
     _check_bias(bias, out_features)
     return out_features, in_features

@@ -8,14 +8,25 @@ import torch
 from ..shared.compile import CKernel
 from ..shared.fallback import fell_back
 from ..shared.operands import FLOAT_KINDS, KINDS
-from .arguments import WEIGHT_BLOCK, check_fp8, check_grouped, check_w8a8, check_w8a8_dynamic, check_weight_only
+from .arguments import (
+    WEIGHT_BLOCK,
+    check_fp8,
+    check_fp8_block,
+    check_grouped,
+    check_w8a8,
+    check_w8a8_dynamic,
+    check_weight_only,
+)
 from .reference import (
+    fp8_by_group,
+    linear_fp8_block_reference,
     linear_fp8_reference,
     linear_grouped_reference,
     linear_w8a8_dynamic_reference,
     linear_w8a8_reference,
     linear_weight_only_reference,
     quantize_by_group,
+    scales_by_row,
 )
 
 PACKED_SOURCES = ("ops/linear/packed.h", "ops/linear/packed_dot.h", "ops/linear/packed_product.h")
@@ -44,6 +55,8 @@ LINEAR_KERNEL = CKernel(
         "pack_panels",
     ),
 )
+E4M3_UNIT = 256.0
+"""By how much weights in e4m3 are smaller once float.c decoded them."""
 _pack_linear = struct.Struct("19q").pack
 
 
@@ -221,3 +234,22 @@ def linear_fp8_cpu(
         return linear_fp8_reference(x, weight, weight_scale, input_scale, bias)
     _, in_features = check_fp8(x, weight, weight_scale, input_scale, bias)
     return _run_linear(run, x, weight, in_features, weight_scale, bias=bias, input_scale=input_scale)
+
+
+def linear_fp8_block_cpu(
+    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """`linear_fp8_block_reference`, whose products are those of `linear_weight_only` in C, of codes in e4m3.
+
+    Raises:
+        ValueError: shapes or dtypes that do not go together.
+        MemoryError: no room for the scratch of the threads.
+    """
+    run = LINEAR_KERNEL.load().get("linear_weight_only")
+    if run is None:
+        fell_back("linear_fp8_block", "CPU", LINEAR_KERNEL.supports())
+        return linear_fp8_block_reference(x, weight, weight_scale, bias)
+    out_features, in_features = check_fp8_block(x, weight, weight_scale, bias)
+    scale = scales_by_row(weight_scale * E4M3_UNIT, out_features)
+    output = _run_linear(run, fp8_by_group(x), weight, in_features, scale, scale.shape[1], bias=bias)
+    return output.to(x.dtype)

@@ -59,6 +59,7 @@ INLINE void decode_step(const uint8_t *from, int kind, const Group *group, int f
         halves = _mm512_mask_blend_epi16(is_nan, halves, _mm512_set1_epi16(0x7f80));
         to[0] = (Lanes)_mm512_cvtph_ps(_mm512_castsi512_si256(halves));
         to[1] = (Lanes)_mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1));
+        UNROLL for (int i = 0; i < PARTS; i++) to[i] = scaled_by(to[i], group, form);
     }
 }
 #else
@@ -184,6 +185,7 @@ static void float_dot(const LinearArguments *a, int64_t row, int64_t rows, int64
     case KIND_INT4 << 2 | PLAIN: float_dot_kind(a, row, rows, first, last, sums, KIND_INT4, PLAIN); break;
     case KIND_INT4 << 2 | SCALED: float_dot_kind(a, row, rows, first, last, sums, KIND_INT4, SCALED); break;
     case KIND_INT4 << 2 | AFFINE: float_dot_kind(a, row, rows, first, last, sums, KIND_INT4, AFFINE); break;
+    case KIND_FLOAT8_E4M3 << 2 | SCALED: float_dot_kind(a, row, rows, first, last, sums, KIND_FLOAT8_E4M3, SCALED); break;
     default: float_dot_kind(a, row, rows, first, last, sums, KIND_FLOAT8_E4M3, PLAIN);
     }
 }
@@ -226,7 +228,7 @@ static void float_pack(const LinearArguments *a, int64_t column, int64_t start, 
             switch (a->weight_kind) {
             case KIND_INT8: float_pack_step(a, first, start + k, depth - k, KIND_INT8, form, to); break;
             case KIND_INT4: float_pack_step(a, first, start + k, depth - k, KIND_INT4, form, to); break;
-            default: float_pack_step(a, first, start + k, depth - k, KIND_FLOAT8_E4M3, PLAIN, to);
+            default: float_pack_step(a, first, start + k, depth - k, KIND_FLOAT8_E4M3, form, to);
             }
         }
 }

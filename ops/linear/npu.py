@@ -194,3 +194,14 @@ def linear_fp8_npu(
         NotImplementedError: always.
     """
     raise NotImplementedError("Atlas A2 and A3 have no fp8; write the checkpoint with linears in int8 or int4")
+
+
+def linear_fp8_block_npu(
+    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Not there, as `linear_fp8_npu`.
+
+    Raises:
+        NotImplementedError: always.
+    """
+    return linear_fp8_npu(x, weight, weight_scale, None, bias)

@@ -7,7 +7,16 @@ import torch
 
 from ..shared.codes import CODE_RANGES, INT8_MAX, dynamic_scale, expand_scale, from_codes
 from ..shared.operands import check_devices
-from .arguments import WEIGHT_BLOCK, check_fp8, check_grouped, check_w8a8, check_w8a8_dynamic, check_weight_only
+from .arguments import (
+    FP8_BLOCK_SIZE,
+    WEIGHT_BLOCK,
+    check_fp8,
+    check_fp8_block,
+    check_grouped,
+    check_w8a8,
+    check_w8a8_dynamic,
+    check_weight_only,
+)
 
 EXACT_PRODUCTS = 1024
 """Products of two int8 codes that float32 adds up exactly: 1024 * 128 * 128 = 2^24."""
@@ -206,3 +215,42 @@ def linear_fp8_reference(
         input_scale = dynamic_scale(rows.abs().amax(dim=-1, keepdim=True), high)
     codes = (rows / input_scale).clamp(low, high).to(torch.float8_e4m3fn).float()
     return _finished((codes @ weight.float().T) * (input_scale * weight_scale), bias, x)
+
+
+def fp8_by_group(x: torch.Tensor) -> torch.Tensor:
+    """x through e4m3 codes, float32 `[..., K]`: `max|x| / 448` is the scale of each row's 128 channels."""
+    low, high = CODE_RANGES[torch.float8_e4m3fn]
+    grouped = x.float().unflatten(-1, (-1, FP8_BLOCK_SIZE))
+    scale = dynamic_scale(grouped.abs().amax(dim=-1, keepdim=True), high)
+    codes = (grouped / scale).clamp(low, high).to(torch.float8_e4m3fn)
+    return codes.float().mul_(scale).flatten(-2)
+
+
+def scales_by_row(weight_scale: torch.Tensor, out_features: int) -> torch.Tensor:
+    """Scales of blocks as those of rows and 128 input channels: `[ceil(N / 128), G] -> [N, G]`."""
+    return weight_scale.repeat_interleave(FP8_BLOCK_SIZE, dim=0)[:out_features]
+
+
+def linear_fp8_block_reference(
+    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """W8A8 in fp8, e4m3, with a scale for each block of 128 x 128 weights (DeepSeek-V3, arXiv 2412.19437, 3.3.2).
+
+    `(e4m3(x / s) * s) @ (weight * weight_scale).T + bias`, `s = max|x| / 448` of each row and 128 channels.
+
+    Args:
+        x: `[..., K]`, any float dtype; K a multiple of 128.
+        weight: float8_e4m3fn `[N, K]`.
+        weight_scale: float32 `[ceil(N / 128), K / 128]`.
+        bias: `[N]`, any float dtype, or None.
+
+    Returns:
+        `[..., N]`, of the dtype of `x`, summed in float32; NaN for a row of x in which there is one.
+
+    Raises:
+        ValueError: as `linear_w8a8_reference`.
+    """
+    check_devices(x, weight, weight_scale, bias)
+    out_features, in_features = check_fp8_block(x, weight, weight_scale, bias)
+    values = weight.float() * expand_scale(scales_by_row(weight_scale, out_features), out_features, in_features)
+    return _finished(fp8_by_group(x).reshape(-1, in_features) @ values.T, bias, x)

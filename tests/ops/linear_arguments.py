@@ -10,6 +10,7 @@ from octavo.ops.linear.arguments import LARGEST_IN_FEATURES
 from octavo.ops.linear.cuda import linear_fp8_cuda, linear_w8a8_cuda, linear_w8a8_dynamic_cuda, linear_weight_only_cuda
 from octavo.ops.linear.npu import linear_w8a8_dynamic_npu, linear_w8a8_npu, linear_weight_only_npu
 from octavo.ops.linear.reference import (
+    linear_fp8_block_reference,
     linear_fp8_reference,
     linear_grouped_reference,
     linear_w8a8_dynamic_reference,
@@ -71,6 +72,11 @@ def fp8_arguments() -> Arguments:
     return {"x": X, "weight": CODES.to(torch.float8_e4m3fn), "weight_scale": ONES, "input_scale": None, "bias": None}
 
 
+def fp8_block_arguments() -> Arguments:
+    weight = torch.zeros(N, 128).to(torch.float8_e4m3fn)
+    return {"x": torch.randn(3, 128).half(), "weight": weight, "weight_scale": torch.ones(1, 1), "bias": None}
+
+
 W8A8: list[Change] = [
     *MATRIX,
     (ValueError, "W8A8 adds up to 131071 products exactly", DEEP),
@@ -114,6 +120,17 @@ FP8: list[Change] = [
     (ValueError, "input_scale must be float32 [1]", {"input_scale": ONES}),
 ]
 
+FP8_BLOCK: list[Change] = [
+    *[change for change in MATRIX if change[2] is not NO_CHANNELS],
+    *BIAS,
+    (ValueError, "weight_scale must be float32 (1, 1), not float32 (2, 1)", {"weight_scale": torch.ones(2, 1)}),
+    (ValueError, "weight_scale must be float32 (1, 1), not float16", {"weight_scale": torch.ones(1, 1).half()}),
+    (
+        ValueError, "blocks are of 128 input channels, and the weight has 192",
+        {"x": torch.ones(3, 192), "weight": torch.ones(N, 192).to(torch.float8_e4m3fn)},
+    ),
+]  # fmt: skip
+
 
 LINEAR_OPS: dict[str, OpCase] = {
     "linear_w8a8": (
@@ -133,4 +150,7 @@ LINEAR_OPS: dict[str, OpCase] = {
     ),
     "linear_grouped": (grouped_arguments, GROUPED, (ops.linear_grouped, linear_grouped_reference, None, None)),
     "linear_fp8": (fp8_arguments, FP8, (ops.linear_fp8, linear_fp8_reference, linear_fp8_cuda, None)),
-}
+    "linear_fp8_block": (
+        fp8_block_arguments, FP8_BLOCK, (ops.linear_fp8_block, linear_fp8_block_reference, None, None),
+    ),
+}  # fmt: skip

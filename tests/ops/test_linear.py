@@ -7,8 +7,16 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from octavo.ops import linear_fp8, linear_grouped, linear_w8a8, linear_w8a8_dynamic, linear_weight_only
+from octavo.ops import (
+    linear_fp8,
+    linear_fp8_block,
+    linear_grouped,
+    linear_w8a8,
+    linear_w8a8_dynamic,
+    linear_weight_only,
+)
 from octavo.ops.linear.reference import (
+    linear_fp8_block_reference,
     linear_fp8_reference,
     linear_grouped_reference,
     linear_w8a8_dynamic_reference,
@@ -226,6 +234,41 @@ def test_every_fp8_code_counts_as_what_it_is(rows: int) -> None:
     assert torch.equal(output, weight[:, 3].float().expand(rows, -1))
 
 
+@pytest.mark.parametrize("rows", [1, 4, 5, 17, 40])
+@pytest.mark.parametrize(("in_features", "out_features"), [(128, 5), (256, 128), (384, 300)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fp8_in_blocks(rows: int, in_features: int, out_features: int, dtype: torch.dtype) -> None:
+    """As DeepSeek defines it, block by block in float64."""
+    torch.manual_seed(rows)
+    weight = (torch.randn(out_features, in_features) * 50).to(torch.float8_e4m3fn)
+    scale = torch.rand(-(-out_features // 128), in_features // 128) * 0.01 + 0.001
+    x, bias = torch.randn(rows, in_features).to(dtype), torch.randn(out_features)
+    output = linear_fp8_block(x, weight, scale, bias)
+    assert output.dtype == dtype
+    assert_close(output, linear_fp8_block_reference(x, weight, scale, bias))
+    expected = bias.double().repeat(rows, 1)
+    for first in range(0, in_features, 128):
+        part = x[:, first : first + 128].float()
+        of_row = part.abs().amax(1, keepdim=True) / 448
+        codes = (part / of_row).to(torch.float8_e4m3fn).double()
+        for row in range(0, out_features, 128):
+            block = weight[row : row + 128, first : first + 128].double()
+            expected[:, row : row + 128] += codes @ block.T * of_row * scale[row // 128, first // 128].double()
+    assert (output.double() - expected).abs().max() < (1e-2 if dtype == torch.bfloat16 else 1e-5) * expected.abs().max()
+
+
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_every_fp8_code_of_a_block_counts_as_what_it_is(rows: int) -> None:
+    codes = torch.arange(256).to(torch.uint8)
+    codes[codes & 127 == 127] = 0  # NaN
+    weight = torch.zeros(256, 256, dtype=torch.uint8)
+    weight[:, 3] = codes
+    x = torch.zeros(rows, 256)
+    x[:, 3] = 448.0
+    output = linear_fp8_block(x, weight.view(torch.float8_e4m3fn), torch.full((2, 2), 1 / 448), None)
+    torch.testing.assert_close(output, weight[:, 3].view(torch.float8_e4m3fn).float().expand(rows, -1))
+
+
 @pytest.mark.parametrize("rows", [1, 5, 40])
 def test_nan_stays_visible(rows: int) -> None:
     x, weight = torch.randn(rows, 64), torch.randn(20, 64).to(torch.float8_e4m3fn)
@@ -240,6 +283,7 @@ def test_nan_stays_visible(rows: int) -> None:
         linear_w8a8_dynamic(x, codes, scale, None),
         linear_weight_only(x, codes, scale[:, None], None, None),
         linear_grouped(x, codes, torch.ones(20, 2), None, None, 32),
+        linear_fp8_block(torch.cat((x, x), 1), torch.cat((weight, weight), 1), torch.ones(1, 1), None),
     ):
         assert output[0].isnan().all()
         assert rows == 1 or not output[1:, :7].isnan().any()
@@ -342,3 +386,5 @@ def test_opcheck() -> None:
     arguments = (x, codes.to(torch.float8_e4m3fn), bias, None, bias)
     checks = ("test_faketensor", "test_aot_dispatch_dynamic")  # test_schema cannot compare fp8 tensors
     torch.library.opcheck(ops.linear_fp8.default, arguments, test_utils=checks)
+    blocks = torch.randn(2, 128), torch.ones(32, 128).to(torch.float8_e4m3fn), torch.ones(1, 1), bias
+    torch.library.opcheck(ops.linear_fp8_block.default, blocks, test_utils=checks)

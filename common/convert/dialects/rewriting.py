@@ -7,6 +7,7 @@ from pathlib import Path
 from ...command import OneLineParser, run_script
 from ...errors import OctavoError
 from ...runtime.schemes.kv_scheme import Scheme, load_scheme
+from ...runtime.schemes.linear_scheme import HELD_LABELS
 from ...runtime.static_scales import load_statistics
 from ..output.writer import whole_directory
 from ..run import GIGABYTE
@@ -80,6 +81,12 @@ def rewrite(request: RewriteRequest) -> list[str]:
 
 def check_form(dialect: Dialect, form: Form) -> None:
     """Raise an `OctavoError` with the first reason why a form cannot be written, and the nearest that can."""
+    for name, linear in form.linears.items():
+        if linear.label in HELD_LABELS:
+            raise OctavoError(
+                f"{named('format')} {dialect.name}: {name} is in {linear.label}, codes of the source that Octavo alone "
+                "reads in its own form; convert with --requantize, or serve the directory itself"
+            )
     for refusal in dialect.check(form):
         raise OctavoError(f"{named('format')} {dialect.name}: {refusal}")
 

@@ -8,7 +8,8 @@ import torch
 from ....ops.linear.reference import WEIGHT_BLOCK
 from ....ops.shared.codes import pack_int4
 from ...errors import OctavoError
-from ...runtime.schemes.linear_scheme import FP8, FP8_LABELS, W4A16, W8A8
+from ...runtime.linear_kinds import QUANTIZED_LINEARS
+from ...runtime.schemes.linear_scheme import FP8, INT4_LABELS, W8A8
 from ..source.quantized.weight import CodedWeight
 from .quantize import static_parts
 
@@ -32,11 +33,15 @@ def coded_parts(
     Raises:
         OctavoError: groups are mixed up, although the checkpoint does not say so.
     """
-    if weight.order is not None:
+    has = QUANTIZED_LINEARS[label].PARTS
+    if weight.order is not None and "input_order" not in has:
         raise OctavoError(f"{name}: g_idx mixes groups up, and config.json says desc_act false; set it to true")
-    codes = pack_int4(weight.codes, WEIGHT_BLOCK) if label == W4A16 else weight.codes
-    parts = {"weight": codes, "weight_scale": weight.scale}
-    if label not in FP8_LABELS:
+    codes, parts = weight.codes, {"weight_scale": weight.scale}
+    if "input_order" in has:
+        columns = weight.order.argsort(stable=True)
+        codes, parts["input_order"] = codes[:, columns], columns.to(torch.int32)
+    parts["weight"] = pack_int4(codes, WEIGHT_BLOCK) if label in INT4_LABELS else codes
+    if "weight_offset" in has:
         parts["weight_offset"] = torch.zeros_like(weight.scale) if weight.zero is None else weight.zero
     if label == W8A8:
         zero = torch.zeros(1) if weight.input_zero is None else weight.input_zero

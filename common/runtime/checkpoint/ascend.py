@@ -15,7 +15,7 @@ from torch import nn
 from ...errors import OctavoError
 from ..linear_kinds import QUANTIZED_LINEARS
 from ..schemes.kv_scheme import Scheme, load_scheme
-from ..schemes.linear_scheme import FP8, FP8_DYNAMIC, W4A16
+from ..schemes.linear_scheme import FP8, FP8_BLOCK, FP8_DYNAMIC, INT4_LABELS
 from ..static_scales import LayerScales, Scales
 from .files import TensorHeader
 
@@ -39,7 +39,10 @@ CACHE_PARTS = ("key_scale", "key_zero", "key_levels", "value_scale", "value_zero
 SCALAR_DTYPES = {"I64": torch.int64, "F32": torch.float32}
 FLOATS = ("F32", "F16", "BF16")
 WEIGHT_LABELS = tuple(QUANTIZED_LINEARS)
-WEIGHT_DTYPES = {W4A16: ("U8", "I8"), FP8: ("F8_E4M3",), FP8_DYNAMIC: ("F8_E4M3",)}
+WEIGHT_DTYPES = {
+    **dict.fromkeys(INT4_LABELS, ("U8", "I8")),
+    **dict.fromkeys((FP8, FP8_DYNAMIC, FP8_BLOCK), ("F8_E4M3",)),
+}
 """Dtypes of weights in codes where they are not int8; those in int4 may have a byte for each code."""
 LINEAR_DTYPES = {
     "weight_scale": FLOATS,
@@ -49,6 +52,7 @@ LINEAR_DTYPES = {
     "quant_bias": ("I32",),
     "deq_scale": ("I64", "F32"),
     "outlier_columns": ("I32",),
+    "input_order": ("I32",),
     "outlier_weight": FLOATS,
 }
 """Dtypes of the other parts of a quantized linear layer, which are labelled as its weight."""
@@ -214,7 +218,9 @@ def linear_layout(linears: Mapping[str, str], headers: Mapping[str, TensorHeader
     return {
         "quantized_linears": dict(linears),
         "weight_scales": scales,
-        "unpacked": [n for n, label in linears.items() if label == W4A16 and headers[f"{n}.weight"].dtype == "I8"],
+        "unpacked": [
+            n for n, label in linears.items() if label in INT4_LABELS and headers[f"{n}.weight"].dtype == "I8"
+        ],
         "deq_scale": next(iter(deq_scales), "F32"),
         "biases": [name.removesuffix(".bias") for name in headers if name.endswith(".bias")],
         "is_of_vllm": any(_OF_VLLM.search(name) for name in headers),

@@ -14,7 +14,7 @@ from ..model_sizes import attention_sizes
 from ..norm_bias import add_norm_bias
 from ..quantized_embedding import QuantizedEmbedding, TiedLinear
 from ..schemes.kv_scheme import Scheme
-from ..schemes.linear_scheme import EMBEDDING, WEIGHT_ONLY
+from ..schemes.linear_scheme import EMBEDDING, FP8_BLOCK, WEIGHT_ONLY
 from ..static_scales import LayerScales, Scales
 from .ascend import C8_MODULES, DESCRIPTION_FILE, FA_PARTS, SCALAR_DTYPES, c8_place, is_c8, is_fa
 
@@ -108,7 +108,8 @@ def _attach_linears(model: nn.Module, layout: Mapping[str, Any]) -> None:
         out_features = linear.out_features
         in_features = linear.in_features + layout.get("extra_inputs", {}).get(name, 0)
         rows, num_groups = scales.get(name, (out_features, 1))
-        if (label not in WEIGHT_ONLY and num_groups > 1) or in_features % num_groups:
+        has_groups = label in WEIGHT_ONLY or label == FP8_BLOCK
+        if (not has_groups and num_groups > 1) or in_features % num_groups:
             raise OctavoError(
                 f"{name}: {label} with {num_groups} scales for {in_features} input channels; convert again"
             )

@@ -11,9 +11,14 @@ FP8, FP8_DYNAMIC, W8A8_MIXED = "WFP8AFP8", "WFP8AFP8_DYNAMIC", "W8A8_MIXED"
 LINEAR_LABELS = (W8A8, W8A8_DYNAMIC, W8A16, W4A16, FP8, FP8_DYNAMIC, W8A8_MIXED)
 """Kinds of quantized linear layers, named as Ascend's descriptions label them; W8A8_MIXED is Octavo's own: int8 by
 token, and in float the input channels with the largest outliers, in the manner of LLM.int8() (arXiv 2208.07339)."""
+W4A16_ORDERED, W8A16_ORDERED, FP8_BLOCK = "W4A16_ORDERED", "W8A16_ORDERED", "WFP8AFP8_BLOCK"
+HELD_LABELS = (W4A16_ORDERED, W8A16_ORDERED, FP8_BLOCK)
+"""Kinds of Octavo's own that hold the codes of other checkpoints, and that nothing is quantized to: groups of input
+channels that act-order (GPTQ) mixed up, and fp8 with a scale for each block of 128 x 128 weights (DeepSeek)."""
 EMBEDDING = "W8A16_EMBEDDING"
 """Label of an embedding in int8, and of the last linear that is tied to it; Octavo's own."""
-WEIGHT_ONLY = (W8A16, W4A16)
+WEIGHT_ONLY = (W8A16, W4A16, W8A16_ORDERED, W4A16_ORDERED)
+INT4_LABELS = (W4A16, W4A16_ORDERED)
 STATIC = (W8A8, FP8)
 """Those whose inputs are quantized by scales from calibration."""
 FP8_LABELS = (FP8, FP8_DYNAMIC)
@@ -34,7 +39,7 @@ class LinearScheme:
     """How linear layers are quantized.
 
     Attributes:
-        label: one of `LINEAR_LABELS`.
+        label: one of `LINEAR_LABELS` or `HELD_LABELS`.
         group_size: input channels that share a scale of the weight, for W8A16 and W4A16; 0 is per output channel.
         symmetric: whether weights have no zero point; only W8A16 and W4A16 may have one.
         per_tensor: one scale for a whole weight, for fp8.
@@ -53,7 +58,7 @@ class LinearScheme:
     act_method: str = "minmax"
 
     def __post_init__(self) -> None:
-        if self.label not in LINEAR_LABELS:
+        if self.label not in LINEAR_LABELS + HELD_LABELS:
             raise OctavoError(f"linear layers: {self.label!r} is none of {', '.join(LINEAR_LABELS)}")
         if self.group_size not in GROUP_SIZES:
             raise OctavoError(f"linear layers: group_size {self.group_size} is none of {GROUP_SIZES}")

@@ -23,7 +23,7 @@ from ..checkpoint.ascend import described_name
 from ..checkpoint.files import TensorHeader
 from ..decoder import Decoder
 from ..model_sizes import KV_SHARE, attention_sizes
-from ..schemes.linear_scheme import FP8_DYNAMIC, W4A16, W8A8_DYNAMIC, W8A8_MIXED, WEIGHT_ONLY
+from ..schemes.linear_scheme import FP8_DYNAMIC, HELD_LABELS, W4A16, W8A8_DYNAMIC, W8A8_MIXED, WEIGHT_ONLY
 from .ranks import Ranks
 
 Range = tuple[int, int]
@@ -159,6 +159,11 @@ class Shares:
             return Share(ranges=((first * self._width, last * self._width),))
         if linear is None:
             return self._of_scales(module.removeprefix(f"{self._decoder.attention.name}."), part, headers[name].shape)
+        whole = name.removesuffix(f".{part}")
+        if self._labels.get(whole) in HELD_LABELS:
+            raise OctavoError(
+                f"tp_plan: {whole}: {self._labels[whole]} is not shared among ranks; convert with --requantize"
+            )
         if linear.rows:
             rows = headers[name.removesuffix(part) + "weight"].shape[0]
             is_cut = part in _OF_OUTPUTS and headers[name].shape[0] == rows

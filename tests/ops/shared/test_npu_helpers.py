@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from octavo.ops import attention, decode, encode, encode_token, linear_fp8, linear_w8a8, report
+from octavo.ops import attention, decode, encode, encode_token, linear_fp8, linear_fp8_block, linear_w8a8, report
 
 from ..npu_double import OPS, TorchNpu, fetch_wheel, installed_double, on_npu, read_schemas
 
@@ -69,7 +69,7 @@ def test_importing_and_reporting_does_not_import_torch_npu(tmp_path: Path) -> No
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = {line.split()[0]: line for line in done.stdout.splitlines() if "NPU" in line}
-    assert set(lines) == {*KERNELS, "attention_lse", "decode", "linear_fp8"}
+    assert set(lines) == {*KERNELS, "attention_lse", "decode", "linear_fp8", "linear_fp8_block"}
     assert all("torch_npu, contract-tested: " in lines[name] for name in KERNELS)
 
 
@@ -83,6 +83,7 @@ def test_importing_and_reporting_does_not_import_torch_npu(tmp_path: Path) -> No
         ("attention_lse", "reference"),
         ("decode", "reference"),
         ("linear_fp8", "none: raises"),
+        ("linear_fp8_block", "none: raises"),
     ],
 )
 def test_the_report_names_what_the_reference_serves(monkeypatch: pytest.MonkeyPatch, op: str, words: str) -> None:
@@ -101,6 +102,7 @@ def test_fp8_raises_in_one_line(npu: TorchNpu, dtype: torch.dtype) -> None:
         lambda: on_npu(decode, codes, scale, None),
         lambda: on_npu(attention, x, codes, codes, 1.0, key_scale=scale, value_scale=scale),
         lambda: on_npu(linear_fp8, x, codes[0, 0], torch.ones(3), None, None),
+        lambda: on_npu(linear_fp8_block, x, codes[0, 0], torch.ones(3, 1), None),
     ]
     for call in calls:
         with pytest.raises(NotImplementedError, match="Atlas A2 and A3") as caught:

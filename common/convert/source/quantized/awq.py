@@ -37,7 +37,7 @@ def _linear(where: str, name: str, symmetric: bool, headers: dict[str, TensorHea
     (in_features, words), zeros, (groups, out_features) = shapes
     if zeros != (groups, words) or out_features != words * 8:
         raise OctavoError(f"{where}: {name}.{PARTS[0]}, {PARTS[1]} and {PARTS[2]} do not go together; copy it again")
-    label, fault = weight_only_label(BITS, in_features, groups, is_ordered=True)
+    label, fault = weight_only_label(BITS, in_features, groups)
 
     def weight(read: Read) -> CodedWeight:
         codes, zero, scale = unpack_awq({part: read(f"{name}.{part}") for part in PARTS})

@@ -4,9 +4,10 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from .....ops.linear.arguments import FP8_BLOCK_SIZE
 from ....errors import OctavoError
 from ....runtime.checkpoint.files import TensorHeader
-from ....runtime.schemes.linear_scheme import FP8, FP8_DYNAMIC, W8A8, W8A8_DYNAMIC
+from ....runtime.schemes.linear_scheme import FP8, FP8_BLOCK, FP8_DYNAMIC, W8A8, W8A8_DYNAMIC
 from ...dialects.layouts.compressed_tensors import unpack_signed, unpack_zero_points
 from ...dialects.layouts.words import words_of
 from .fp8 import block_fault, fp8_scales
@@ -19,6 +20,10 @@ _KINDS = {
     ("float", "tensor", False): FP8,
 }
 """The kind of linear by type, strategy and dynamic of 8-bit inputs."""
+_BLOCK_INPUTS = {
+    "type": "float", "num_bits": 8, "strategy": "group", "dynamic": True, "group_size": FP8_BLOCK_SIZE,
+}  # fmt: skip
+"""What is said of inputs beside weights in blocks."""
 _CLASS = "Linear"
 _PLAIN_DTYPES = {"I8": "int", "F8_E4M3": "float"}
 
@@ -95,8 +100,8 @@ def _packed(where: str, name: str, group: _Group, headers: dict[str, TensorHeade
         part for part in _names(name, "_packed", "_scale", "_zero_point", "_shape", "_g_idx") if part in headers
     )
     order_name, zero_name = f"{name}.weight_g_idx", f"{name}.weight_zero_point"
-    is_ordered = order_name not in parts or mixed_order(order_name, read(order_name), groups) is None
-    label, fault = weight_only_label(bits, in_features, groups, is_ordered)
+    order = mixed_order(order_name, read(order_name) if order_name in parts else None, groups)
+    label, fault = weight_only_label(bits, in_features, groups, order)
     if group.inputs:
         label, fault = None, "has packed weights and quantized inputs"
 
@@ -120,11 +125,14 @@ def _names(name: str, *ends: str) -> list[str]:
     return [f"{name}.weight{end}" for end in ends]
 
 
-def _plain_fault(group: _Group, kind: str) -> str:
+def _plain_fault(group: _Group, kind: str, in_features: int) -> str:
     """Why no kind of linear holds weights of a byte each, or nothing."""
     weights, inputs = group.weights, group.inputs
     if weights.get("strategy") == "block":
-        return block_fault(weights.get("block_structure") or [])
+        fault = block_fault(weights.get("block_structure") or [], in_features)
+        if kind != "float" or any(inputs.get(field) != value for field, value in _BLOCK_INPUTS.items()):
+            fault = fault or f"is in blocks, and no fp8 with dynamic inputs in groups of {FP8_BLOCK_SIZE}"
+        return fault
     if kind == "float" and not inputs:
         return "is fp8 with inputs in float"
     if inputs:
@@ -144,7 +152,7 @@ def _plain(where: str, name: str, group: _Group, headers: dict[str, TensorHeader
     if len(header.shape) != 2 or scale_name not in headers:
         raise OctavoError(f"{where}: {name} has no weight_scale, or is no matrix; copy the checkpoint again")
     (out_features, in_features), scale = header.shape, headers[scale_name].shape
-    fault = _plain_fault(group, kind)
+    fault = _plain_fault(group, kind, in_features)
     block = None
     if group.weights.get("strategy") == "block":
         block, scales = tuple(group.weights.get("block_structure") or ()), scale
@@ -155,10 +163,12 @@ def _plain(where: str, name: str, group: _Group, headers: dict[str, TensorHeader
     else:
         scales = fp8_scales(where, scale_name, headers, out_features)
     label: str | None = None
-    if not fault and group.inputs:
+    if not fault and block is not None:
+        label = FP8_BLOCK
+    elif not fault and group.inputs:
         label = _KINDS[group.inputs["type"], group.inputs["strategy"], group.inputs["dynamic"]]
     elif not fault:
-        label, fault = weight_only_label(8, in_features, scales[1], is_ordered=True)
+        label, fault = weight_only_label(8, in_features, scales[1])
     inputs = [f"{name}.input_{part}" for part in ("scale", "zero_point")]
     parts = tuple(part for part in (weight_name, scale_name, zero_name, *inputs) if part in headers)
     if label in (W8A8, FP8) and inputs[0] not in parts:

@@ -2,9 +2,10 @@
 
 from typing import Any
 
+from .....ops.linear.arguments import FP8_BLOCK_SIZE
 from ....errors import OctavoError
 from ....runtime.checkpoint.files import TensorHeader
-from ....runtime.schemes.linear_scheme import FP8, FP8_DYNAMIC
+from ....runtime.schemes.linear_scheme import FP8, FP8_BLOCK, FP8_DYNAMIC
 from .weight import CodedLinear, CodedWeight, Read, sound_scale
 
 _SCALES = ("weight_scale_inv", "weight_scale")
@@ -29,7 +30,7 @@ def _linear(where: str, name: str, block: Any, headers: dict[str, TensorHeader])
         fault = ""
         scales = fp8_scales(where, scale_name, headers, shape[0])
     else:
-        fault, scales = block_fault(block), headers[scale_name].shape
+        fault, scales = block_fault(block, shape[1]), headers[scale_name].shape
         if not _is_block(block) or scales != tuple(-(-size // step) for size, step in zip(shape, block, strict=True)):
             raise OctavoError(f"{where}: {scale_name} is {list(scales)}, which blocks of {block} do not make")
     parts = tuple(part for part in (weight_name, scale_name, input_name) if part is not None)
@@ -39,7 +40,10 @@ def _linear(where: str, name: str, block: Any, headers: dict[str, TensorHeader])
         codes, of_input = read(weight_name), None if input_name is None else read(input_name).float().view(1)
         return CodedWeight(codes, scale, block=None if block is None else tuple(block), input_scale=of_input)
 
-    label = None if fault else (FP8_DYNAMIC if input_name is None else FP8)
+    if block is not None and not fault and input_name is not None:
+        fault = "is fp8 in blocks with static inputs"
+    dynamic = FP8_DYNAMIC if block is None else FP8_BLOCK
+    label = None if fault else (dynamic if input_name is None else FP8)
     return CodedLinear(label, fault, shape, scales, parts, weight)
 
 
@@ -47,10 +51,15 @@ def _is_block(block: Any) -> bool:
     return isinstance(block, list) and len(block) == 2 and all(isinstance(step, int) and step > 0 for step in block)
 
 
-def block_fault(block: Any) -> str:
-    """Why no kind of linear holds weights with a scale per block."""
-    size = " x ".join(map(str, block))
-    return f"is fp8 with a scale for each block of {size} weights, and fp8 here has one per output channel or tensor"
+def block_fault(block: Any, in_features: int) -> str:
+    """Why no kind of linear holds weights with a scale per block; nothing if one does."""
+    if list(block) != [FP8_BLOCK_SIZE] * 2:
+        size = " x ".join(map(str, block))
+        held = f"{FP8_BLOCK_SIZE} x {FP8_BLOCK_SIZE}"
+        return f"is fp8 with a scale for each block of {size} weights, and blocks here are of {held}"
+    if in_features % FP8_BLOCK_SIZE:
+        return f"has {in_features} input channels, which blocks of {FP8_BLOCK_SIZE} do not fill"
+    return ""
 
 
 def fp8_scales(where: str, name: str, headers: dict[str, TensorHeader], out_features: int) -> tuple[int, int]:

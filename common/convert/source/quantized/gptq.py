@@ -44,8 +44,8 @@ def _linear(
         raise OctavoError(f"{where}: {name}: the shapes of {', '.join(PARTS)} do not go together; copy it again")
     parts = tuple(f"{name}.{part}" for part in PARTS if f"{name}.{part}" in headers)
     mixes = bool(config.get("desc_act")) and parts[-1].endswith(".g_idx")
-    is_ordered = not mixes or mixed_order(parts[-1], read(parts[-1]), groups) is None
-    label, fault = weight_only_label(bits, in_features, groups, is_ordered)
+    order = mixed_order(parts[-1], read(parts[-1]), groups) if mixes else None
+    label, fault = weight_only_label(bits, in_features, groups, order)
 
     def weight(read: Read) -> CodedWeight:
         found = {part: read(f"{name}.{part}") for part in PARTS if f"{name}.{part}" in headers}

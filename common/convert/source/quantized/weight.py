@@ -11,7 +11,7 @@ import torch
 from .....ops.linear.reference import WEIGHT_BLOCK
 from .....ops.shared.codes import expand_scale
 from ....errors import OctavoError
-from ....runtime.schemes.linear_scheme import SMALLEST_GROUP, W4A16, W8A16
+from ....runtime.schemes.linear_scheme import SMALLEST_GROUP, W4A16, W4A16_ORDERED, W8A16, W8A16_ORDERED
 from ...dialects.layouts.fp8_block import block_scales
 from ...dialects.layouts.gptq import plain_order
 
@@ -88,16 +88,24 @@ class CodedLinear:
         return self.shape[1] // self.scales[1] if self.scales[1] > 1 else 0
 
 
-def weight_only_label(bits: int, in_features: int, groups: int, is_ordered: bool) -> tuple[str | None, str]:
-    """The kind of linear for integer weights and float inputs, or why there is none."""
-    if not is_ordered:
-        return None, "has groups of input channels that act-order (g_idx) mixes up"
+def weight_only_label(
+    bits: int, in_features: int, groups: int, order: torch.Tensor | None = None
+) -> tuple[str | None, str]:
+    """The kind of linear for integer weights and float inputs, or why there is none.
+
+    Args:
+        order: the group of each input channel, as of `CodedWeight`.
+    """
     if in_features % groups or (groups > 1 and in_features // groups % SMALLEST_GROUP):
         size = f"{in_features / groups:g}"
         return None, f"has groups of {size} of {in_features} input channels, which are no multiple of {SMALLEST_GROUP}"
     if bits <= _INT4_BITS and in_features % WEIGHT_BLOCK:
         return None, f"has {in_features} input channels, and int4 is packed in blocks of {WEIGHT_BLOCK}"
-    return (W4A16 if bits <= _INT4_BITS else W8A16), ""
+    if order is None:
+        return (W4A16 if bits <= _INT4_BITS else W8A16), ""
+    if bool((order.bincount(minlength=groups) != in_features // groups).any()):
+        return None, "has groups of input channels (g_idx) that are not of one size"
+    return (W4A16_ORDERED if bits <= _INT4_BITS else W8A16_ORDERED), ""
 
 
 def sound_scale(name: str, scale: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,20 @@ from octavo.common.convert.api import main
 from octavo.models.llama3 import ARCHITECTURE
 
 from ....support import assert_one_error_line, convert_flags, files_below
-from .coded_sources import Layout, args, awq, ct_config, fp8, fp8_blocks, gptq, mixed, packed_ct, plain_ct
+from .coded_sources import (
+    Layout,
+    args,
+    awq,
+    ct_config,
+    fp8,
+    fp8_blocks,
+    gptq,
+    mixed,
+    packed_ct,
+    packed_in_order,
+    plain_ct,
+    uneven,
+)
 
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
@@ -20,6 +33,12 @@ SECOND = GPTQ | {"checkpoint_format": "gptq_v2"}
 INPUTS = {"input_scale": torch.tensor([0.05]), "input_zero_point": torch.tensor([-7], dtype=torch.int8)}
 TOKEN = {"strategy": "token", "dynamic": True}
 INT_TOKEN, FP8_TOKEN = (args(8, kind, **TOKEN) for kind in ("int", "float"))
+FP8_GROUP = args(8, "float", "group", dynamic=True) | {"group_size": 128}
+FP8_BLOCKS = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+WIDE = {
+    "hidden_size": 256, "intermediate_size": 384, "head_dim": 64, "num_hidden_layers": 2, "initializer_range": 0.05,
+}  # fmt: skip
+"""Sizes that blocks of 128 x 128 fit."""
 FLOAT_INPUTS = ("--cpu_activations", "float")
 PASSED: dict[str, Layout] = {
     "awq": Layout(awq, AWQ, "W4A16", FLOAT_INPUTS),
@@ -55,9 +74,26 @@ PASSED: dict[str, Layout] = {
     "fp8": Layout(
         partial(fp8, per_tensor=True), {"quant_method": "fp8", "activation_scheme": "dynamic"}, "WFP8AFP8_DYNAMIC"
     ),
+    "gptq, act-order": Layout(partial(gptq, order=mixed), GPTQ | {"desc_act": True}, "W4A16_ORDERED", FLOAT_INPUTS),
+    "gptq of 8 bits, act-order": Layout(
+        partial(gptq, bits=8, symmetric=False, order=mixed), GPTQ | {"bits": 8, "desc_act": True}, "W8A16_ORDERED",
+        FLOAT_INPUTS,
+    ),
+    "pack-quantized, act-order": Layout(
+        packed_in_order, ct_config("pack-quantized", args(4, "int", "group", actorder="group")), "W4A16_ORDERED",
+        FLOAT_INPUTS,
+    ),
+    "fp8 in blocks": Layout(
+        fp8_blocks, FP8_BLOCKS | {"weight_block_size": [128, 128]}, "WFP8AFP8_BLOCK", sizes=WIDE,
+    ),
+    "float-quantized in blocks": Layout(
+        partial(fp8_blocks, name="weight_scale"),
+        ct_config("float-quantized", args(8, "float", "block", block_structure=[128, 128]), FP8_GROUP),
+        "WFP8AFP8_BLOCK", sizes=WIDE,
+    ),
 }  # fmt: skip
-ACT_ORDER = Layout(partial(gptq, order=mixed), GPTQ | {"desc_act": True})
-BLOCKS = Layout(fp8_blocks, {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [48, 48]})
+UNEVEN = Layout(partial(gptq, order=uneven), GPTQ | {"desc_act": True})
+SMALL_BLOCKS = Layout(partial(fp8_blocks, block=48), FP8_BLOCKS | {"weight_block_size": [48, 48]})
 
 
 def loaded(directory: Path) -> torch.nn.Module:

@@ -39,12 +39,13 @@ class Coded:
 
 @dataclass
 class Layout:
-    """A way to write a checkpoint: what is made of a weight, and `quantization_config`."""
+    """A way to write a checkpoint: what is made of a weight, `quantization_config`, and sizes of the model."""
 
     code: Callable[[torch.Tensor], Coded]
     config: dict[str, Any]
     label: str | None = None
     flags: tuple[str, ...] = field(default=())
+    sizes: dict[str, float] = field(default_factory=dict)
 
 
 def integers(
@@ -112,6 +113,11 @@ def mixed(in_features: int) -> torch.Tensor:
     return (torch.arange(in_features) // GROUP)[torch.randperm(in_features, generator=torch.Generator().manual_seed(3))]
 
 
+def uneven(in_features: int) -> torch.Tensor:
+    """Groups of which one has a channel more than another."""
+    return mixed(in_features).index_fill(0, torch.tensor(int((mixed(in_features) == 1).nonzero()[0])), 0)
+
+
 def packed_ct(weight: torch.Tensor, bits: int = 4, symmetric: bool = True, group: int = GROUP) -> Coded:
     """pack-quantized of compressed-tensors, by its own packing."""
     codes, scale, zero = integers(weight, bits, group or weight.shape[1], symmetric)
@@ -123,6 +129,13 @@ def packed_ct(weight: torch.Tensor, bits: int = 4, symmetric: bool = True, group
     if not symmetric:
         stored["weight_zero_point"] = pack_to_int32(zero.to(torch.int8), bits, packed_dim=0)
     return Coded(codes, scale, zero, stored, decoded(codes, scale, zero))
+
+
+def packed_in_order(weight: torch.Tensor) -> Coded:
+    """pack-quantized with actorder "group"."""
+    coded, order = packed_ct(weight), mixed(weight.shape[1])
+    weight = decoded(coded.codes, coded.scale, coded.zero, order)
+    return Coded(coded.codes, coded.scale, coded.zero, coded.stored | {"weight_g_idx": order.int()}, weight)
 
 
 def plain_ct(weight: torch.Tensor, inputs: dict[str, torch.Tensor] | None = None) -> Coded:
@@ -141,14 +154,14 @@ def fp8(weight: torch.Tensor, per_tensor: bool = False, name: str = "weight_scal
     return Coded(codes, scale, None, stored, codes.float() * scale)
 
 
-def fp8_blocks(weight: torch.Tensor, block: int = 48) -> Coded:
-    """DeepSeek's fp8, in smaller blocks."""
+def fp8_blocks(weight: torch.Tensor, block: int = 128, name: str = "weight_scale_inv") -> Coded:
+    """DeepSeek's fp8, whose last blocks may be smaller."""
     padded = torch.zeros([-(-size // block) * block for size in weight.shape])
     padded[: weight.shape[0], : weight.shape[1]] = weight
     scale = padded.unflatten(1, (-1, block)).unflatten(0, (-1, block)).abs().amax((1, 3)) / FP8_MAX
     spread = scale.repeat_interleave(block, 0).repeat_interleave(block, 1)[: weight.shape[0], : weight.shape[1]]
     codes = (weight / spread).to(torch.float8_e4m3fn)
-    return Coded(codes, scale, None, {"weight": codes, "weight_scale_inv": scale}, codes.float() * spread)
+    return Coded(codes, scale, None, {"weight": codes, name: scale}, codes.float() * spread)
 
 
 def ct_config(kind: str, weights: dict[str, Any], inputs: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
@@ -177,7 +190,7 @@ def write_coded(
         head: whether the last linear is in codes, too.
         changes: of the tiny model's config.
     """
-    model = tiny_llama(**changes)
+    model = tiny_llama(**layout.sizes, **changes)
     save_source(directory, model)
     tensors, linears = {name: tensor.clone() for name, tensor in model.state_dict().items()}, {}
     for name, module in model.named_modules():

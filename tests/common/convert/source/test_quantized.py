@@ -8,22 +8,24 @@ from typing import Any
 import pytest
 import torch
 
-from octavo import ConvertRequest, LinearScheme, convert
+from octavo import ConvertRequest, LinearScheme, OctavoError, convert
 from octavo.common.convert.api import main
 from octavo.common.convert.source.checkpoint import layerwise_source
+from octavo.common.runtime.sharding.ranks import Ranks
 from octavo.models import qwen3_moe
+from octavo.models.llama3 import ARCHITECTURE
 from octavo.ops.shared.codes import unpack_int4
 
 from ....models.test_qwen3_moe import tiny_moe
 from ....support import TEXTS, convert_flags, edit_json, quantized_tensors, random_ids, save_source
 from ....tolerances import TOLERANCES
 from .coded_layouts import (
-    ACT_ORDER,
-    BLOCKS,
     FLOAT_INPUTS,
     GPTQ,
     INT_TOKEN,
     PASSED,
+    SMALL_BLOCKS,
+    UNEVEN,
     change_weights,
     converted,
     loaded,
@@ -45,7 +47,12 @@ def test_codes_stay_as_they_are(name: str, tmp_path: Path) -> None:
         assert description[f"{linear}.weight"] == layout.label
         codes = stored[f"{linear}.weight"]
         codes = unpack_int4(codes, 32) if codes.dtype == torch.uint8 else codes
-        assert torch.equal(codes.float(), coded.codes.float())
+        expected = coded.codes.float()
+        if layout.label.endswith("_ORDERED"):
+            columns = stored[f"{linear}.input_order"].long()
+            assert (columns.diff() < 0).any() and sorted(columns.tolist()) == list(range(len(columns)))
+            expected = expected[:, columns]
+        assert torch.equal(codes.float(), expected)
         assert torch.equal(stored[f"{linear}.weight_scale"], coded.scale)
         if coded.zero is not None:
             assert torch.equal(stored[f"{linear}.weight_offset"], coded.zero)
@@ -129,7 +136,7 @@ def test_a_last_linear_in_codes(name: str, tmp_path: Path) -> None:
         assert (out(ids).logits - model(ids).logits).abs().max() < TOLERANCES["logits"]
 
 
-@pytest.mark.parametrize("layout", [ACT_ORDER, BLOCKS], ids=["act-order", "blocks"])
+@pytest.mark.parametrize("layout", [UNEVEN, SMALL_BLOCKS], ids=["uneven groups", "small blocks"])
 def test_what_no_kind_holds_is_decoded_if_asked_for(layout: Layout, tmp_path: Path) -> None:
     linears, model = write_coded(tmp_path / "source", layout)
     source = layerwise_source(tmp_path / "source", "cpu")
@@ -228,3 +235,25 @@ def test_attentions_that_cost_most_may_stay_in_float(tmp_path: Path) -> None:
     report = convert(asked)
     assert len(report.linears) == 21, "linears in codes are none of them"
     assert len(report.scheme.float_layers) == 1 and report.chosen_floats[0].endswith("self_attn")
+
+
+@pytest.mark.parametrize("name", ["gptq, act-order", "fp8 in blocks"])
+def test_kinds_of_our_own_stay_in_our_own_format(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_coded(tmp_path / "source", PASSED[name])
+    line = refused(tmp_path / "source", tmp_path / "out", capsys, "--format", "gptq")
+    assert (
+        f"--format gptq: model.layers.0.self_attn.q_proj is in {PASSED[name].label}, codes of the source that" in line
+    )
+    assert line.endswith("convert with --requantize, or serve the directory itself")
+    line = refused(tmp_path / "source", tmp_path / "out", capsys, "--target", "mindie")
+    assert f"MindIE has no linears of {PASSED[name].label}; give one of" in line and "--requantize makes others" in line
+
+
+@pytest.mark.parametrize("name", ["gptq, act-order", "fp8 in blocks"])
+def test_ranks_do_not_share_kinds_of_our_own(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_coded(tmp_path / "source", PASSED[name])
+    out = converted(tmp_path / "source", tmp_path / "out")
+    ranks = Ranks(0, 2, torch.device("cpu"))
+    monkeypatch.setattr("octavo.common.runtime.model.ranks_asked_for", lambda arguments: arguments.clear() or ranks)
+    with pytest.raises(OctavoError, match=f"{PASSED[name].label} is not shared among ranks; convert with --requantize"):
+        ARCHITECTURE.model_class.from_pretrained(out, tp_plan="auto")

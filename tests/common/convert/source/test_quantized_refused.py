@@ -12,17 +12,33 @@ from octavo import ConvertRequest, OctavoError, convert
 
 from ....support import TEXTS, edit_json
 from .coded_layouts import (
-    ACT_ORDER,
     AWQ,
-    BLOCKS,
     FLOAT_INPUTS,
+    FP8_BLOCKS,
+    FP8_TOKEN,
     GPTQ,
     INT_TOKEN,
     PASSED,
+    SMALL_BLOCKS,
+    UNEVEN,
+    WIDE,
     change_weights,
     refused,
 )
-from .coded_sources import Layout, args, awq, ct_config, fp8, gptq, mixed, packed_ct, plain_ct, write_coded
+from .coded_sources import (
+    Coded,
+    Layout,
+    args,
+    awq,
+    ct_config,
+    fp8,
+    fp8_blocks,
+    gptq,
+    mixed,
+    packed_ct,
+    plain_ct,
+    write_coded,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LEAVE = "(W4A16), which stay as they are; leave it out, or decode and quantize them again by --requantize"
@@ -78,10 +94,35 @@ def test_nothing_is_said_before_a_refusal(tmp_path: Path, capsys: pytest.Capture
     assert "calibrating" not in capsys.readouterr().err
 
 
+def static_blocks(weight: torch.Tensor) -> Coded:
+    coded = fp8_blocks(weight)
+    coded.stored["input_scale"] = torch.tensor(0.05)
+    return coded
+
+
 BAD_INPUTS = args(8, "int", "token", symmetric=False, dynamic=True)
 UNHELD: dict[str, tuple[Layout, str]] = {
-    "act-order": (ACT_ORDER, "q_proj has groups of input channels that act-order (g_idx) mixes up; no kind of linear"),
-    "blocks": (BLOCKS, "q_proj is fp8 with a scale for each block of 48 x 48 weights, and fp8 here has one per output"),
+    "uneven groups": (UNEVEN, "q_proj has groups of input channels (g_idx) that are not of one size; no kind"),
+    "small blocks": (
+        SMALL_BLOCKS, "q_proj is fp8 with a scale for each block of 48 x 48 weights, and blocks here are of 128 x 128",
+    ),
+    "blocks that a row does not fill": (
+        Layout(fp8_blocks, FP8_BLOCKS | {"weight_block_size": [128, 128]}),
+        "q_proj has 64 input channels, which blocks of 128 do not fill",
+    ),
+    "static blocks": (
+        Layout(
+            static_blocks, FP8_BLOCKS | {"weight_block_size": [128, 128]}, sizes=WIDE,
+        ),
+        "q_proj is fp8 in blocks with static inputs",
+    ),
+    "blocks, and inputs per token": (
+        Layout(
+            partial(fp8_blocks, name="weight_scale"),
+            ct_config("float-quantized", args(8, "float", "block", block_structure=[128, 128]), FP8_TOKEN), sizes=WIDE,
+        ),
+        "q_proj is in blocks, and no fp8 with dynamic inputs in groups of 128",
+    ),
     "groups of 16": (
         Layout(partial(packed_ct, group=16), ct_config("pack-quantized", args(4, "int", "group"))),
         "has groups of 16 of 64 input channels, which are no multiple of 32",

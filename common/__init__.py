@@ -30,6 +30,7 @@ PUBLIC = {
     "ConversionReport": "convert.report",
     "ConvertRequest": "convert.request",
     "convert": "convert.api",
+    "load_quantized": "convert.load",
     "diagnose": "doctor.report",
 }
 """Public names, and the modules that define them."""

@@ -19,10 +19,8 @@ from ..errors import OctavoError
 from ..runtime.checkpoint.files import TensorHeader
 from ..runtime.checkpoint.loading import check_settings, check_stored_sizes
 from ..runtime.decoder import attention_modules
-from ..runtime.model_sizes import attention_sizes
 from ..runtime.schemes.kv_scheme import load_scheme
 from ..runtime.schemes.linear_scheme import LinearScheme
-from ..runtime.static_scales import LayerScales
 from .calibration.codebooks import fit_codebooks
 from .calibration.observe import calibrate
 from .calibration.streams import Texts
@@ -44,7 +42,7 @@ from .source.checkpoint import (
     source_files,
 )
 from .source.config import chosen_architecture, read_source_config
-from .source.quantized.cache_scales import CacheScales
+from .source.quantized.cache_scales import lacks_query
 from .source.quantized.files import CodedFiles
 from .spelling import named
 from .targets import check_target, engine_dtype
@@ -103,7 +101,7 @@ class Job:
                 f"{named('max_kl')} {request.max_kl}: the held-back texts have one token each; give longer ones"
             )
         self.source = layerwise_source(self.directory, request.device, self.architecture)
-        self.source_scales = self._source_scales() if request.kv_scales == "source" else ()
+        self.source_scales = self.source.static_scales(self.scheme) if request.kv_scales == "source" else ()
         self.coded = choose_codes(request, self.source.coded_linears(), self.source.facts.head)
         self.linear = scheme_of_codes(self.coded) if self.coded else request.linear or LinearScheme()
         if request.linear is not None:
@@ -113,7 +111,7 @@ class Job:
             given = f"{named('anti_method')} {request.anti_method}"
             raise OctavoError(f"{given}: {named('float_linears')} leaves every linear in float")
         check_target(request.target, self.plan(()), self.source)
-        made, is_static = [] if self.coded else self.linears, self.scheme.is_static and not self._keeps_all_scales()
+        made, is_static = [] if self.coded else self.linears, self.scheme.is_static and not self._keeps_all_scales
         self.samples = samples if needs_texts(request, is_static, made) else samples[:1]
 
     def _float_linears(self) -> list[str]:
@@ -121,23 +119,10 @@ class Job:
         stated = self.architecture.floats(self.source.config, FLOAT_DTYPES[source_dtype(self.headers)])
         return choose_linears(self.source.model, self.request, stated, self.source.facts.head)
 
-    def _source_scales(self) -> tuple[LayerScales, ...]:
-        """The static scales of K, V and q of the source, layer by layer."""
-        files, model = self.source.files, self.source.model
-        kept = files.cache_scales if isinstance(files, CodedFiles) else CacheScales((), None, files.read)
-        attentions = [name for name, _ in attention_modules(model)]
-        return kept.of_layers(self.scheme, attentions, model.base_model_prefix, attention_sizes(model.config))
-
-    def _lacks_query(self) -> bool:
-        """Whether the source keeps static scales of K and V, and none of a q that is quantized, too."""
-        schemes = (self.scheme.of_layer(index) for index in range(len(self.source_scales)))
-        return any(
-            scheme.query is not None and scheme.query.is_calibrated and kept.query is None
-            for scheme, kept in zip(schemes, self.source_scales, strict=True)
-        )
-
+    @property
     def _keeps_all_scales(self) -> bool:
-        return bool(self.source_scales) and not self._lacks_query()
+        """Whether nothing is left of static scales for calibration to find, as that of a q that is quantized, too."""
+        return bool(self.source_scales) and not lacks_query(self.scheme, self.source_scales)
 
     def announce(self) -> None:
         """Say what nothing in the request asks for, once all of it is found to be possible."""
@@ -149,7 +134,7 @@ class Job:
             way = f"; {named('kv_scales')} source keeps them" if scheme.is_static else ""
             say(f"{names[0]} and {len(names) - 1} more scales of a cache are left: {scheme.name} has its own{way}")
         if self.source_scales:
-            query = ", and that of q from the texts, since the source keeps none" if self._lacks_query() else ""
+            query = ", and that of q from the texts, since the source keeps none" if not self._keeps_all_scales else ""
             say(f"{names[0]} and the other scales of K and V stay as they are{query}")
             if scheme != load_scheme(self.request.scheme):
                 say(f"scheme {scheme.name}: biases of K and V are counted in and nothing is turned, as scales have it")

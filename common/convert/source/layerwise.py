@@ -18,6 +18,7 @@ from ...architecture import Architecture
 from ...errors import OctavoError, first_line
 from ...runtime.decoder import (
     Decoder,
+    attention_modules,
     capped_logits,
     check_anatomy,
     list_experts,
@@ -26,9 +27,13 @@ from ...runtime.decoder import (
     stated_decoder,
 )
 from ...runtime.experts import ExpertList, list_layer_experts
+from ...runtime.model_sizes import attention_sizes
+from ...runtime.schemes.kv_scheme import Scheme
+from ...runtime.static_scales import LayerScales
 from ..output.shards import TensorFiles
 from ..spelling import named
 from .probes import ends_fault, rope_fault
+from .quantized.cache_scales import CacheScales
 from .quantized.files import CodedFiles
 from .quantized.weight import CodedLinear, CodedWeight
 
@@ -262,6 +267,16 @@ class LayerwiseModel:
             if not isinstance(self.model.get_submodule(name.rpartition(".")[0]), nn.Linear):
                 raise OctavoError(f"{self._where}: {name} is in codes, and of no linear; give the float checkpoint")
         return {name.removesuffix(".weight"): linear for name, linear in found.items()}
+
+    def static_scales(self, scheme: Scheme) -> tuple[LayerScales, ...]:
+        """The static scales of K, V and q that the checkpoint keeps, as a scheme has them, layer by layer.
+
+        Raises:
+            OctavoError: see `CacheScales.of_layers`.
+        """
+        kept = self.files.cache_scales if isinstance(self.files, CodedFiles) else CacheScales((), None, self.files.read)
+        attentions = [name for name, _ in attention_modules(self.model)]
+        return kept.of_layers(scheme, attentions, self.model.base_model_prefix, attention_sizes(self.config))
 
     def coded_weight(self, name: str) -> CodedWeight:
         """The weight in codes of one of `coded_linears`."""

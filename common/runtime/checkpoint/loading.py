@@ -33,6 +33,8 @@ NATIVE_LOAD_HINT = "needs-trust_remote_code=True"
 """Name of the weight file in config.json, which no file can have, since it is none of a safetensors file: a load by
 transformers' own class, which would take codes for weights, fails with an error that repeats it, from a directory and
 from the hub. `from_pretrained` puts in the real name."""
+OTHERS_CODES = ("awq", "gptq", "compressed-tensors", "fp8")
+"""Values of quant_method of the checkpoints that a conversion reads."""
 FREE_FIELDS = ("name", "origin", "prefill")
 """Fields of a scheme that say nothing of what is stored, so that they may be edited in config.json."""
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
@@ -219,6 +221,7 @@ def describe_checkpoint(
     if description_file is None:
         if CONFIG_KEY in vars(config) and "auto_map" in vars(config):
             raise OctavoError(f"{source}: {DESCRIPTION_FILE} is missing; copy the directory again or convert again")
+        _check_float(source, config)
         return _ordinary_headers(source, config, find)
     description = read_json(description_file, is_strict=True)
     single, index = weight_file_names(description)
@@ -236,6 +239,16 @@ def describe_checkpoint(
         **linear_layout({name: label for name, label in labels.items() if f"{name}.weight" in headers}, headers),
     }
     return headers
+
+
+def _check_float(source: str, config: Any) -> None:
+    """Raise an `OctavoError` if an ordinary checkpoint is in codes of others, which a bundle cannot read."""
+    quantized = getattr(config, "quantization_config", None)
+    method = quantized.get("quant_method") if isinstance(quantized, dict) else None
+    if method in OTHERS_CODES:
+        raise OctavoError(
+            f"{source}: is quantized by {method}; load it by octavo.load_quantized, or convert it, which keeps codes"
+        )
 
 
 def _ordinary_headers(source: str, config: Any, find: Find) -> dict[str, TensorHeader]:

@@ -41,6 +41,15 @@ def _is_for_attention(group: Mapping[str, Any]) -> bool:
     return any(str(target).endswith("Attention") for target in group.get("targets") or ())
 
 
+def lacks_query(scheme: Scheme, found: Sequence[LayerScales]) -> bool:
+    """Whether scales of `CacheScales.of_layers` leave that of a q out that a scheme quantizes by one of calibration."""
+    layers = (scheme.of_layer(index) for index in range(len(found)))
+    return any(
+        layer.query is not None and layer.query.is_calibrated and kept.query is None
+        for layer, kept in zip(layers, found, strict=True)
+    )
+
+
 def _field() -> str:
     return f"{named('kv_scales')} source"
 

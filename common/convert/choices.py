@@ -12,7 +12,7 @@ from .dialects.form import as_engines_hold
 from .plan import OFFSETS
 from .request import ConvertRequest
 from .source.quantized.weight import CodedLinear
-from .spelling import named
+from .spelling import codes_stay, named
 
 
 def chosen_scheme(request: ConvertRequest) -> Scheme:
@@ -89,10 +89,7 @@ def choose_codes(request: ConvertRequest, found: dict[str, CodedLinear], head: s
     asked = _changes_codes(request, head in found)
     if asked is not None:
         labels = ", ".join(sorted({linear.label for linear in found.values()}))
-        raise OctavoError(
-            f"{asked}: the linears of {request.model} are in codes already ({labels}), which stay as they are; leave "
-            f"it out, or decode and quantize them again by {named('requantize')}"
-        )
+        raise OctavoError(codes_stay(asked, f"{request.model} are in codes already ({labels})"))
     return found
 
 

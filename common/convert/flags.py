@@ -14,6 +14,7 @@ from ...ops.shared.resources import resource
 from ..architecture import Architecture
 from ..command import DEVICES, OneLineParser
 from ..errors import OctavoError
+from ..runtime.checkpoint.files import read_json
 from ..runtime.schemes.kv_scheme import KV_CACHE_DTYPES
 from ..runtime.schemes.linear_scheme import CPU_ACTIVATIONS, EMBEDDINGS, GROUP_SIZES, WEIGHT_METHODS
 from .dialects.table import FORMATS
@@ -30,6 +31,7 @@ from .flag_values import (
     positive,
 )
 from .request import ANTI_METHODS, KV_SCALES, LINEAR_NAMES, OWN_FORMAT, TARGETS, ConvertRequest
+from .spelling import codes_stay
 
 KV_CACHE_CHOICES = (*KV_CACHE_DTYPES, "fp8_e5m2")
 RECIPES = ("memory-first", "eight-bit", "speed-first", "balanced", "ascend", "ascend-fa")
@@ -188,10 +190,19 @@ def parse_flags(name: str, argv: list[str] | None, head: str | None = None) -> a
     try:
         flags.linear = linear_scheme_of_flags(flags, is_given=bool(given))
     except OctavoError as error:
-        parser.error(str(error))
+        parser.error(_of_codes(flags, given) or str(error))
     if flags.linear is None and not chosen and flags.embeddings == "float":
         parser.error("--w_bit 16 --a_bit 16 quantizes nothing; add --scheme, or --use_kvcache_quant True")
     return flags
+
+
+def _of_codes(flags: argparse.Namespace, given: bool | set[str]) -> str | None:
+    """What is wrong with flags of linears whose codes stay as a checkpoint has them; None where that is not so."""
+    file = Path(flags.model_path, "config.json")
+    if not given or flags.requantize or not file.is_file() or "quantization_config" not in read_json(file):
+        return None
+    asked = f"--{min(given)}" if isinstance(given, set) else f"--preset {given}"
+    return codes_stay(asked, f"{flags.model_path} are in codes already")
 
 
 def _scheme_name(flags: argparse.Namespace) -> str:

@@ -70,3 +70,16 @@ def naming_fields() -> Iterator[None]:
         yield
     finally:
         _NAMES_FIELDS.reset(token)
+
+
+def codes_stay(asked: str, which: str) -> str:
+    """A refusal of what is asked of linears whose codes are passed on.
+
+    Args:
+        asked: the field or flag.
+        which: of which model, and that they are in codes.
+    """
+    return (
+        f"{asked}: the linears of {which}, which stay as they are; leave it out, or decode and quantize them again by "
+        f"{named('requantize')}"
+    )

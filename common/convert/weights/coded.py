@@ -28,7 +28,8 @@ def coded_parts(
         weight: its codes.
         label: the kind of linear that holds them.
         bias: `[N]`, which keeps its dtype; None if there is none.
-        engine_dtype: as of `quantize_linear`; the scale of static inputs stays that of the checkpoint.
+        engine_dtype: as of `quantize_linear`. The scale of static inputs is the number of that dtype nearest to the
+            checkpoint's, which engines on Ascend make of it, before what follows from it is worked out.
 
     Raises:
         OctavoError: groups are mixed up, although the checkpoint does not say so.
@@ -45,7 +46,8 @@ def coded_parts(
         parts["weight_offset"] = torch.zeros_like(weight.scale) if weight.zero is None else weight.zero
     if label == W8A8:
         zero = torch.zeros(1) if weight.input_zero is None else weight.input_zero
-        parts |= static_parts(parts, bias, weight.input_scale, zero, engine_dtype)
+        scale = weight.input_scale.to(engine_dtype).float()
+        parts |= static_parts(parts, bias, scale, zero, engine_dtype)
     elif label == FP8:
         parts["input_scale"] = weight.input_scale
     if bias is not None:

@@ -12,6 +12,7 @@ from octavo import ConvertRequest, LinearScheme, OctavoError, convert
 from octavo.common.convert.api import main
 from octavo.common.convert.source.checkpoint import layerwise_source
 from octavo.common.runtime.sharding.ranks import Ranks
+from octavo.common.runtime.w8a8_linear import decode_deq_scale
 from octavo.models import qwen3_moe
 from octavo.models.llama3 import ARCHITECTURE
 from octavo.ops.shared.codes import unpack_int4
@@ -22,6 +23,7 @@ from ....tolerances import TOLERANCES
 from .coded_layouts import (
     FLOAT_INPUTS,
     GPTQ,
+    INPUTS,
     INT_TOKEN,
     PASSED,
     SMALL_BLOCKS,
@@ -65,12 +67,17 @@ def test_codes_stay_as_they_are(name: str, tmp_path: Path) -> None:
         assert 0 < float((expected.exp() * (expected - found)).sum(-1).mean()) < (2.0 if "static" in name else 0.05)
 
 
-def test_static_inputs_keep_their_scales(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_static_inputs_keep_their_scales_as_engines_hold_them(dtype: str, tmp_path: Path) -> None:
     layout = PASSED["int-quantized, static"]
     write_coded(tmp_path / "source", layout)
+    edit_json(tmp_path / "source" / "config.json", dtype=dtype)
     stored = quantized_tensors(converted(tmp_path / "source", tmp_path / "out"))
     up = "model.layers.1.mlp.up_proj"
-    assert (stored[f"{up}.input_scale"].item(), stored[f"{up}.input_offset"].item()) == (pytest.approx(0.05), -7)
+    held = INPUTS["input_scale"].to(getattr(torch, dtype)).float()
+    assert torch.equal(stored[f"{up}.input_scale"], held) and stored[f"{up}.input_offset"].item() == -7
+    deq_scale = decode_deq_scale(stored[f"{up}.deq_scale"])
+    assert torch.equal(deq_scale, held * stored[f"{up}.weight_scale"].squeeze(1)), "both are of the same scale"
     sums = stored[f"{up}.weight"].sum(1, dtype=torch.int32)
     assert torch.equal(stored[f"{up}.quant_bias"], 7 * sums), "no bias: less the zero point times the sum of codes"
 

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from octavo import ConvertRequest, OctavoError, convert
+from octavo.common.convert.api import main
+from octavo.models.llama3 import ARCHITECTURE
 
-from ....support import TEXTS, edit_json
+from ....support import TEXTS, convert_flags, edit_json
 from .coded_layouts import (
     AWQ,
     FLOAT_INPUTS,
@@ -62,6 +64,24 @@ def test_flags_that_would_change_codes(
     write_coded(tmp_path / "source", PASSED["awq"])
     line = refused(tmp_path / "source", tmp_path / "out", capsys, *flags)
     assert said in line and line.endswith(LEAVE)
+
+
+@pytest.mark.parametrize("flags", [("--group_size", "64"), ("--w_sym", "False"), ("--w_bit", "4")])
+def test_flags_that_do_not_fit_the_usual_linears(
+    flags: tuple[str, ...], source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is said of the W8A8 that a float checkpoint would get."""
+    write_coded(tmp_path / "source", PASSED["gptq"])
+    with pytest.raises(SystemExit):
+        main(ARCHITECTURE, convert_flags(tmp_path / "source", tmp_path / "out", *flags))
+    line = capsys.readouterr().err.strip()
+    assert (
+        f"{flags[0]}: the linears of {tmp_path}/source are in codes already, which stay as they are; leave it" in line
+    )
+    assert "quantize them again by --requantize (--help" in line and "W8A8" not in line
+    with pytest.raises(SystemExit):
+        main(ARCHITECTURE, convert_flags(source, tmp_path / "out", *flags))
+    assert "in codes already" not in capsys.readouterr().err
 
 
 def test_an_embedding_that_is_the_last_linear_in_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

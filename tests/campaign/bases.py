@@ -1,6 +1,6 @@
 """What is damaged: tiny checkpoints, what the conversion script makes of them, and what each computes.
 
-sources/NAME/           an ordinary checkpoint
+sources/NAME/           a checkpoint, ordinary or in codes
 outputs/NAME/           a converted one
 outputs/NAME.logits     what it computes of `IDS`, a safetensors file
 statistics.safetensors  of the Llama
@@ -22,6 +22,8 @@ from octavo.common.convert.api import main
 from octavo.models.llama3 import ARCHITECTURE as LLAMA
 from octavo.models.qwen2 import ARCHITECTURE as QWEN2
 
+from ..common.convert.source.coded_layouts import PASSED, change_weights
+from ..common.convert.source.coded_sources import write_coded
 from ..metrics import relative_rmse
 from ..support import convert_flags, random_ids, randomized, save_source, tiny_config
 from ..tolerances import TOLERANCES
@@ -31,7 +33,7 @@ IDS = random_ids(1, 160)
 SHAPE = {"num_hidden_layers": 2, "head_dim": 32, "rope_theta": 50000.0, "rms_norm_eps": 1e-5, "initializer_range": 0.1}
 """Of the Llama; a head is wider than hidden_size / heads, and no value that matters is transformers' default."""
 SHARD_BYTES = 60_000
-ARCHITECTURES = {"llama": LLAMA, "qwen2": QWEN2}
+ARCHITECTURES = {"llama": LLAMA, "qwen2": QWEN2, "gptq": LLAMA, "fp8": LLAMA}
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ OUTPUTS = {
     "fp8-vllm": Output("llama", ("--quantization", "wfp8afp8", "--scheme", "vllm-fp8-head")),
     "mixed-lmdeploy": Output("llama", ("--quantization", "w8a8_mixed", "--scheme", "lmdeploy-int8-ptq")),
     "qwen2-sharded": Output("qwen2", ("--use_kvcache_quant", "True"), is_sharded=True),
+    "gptq-int8": Output("gptq", ("--scheme", "int8-token")),
+    "fp8-own-scales": Output("fp8", ("--scheme", "vllm-fp8", "--kv_scales", "source")),
     "float-int8-sharded": Output("llama", ("--w_bit", "16", "--a_bit", "16", "--scheme", "int8-token"), True),
 }
 
@@ -77,9 +81,13 @@ def _qwen2() -> torch.nn.Module:
 
 
 def save_sources(folder: Path) -> None:
-    """Write the ordinary checkpoints: a Llama in float32, and a Qwen2 in bfloat16, tied and in several files."""
+    """Write the checkpoints: a Llama in float32, a Qwen2 in bfloat16, tied and in several files; and two in codes."""
     save_source(folder / "llama", _llama())
     save_source(folder / "qwen2", _qwen2(), max_shard_size=SHARD_BYTES)
+    write_coded(folder / "gptq", PASSED["gptq, act-order"], num_hidden_layers=2)
+    write_coded(folder / "fp8", PASSED["fp8 per channel"], num_hidden_layers=2)
+    names = [f"model.layers.{index}.self_attn.{side}_scale" for index in range(2) for side in "kvq"]
+    change_weights(folder / "fp8", lambda tensors: tensors.update({name: torch.tensor([0.02]) for name in names}))
 
 
 def architecture_of(output: str) -> Architecture:

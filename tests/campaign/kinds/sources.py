@@ -18,7 +18,8 @@ from ..tensor_damage import damage_tensors
 from ..trial import Accepted, Attempt, Expect, Room, Script, does_not_load
 from .outputs import damage_shards, expected_of_config
 
-MADE_OF = {"llama": ("w8a8-c8", "float-int8-sharded"), "qwen2": ("qwen2-sharded",)}
+MADE_OF = {"llama": ("w8a8-c8", "float-int8-sharded"), "qwen2": ("qwen2-sharded",),
+           "gptq": ("gptq-int8",), "fp8": ("fp8-own-scales",)}  # fmt: skip
 """Outputs to make of a damaged source, by its name."""
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 

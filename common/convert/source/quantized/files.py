@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ....errors import OctavoError
+from ....errors import OctavoError, first_line
 from ....runtime.checkpoint.files import TensorHeader
 from ...dialects.layouts import awq, compressed_tensors, fp8_block, gptq
 from ...output.shards import Placed, TensorFiles, read_rows
@@ -27,6 +27,25 @@ READERS = {
 }
 """By `quant_method` of `quantization_config` in config.json."""
 _FLOATS = ("F32", "F16", "BF16")
+_INTEGERS = ("I8", "I32", "I64")
+_DTYPES = {
+    "weight": ("I8", "F8_E4M3"),
+    **dict.fromkeys(("qweight", "qzeros", "weight_packed"), ("I32",)),
+    **dict.fromkeys(("g_idx", "weight_g_idx", "weight_shape"), _INTEGERS),
+    **dict.fromkeys(("weight_zero_point", "input_zero_point"), (*_INTEGERS, "F8_E4M3")),
+    **dict.fromkeys((f"{side}_zero_point" for side in "kvq"), (*_INTEGERS, *_FLOATS)),
+}
+"""Dtypes of what checkpoints in codes are made of, by the ends of names; scales, which are not listed, are in float."""
+
+
+def _check_dtypes(where: str, headers: dict[str, TensorHeader], names: Iterable[str]) -> None:
+    """Raise an `OctavoError` that names the first tensor of another dtype than its part has."""
+    for name in names:
+        known = _DTYPES.get(name.rpartition(".")[2], _FLOATS)
+        if headers[name].dtype not in known:
+            raise OctavoError(
+                f"{where}: {name} is stored as {headers[name].dtype}, and not as {' or '.join(known)}; copy it again"
+            )
 
 
 class CodedFiles(TensorFiles):
@@ -57,12 +76,19 @@ class CodedFiles(TensorFiles):
             )
         self._stored = dict(self.placed)
         headers = {name: placed.header for name, placed in self._stored.items()}
-        found = READERS[self.method](where, config, headers, self._read_stored)
+        try:
+            found = READERS[self.method](where, config, headers, self._read_stored)
+            dtype_of_cache = cache_dtype(config)
+        except (AttributeError, TypeError, ValueError, KeyError) as error:  # of JSON that is of another form
+            raise OctavoError(
+                f"{where}: quantization_config is none of {self.method} ({first_line(error)}); copy it again"
+            ) from None
         self.linears: dict[str, CodedLinear] = {f"{name}.weight": linear for name, linear in found.items()}
         of_cache = sorted(name for name in self.placed if name.rpartition(".")[2] in PARTS)
-        self.cache_scales = CacheScales(of_cache, cache_dtype(config), self._read_stored)
+        self.cache_scales = CacheScales(of_cache, dtype_of_cache, self._read_stored)
         if not self.linears and not of_cache:
             raise OctavoError(f"{where}: quantization_config says {self.method}, and no linear is in codes; remove it")
+        _check_dtypes(where, headers, [*of_cache, *(part for linear in found.values() for part in linear.parts)])
         self._present(where, headers)
 
     def _present(self, where: str, headers: dict[str, TensorHeader]) -> None:

@@ -34,7 +34,7 @@ INPUTS = {"input_scale": torch.tensor([0.05]), "input_zero_point": torch.tensor(
 TOKEN = {"strategy": "token", "dynamic": True}
 INT_TOKEN, FP8_TOKEN = (args(8, kind, **TOKEN) for kind in ("int", "float"))
 FP8_GROUP = args(8, "float", "group", dynamic=True) | {"group_size": 128}
-FP8_BLOCKS = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
 WIDE = {
     "hidden_size": 256, "intermediate_size": 384, "head_dim": 64, "num_hidden_layers": 2, "initializer_range": 0.05,
 }  # fmt: skip
@@ -74,6 +74,7 @@ PASSED: dict[str, Layout] = {
     "fp8": Layout(
         partial(fp8, per_tensor=True), {"quant_method": "fp8", "activation_scheme": "dynamic"}, "WFP8AFP8_DYNAMIC"
     ),
+    "fp8 per channel": Layout(partial(fp8, name="weight_scale_inv"), FP8, "WFP8AFP8_DYNAMIC"),
     "gptq, act-order": Layout(partial(gptq, order=mixed), GPTQ | {"desc_act": True}, "W4A16_ORDERED", FLOAT_INPUTS),
     "gptq of 8 bits, act-order": Layout(
         partial(gptq, bits=8, symmetric=False, order=mixed), GPTQ | {"bits": 8, "desc_act": True}, "W8A16_ORDERED",
@@ -84,7 +85,7 @@ PASSED: dict[str, Layout] = {
         FLOAT_INPUTS,
     ),
     "fp8 in blocks": Layout(
-        fp8_blocks, FP8_BLOCKS | {"weight_block_size": [128, 128]}, "WFP8AFP8_BLOCK", sizes=WIDE,
+        fp8_blocks, FP8 | {"weight_block_size": [128, 128]}, "WFP8AFP8_BLOCK", sizes=WIDE,
     ),
     "float-quantized in blocks": Layout(
         partial(fp8_blocks, name="weight_scale"),
@@ -93,7 +94,7 @@ PASSED: dict[str, Layout] = {
     ),
 }  # fmt: skip
 UNEVEN = Layout(partial(gptq, order=uneven), GPTQ | {"desc_act": True})
-SMALL_BLOCKS = Layout(partial(fp8_blocks, block=48), FP8_BLOCKS | {"weight_block_size": [48, 48]})
+SMALL_BLOCKS = Layout(partial(fp8_blocks, block=48), FP8 | {"weight_block_size": [48, 48]})
 
 
 def loaded(directory: Path) -> torch.nn.Module:

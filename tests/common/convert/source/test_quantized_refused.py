@@ -16,7 +16,7 @@ from ....support import TEXTS, convert_flags, edit_json
 from .coded_layouts import (
     AWQ,
     FLOAT_INPUTS,
-    FP8_BLOCKS,
+    FP8,
     FP8_TOKEN,
     GPTQ,
     INT_TOKEN,
@@ -127,12 +127,12 @@ UNHELD: dict[str, tuple[Layout, str]] = {
         SMALL_BLOCKS, "q_proj is fp8 with a scale for each block of 48 x 48 weights, and blocks here are of 128 x 128",
     ),
     "blocks that a row does not fill": (
-        Layout(fp8_blocks, FP8_BLOCKS | {"weight_block_size": [128, 128]}),
+        Layout(fp8_blocks, FP8 | {"weight_block_size": [128, 128]}),
         "q_proj has 64 input channels, which blocks of 128 do not fill",
     ),
     "static blocks": (
         Layout(
-            static_blocks, FP8_BLOCKS | {"weight_block_size": [128, 128]}, sizes=WIDE,
+            static_blocks, FP8 | {"weight_block_size": [128, 128]}, sizes=WIDE,
         ),
         "q_proj is fp8 in blocks with static inputs",
     ),
@@ -187,6 +187,9 @@ CONFIGS: dict[str, tuple[Layout, str]] = {
         Layout(packed_ct, CT | {"config_groups": {"group_0": {"targets": [], "output_activations": INT_TOKEN}}}),
         "group_0 quantizes outputs of linears",
     ),
+    "groups that are none": (
+        Layout(packed_ct, CT | {"config_groups": ["group_0"]}), "quantization_config is none of compressed-tensors (",
+    ),
     "no group": (Layout(packed_ct, CT | {"config_groups": {}}), "none of config_groups is for model.layers.0"),
 }  # fmt: skip
 
@@ -220,6 +223,14 @@ DAMAGES: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], object], str]]
     ),
     "packed of another width": (
         "pack-quantized", lambda t: t[f"{UP}.weight_shape"].add_(32), f"{UP}.weight_packed is not 4 bits of the",
+    ),
+    "scales in integers": (
+        "gptq", lambda t: t.update({f"{UP}.scales": t[f"{UP}.scales"].to(torch.int32)}),
+        f"{UP}.scales is stored as I32, and not as F32 or F16 or BF16",
+    ),
+    "words in bytes": (
+        "awq", lambda t: t.update({f"{UP}.qweight": t[f"{UP}.qweight"].to(torch.int8)}),
+        f"{UP}.qweight is stored as I8, and not as I32",
     ),
     "static without scales": (
         "int-quantized, static", lambda t: t.pop(f"{UP}.input_scale"), "has static inputs and no input_scale",

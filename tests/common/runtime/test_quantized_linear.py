@@ -14,6 +14,7 @@ from octavo.common.runtime.linear_kinds import QUANTIZED_LINEARS, empty_linear
 from octavo.common.runtime.quantized_linear import QuantizedLinear
 from octavo.common.runtime.schemes.linear_scheme import (
     EMBEDDING,
+    HELD_LABELS,
     LINEAR_LABELS,
     W4A16,
     W8A8,
@@ -166,5 +167,5 @@ def test_int4_that_is_not_packed() -> None:
 
 
 def test_there_is_a_class_for_every_label() -> None:
-    assert tuple(sorted(QUANTIZED_LINEARS)) == tuple(sorted((*LINEAR_LABELS, EMBEDDING)))
+    assert tuple(sorted(QUANTIZED_LINEARS)) == tuple(sorted((*LINEAR_LABELS, *HELD_LABELS, EMBEDDING)))
     assert all(label == kind.LABEL for label, kind in QUANTIZED_LINEARS.items())

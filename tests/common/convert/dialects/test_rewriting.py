@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from octavo.common import progress
 from octavo.common.convert.api import main as convert
 from octavo.common.convert.dialects.rewriting import RewriteRequest, main, rewrite
 from octavo.common.convert.dialects.table import DIALECTS
@@ -67,6 +68,15 @@ def test_files_of_a_given_size(converted: Callable[..., Path], tmp_path: Path) -
     expected = load_file(tmp_path / "one" / "model.safetensors")
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_bar_shows_what_takes_long(
+    converted: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name, seconds in (("quick", 2.0), ("long", 0.0)):
+        monkeypatch.setattr(progress, "PROGRESS_AFTER", seconds)
+        rewrite(RewriteRequest(converted("--is_dynamic", "True"), tmp_path / name, FORMAT))
+        assert ("writing:" in capfd.readouterr().err) == (name == "long")
 
 
 def test_a_conversion_writes_the_same(source: Path, converted: Callable[..., Path], tmp_path: Path) -> None:

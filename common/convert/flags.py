@@ -75,6 +75,8 @@ def _add_linears(parser: argparse.ArgumentParser) -> None:
     add("--w_sym", type=boolean, default=True, help="False: weights with a zero point, for W8A16 and W4A16")
     add("--group_size", type=int, choices=GROUP_SIZES,
         help="input channels that share a scale of W8A16 or W4A16; 0: per channel (W4A16: default 64)")  # fmt: skip
+    add("--pdmix", type=boolean, default=False,
+        help="label W8A8 as W8A8_MIX: by token where engines prefill, static where they decode")  # fmt: skip
     add("--w_method", choices=WEIGHT_METHODS, default="MinMax", help="how codes of weights are chosen")
     add("--cpu_activations", choices=CPU_ACTIVATIONS, default=CPU_ACTIVATIONS[0],
         help="inputs of W8A16 and W4A16 on the CPU: int8 per token and group, or as they are")  # fmt: skip
@@ -225,6 +227,7 @@ def request_of(flags: argparse.Namespace, architecture: Architecture | str | Non
         max_kl=flags.max_kl,
         calibration=flags.calib_texts if flags.calib_file is None else flags.calib_file,
         target=flags.target,
+        pdmix=flags.pdmix,
         device=flags.device_type,
         tokenizer_arguments=flags.tokenizer_args,
         input_ids_name=flags.input_ids_name,

@@ -1,12 +1,13 @@
 """vllm-ascend's own parsing, schemes and adapters, run on a directory in a process of their own.
 
-    python vllm_ascend_reader.py PACKAGE DIRECTORY LAYERS DTYPE OUT
+    python vllm_ascend_reader.py PACKAGE DIRECTORY LAYERS DTYPE OUT [decodes]
 
-PACKAGE is where the wheel was unpacked. Importing vllm-ascend whole needs vLLM of the same number, torch_npu and CANN,
-so that its `quantization` package alone is imported, function by function; stand-ins take the place of what else it
-imports: modules whose classes are empty and whose functions return nothing. What vLLM does is written out here: the
-names of a Llama's linears, `load_weights` of its models, and the weight loaders of fused linears. OUT gets every
-parameter that was loaded, and what each linear computes of the inputs that lie in DIRECTORY.inputs.
+With "decodes" it is the one of two instances that decodes, apart from the one that prefills. PACKAGE is where the wheel
+was unpacked. Importing vllm-ascend whole needs vLLM of the same number, torch_npu and CANN, so that its `quantization`
+package alone is imported, function by function; stand-ins take the place of what else it imports: modules whose classes
+are empty and whose functions return nothing. What vLLM does is written out here: the names of a Llama's linears,
+`load_weights` of its models, and the weight loaders of fused linears. OUT gets every parameter that was loaded, and
+what each linear computes of the inputs that lie in DIRECTORY.inputs.
 """
 
 import importlib.abc
@@ -152,9 +153,11 @@ def npu_quant_matmul(
 
 
 def npu_dynamic_quant(x: torch.Tensor, dst_type: torch.dtype = torch.int8) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and a scale for each token."""
-    scale = x.float().abs().amax(dim=-1) / 127
-    return (x.float() / scale[:, None]).round().to(dst_type), scale
+    """Codes in int8 or fp8, and a scale for each token."""
+    largest = torch.finfo(dst_type).max if dst_type.is_floating_point else torch.iinfo(dst_type).max
+    scale = x.float().abs().amax(dim=-1) / largest
+    codes = x.float() / scale[:, None]
+    return (codes if dst_type.is_floating_point else codes.round()).to(dst_type), scale
 
 
 def npu_weight_quant_batchmatmul(
@@ -260,8 +263,10 @@ class Model(nn.Module):
                 place.copy_(tensor)
 
 
-def main(package: str, directory: str, layers: str, dtype: str, out: str) -> None:
+def main(package: str, directory: str, layers: str, dtype: str, out: str, part: str = "") -> None:
     """See the module."""
+    if part == "decodes":
+        VLLM_CONFIG.kv_transfer_config = types.SimpleNamespace(is_kv_consumer=True, is_kv_producer=False)
     _install(package)
     from vllm_ascend.quantization.modelslim_config import AscendModelSlimConfig
 

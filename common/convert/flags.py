@@ -186,6 +186,10 @@ def parse_flags(name: str, argv: list[str] | None, head: str | None = None) -> a
     chosen = [flag for flag in SCHEME_FLAGS if getattr(flags, flag)]
     if len(chosen) > 1:
         parser.error(f"--{chosen[0]} and --{chosen[1]} exclude each other: both say how K and V are stored; choose one")
+    if flags.target and flags.format != OWN_FORMAT:
+        parser.error(f"--target {flags.target} and --format {flags.format} exclude each other: a target is of ascend")
+    if flags.calib_file is not None and flags.calib_texts:
+        parser.error("--calib_file and --calib_texts: give one of the two")
     given = flags.preset or _given(name, argv) & LINEAR_FLAGS
     try:
         flags.linear = linear_scheme_of_flags(flags, is_given=bool(given))
@@ -206,10 +210,8 @@ def request_of(flags: argparse.Namespace, architecture: Architecture | str | Non
     """The request that parsed flags stand for.
 
     Raises:
-        OctavoError: both a file of texts and texts are given.
+        OctavoError: see `ConvertRequest`.
     """
-    if flags.calib_file is not None and flags.calib_texts:
-        raise OctavoError("--calib_file and --calib_texts: give one of the two")
     return ConvertRequest(
         flags.model_path,
         flags.save_directory,

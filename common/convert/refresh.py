@@ -110,8 +110,9 @@ def refresh(directory: Path) -> Iterator[str]:
     was = config[CONFIG_KEY].get("version", _UNNAMED)
     if refreshed != config:
         put_file(file, json_text(refreshed))
-    added = "".join(f", without {name}" for name in refreshed if name not in config)
-    yield f"{file}: Octavo {VERSION}; {'as it was' if refreshed == config else f'of {was} before{added}'}"
+    added = ", ".join(name for name in refreshed if name not in config)
+    before = f"of {was} before{added and ', without '}{added}"
+    yield f"{file}: Octavo {VERSION}; {'as it was' if refreshed == config else before}"
     if scales_are_for != runs_in:
         theirs, ours = (str(dtype).removeprefix("torch.") for dtype in (runs_in, scales_are_for))
         yield (

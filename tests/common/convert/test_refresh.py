@@ -37,6 +37,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 def refresh(directory: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
     """What a refreshing says."""
+    capsys.readouterr()
     assert main([str(directory)]) == 0
     return capsys.readouterr().out.splitlines()
 
@@ -104,7 +105,6 @@ def test_config_says_what_readers_on_transformers_4_look_for(
     assert convert(ARCHITECTURE, convert_flags(source, tmp_path / "out")) == 0
     fresh = json.loads((tmp_path / "out" / "config.json").read_text())
     edit_config(tmp_path / "out", rope_scaling=None, rope_theta=None, torch_dtype=None)
-    capsys.readouterr()
     added = "without torch_dtype, rope_theta, rope_scaling"
     assert refresh(tmp_path / "out", capsys)[2].endswith(f"of {VERSION} before, {added}")
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == fresh

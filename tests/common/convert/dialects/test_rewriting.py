@@ -98,7 +98,9 @@ def test_a_conversion_is_refused_before_it_is_made(
 ) -> None:
     flags = ("--scheme", "octavo-4", "--format", FORMAT)
     assert convert(ARCHITECTURE, convert_flags(source, tmp_path / "out", *flags)) == 1
-    assert_one_error_line(capsys.readouterr().err, "--format compressed-tensors:", "--scheme vllm-fp8")
+    said = capsys.readouterr().err
+    assert_one_error_line(said, "--format compressed-tensors:", "give --scheme vllm-fp8, or --scheme int8-token")
+    assert "--statistics" not in said  # which a rewriting has
     assert os.listdir(tmp_path) == []
 
 

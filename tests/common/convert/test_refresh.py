@@ -1,8 +1,10 @@
 """Code of today for directories of older versions: weights untouched, whole or not at all, and only for our own."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -96,6 +98,16 @@ def test_refreshed_is_what_a_conversion_writes(
         with torch.inference_mode():
             logits.append(LlamaForCausalLM.from_pretrained(directory).eval()(ids).logits)
     assert torch.equal(*logits)
+
+
+def test_what_a_killed_process_left_is_removed(old: Path) -> None:
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    done.wait()
+    left, of_a_running = (old / f".config.json.{process}.partial" for process in (done.pid, os.getppid()))
+    for file in (left, of_a_running):
+        file.write_text("{")
+    assert main([str(old)]) == 0
+    assert not left.exists() and of_a_running.exists()
 
 
 def test_config_says_what_readers_on_transformers_4_look_for(

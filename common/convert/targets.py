@@ -56,6 +56,8 @@ _VLLM_ASCEND = Reader(
     "vllm-ascend", _OF_VLLM, (W8A8_DYNAMIC,), (0,), False, False, {FP8_DYNAMIC: W8A8FP8_DYNAMIC}, _SERVE
 )
 READERS = dict(zip(TARGETS, (_MINDIE, _VLLM_ASCEND, _VLLM_ASCEND), strict=True))
+W4A8_FORMAT = "vllm-ascend-w4a8"
+"""The dialect of int4 for vllm-ascend."""
 TRIED = dict(zip(TARGETS, ("MindIE-LLM of 2026-04", "0.23.0", "0.25.1rc1"), strict=True))
 """Versions that a target was tried with."""
 
@@ -110,7 +112,8 @@ def _of_linears(reader: Reader, plan: Plan) -> Iterator[str]:
     for ours, group, _ in plan.kinds:
         label = plan.described(ours)
         if label not in reader.labels:
-            yield f"{reader.name} has no linears of {label}; give one of {_known(reader)}{decoded}"
+            other = f"; {W4A16} without biases is written by {named('format')} {W4A8_FORMAT}" * (ours == W4A16)
+            yield f"{reader.name} has no linears of {label}; give one of {_known(reader)}{decoded}{other}"
         elif label in WEIGHT_ONLY and group not in reader.groups:
             known = ", ".join(map(str, reader.groups))
             yield f"{reader.name} reads {label} by {named('group_size')} {known}, not {group}{decoded}"

@@ -12,10 +12,10 @@ from .gguf import GGUF
 from .gptq import GPTQ
 from .modelopt import MODELOPT
 from .onnxruntime_genai import ONNXRUNTIME_GENAI
+from .vllm_ascend_w4a8 import VLLM_ASCEND_W4A8
 
-DIALECTS: dict[str, Dialect] = {
-    dialect.name: dialect for dialect in (COMPRESSED_TENSORS, AWQ, GPTQ, MODELOPT, GGUF, ONNXRUNTIME_GENAI, FASTDEPLOY)
-}
+_WRITTEN = (COMPRESSED_TENSORS, AWQ, GPTQ, MODELOPT, GGUF, ONNXRUNTIME_GENAI, FASTDEPLOY, VLLM_ASCEND_W4A8)
+DIALECTS: dict[str, Dialect] = {dialect.name: dialect for dialect in _WRITTEN}
 
 _LEVELS = {"mindie": NAMES, "vllm-ascend-0.23": PARSED, "vllm-ascend": PARSED}
 """How far each target was tried."""

@@ -77,6 +77,7 @@ REFUSED = [
         ("--w_bit", "4", "--a_bit", "16"),
         "has no linears of W4A16; give one of W8A8, W8A8_DYNAMIC",
     ),
+    ("vllm-ascend", ("--w_bit", "4", "--a_bit", "16"), "W4A16 without biases is written by --format vllm-ascend-w4a8"),
     ("mindie", ("--quantization", "w8a8_mixed"), "has no linears of W8A8_MIXED"),
     ("mindie", ("--quantization", "fp8"), "has no linears of WFP8AFP8_DYNAMIC; give one of W8A8, W8A8_DYNAMIC, W8A16"),
     ("vllm-ascend", ("--quantization", "wfp8afp8"), "WFP8AFP8; give one of W8A8, W8A8_DYNAMIC, W8A16, W8A8_MIX ("),

@@ -17,6 +17,7 @@ from .request import OWN_FORMAT, ConvertRequest
 from .run import Made, run
 from .source.checkpoint import FLOAT_DTYPES, source_files
 from .spelling import named, naming_fields
+from .targets import serving
 
 
 def _report(job: Job, made: Made, seconds: float) -> ConversionReport:
@@ -48,6 +49,7 @@ def _report(job: Job, made: Made, seconds: float) -> ConversionReport:
         costs=made.costs,
         unreached=made.unreached,
         seconds=seconds,
+        notes=tuple(serving(job.request.target, job.request.output)),
     )
 
 

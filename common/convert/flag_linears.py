@@ -75,9 +75,10 @@ def _label_of_bits(flags: argparse.Namespace) -> str | None:
     if bits == (8, 8):
         return W8A8_DYNAMIC if flags.is_dynamic else W8A8
     if bits not in BITS:
+        of_engine = "; W4A8_DYNAMIC of vllm-ascend is 4 and 16 with --format vllm-ascend-w4a8" * (bits == (4, 8))
         raise OctavoError(
             f"--w_bit {bits[0]} --a_bit {bits[1]}: "
-            "choose 8 and 8 (W8A8), 8 and 16 (W8A16), 4 and 16 (W4A16), or 16 and 16 (float)"
+            f"choose 8 and 8 (W8A8), 8 and 16 (W8A16), 4 and 16 (W4A16), or 16 and 16 (float){of_engine}"
         )
     if flags.is_dynamic:
         raise OctavoError(f"--is_dynamic: inputs are quantized by --w_bit 8 --a_bit 8, not {bits[0]} and {bits[1]}")

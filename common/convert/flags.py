@@ -77,6 +77,8 @@ def _add_linears(parser: argparse.ArgumentParser) -> None:
     add("--w_sym", type=boolean, default=True, help="False: weights with a zero point, for W8A16 and W4A16")
     add("--group_size", type=int, choices=GROUP_SIZES,
         help="input channels that share a scale of W8A16 or W4A16; 0: per channel (W4A16: default 64)")  # fmt: skip
+    add("--pdmix", type=boolean, default=False,
+        help="label W8A8 as W8A8_MIX: by token where engines prefill, static where they decode")  # fmt: skip
     add("--w_method", choices=WEIGHT_METHODS, default="MinMax", help="how codes of weights are chosen")
     add("--cpu_activations", choices=CPU_ACTIVATIONS, default=CPU_ACTIVATIONS[0],
         help="inputs of W8A16 and W4A16 on the CPU: int8 per token and group, or as they are")  # fmt: skip
@@ -186,6 +188,10 @@ def parse_flags(name: str, argv: list[str] | None, head: str | None = None) -> a
     chosen = [flag for flag in SCHEME_FLAGS if getattr(flags, flag)]
     if len(chosen) > 1:
         parser.error(f"--{chosen[0]} and --{chosen[1]} exclude each other: both say how K and V are stored; choose one")
+    if flags.target and flags.format != OWN_FORMAT:
+        parser.error(f"--target {flags.target} and --format {flags.format} exclude each other: a target is of ascend")
+    if flags.calib_file is not None and flags.calib_texts:
+        parser.error("--calib_file and --calib_texts: give one of the two")
     given = flags.preset or _given(name, argv) & LINEAR_FLAGS
     try:
         flags.linear = linear_scheme_of_flags(flags, is_given=bool(given))
@@ -215,10 +221,8 @@ def request_of(flags: argparse.Namespace, architecture: Architecture | str | Non
     """The request that parsed flags stand for.
 
     Raises:
-        OctavoError: both a file of texts and texts are given.
+        OctavoError: see `ConvertRequest`.
     """
-    if flags.calib_file is not None and flags.calib_texts:
-        raise OctavoError("--calib_file and --calib_texts: give one of the two")
     return ConvertRequest(
         flags.model_path,
         flags.save_directory,
@@ -236,6 +240,7 @@ def request_of(flags: argparse.Namespace, architecture: Architecture | str | Non
         max_kl=flags.max_kl,
         calibration=flags.calib_texts if flags.calib_file is None else flags.calib_file,
         target=flags.target,
+        pdmix=flags.pdmix,
         device=flags.device_type,
         tokenizer_arguments=flags.tokenizer_args,
         input_ids_name=flags.input_ids_name,

@@ -20,7 +20,7 @@ from ..runtime.checkpoint.files import TensorHeader
 from ..runtime.checkpoint.loading import check_settings, check_stored_sizes
 from ..runtime.decoder import attention_modules
 from ..runtime.schemes.kv_scheme import load_scheme
-from ..runtime.schemes.linear_scheme import LinearScheme
+from ..runtime.schemes.linear_scheme import W8A8, LinearScheme
 from .calibration.codebooks import fit_codebooks
 from .calibration.observe import calibrate
 from .calibration.streams import Texts
@@ -45,7 +45,7 @@ from .source.config import chosen_architecture, read_source_config
 from .source.quantized.cache_scales import lacks_query
 from .source.quantized.files import CodedFiles
 from .spelling import named
-from .targets import check_target, engine_dtype
+from .targets import called_by, check_target, engine_dtype
 
 LONGEST_SAMPLE = 2048
 RANDOM_TOKENS = 512
@@ -110,7 +110,13 @@ class Job:
         if request.anti_method and not self.linears:
             given = f"{named('anti_method')} {request.anti_method}"
             raise OctavoError(f"{given}: {named('float_linears')} leaves every linear in float")
-        check_target(request.target, self.plan(()), self.source)
+        plan = self.plan(())
+        if request.pdmix and all(label != W8A8 for label, *_ in plan.kinds):
+            raise OctavoError(
+                f"{named('pdmix')}: no linear is in static W8A8, which W8A8_MIX is made of; leave it out, or give "
+                f"{named('label')} w8a8"
+            )
+        check_target(request.target, plan, self.source)
         made, is_static = [] if self.coded else self.linears, self.scheme.is_static and not self._keeps_all_scales
         self.samples = samples if needs_texts(request, is_static, made) else samples[:1]
 
@@ -173,6 +179,7 @@ class Job:
             self.request.embeddings == "int8",
             engine_dtype(self.config, stored),
             self.request.target == VLLM_ASCEND_0_23,
+            called_by(self.request.target, self.request.pdmix),
             self.coded,
             self.source_scales,
         )

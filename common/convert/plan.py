@@ -44,6 +44,7 @@ class Plan:
         quantizes_embeddings: whether the embedding and the last linear are in int8.
         engine_dtype: of the model where engines run it, see there.
         is_of_vllm: whether scales of K and V have the names of vLLM's models, see `c8_place`.
+        called: labels that the description has in the place of ours, by ours.
         coded: those of `linears` that the source holds in codes, which stay as they are: all of them or none.
         source_scales: static scales of each layer that the source keeps, and calibration does not replace; empty if it
             is to find all of them.
@@ -58,12 +59,17 @@ class Plan:
     quantizes_embeddings: bool
     engine_dtype: torch.dtype = torch.bfloat16
     is_of_vllm: bool = False
+    called: Mapping[str, str] = field(default_factory=dict)
     coded: Mapping[str, CodedLinear] = field(default_factory=dict)
     source_scales: tuple[LayerScales, ...] = ()
 
     def label_of(self, linear: str) -> str:
         """The label of one of `linears`."""
         return self.coded[linear].label if linear in self.coded else self.linear.label
+
+    def described(self, label: str) -> str:
+        """What the description calls a label."""
+        return self.called.get(label, label)
 
     @property
     def kinds(self) -> list[tuple[str, int, bool]]:
@@ -84,6 +90,10 @@ class Plan:
             return self.coded[linear].scales
         groups = self.linear.num_groups(in_features)
         return (1 if self.linear.per_tensor else out_features), groups
+
+    def has_one_scale(self, linear: str) -> bool:
+        """Whether one scale is for the whole weight of one of `linears`."""
+        return self.coded[linear].scales[0] == 1 if linear in self.coded else self.linear.per_tensor
 
     @property
     def has_weight_only(self) -> bool:

@@ -5,15 +5,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..architecture import Architecture, check_model_type, load_architecture, stated_architectures
 from ..command import OneLineParser, run_script
 from ..errors import OctavoError
 from ..runtime.checkpoint.ascend import LAYOUT_KEYS
 from ..runtime.checkpoint.files import read_json
 from ..runtime.checkpoint.loading import CONFIG_KEY, NATIVE_LOAD_HINT, describe_checkpoint, read_config
+from ..runtime.schemes.linear_scheme import W8A8
 from ..runtime.version import RECIPE_KEYS, REFRESH, VERSION, check_version
 from .output.bundle import put_file, write_bundle
+from .output.config import for_older_readers
 from .output.writer import json_text
+from .targets import engine_dtype
 
 _UNNAMED = "a version that gave no number"
 
@@ -39,25 +44,42 @@ def _architecture_of(directory: Path, config: dict[str, Any]) -> Architecture:
     return architecture
 
 
-def _check_whole(directory: Path, architecture: Architecture) -> None:
-    """Raise an `OctavoError` if files of the directory are missing or damaged, or say what is unknown here."""
-    tied = architecture.model_class._tied_weights_keys or ()
+def _layout_of(directory: Path, architecture: Architecture) -> dict[str, Any]:
+    """What the files of a directory say of its linears, see `linear_layout`.
+
+    Raises:
+        OctavoError: files are missing or damaged, or say what is unknown here.
+    """
+    tied, config = architecture.model_class._tied_weights_keys or (), read_config(str(directory), {})
     try:
-        describe_checkpoint(read_config(str(directory), {}), str(directory), tied, {})
+        describe_checkpoint(config, str(directory), tied, {})
     except OctavoError as error:
         raise error if str(directory) in str(error) else OctavoError(f"{directory}: {error}") from None
+    return getattr(config, CONFIG_KEY)
 
 
-def _refreshed(config: dict[str, Any], architecture: Architecture) -> dict[str, Any]:
+def _scales_are_for(layout: dict[str, Any], otherwise: torch.dtype) -> torch.dtype:
+    """The dtype of models in which engines read the scales of static int8 linears, see `deq_scale_dtype`.
+
+    Args:
+        otherwise: where there are none.
+    """
+    if W8A8 not in layout["quantized_linears"].values():
+        return otherwise
+    return torch.float16 if layout["deq_scale"] == "I64" else torch.bfloat16
+
+
+def _refreshed(config: dict[str, Any], architecture: Architecture, scales_are_for: torch.dtype) -> dict[str, Any]:
     """A config.json that goes with the code of today."""
     recipe = {name: value for name, value in config[CONFIG_KEY].items() if name not in LAYOUT_KEYS}
-    return {
+    refreshed = {
         **config,
         "architectures": [architecture.model_class.__name__],
         "auto_map": architecture.auto_map,
         CONFIG_KEY: {**recipe, "version": VERSION},
         "transformers_weights": NATIVE_LOAD_HINT,
     }
+    return {**refreshed, **for_older_readers(refreshed, scales_are_for)}
 
 
 def refresh(directory: Path) -> Iterator[str]:
@@ -81,12 +103,22 @@ def refresh(directory: Path) -> Iterator[str]:
         raise OctavoError(f"{directory}: has no config.json, and so is no converted directory; name one")
     config = read_json(file)
     architecture = _architecture_of(directory, config)
-    _check_whole(directory, architecture)
+    layout, runs_in = _layout_of(directory, architecture), engine_dtype(config, "")
+    scales_are_for = _scales_are_for(layout, runs_in)
     yield from write_bundle(architecture, directory)
-    refreshed, was = _refreshed(config, architecture), config[CONFIG_KEY].get("version", _UNNAMED)
+    refreshed = _refreshed(config, architecture, scales_are_for)
+    was = config[CONFIG_KEY].get("version", _UNNAMED)
     if refreshed != config:
         put_file(file, json_text(refreshed))
-    yield f"{file}: Octavo {VERSION}; {'as it was' if refreshed == config else f'of {was} before'}"
+    added = ", ".join(name for name in refreshed if name not in config)
+    before = f"of {was} before{added and ', without '}{added}"
+    yield f"{file}: Octavo {VERSION}; {'as it was' if refreshed == config else before}"
+    if scales_are_for != runs_in:
+        theirs, ours = (str(dtype).removeprefix("torch.") for dtype in (runs_in, scales_are_for))
+        yield (
+            f"deq_scale is {layout['deq_scale']}, as engines on Ascend read it of a model in {ours}, and dtype "
+            f"{config.get('dtype')} makes vLLM run it in {theirs}: give it --dtype {ours}, or convert the model again"
+        )
     yield "weights and all other files are untouched"
 
 

@@ -49,7 +49,8 @@ class ConversionReport:
             were calibrated on the tokens of all.
         seconds: that the conversion took; of one that was resumed, since then.
         format: that the output is in.
-        notes: of an engine's format, what of it is not as in ours, and the commands that serve it.
+        notes: of an engine's format, what of it is not as in ours, and the commands that serve it; of a `target`, its
+            command.
     """
 
     model: Path

@@ -29,9 +29,11 @@ OWN_FORMAT = "ascend"
 KV_SCALES = ("data", "random", "none", "source")
 VLLM_ASCEND_0_23 = "vllm-ascend-0.23"
 TARGETS = ("mindie", VLLM_ASCEND_0_23, "vllm-ascend")
-"""Engines that a directory may be for, see `Engine`; the second is vllm-ascend before 0.25."""
-LINEAR_NAMES = {"float": None, **{label.lower(): label for label in LINEAR_LABELS}, "fp8": FP8_DYNAMIC}
-"""Labels by the names of linears, as MindIE spells them, and vLLM's fp8; None leaves linears in float."""
+"""Engines that a directory may be for, see `Reader`; the second is vllm-ascend before 0.25."""
+LINEAR_NAMES = {"float": None, **{label.lower(): label for label in LINEAR_LABELS}, "fp8": FP8_DYNAMIC,
+    "w8a8fp8_dynamic": FP8_DYNAMIC}  # fmt: skip
+"""Labels by the names of linears, as MindIE spells them, and by those of vLLM and vllm-ascend for fp8; None leaves
+linears in float."""
 DEFAULT_GROUP = {W4A16: 64}
 """Input channels that share a scale of a weight, unless a number is given; 0 of labels that are not here."""
 DEFAULT_LINEAR = LinearScheme()
@@ -85,6 +87,8 @@ class ConvertRequest:
         target: engine on Ascend that is to read the directory, whose names are written, and for which what it cannot
             read is refused: "mindie", "vllm-ascend-0.23" or, from 0.25 on, "vllm-ascend"; None: MindIE's names, and
             nothing is refused. `--target`
+        pdmix: label static W8A8 as W8A8_MIX, which engines run by token where they prefill, and in static scales where
+            they decode apart. `--pdmix`
         device: where calibration runs: "cpu", "cuda" or "npu". `--device_type`
         tokenizer_arguments: what the tokenizer is loaded with besides. `--tokenizer_args`
         input_ids_name, attention_mask_name: what the tokenizer calls them. Flags of the same names
@@ -117,6 +121,7 @@ class ConvertRequest:
     max_kl: float | None = None
     calibration: Sequence[str] | str | Path | None = None
     target: str | None = None
+    pdmix: bool = False
     device: str = "cpu"
     tokenizer_arguments: Mapping[str, Any] = field(default_factory=dict)
     input_ids_name: str = "input_ids"
@@ -202,7 +207,7 @@ def _check_choices(request: ConvertRequest) -> None:
         if getattr(request, name) not in choices:
             listed = ", ".join(choice or '""' for choice in choices)
             raise OctavoError(f"{name} {getattr(request, name)}: is none of {listed}")
-    for name in ("float_head", "trust_remote_code", "resume", "requantize"):
+    for name in ("float_head", "trust_remote_code", "resume", "requantize", "pdmix"):
         value = getattr(request, name)
         if not isinstance(value, bool) and not (name == "float_head" and value is None):
             raise OctavoError(f"{name} {getattr(request, name)!r}: is neither True nor False")

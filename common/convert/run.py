@@ -201,7 +201,8 @@ def run(job: Job, stage: Stage) -> Made:
     known = job.codebooks if not stage.step else None
     conversion = job.conversion(plan, known, measures=request.max_kl is not None)
     output, planned = conversion.output, conversion.output.planned()
-    description = build_description(planned, output.tied_labels(), output.labels(), plan.scheme, plan.linear.group_size)
+    labels = {name: plan.described(label) for name, label in output.labels().items()}
+    description = build_description(planned, output.tied_labels(), labels, plan.scheme, plan.linear.group_size)
     most_bytes = None if request.max_shard_gb is None else round(request.max_shard_gb * GIGABYTE)
     files = PlannedFiles(stage.path, weight_file_names(description)[0], planned, most_bytes)
     files.create()

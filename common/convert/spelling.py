@@ -33,6 +33,7 @@ FLAG_OF = {
     "calibration": "--calib_file",
     "no calibration": "no --calib_file and no --calib_texts",
     "target": "--target",
+    "pdmix": "--pdmix",
     "device": "--device_type",
     "tokenizer_arguments": "--tokenizer_args",
     "input_ids_name": "--input_ids_name",

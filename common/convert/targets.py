@@ -6,13 +6,14 @@ with directories of Octavo (`tests/engines/test_vllm_ascend.py`).
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import OctavoError
-from ..runtime.checkpoint.ascend import is_c8, is_fa
-from ..runtime.schemes.linear_scheme import W4A16, W8A8, W8A8_DYNAMIC, W8A16, WEIGHT_ONLY
+from ..runtime.checkpoint.ascend import W8A8_MIX, W8A8FP8_DYNAMIC, is_c8, is_fa
+from ..runtime.schemes.linear_scheme import FP8_DYNAMIC, FP8_LABELS, W4A16, W8A8, W8A8_DYNAMIC, W8A16, WEIGHT_ONLY
 from .outliers.subgraphs import shifted_subgraphs
 from .plan import OFFSETS, Plan
 from .request import TARGETS
@@ -22,7 +23,7 @@ from .units import units_of
 
 
 @dataclass(frozen=True)
-class Engine:
+class Reader:
     """What an engine reads of the dialect.
 
     Attributes:
@@ -32,6 +33,8 @@ class Engine:
         groups: numbers of input channels that may share a scale of a weight, 0 for all.
         reads_fa: whether it runs FAQuant.
         subtracts_offset: whether the zero point of a weight counts as it is stored, `(code - offset) * scale`.
+        called: its labels of linears that are ours by another name, by ours.
+        serve: the command that runs a directory, whose place `{}` takes.
     """
 
     name: str
@@ -40,12 +43,37 @@ class Engine:
     groups: tuple[int, ...]
     reads_fa: bool
     subtracts_offset: bool
+    called: Mapping[str, str]
+    serve: str
 
 
 _ALL = (W8A8, W8A8_DYNAMIC, W8A16, W4A16)
-_MINDIE = Engine("MindIE", _ALL, _ALL, (0, 64, 128, 256), True, True)
-_VLLM_ASCEND = Engine("vllm-ascend", (W8A8, W8A8_DYNAMIC, W8A16), (W8A8_DYNAMIC,), (0,), False, False)
-ENGINES = dict(zip(TARGETS, (_MINDIE, _VLLM_ASCEND, _VLLM_ASCEND), strict=True))
+_OF_VLLM = (W8A8, W8A8_DYNAMIC, W8A16, W8A8_MIX, W8A8FP8_DYNAMIC)
+_RUN = "cd ${ATB_SPEED_HOME_PATH} && torchrun --nproc_per_node 1 --master_port 20030 -m examples.run_pa --model_path {}"
+_SERVE = "vllm serve {} --quantization ascend"
+_MINDIE = Reader("MindIE", (*_ALL, W8A8_MIX), _ALL, (0, 64, 128, 256), True, True, {}, _RUN)
+_VLLM_ASCEND = Reader(
+    "vllm-ascend", _OF_VLLM, (W8A8_DYNAMIC,), (0,), False, False, {FP8_DYNAMIC: W8A8FP8_DYNAMIC}, _SERVE
+)
+READERS = dict(zip(TARGETS, (_MINDIE, _VLLM_ASCEND, _VLLM_ASCEND), strict=True))
+W4A8_FORMAT = "vllm-ascend-w4a8"
+"""The dialect of int4 for vllm-ascend."""
+TRIED = dict(zip(TARGETS, ("MindIE-LLM of 2026-04", "0.23.0", "0.25.1rc1"), strict=True))
+"""Versions that a target was tried with."""
+
+
+def called_by(target: str | None, is_mix: bool) -> dict[str, str]:
+    """What a description calls labels of ours otherwise, for a target, and where static W8A8 is to be W8A8_MIX."""
+    called = {} if target is None else dict(READERS[target].called)
+    return {**called, W8A8: W8A8_MIX} if is_mix else called
+
+
+def serving(target: str | None, place: Path) -> list[str]:
+    """What a directory is for and the command that serves it, in lines; none without a target."""
+    if target is None:
+        return []
+    reader, version = READERS[target], TRIED[target].removeprefix("MindIE-LLM ")
+    return [f"{reader.serve.replace('{}', str(place))}  # {reader.name} {version}"]
 
 
 def engine_dtype(config: Mapping[str, Any], stored: str) -> torch.dtype:
@@ -59,46 +87,59 @@ def engine_dtype(config: Mapping[str, Any], stored: str) -> torch.dtype:
     return torch.float16 if str(stated).removeprefix("torch.") in ("float16", "half") else torch.bfloat16
 
 
-def _of_cache(engine: Engine, plan: Plan) -> Iterator[str]:
+def _of_cache(reader: Reader, plan: Plan) -> Iterator[str]:
     scheme = plan.scheme
-    if is_fa(scheme) and not engine.reads_fa:
+    if is_fa(scheme) and not reader.reads_fa:
         yield (
-            f"{engine.name} has no FAQuant for such models (it registers FAKQuant and INT8_DYNAMIC alone), which is "
+            f"{reader.name} has no FAQuant for such models (it registers FAKQuant and INT8_DYNAMIC alone), which is "
             f"MindIE's; give {named('scheme')} ascend-c8, or {named('target')} mindie"
         )
     elif scheme.is_quantized and not (is_c8(scheme) or is_fa(scheme)):
-        known = "ascend-c8 or ascend-fa" if engine.reads_fa else "ascend-c8"
-        yield f"{engine.name} has no name for scheme {scheme.name}; give {named('scheme')} {known}"
+        known = "ascend-c8 or ascend-fa" if reader.reads_fa else "ascend-c8"
+        yield f"{reader.name} has no name for scheme {scheme.name}; give {named('scheme')} {known}"
 
 
-def _of_linears(engine: Engine, plan: Plan) -> Iterator[str]:
+def _known(reader: Reader) -> str:
+    """Labels that an engine reads, with the flag that gives those which are ours by another name."""
+    given = {W8A8_MIX: f"{named('pdmix')} True", W8A8FP8_DYNAMIC: f"{named('label')} fp8"}
+    return ", ".join(f"{label} ({given[label]})" if label in given else label for label in reader.labels)
+
+
+def _of_linears(reader: Reader, plan: Plan) -> Iterator[str]:
     if plan.quantizes_embeddings:
-        yield f"{engine.name} reads embeddings in float alone; leave out {named('embeddings')}"
+        yield f"{reader.name} reads embeddings in float alone; leave out {named('embeddings')}"
     decoded = f"; {named('requantize')} makes others of those of the source" if plan.coded else ""
-    for label, group, _ in plan.kinds:
-        if label not in engine.labels:
-            yield f"{engine.name} has no linears of {label}; give one of {', '.join(engine.labels)}{decoded}"
-        elif label in WEIGHT_ONLY and group not in engine.groups:
-            known = ", ".join(map(str, engine.groups))
-            yield f"{engine.name} reads {label} by {named('group_size')} {known}, not {group}{decoded}"
+    for ours, group, _ in plan.kinds:
+        label = plan.described(ours)
+        if label not in reader.labels:
+            other = f"; {W4A16} without biases is written by {named('format')} {W4A8_FORMAT}" * (ours == W4A16)
+            yield f"{reader.name} has no linears of {label}; give one of {_known(reader)}{decoded}{other}"
+        elif label in WEIGHT_ONLY and group not in reader.groups:
+            known = ", ".join(map(str, reader.groups))
+            yield f"{reader.name} reads {label} by {named('group_size')} {known}, not {group}{decoded}"
+    for name in plan.linears:
+        if plan.label_of(name) in FP8_LABELS and plan.has_one_scale(name):
+            yield f"{reader.name} reads a scale for each output channel, and {name} has one for all{decoded}"
+            return
 
 
-def _of_experts(engine: Engine, plan: Plan, source: LayerwiseModel) -> Iterator[str]:
+def _of_experts(reader: Reader, plan: Plan, source: LayerwiseModel) -> Iterator[str]:
     """Linears of experts, of which engines read other kinds than of the rest."""
     chosen = set(plan.linears)
     for index in range(len(source)):
         count = source.experts_in(index)
         for mlp in source.facts.mlps(count) if count else ():
             for name in (f"{source.layer_name(index)}.{part}" for part in (*mlp.inputs, mlp.down)):
-                if name in chosen and plan.label_of(name) not in engine.expert_labels:
+                label = plan.described(plan.label_of(name)) if name in chosen else None
+                if label is not None and label not in reader.expert_labels:
                     yield (
-                        f"{engine.name} has no experts of {plan.label_of(name)}, which {name} is; give "
-                        f"{', '.join(engine.expert_labels)}, or leave experts in float by {named('float_linears')}"
+                        f"{reader.name} has no experts of {label}, which {name} is; give "
+                        f"{', '.join(reader.expert_labels)}, or leave experts in float by {named('float_linears')}"
                     )
                     return
 
 
-def _of_units(engine: Engine, plan: Plan, source: LayerwiseModel) -> Iterator[str]:
+def _of_units(reader: Reader, plan: Plan, source: LayerwiseModel) -> Iterator[str]:
     """Linears that engines load as one, of which some are in codes and some are not."""
     chosen = set(plan.linears)
     for unit in units_of(source):
@@ -106,7 +147,7 @@ def _of_units(engine: Engine, plan: Plan, source: LayerwiseModel) -> Iterator[st
             left, other = (next(name for name in unit if (name in chosen) == is_in) for is_in in (False, True))
             every = "both" if len(unit) == 2 else f"all {len(unit)} of such"
             yield (
-                f"{engine.name} loads {left} and {other} as one, and only one of them is quantized; name {every} in "
+                f"{reader.name} loads {left} and {other} as one, and only one of them is quantized; name {every} in "
                 f"{named('float_linears')}, or none"
             )
             return
@@ -116,7 +157,7 @@ def _skipped_bias(plan: Plan, source: LayerwiseModel) -> str | None:
     """A linear that m2 gives a bias, which its architecture has none of, and which no int32 bias of W8A8 holds."""
     if plan.anti_method != OFFSETS:
         return None
-    static = {name for name in plan.linears if plan.label_of(name) == W8A8}
+    static = {name for name in plan.linears if plan.described(plan.label_of(name)) == W8A8}
     for index in range(len(source)):
         layer = source.layer_name(index)
         quantized = plan.of(layer)
@@ -129,19 +170,19 @@ def _skipped_bias(plan: Plan, source: LayerwiseModel) -> str | None:
     return None
 
 
-def misread(engine: Engine, plan: Plan, source: LayerwiseModel) -> Iterator[str]:
+def misread(reader: Reader, plan: Plan, source: LayerwiseModel) -> Iterator[str]:
     """What an engine takes for something else, or leaves out, without a word."""
     skipped = _skipped_bias(plan, source)
     if skipped is not None:
         yield (
-            f"{engine.name} skips the bias that {named('anti_method')} m2 gives {skipped}, whose architecture has none "
+            f"{reader.name} skips the bias that {named('anti_method')} m2 gives {skipped}, whose architecture has none "
             "there; take W8A8 for all linears behind a norm, or another method"
         )
     has_zero = any(label in WEIGHT_ONLY and not symmetric for label, _, symmetric in plan.kinds)
-    if has_zero and not engine.subtracts_offset:
+    if has_zero and not reader.subtracts_offset:
         way = f"{named('requantize')} makes others" if plan.coded else f"leave out {named('symmetric')} False"
         yield (
-            f"{engine.name} adds the zero points of weights (`(code + offset) * scale`), which are stored to be taken "
+            f"{reader.name} adds the zero points of weights (`(code + offset) * scale`), which are stored to be taken "
             f"off, as MindIE does; {way}"
         )
 
@@ -166,10 +207,10 @@ def check_target(target: str | None, plan: Plan, source: LayerwiseModel) -> None
     """
     if target is None:
         return
-    engine = ENGINES[target]
-    of_linears = _of_linears(engine, plan), _of_experts(engine, plan, source)
-    checks = (_of_cache(engine, plan), *of_linears, _of_units(engine, plan, source))
-    for reasons in (*checks, misread(engine, plan, source)):
+    reader = READERS[target]
+    of_linears = _of_linears(reader, plan), _of_experts(reader, plan, source)
+    checks = (_of_cache(reader, plan), *of_linears, _of_units(reader, plan, source))
+    for reasons in (*checks, misread(reader, plan, source)):
         for reason in reasons:
             raise OctavoError(f"{named('target')} {target}: {reason}")
 
@@ -181,9 +222,9 @@ def notes(target: str | None, plan: Plan, source: LayerwiseModel) -> list[str]:
     """
     found = []
     if target is None:
-        for engine in (_MINDIE, _VLLM_ASCEND):
-            if not [*_of_cache(engine, plan), *_of_linears(engine, plan), *_of_experts(engine, plan, source)]:
-                found += [*_of_units(engine, plan, source), *misread(engine, plan, source)]
+        for reader in (_MINDIE, _VLLM_ASCEND):
+            if not [*_of_cache(reader, plan), *_of_linears(reader, plan), *_of_experts(reader, plan, source)]:
+                found += [*_of_units(reader, plan, source), *misread(reader, plan, source)]
     older = _stops_older(plan)
     if older is not None and target in (None, TARGETS[0]):
         found.append(older)

@@ -2,19 +2,22 @@
 
 from collections.abc import Iterable
 
+from ..runtime.decoder import Decoder
 from .source.layerwise import LayerwiseModel
 
 
+def units_of_layer(layer: str, decoder: Decoder, experts: int = 0) -> list[tuple[str, ...]]:
+    """Names of the linears of each unit that has several, of a layer with so many experts, all of which are one."""
+    mlps = decoder.mlps(experts)
+    inner = [part for mlp in mlps for part in (*mlp.inputs, mlp.down)] if experts else mlps[0].inputs
+    units = (decoder.attention.inputs, inner)
+    return [tuple(f"{layer}.{part}" for part in unit) for unit in units if len(unit) > 1]
+
+
 def units_of(source: LayerwiseModel) -> list[tuple[str, ...]]:
-    """Names of the linears of each unit that has several, layer by layer; those of a layer's experts are one."""
-    units = []
-    for index in range(len(source)):
-        experts = source.experts_in(index)
-        mlps = source.facts.mlps(experts)
-        inner = [part for mlp in mlps for part in (*mlp.inputs, mlp.down)] if experts else mlps[0].inputs
-        parts = source.facts.attention.inputs, inner
-        units += [tuple(f"{source.layer_name(index)}.{part}" for part in unit) for unit in parts]
-    return [unit for unit in units if len(unit) > 1]
+    """The units of all layers of a model."""
+    layers = ((source.layer_name(index), source.experts_in(index)) for index in range(len(source)))
+    return [unit for layer, experts in layers for unit in units_of_layer(layer, source.facts, experts)]
 
 
 def grouped(names: Iterable[str], units: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:

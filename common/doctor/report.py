@@ -9,17 +9,16 @@ that is larger than memory.
 import dataclasses
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
 from transformers import CONFIG_MAPPING, AutoConfig
 
 from ..command import OneLineParser, run_script
 from ..convert.source.checkpoint import find_source
 from ..convert.weights.embedding import through_codes
 from ..errors import OctavoError, first_line
+from ..progress import progress
 from ..runtime.cache.sizes import kv_bytes_per_token
 from ..runtime.checkpoint.ascend import DESCRIPTION_FILE
 from ..runtime.checkpoint.files import read_json
@@ -45,7 +44,6 @@ EMBEDDING_ROWS = 4096
 BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 SIZES = {"float16": "float", "int8": "int8-token", "int4": "int4-token"}
 """Presets by which the size of a cache is told."""
-PROGRESS_AFTER = 2.0
 
 
 def kind_of(codec: Codec) -> str:
@@ -203,7 +201,7 @@ def diagnose(model_path: str, statistics: Statistics | None = None) -> dict[str,
         )
     count = sum(kind in ATTENTIONS for kind in layer_types(config))
     found = diagnose_layers(weights, config, statistics)
-    layers = list(tqdm(found, total=count, unit="layer", delay=PROGRESS_AFTER, leave=False, file=sys.stderr))
+    layers = list(progress(found, "layer", count))
     facts = facts_of(weights, config, layers)
     verdicts = judge_schemes(layers, facts["bias_can_be_folded"])
     return {

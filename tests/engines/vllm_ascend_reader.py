@@ -1,12 +1,13 @@
 """vllm-ascend's own parsing, schemes and adapters, run on a directory in a process of their own.
 
-    python vllm_ascend_reader.py PACKAGE DIRECTORY LAYERS DTYPE OUT
+    python vllm_ascend_reader.py PACKAGE DIRECTORY LAYERS DTYPE OUT [decodes]
 
-PACKAGE is where the wheel was unpacked. Importing vllm-ascend whole needs vLLM of the same number, torch_npu and CANN,
-so that its `quantization` package alone is imported, function by function; stand-ins take the place of what else it
-imports: modules whose classes are empty and whose functions return nothing. What vLLM does is written out here: the
-names of a Llama's linears, `load_weights` of its models, and the weight loaders of fused linears. OUT gets every
-parameter that was loaded, and what each linear computes of the inputs that lie in DIRECTORY.inputs.
+With "decodes" it is the one of two instances that decodes, apart from the one that prefills. PACKAGE is where the wheel
+was unpacked. Importing vllm-ascend whole needs vLLM of the same number, torch_npu and CANN, so that its `quantization`
+package alone is imported, function by function; stand-ins take the place of what else it imports: modules whose classes
+are empty and whose functions return nothing. What vLLM does is written out here: the names of a Llama's linears,
+`load_weights` of its models, and the weight loaders of fused linears. OUT gets every parameter that was loaded, and
+what each linear computes of the inputs that lie in DIRECTORY.inputs.
 """
 
 import importlib.abc
@@ -22,6 +23,7 @@ from torch import nn
 
 REAL = ("vllm_ascend", "vllm_ascend.quantization")
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+ROWS = ("o_proj", "down_proj")
 LINEARS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
 
 
@@ -152,20 +154,29 @@ def npu_quant_matmul(
 
 
 def npu_dynamic_quant(x: torch.Tensor, dst_type: torch.dtype = torch.int8) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and a scale for each token."""
-    scale = x.float().abs().amax(dim=-1) / 127
-    return (x.float() / scale[:, None]).round().to(dst_type), scale
+    """Codes in int8 or fp8, and a scale for each token."""
+    largest = torch.finfo(dst_type).max if dst_type.is_floating_point else torch.iinfo(dst_type).max
+    scale = x.float().abs().amax(dim=-1) / largest
+    codes = x.float() / scale[:, None]
+    return (codes if dst_type.is_floating_point else codes.round()).to(dst_type), scale
 
 
 def npu_weight_quant_batchmatmul(
     x: torch.Tensor,
     weight: torch.Tensor,
     antiquant_scale: torch.Tensor,
-    antiquant_offset: torch.Tensor,
+    antiquant_offset: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    antiquant_group_size: int = 0,
 ) -> torch.Tensor:
-    """`x @ ((weight + offset) * scale) + bias`."""
-    decoded = (weight.double() + antiquant_offset.double()) * antiquant_scale.double()
+    """`x @ ((weight + offset) * scale) + bias`; int32 `[K, N / 8]` has codes of int4, the first in the lowest bits."""
+    codes, scale = weight.double(), antiquant_scale.double()
+    if weight.dtype == torch.int32:
+        fields = (weight[..., None] >> torch.arange(0, 32, 4)) & 15
+        codes = torch.where(fields > 7, fields - 16, fields).flatten(1).double()
+    if antiquant_group_size:
+        scale = scale.repeat_interleave(antiquant_group_size, dim=0)
+    decoded = (codes + (0 if antiquant_offset is None else antiquant_offset.double())) * scale
     return (x.double() @ decoded + (0 if bias is None else bias.double())).to(x.dtype)
 
 
@@ -179,6 +190,7 @@ def _install(package: str) -> None:
     stand_in = types.SimpleNamespace(
         maybe_prefetch_attn_weight_preprocess=_nothing, maybe_prefetch_attn_weight_postprocess=_nothing
     )
+    torch.Tensor.npu = lambda tensor: tensor
     KNOWN["get_weight_prefetch_method"] = lambda: stand_in
     torch.ops.vllm = types.SimpleNamespace(
         quantize=lambda x, scale, reciprocal, offset: npu_quantize(x, scale[: x.shape[-1]], offset[: x.shape[-1]])
@@ -191,14 +203,15 @@ class Model(nn.Module):
     def __init__(self, config: Any, tensors: dict[str, torch.Tensor], layers: int, dtype: torch.dtype) -> None:
         super().__init__()
         from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-        from vllm.model_executor.layers.linear import LinearBase
+        from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
 
         self.methods: dict[str, tuple[nn.Module, Any]] = {}
         self.placed: dict[str, nn.Parameter] = {}
         for layer in range(layers):
             for part in LINEARS:
                 name = f"model.layers.{layer}.{part}"
-                linear = type("Linear", (LinearBase, nn.Module), {})()
+                base = RowParallelLinear if part.endswith(ROWS) else type("Linear", (), {})
+                linear = type("Linear", (base, LinearBase, nn.Module), {})()
                 nn.Module.__init__(linear)
                 linear.params_dtype, linear.prefix = dtype, name
                 self._make(config, linear, name, self._sizes(name, tensors), dtype)
@@ -214,7 +227,10 @@ class Model(nn.Module):
     @staticmethod
     def _sizes(name: str, tensors: dict[str, torch.Tensor]) -> list[tuple[int, int]]:
         parent, _, part = name.rpartition(".")
-        return [tuple(tensors[f"{parent}.{shard}.weight"].shape) for shard in FUSED.get(part, [part])]
+        shards = [f"{parent}.{shard}" for shard in FUSED.get(part, [part])]
+        factors = [2 if f"{shard}.weight_scale_second" in tensors else 1 for shard in shards]  # of int4 in one byte
+        found = [tensors[f"{shard}.weight"].shape for shard in shards]
+        return [(factor * rows, width) for factor, (rows, width) in zip(factors, found, strict=True)]
 
     def _make(
         self, config: Any, linear: nn.Module, name: str, sizes: list[tuple[int, int]], dtype: torch.dtype
@@ -253,15 +269,17 @@ class Model(nn.Module):
                 assert parameter.shape == tensor.shape, (name, parameter.shape, tensor.shape)
                 parameter.data.copy_(tensor)
             else:
-                index = FUSED[fused].index(shard)
-                first = sum(parameter.rows[:index])
-                place = parameter.data.narrow(0, first, parameter.rows[index])
+                index, factor = FUSED[fused].index(shard), getattr(parameter, "packed_factor", 1)
+                first = sum(parameter.rows[:index]) // factor
+                place = parameter.data.narrow(0, first, parameter.rows[index] // factor)
                 assert place.shape == tensor.shape, (name, place.shape, tensor.shape)
                 place.copy_(tensor)
 
 
-def main(package: str, directory: str, layers: str, dtype: str, out: str) -> None:
+def main(package: str, directory: str, layers: str, dtype: str, out: str, part: str = "") -> None:
     """See the module."""
+    if part == "decodes":
+        VLLM_CONFIG.kv_transfer_config = types.SimpleNamespace(is_kv_consumer=True, is_kv_producer=False)
     _install(package)
     from vllm_ascend.quantization.modelslim_config import AscendModelSlimConfig
 

@@ -21,6 +21,7 @@ from ...runtime.schemes.linear_scheme import (
     W8A16,
     WEIGHT_ONLY,
 )
+from ..units import units_of_layer
 from .caches import (
     FLOAT,
     FP8_HEAD,
@@ -77,11 +78,9 @@ def _check(form: Form) -> Iterator[str]:
 
 def split_units(form: Form) -> Iterator[str]:
     """Refusals of linears that engines fuse, q, k and v, gate and up, and that are not quantized alike."""
-    decoder = form.architecture.decoder
     for index in range(form.layers):
         layer = form.architecture.layer_name(index)
-        for parts in (decoder.attention.inputs, decoder.mlp.inputs):
-            names = [f"{layer}.{part}" for part in parts]
+        for names in units_of_layer(layer, form.architecture.decoder):
             kinds = {_kind(form.linears.get(name)) for name in names}
             if len(kinds) > 1:
                 yield (

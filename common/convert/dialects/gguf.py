@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ....ops.shared.codes import pack_int4
+from ...progress import progress
 from ...runtime.schemes.linear_scheme import FP8_LABELS, STATIC, W4A16, W8A8_MIXED
 from ..output.shards import SAFETENSORS_DTYPES
 from .caches import FLOAT, kind_of, online_name, quantized_layers, why_not
@@ -177,7 +178,7 @@ class _File:
         self.writer.write_header_to_file()
         self.writer.write_kv_data_to_file()
         self.writer.write_ti_data_to_file()
-        for make in self._makers:
+        for make in progress(self._makers, "tensor", about="writing"):
             self.writer.write_tensor_data(make())
         self.writer.close()
 

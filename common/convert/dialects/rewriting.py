@@ -18,6 +18,8 @@ from .form import Form
 from .table import DIALECTS, dialect_of
 
 LARGEST_FILE_GB = 5.0
+_OF_REWRITING = " --statistics FILE"
+"""What refusals give with a scheme of static scales, for a rewriting."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,12 @@ def rewrite(request: RewriteRequest) -> list[str]:
     return [f"wrote {request.output} from {request.model}: {request.format}", *lines]
 
 
-def check_form(dialect: Dialect, form: Form) -> None:
-    """Raise an `OctavoError` with the first reason why a form cannot be written, and the nearest that can."""
+def check_form(dialect: Dialect, form: Form, calibrates: bool = False) -> None:
+    """Raise an `OctavoError` with the first reason why a form cannot be written, and the nearest that can.
+
+    Args:
+        calibrates: whether it is of a conversion, which needs no file of statistics for static scales.
+    """
     for name, linear in form.linears.items():
         if linear.label in HELD_LABELS:
             raise OctavoError(
@@ -88,6 +94,7 @@ def check_form(dialect: Dialect, form: Form) -> None:
                 "reads in its own form; convert with --requantize, or serve the directory itself"
             )
     for refusal in dialect.check(form):
+        refusal = refusal.replace(_OF_REWRITING, "") if calibrates else refusal
         raise OctavoError(f"{named('format')} {dialect.name}: {refusal}")
 
 

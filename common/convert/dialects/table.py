@@ -3,7 +3,7 @@
 from ...errors import OctavoError
 from ..request import OWN_FORMAT
 from ..spelling import named
-from ..targets import ENGINES
+from ..targets import READERS, TRIED
 from .awq import AWQ
 from .compressed_tensors import COMPRESSED_TENSORS
 from .dialect import NAMES, PARSED, RUN, Dialect, Engine
@@ -12,29 +12,27 @@ from .gguf import GGUF
 from .gptq import GPTQ
 from .modelopt import MODELOPT
 from .onnxruntime_genai import ONNXRUNTIME_GENAI
+from .vllm_ascend_w4a8 import VLLM_ASCEND_W4A8
 
-DIALECTS: dict[str, Dialect] = {
-    dialect.name: dialect for dialect in (COMPRESSED_TENSORS, AWQ, GPTQ, MODELOPT, GGUF, ONNXRUNTIME_GENAI, FASTDEPLOY)
-}
+_WRITTEN = (COMPRESSED_TENSORS, AWQ, GPTQ, MODELOPT, GGUF, ONNXRUNTIME_GENAI, FASTDEPLOY, VLLM_ASCEND_W4A8)
+DIALECTS: dict[str, Dialect] = {dialect.name: dialect for dialect in _WRITTEN}
 
-_TRIED = {
-    "mindie": ("MindIE-LLM of 2026-04", NAMES),
-    "vllm-ascend-0.23": ("0.23.0", PARSED),
-    "vllm-ascend": ("0.25.1rc1", PARSED),
-}
-"""Versions, and how far they were tried, of each target."""
+_LEVELS = {"mindie": NAMES, "vllm-ascend-0.23": PARSED, "vllm-ascend": PARSED}
+"""How far each target was tried."""
 
 
 def _engine_of(target: str) -> Engine:
     """What an engine on Ascend reads, as `targets.py` says it."""
-    known, (versions, level) = ENGINES[target], _TRIED[target]
+    known = READERS[target]
     caches = "C8 and FAQuant" if known.reads_fa else "C8"
-    return Engine(known.name, versions, level, f"{', '.join(known.labels)}; {caches}; with `--target {target}`")
+    return Engine(
+        known.name, TRIED[target], _LEVELS[target], f"{', '.join(known.labels)}; {caches}; with `--target {target}`"
+    )
 
 
 OWN_ENGINES = (
     Engine("Octavo, through transformers", "5.17 to 5.24", RUN, "everything"),
-    *map(_engine_of, ENGINES),
+    *map(_engine_of, READERS),
 )
 """Readers of what a conversion writes itself."""
 FORMATS = (OWN_FORMAT, *DIALECTS)

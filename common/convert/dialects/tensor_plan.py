@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from ...progress import progress
 from ...runtime.checkpoint.files import TensorHeader
 from ..output.shards import PlannedFiles, header_of
 from .directory import OctavoDirectory
@@ -57,6 +58,6 @@ class TensorPlan:
         if most_bytes is not None and files.total_bytes <= most_bytes:
             files = PlannedFiles(path, WEIGHTS, self.headers, None)
         files.create()
-        for make in self._makers:
+        for make in progress(self._makers, "tensor", about="writing"):
             for name, rows, first in make():
                 files.write(name, rows, first)

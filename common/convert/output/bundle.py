@@ -266,7 +266,26 @@ def write_bundle(architecture: Architecture, directory: Path) -> list[str]:
         _replace_code(directory, architecture, files)
     for leftover in directory.glob(f"{_BETWEEN}*.py"):
         leftover.unlink()
+    _remove_leftovers(directory)
     return said
+
+
+def _remove_leftovers(directory: Path) -> None:
+    """Remove what `put_file` left of processes that were killed within it."""
+    for leftover in directory.glob(".*.partial"):
+        found = re.search(r"\.(\d+)\.partial$", leftover.name)
+        if found and not _is_running(int(found[1])):
+            leftover.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
 
 
 def _replace_code(directory: Path, architecture: Architecture, files: dict[str, str]) -> None:

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 from ...architecture import Architecture
 from ...runtime.checkpoint.loading import CONFIG_KEY, NATIVE_LOAD_HINT, rope_scaling
 from ...runtime.version import VERSION
@@ -30,16 +32,21 @@ def output_config(
     }
     if architecture.decoder.head in plan.linears or not ties_head:
         config["tie_word_embeddings"] = False
-    return {**config, **_for_older_readers(config, plan)}
+    return {**config, **for_older_readers(config, plan.engine_dtype)}
 
 
-def _for_older_readers(config: dict[str, Any], plan: Plan) -> dict[str, Any]:
-    """What readers built on transformers 4, MindIE among them, look for under other names, or else do without."""
+def for_older_readers(config: dict[str, Any], engine_dtype: torch.dtype) -> dict[str, Any]:
+    """What readers built on transformers 4, MindIE among them, look for under other names, or else do without.
+
+    Args:
+        config: what config.json holds besides.
+        engine_dtype: of the model where engines run it.
+    """
     found: dict[str, Any] = {}
     stated = config.get("dtype") or config.get("torch_dtype")
     if stated is not None:
         # transformers 5 reads the first; engines have no float32, and scales are as theirs of bfloat16 have to be
-        found |= {"dtype": stated, "torch_dtype": str(plan.engine_dtype).removeprefix("torch.")}
+        found |= {"dtype": stated, "torch_dtype": str(engine_dtype).removeprefix("torch.")}
     rope = config.get("rope_parameters") or {}
     if "rope_theta" in rope:
         found["rope_theta"] = config.get("rope_theta", rope["rope_theta"])

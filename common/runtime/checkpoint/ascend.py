@@ -15,7 +15,7 @@ from torch import nn
 from ...errors import OctavoError
 from ..linear_kinds import QUANTIZED_LINEARS
 from ..schemes.kv_scheme import Scheme, load_scheme
-from ..schemes.linear_scheme import FP8, FP8_BLOCK, FP8_DYNAMIC, INT4_LABELS
+from ..schemes.linear_scheme import FP8, FP8_BLOCK, FP8_DYNAMIC, INT4_LABELS, W8A8
 from ..static_scales import LayerScales, Scales
 from .files import TensorHeader
 
@@ -39,6 +39,10 @@ CACHE_PARTS = ("key_scale", "key_zero", "key_levels", "value_scale", "value_zero
 SCALAR_DTYPES = {"I64": torch.int64, "F32": torch.float32}
 FLOATS = ("F32", "F16", "BF16")
 WEIGHT_LABELS = tuple(QUANTIZED_LINEARS)
+W8A8_MIX, W8A8FP8_DYNAMIC = "W8A8_MIX", "W8A8FP8_DYNAMIC"
+ALSO_CALLED = {W8A8_MIX: W8A8, W8A8FP8_DYNAMIC: FP8_DYNAMIC}
+"""Labels of engines for tensors that are those of one of our labels. Of W8A8_MIX, engines that prefill and decode apart
+quantize inputs by token where they prefill, and by the static scale where they decode; others, by token always."""
 WEIGHT_DTYPES = {
     **dict.fromkeys(INT4_LABELS, ("U8", "I8")),
     **dict.fromkeys((FP8, FP8_DYNAMIC, FP8_BLOCK), ("F8_E4M3",)),
@@ -172,6 +176,14 @@ def in_file_order(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[st
         return positions[module], FILE_ORDER.index(part)
 
     return {name: tensors[name] for name in sorted(tensors, key=key)}
+
+
+def in_our_labels(description: dict[str, Any]) -> dict[str, Any]:
+    """A description with our labels in the place of those that are `ALSO_CALLED` otherwise."""
+    return {
+        name: label if name in NOT_TENSORS or not isinstance(label, str) else ALSO_CALLED.get(label, label)
+        for name, label in description.items()
+    }
 
 
 def quantized_linears(description: dict[str, Any]) -> dict[str, str]:

@@ -22,6 +22,7 @@ from .ascend import (
     LAYOUT_KEYS,
     check_description,
     described_scheme,
+    in_our_labels,
     linear_layout,
     quantized_linears,
     weight_file_names,
@@ -223,7 +224,7 @@ def describe_checkpoint(
             raise OctavoError(f"{source}: {DESCRIPTION_FILE} is missing; copy the directory again or convert again")
         _check_float(source, config)
         return _ordinary_headers(source, config, find)
-    description = read_json(description_file, is_strict=True)
+    description = in_our_labels(read_json(description_file, is_strict=True))
     single, index = weight_file_names(description)
     file, index_file = find(single), find(index)
     if file is None and index_file is None:

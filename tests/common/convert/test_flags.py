@@ -1,5 +1,6 @@
 """The flags of the conversion script: Ascend's names, types and defaults."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from octavo.common.convert.flags import RECIPES, build_parser, parse_flags, pars
 from octavo.common.errors import OctavoError, first_line
 from octavo.common.runtime.schemes.linear_scheme import LinearScheme
 from octavo.models.llama3 import ARCHITECTURE
+
+from ...support import REPOSITORY
 
 REQUIRED = ["--model_path", "in", "--save_directory", "out"]
 
@@ -56,6 +59,7 @@ DEFAULTS: dict[str, Any] = {
     "group_size": None,
     "fa_amp": 0,
     "target": None,
+    "pdmix": False,
     "format": "ascend",
     "resume": False,
     "requantize": False,
@@ -110,6 +114,12 @@ def test_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert all(f"--{name}" in text for name in DEFAULTS)
     assert "llama3" in build_parser("llama3").description
+
+
+def test_the_readme_names_every_flag() -> None:
+    text = (REPOSITORY / "models" / "llama3" / "README.md").read_text(encoding="utf-8")
+    flags = [flag for action in build_parser("llama3")._actions for flag in action.option_strings if flag[:2] == "--"]
+    assert [flag for flag in flags if not re.search(rf"`{flag}\b", text)] == []
 
 
 def test_errors_end_in_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,6 +179,7 @@ REACHES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "fa_amp": (("2",), {"float_costliest": 2}),
     "max_kl": (("0.5",), {"max_kl": 0.5}),
     "target": (("vllm-ascend",), {"target": "vllm-ascend"}),
+    "pdmix": (("True",), {"pdmix": True}),
     "format": (("gguf",), {"format": "gguf"}),
     "disable_names": (("a", "b*"), {"float_linears": ("a", "b*")}),
     "disable_last_linear": (("False",), {"float_head": False}),
@@ -262,9 +273,17 @@ def test_a_head_in_float_beside_linears_in_float_says_nothing_new() -> None:
     assert asked(*flags).float_head is True
 
 
-def test_texts_and_a_file_of_texts_exclude_each_other() -> None:
-    with pytest.raises(OctavoError, match="--calib_file and --calib_texts: give one of the two"):
-        asked("--calib_file", "f", "--calib_texts", "a")
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (("--calib_file", "f", "--calib_texts", "a"), "--calib_file and --calib_texts: give one of the two"),
+        (("--target", "mindie", "--format", "gguf"), "--target mindie and --format gguf exclude each other"),
+    ],
+)
+def test_flags_that_exclude_each_other(flags: tuple[str, ...], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        asked(*flags)
+    assert stop.value.code == 2 and reason in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", RECIPES)

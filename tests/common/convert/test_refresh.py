@@ -1,8 +1,10 @@
 """Code of today for directories of older versions: weights untouched, whole or not at all, and only for our own."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,15 +12,19 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from octavo.common.convert.api import main as convert
 from octavo.common.convert.output import bundle
 from octavo.common.convert.refresh import main
 from octavo.common.errors import OctavoError
 from octavo.common.runtime.version import VERSION, check_version
+from octavo.models.llama3 import ARCHITECTURE
 from octavo.models.llama3.modeling_llama_fa3 import LlamaForCausalLM
 
 from ...models.loading import load_without_octavo, save_expected
-from ...support import REPOSITORY, assert_one_error_line, random_ids
+from ...support import REPOSITORY, assert_one_error_line, convert_flags, random_ids, save_source, tiny_llama
+from .test_targets import LLAMA_31
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -29,6 +35,13 @@ OLD_COMMIT, OLD_DIGEST = "0123456789ab", "ab" * 32
 
 def contents(directory: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in directory.iterdir()}
+
+
+def refresh(directory: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """What a refreshing says."""
+    capsys.readouterr()
+    assert main([str(directory)]) == 0
+    return capsys.readouterr().out.splitlines()
 
 
 def edit_config(directory: Path, **entries: Any) -> None:
@@ -84,6 +97,59 @@ def test_refreshed_is_what_a_conversion_writes(
     for directory in (old, fresh):
         with torch.inference_mode():
             logits.append(LlamaForCausalLM.from_pretrained(directory).eval()(ids).logits)
+    assert torch.equal(*logits)
+
+
+def test_what_a_killed_process_left_is_removed(old: Path) -> None:
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    done.wait()
+    left, of_a_running = (old / f".config.json.{process}.partial" for process in (done.pid, os.getppid()))
+    for file in (left, of_a_running):
+        file.write_text("{")
+    assert main([str(old)]) == 0
+    assert not left.exists() and of_a_running.exists()
+
+
+def test_config_says_what_readers_on_transformers_4_look_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = save_source(tmp_path / "source", tiny_llama(rope_parameters=LLAMA_31).bfloat16())
+    assert convert(ARCHITECTURE, convert_flags(source, tmp_path / "out")) == 0
+    fresh = json.loads((tmp_path / "out" / "config.json").read_text())
+    edit_config(tmp_path / "out", rope_scaling=None, rope_theta=None, torch_dtype=None)
+    added = "without torch_dtype, rope_theta, rope_scaling"
+    assert refresh(tmp_path / "out", capsys)[2].endswith(f"of {VERSION} before, {added}")
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == fresh
+    assert refresh(tmp_path / "out", capsys)[2:] == [
+        f"{tmp_path / 'out' / 'config.json'}: Octavo {VERSION}; as it was",
+        "weights and all other files are untouched",
+    ]
+
+
+def test_scales_for_models_in_float16_are_named(
+    converted: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first versions wrote deq_scale of a model in float32 as int64, which engines that run it in bfloat16 misread.
+
+    They read it right in float16; torch_dtype, which MindIE goes by, says so from now on.
+    """
+    directory = tmp_path / "old"
+    shutil.copytree(converted(), directory)
+    (file,) = directory.glob("*.safetensors")
+    tensors = load_file(file)
+    for name in [name for name in tensors if name.endswith(".deq_scale")]:
+        tensors[name] = tensors[name].view(torch.int32).long()
+    save_file(tensors, file)
+    edit_config(directory, torch_dtype=None)
+    before = file.read_bytes()
+    assert refresh(directory, capsys)[3] == (
+        "deq_scale is I64, as engines on Ascend read it of a model in float16, and dtype float32 makes vLLM run it in "
+        "bfloat16: give it --dtype float16, or convert the model again"
+    )
+    config = json.loads((directory / "config.json").read_text())
+    assert (config["dtype"], config["torch_dtype"]) == ("float32", "float16") and file.read_bytes() == before
+    with torch.inference_mode():
+        logits = [LlamaForCausalLM.from_pretrained(path)(random_ids(1, 9)).logits for path in (directory, converted())]
     assert torch.equal(*logits)
 
 

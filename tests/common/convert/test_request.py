@@ -88,7 +88,7 @@ def test_a_job_is_told_by_what_its_bytes_follow_from() -> None:
         "linear": "w8a8_dynamic", "anti_method": "m1", "kv_scales": "none", "float_linears": ["a"], "float_head": False,
         "float_outliers": 1, "float_costliest": 1, "device": "cuda", "tokenizer_arguments": {"padding_side": "left"},
         "input_ids_name": "ids", "attention_mask_name": "mask", "trust_remote_code": True, "max_shard_gb": 1,
-        "save_statistics": "file", "embeddings": "int8", "target": "mindie", "requantize": True,
+        "save_statistics": "file", "embeddings": "int8", "target": "mindie", "requantize": True, "pdmix": True,
     }  # fmt: skip
     assert all(request(**{name: value}).decisive_fields() != plain for name, value in others.items())
     floats, integers = (request(linear="w8a16", cpu_activations=part).decisive_fields() for part in ("float", "int8"))

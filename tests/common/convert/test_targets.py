@@ -28,7 +28,7 @@ from ...support import (
     tiny_config,
     tiny_llama,
 )
-from .source.coded_sources import Layout, args, ct_config, packed_ct, write_coded
+from .source.coded_sources import Layout, args, ct_config, fp8, packed_ct, write_coded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -77,7 +77,11 @@ REFUSED = [
         ("--w_bit", "4", "--a_bit", "16"),
         "has no linears of W4A16; give one of W8A8, W8A8_DYNAMIC",
     ),
+    ("vllm-ascend", ("--w_bit", "4", "--a_bit", "16"), "W4A16 without biases is written by --format vllm-ascend-w4a8"),
     ("mindie", ("--quantization", "w8a8_mixed"), "has no linears of W8A8_MIXED"),
+    ("mindie", ("--quantization", "fp8"), "has no linears of WFP8AFP8_DYNAMIC; give one of W8A8, W8A8_DYNAMIC, W8A16"),
+    ("vllm-ascend", ("--quantization", "wfp8afp8"), "WFP8AFP8; give one of W8A8, W8A8_DYNAMIC, W8A16, W8A8_MIX ("),
+    ("vllm-ascend", ("--pdmix", "True", "--anti_method", "m2"), "skips the bias that --anti_method m2 gives"),
     ("vllm-ascend", ("--a_bit", "16", "--group_size", "64"), "by --group_size 0, not 64"),
     ("mindie", ("--a_bit", "16", "--group_size", "32"), "by --group_size 0, 64, 128, 256, not 32"),
     ("mindie", ("--embeddings", "int8"), "leave out --embeddings"),
@@ -117,6 +121,62 @@ def test_without_a_target_it_is_said(
     assert len(said) == len(notes)
     for line, note in zip(said, notes, strict=True):
         assert line.startswith(note)
+
+
+LABELLED = [
+    (("--pdmix", "True"), "mindie", "W8A8_MIX", ()),
+    (("--pdmix", "True"), "vllm-ascend-0.23", "W8A8_MIX", ()),
+    (("--quantization", "fp8"), "vllm-ascend", "W8A8FP8_DYNAMIC", ("--quantization", "w8a8fp8_dynamic")),
+]
+
+
+@pytest.mark.parametrize(("flags", "target", "label", "same"), LABELLED)
+def test_labels_of_engines_are_those_of_the_same_tensors(
+    flags: tuple[str, ...], target: str, label: str, same: tuple[str, ...], converted: Callable[..., Path]
+) -> None:
+    """Only the description differs, by which engines go; the same linears are loaded here."""
+    named, plain = converted(*flags, "--target", target), converted(*same)
+    description = description_of(named)
+    assert description["model_quant_type"] == description[f"{Q}.weight"] == description[f"{Q}.weight_scale"] == label
+    tensors = load_file(named / f"quant_model_weight_{label.lower()}.safetensors")
+    expected = quantized_tensors(plain)
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+    ids = random_ids(1, 20)
+    with torch.inference_mode():
+        logits = [LlamaForCausalLM.from_pretrained(path).eval()(ids).logits for path in (named, plain)]
+    assert torch.equal(*logits)
+
+
+def test_a_mix_is_of_static_w8a8(source: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    flags = ("--pdmix", "True", "--is_dynamic", "True")
+    assert main(ARCHITECTURE, convert_flags(source, tmp_path / "out", *flags)) == 1
+    assert_one_error_line(capfd.readouterr().err, "--pdmix: no linear is in static W8A8", "give --quantization w8a8")
+
+
+SERVED = {
+    "mindie": "torchrun --nproc_per_node 1 --master_port 20030 -m examples.run_pa --model_path {}  # MindIE of 2026-04",
+    "vllm-ascend-0.23": "vllm serve {} --quantization ascend  # vllm-ascend 0.23.0",
+    "vllm-ascend": "vllm serve {} --quantization ascend  # vllm-ascend 0.25.1rc1",
+}
+
+
+@pytest.mark.parametrize("target", SERVED)
+def test_the_summary_names_the_command_of_the_target(
+    target: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(ARCHITECTURE, convert_flags(source, tmp_path / "out", "--target", target)) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith(SERVED[target].format(tmp_path / "out"))
+
+
+def test_one_scale_for_a_weight_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """fp8 of a source may have one scale for a whole weight, and vllm-ascend has one for each output channel."""
+    source = tmp_path / "source"
+    tokens = args(8, "float", "token", dynamic=True)
+    config = ct_config("float-quantized", args(8, "float", "tensor"), tokens)
+    write_coded(source, Layout(partial(fp8, per_tensor=True), config))
+    assert main(ARCHITECTURE, convert_flags(source, tmp_path / "out", "--target", "vllm-ascend")) == 1
+    assert_one_error_line(capfd.readouterr().err, "reads a scale for each output channel, and model.layers.0.")
 
 
 def test_a_bias_of_the_architecture_may_be_shifted(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -256,7 +316,8 @@ CODED = [
         "vllm-ascend",
         _in_two_kinds(),
         {},
-        "has no linears of W4A16; give one of W8A8, W8A8_DYNAMIC, W8A16; --requantize",
+        "has no linears of W4A16; give one of W8A8, W8A8_DYNAMIC, W8A16, W8A8_MIX (--pdmix True), "
+        "W8A8FP8_DYNAMIC (--quantization fp8); --requantize",
     ),
     (
         "mindie",

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from octavo.common import progress
 from octavo.common.convert.api import main as convert
 from octavo.common.convert.dialects.rewriting import RewriteRequest, main, rewrite
 from octavo.common.convert.dialects.table import DIALECTS
@@ -69,6 +70,15 @@ def test_files_of_a_given_size(converted: Callable[..., Path], tmp_path: Path) -
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_a_bar_shows_what_takes_long(
+    converted: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name, seconds in (("quick", 2.0), ("long", 0.0)):
+        monkeypatch.setattr(progress, "PROGRESS_AFTER", seconds)
+        rewrite(RewriteRequest(converted("--is_dynamic", "True"), tmp_path / name, FORMAT))
+        assert ("writing:" in capfd.readouterr().err) == (name == "long")
+
+
 def test_a_conversion_writes_the_same(source: Path, converted: Callable[..., Path], tmp_path: Path) -> None:
     flags = ("--is_dynamic", "True", "--scheme", "vllm-fp8")
     assert convert(ARCHITECTURE, convert_flags(source, tmp_path / "a", *flags, "--format", FORMAT)) == 0
@@ -88,7 +98,9 @@ def test_a_conversion_is_refused_before_it_is_made(
 ) -> None:
     flags = ("--scheme", "octavo-4", "--format", FORMAT)
     assert convert(ARCHITECTURE, convert_flags(source, tmp_path / "out", *flags)) == 1
-    assert_one_error_line(capsys.readouterr().err, "--format compressed-tensors:", "--scheme vllm-fp8")
+    said = capsys.readouterr().err
+    assert_one_error_line(said, "--format compressed-tensors:", "give --scheme vllm-fp8, or --scheme int8-token")
+    assert "--statistics" not in said  # which a rewriting has
     assert os.listdir(tmp_path) == []
 
 

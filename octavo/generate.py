@@ -10,14 +10,14 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import TextStreamer
 
-from .architecture import Architecture, check_model_type
-from .command import DEVICES, OneLineParser, run_script
-from .convert.source.checkpoint import check_device, load_tokenizer
-from .errors import OctavoError, first_line
-from .runtime.cache.sizes import kept_kv_bytes
-from .runtime.checkpoint.files import read_json
-from .runtime.compatibility import cache_argument
-from .runtime.schemes.kv_scheme import load_scheme
+from .common.architecture import Architecture, check_model_type
+from .common.command import DEVICES, OneLineParser, run_script
+from .common.convert.source.checkpoint import check_device, load_tokenizer
+from .common.errors import OctavoError, first_line
+from .common.runtime.cache.sizes import kept_kv_bytes
+from .common.runtime.checkpoint.files import read_json
+from .common.runtime.compatibility import cache_argument
+from .common.runtime.schemes.kv_scheme import load_scheme
 
 
 def _parse(name: str, argv: list[str] | None) -> argparse.Namespace:

@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from octavo import QuantizedCache
-from octavo.common.generate import _common_length, _keep, main
+from octavo.generate import _common_length, _keep, main
 from octavo.models.llama3 import ARCHITECTURE
 from octavo.models.llama3.modeling_llama_fa3 import LlamaForCausalLM
 

@@ -12,8 +12,50 @@ from .errors import OctavoError, did_you_mean, first_line
 DEVICES = ("cpu", "cuda", "npu")
 
 
+class DefaultsHelp(argparse.ArgumentDefaultsHelpFormatter):
+    """Help that says what is taken where a flag is not given, if that is anything."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        is_nothing = action.default in (None, False, "", "{}") or "default" in (action.help or "")
+        return action.help if is_nothing else super()._get_help_string(action)
+
+
+class _AllHelp(argparse.Action):
+    """Prints all flags, and ends the process."""
+
+    def __call__(self, parser: Any, *_: Any) -> None:
+        parser.first = None
+        parser.print_help()
+        parser.exit()
+
+
 class OneLineParser(argparse.ArgumentParser):
-    """A parser whose errors are one line, with the flag or the value that was probably meant."""
+    """A parser whose errors are one line, with the flag or the value that was probably meant.
+
+    Attributes:
+        first: names of the values whose flags `--help` shows; None: those of all.
+    """
+
+    first: set[str] | None = None
+
+    def show_first(self, *names: str) -> None:
+        """Let `--help` show the flags of these values alone, and `--help-all` all of them."""
+        self.add_argument(
+            "--help-all", action=_AllHelp, nargs=0, default=argparse.SUPPRESS, help="list the other flags too"
+        )
+        self.first = {*names, "help", "help_all"}
+
+    def format_help(self) -> str:
+        """As in `ArgumentParser`, of the flags that are to be shown."""
+        hidden = [action for action in self._actions if self.first is not None and action.dest not in self.first]
+        texts = [action.help for action in hidden]
+        for action in hidden:
+            action.help = argparse.SUPPRESS
+        try:
+            return super().format_help()
+        finally:
+            for action, text in zip(hidden, texts, strict=True):
+                action.help = text
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As in `ArgumentParser`; a flag that there is not is told beside the one that comes nearest."""

@@ -8,6 +8,7 @@ from ...command import OneLineParser, add_place, run_script
 from ...errors import OctavoError
 from ...runtime.schemes.kv_scheme import Scheme, load_scheme
 from ...runtime.static_scales import load_statistics
+from ..output.naming import beside
 from ..output.writer import whole_directory
 from ..run import GIGABYTE
 from ..spelling import named
@@ -117,7 +118,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="FORMAT",
         help="; ".join(f"{d.name}: {d.about}" for d in DIALECTS.values()),
     )
-    add("--save_directory", required=True, type=Path, help="directory to write; must not exist, or be empty")
+    about = "directory to write; must not exist, or be empty; DIR-FORMAT unless given"
+    add("--save_directory", type=Path, help=about)
     add("--statistics", type=Path, help="file of --save_statistics of the model as it was converted: static scales "
         "are derived from it anew")  # fmt: skip
     add("--scheme", help="scheme of the KV cache in the place of the directory's: a preset, or a JSON file")
@@ -131,8 +133,9 @@ def run(flags: argparse.Namespace) -> None:
     Raises:
         OctavoError: see `rewrite`.
     """
+    model = Path(flags.model_path)
     request = RewriteRequest(
-        Path(flags.model_path), flags.save_directory, flags.format, flags.scheme, flags.statistics,
+        model, flags.save_directory or beside(model, f"-{flags.format}"), flags.format, flags.scheme, flags.statistics,
         flags.part_file_size, flags.trust_remote_code,
     )  # fmt: skip
     print("\n".join(rewrite(request)))

@@ -30,8 +30,9 @@ from transformers import AutoConfig, AutoTokenizer
 
 from octavo import ConvertRequest
 from octavo.common.architecture import architecture_names, load_architecture
-from octavo.common.convert.flags import RECIPES, recipe_fields
+from octavo.common.convert.flags import recipe_fields
 from octavo.common.convert.output.bundle import commit, write_bundle
+from octavo.common.convert.presets import RECIPES
 
 CASE = Path(__file__).parent / "memory_case.py"
 FLOAT, TWO_LINES, QUICKSTART = "float", "two lines, ", "quickstart"

@@ -30,8 +30,9 @@ from octavo import ConvertRequest, load_scheme
 from octavo.common.architecture import Architecture
 from octavo.common.convert.calibration.texts import read_calibration_file
 from octavo.common.convert.flag_values import ACT_METHOD_NAMES
-from octavo.common.convert.flags import RECIPES, recipe_fields
+from octavo.common.convert.flags import recipe_fields
 from octavo.common.convert.output.bundle import code_digest, commit
+from octavo.common.convert.presets import RECIPES
 from octavo.common.convert.request import ANTI_METHODS
 from octavo.common.runtime.schemes.linear_scheme import (
     W4A16,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from importlib.util import spec_from_loader
+from importlib.util import resolve_name, spec_from_loader
 from types import CodeType, ModuleType
 from typing import Any
 
@@ -43,11 +43,15 @@ MOVED = {
     "codec": ("runtime.schemes.tensor_codec",),
     "evaluate": ("convert.measure.fidelity",),
     "folds": ("stock_model", "runtime.bias_fold"),
-    "run": ("generate",),
+    "generate": (".generate",),
+    "run": (".generate",),
     "scheme": ("runtime.schemes.kv_scheme",),
     "statistics": ("runtime.static_scales",),
 }
-"""Import paths of earlier versions within this package, which README and examples showed, and where that stands now."""
+"""Import paths of earlier versions within this package, which README and examples showed, and where that stands now.
+
+A point in front leads out of this package, into the one that holds it.
+"""
 
 
 def public_name(name: str, asked: str) -> Any:
@@ -109,7 +113,7 @@ class _OldNames(MetaPathFinder):
         package, _, old = name.rpartition(".")
         if package != self._package or old not in MOVED:
             return None
-        return spec_from_loader(name, _OldName([f"{package}.{part}" for part in MOVED[old]]))
+        return spec_from_loader(name, _OldName([resolve_name(f".{part}", package) for part in MOVED[old]]))
 
 
 sys.meta_path.append(_OldNames(__name__))

@@ -4,27 +4,96 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any, NoReturn
 
-from transformers.utils import logging
-
-from .errors import OctavoError, first_line
+from .errors import OctavoError, did_you_mean, first_line
 
 DEVICES = ("cpu", "cuda", "npu")
 
 
+class DefaultsHelp(argparse.ArgumentDefaultsHelpFormatter):
+    """Help that says what is taken where a flag is not given, if that is anything."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        is_nothing = action.default in (None, False, "", "{}") or "default" in (action.help or "")
+        return action.help if is_nothing else super()._get_help_string(action)
+
+
+class _AllHelp(argparse.Action):
+    """Prints all flags, and ends the process."""
+
+    def __call__(self, parser: Any, *_: Any) -> None:
+        parser.first = None
+        parser.print_help()
+        parser.exit()
+
+
 class OneLineParser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
+    """A parser whose errors are one line, with the flag or the value that was probably meant.
+
+    Attributes:
+        first: names of the values whose flags `--help` shows; None: those of all.
+    """
+
+    first: set[str] | None = None
+
+    def show_first(self, *names: str) -> None:
+        """Let `--help` show the flags of these values alone, and `--help-all` all of them."""
+        self.add_argument(
+            "--help-all", action=_AllHelp, nargs=0, default=argparse.SUPPRESS, help="list the other flags too"
+        )
+        self.first = {*names, "help", "help_all"}
+
+    def format_help(self) -> str:
+        """As in `ArgumentParser`, of the flags that are to be shown."""
+        hidden = [action for action in self._actions if self.first is not None and action.dest not in self.first]
+        texts = [action.help for action in hidden]
+        for action in hidden:
+            action.help = argparse.SUPPRESS
+        try:
+            return super().format_help()
+        finally:
+            for action, text in zip(hidden, texts, strict=True):
+                action.help = text
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As in `ArgumentParser`; a flag that there is not is told beside the one that comes nearest."""
+        flags, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            given = unknown[0].partition("=")[0]
+            nearest = did_you_mean(given, self._option_string_actions) if given.startswith("-") else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{nearest}")
+        return flags
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        choices = action.choices
+        if choices is not None and value not in choices:
+            listed = ", ".join(str(choice) or '""' for choice in choices)
+            nearest = did_you_mean(value, map(str, choices))
+            raise argparse.ArgumentError(action, f"invalid choice: {value!r} (choose from {listed}){nearest}")
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
 
 
+def add_place(parser: argparse.ArgumentParser, name: str, about: str, flag: str = "--model_path") -> None:
+    """Let a parser take one directory or model as its first word, or by the flag that the scripts have for it.
+
+    Args:
+        name: what the first word is called in the help.
+        flag: whose name, without dashes, is that of the value.
+    """
+    group, dest = parser.add_mutually_exclusive_group(required=True), flag.removeprefix("--")
+    group.add_argument(dest, nargs="?", default=argparse.SUPPRESS, metavar=name, help=about)
+    group.add_argument(flag, metavar=name, help=argparse.SUPPRESS)
+
+
 def run_script(work: Any, argv: list[str] | None) -> int:
     """Run a script's `work(argv)`; an error the user can mend is one line on stderr and exit code 1."""
-    # transformers' report of a failed load fills a screen; the one line of the error names the tensor
-    logging.set_verbosity_error()
     try:
+        # transformers' report of a failed load fills a screen; the one line of the error names the tensor
+        import_module("transformers.utils.logging").set_verbosity_error()
         work(argv)
     except OctavoError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,5 +1,8 @@
 """The one exception that carries a message for the user."""
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 MOST_CHARACTERS = 900
 """Longest message: what it quotes may come out of a damaged file."""
 
@@ -24,3 +27,9 @@ def first_line(error: BaseException) -> str:
     """What an exception says, as one line (two joined, if the first only announces); its type if it says nothing."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The known name that comes nearest to a mistyped one, as the end of a message; nothing if none comes near."""
+    found = get_close_matches(str(name), list(known), n=1)
+    return f"; did you mean {found[0]}?" if found else ""

@@ -53,7 +53,8 @@ def _report(job: Job, made: Made, seconds: float) -> ConversionReport:
     )
 
 
-def _converted(request: ConvertRequest) -> ConversionReport:
+def converted(request: ConvertRequest) -> ConversionReport:
+    """As `convert`, for commands: messages name flags."""
     if request.format != OWN_FORMAT:
         return converted_as(request, _made)
     return _made(request)[0]
@@ -86,9 +87,9 @@ def convert(request: ConvertRequest) -> ConversionReport:
         OctavoError: anything that the user can mend; the message names the field of the request.
     """
     with naming_fields():
-        return _converted(request)
+        return converted(request)
 
 
 def main(architecture: Architecture, argv: list[str] | None = None) -> int:
     """Entry point of a conversion script; returns the exit code."""
-    return run_script(lambda arguments: print(_converted(parse_request(architecture, arguments)).summary()), argv)
+    return run_script(lambda arguments: print(converted(parse_request(architecture, arguments)).summary()), argv)

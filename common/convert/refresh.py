@@ -1,5 +1,6 @@
 """Code of today for a directory that an older version converted, whose weights stay as they are."""
 
+import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -122,17 +123,27 @@ def refresh(directory: Path) -> Iterator[str]:
     yield "weights and all other files are untouched"
 
 
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Let a parser take the directory."""
+    parser.add_argument("directory", type=Path, metavar="DIR", help="a converted directory")
+
+
+def run(flags: argparse.Namespace) -> None:
+    """Refresh the directory that the flags name, and print what became of each file.
+
+    Raises:
+        OctavoError: see `refresh`.
+    """
+    for line in refresh(flags.directory):
+        print(line)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Put code of this version into a directory that an older one converted; weights stay as they are."""
     parser = OneLineParser(prog=REFRESH, description=main.__doc__, allow_abbrev=False)
-    parser.add_argument("directory", type=Path, metavar="DIR", help="a converted directory")
-    directory = parser.parse_args(argv).directory
-
-    def work(_: Any) -> None:
-        for line in refresh(directory):
-            print(line)
-
-    return run_script(work, argv)
+    add_flags(parser)
+    flags = parser.parse_args(argv)
+    return run_script(lambda _: run(flags), argv)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Reads biases, norms and one projection of K at a time (`diagnosis.py` has the fo
 that is larger than memory.
 """
 
+import argparse
 import dataclasses
 import json
 import math
@@ -14,7 +15,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig
 
-from ..command import OneLineParser, run_script
+from ..command import OneLineParser, add_place, run_script
 from ..convert.source.checkpoint import find_source
 from ..convert.weights.embedding import through_codes
 from ..errors import OctavoError, first_line
@@ -214,21 +215,32 @@ def diagnose(model_path: str, statistics: Statistics | None = None) -> dict[str,
     }
 
 
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Let a parser take what the doctor is asked."""
+    add_place(parser, "MODEL", "directory of the float checkpoint (safetensors), or hub id")
+    parser.add_argument("--statistics", type=Path, help="calibration statistics, as --save_statistics writes them")
+    parser.add_argument("--json", action="store_true", help="print data instead of a table")
+
+
+def run(flags: argparse.Namespace) -> None:
+    """Print what the doctor has to say of a checkpoint.
+
+    Raises:
+        OctavoError: see `diagnose`.
+    """
+    statistics = load_statistics(flags.statistics) if flags.statistics else None
+    report = diagnose(flags.model_path, statistics)
+    print(json.dumps(report, indent=2) if flags.json else render(report))
+
+
 def _work(argv: list[str] | None) -> None:
     parser = OneLineParser(
         prog="python -m octavo.common.doctor",
         description="Say which layers of a checkpoint break which schemes, and recommend one.",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--model_path", required=True, help="directory of the float checkpoint (safetensors), or hub id"
-    )
-    parser.add_argument("--statistics", type=Path, help="calibration statistics, as --save_statistics writes them")
-    parser.add_argument("--json", action="store_true", help="print data instead of a table")
-    flags = parser.parse_args(argv)
-    statistics = load_statistics(flags.statistics) if flags.statistics else None
-    report = diagnose(flags.model_path, statistics)
-    print(json.dumps(report, indent=2) if flags.json else render(report))
+    add_flags(parser)
+    run(parser.parse_args(argv))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,7 +3,7 @@
 import sys
 
 try:
-    from octavo.common.generate import main
+    from octavo.generate import main
     from octavo.models.mistral import ARCHITECTURE
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error}; run 'make setup' once and then .venv/bin/python instead of python")

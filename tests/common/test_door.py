@@ -18,6 +18,7 @@ SHOWN = {
     "octavo.common.doctor": (),
     "octavo.common.evaluate": ("compare", "windows", "Fidelity"),
     "octavo.common.folds": ("prepare",),
+    "octavo.common.generate": ("main",),
     "octavo.common.run": ("main",),
     "octavo.common.scheme": ("PRESETS", "Scheme", "load_scheme"),
     "octavo.common.statistics": ("Statistics", "load_statistics", "scales_of"),

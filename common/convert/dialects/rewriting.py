@@ -4,11 +4,12 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...command import OneLineParser, run_script
+from ...command import OneLineParser, add_place, run_script
 from ...errors import OctavoError
 from ...runtime.schemes.kv_scheme import Scheme, load_scheme
 from ...runtime.schemes.linear_scheme import HELD_LABELS
 from ...runtime.static_scales import load_statistics
+from ..output.naming import beside
 from ..output.writer import whole_directory
 from ..run import GIGABYTE
 from ..spelling import named
@@ -120,34 +121,50 @@ def _size(text: str) -> float:
     return value
 
 
-def parse_rewriting(argv: list[str] | None) -> RewriteRequest:
-    """The request that a command line stands for; one that cannot be parsed ends the process with 2 and one line."""
-    parser = OneLineParser(
-        prog="octavo.rewrite",
-        description="Write a converted directory in the format of an engine, without calibrating again.",
-        allow_abbrev=False,
-    )
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Let a parser take what is rewritten, and how."""
+    add_place(parser, "DIR", "directory that a conversion wrote")
     add = parser.add_argument
-    add("--model_path", required=True, type=Path, help="directory that a conversion script wrote")
     add(
         "--format",
         required=True,
         choices=tuple(DIALECTS),
+        metavar="FORMAT",
         help="; ".join(f"{d.name}: {d.about}" for d in DIALECTS.values()),
     )
-    add("--save_directory", required=True, type=Path, help="directory to write; must not exist, or be empty")
+    about = "directory to write; must not exist, or be empty; DIR-FORMAT unless given"
+    add("--save_directory", type=Path, help=about)
     add("--statistics", type=Path, help="file of --save_statistics of the model as it was converted: static scales "
         "are derived from it anew")  # fmt: skip
     add("--scheme", help="scheme of the KV cache in the place of the directory's: a preset, or a JSON file")
     add("--part_file_size", type=_size, default=LARGEST_FILE_GB, help="GB of the largest file (default 5)")
     add("--trust_remote_code", action="store_true", help="run code that comes with the tokenizer")
-    flags = parser.parse_args(argv)
-    return RewriteRequest(
-        flags.model_path, flags.save_directory, flags.format, flags.scheme, flags.statistics, flags.part_file_size,
-        flags.trust_remote_code,
+
+
+def run(flags: argparse.Namespace) -> None:
+    """Rewrite as the flags say, and print what the user has to know of the output.
+
+    Raises:
+        OctavoError: see `rewrite`.
+    """
+    model = Path(flags.model_path)
+    request = RewriteRequest(
+        model, flags.save_directory or beside(model, f"-{flags.format}"), flags.format, flags.scheme, flags.statistics,
+        flags.part_file_size, flags.trust_remote_code,
     )  # fmt: skip
+    print("\n".join(rewrite(request)))
+
+
+def _work(argv: list[str] | None) -> None:
+    parser = OneLineParser(
+        prog="octavo.rewrite",
+        description="Write a converted directory in the format of an engine, without calibrating again.",
+        allow_abbrev=False,
+    )
+    add_flags(parser)
+    run(parser.parse_args(argv))
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `python -m octavo.rewrite`; returns the exit code."""
-    return run_script(lambda arguments: print("\n".join(rewrite(parse_rewriting(arguments)))), argv)
+    return run_script(_work, argv)

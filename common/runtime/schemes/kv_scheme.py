@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ....ops.shared.resources import resource
-from ...errors import OctavoError
+from ...errors import OctavoError, did_you_mean
 from ..model_sizes import MOST_LAYERS
 from ..strict_json import parse_json
 from .tensor_codec import Codec, check_types
@@ -291,7 +291,8 @@ def _preset(name: Any) -> Scheme:
     """The scheme of the name of a preset, or of a `kv_cache_dtype` of vLLM."""
     known = KV_CACHE_DTYPES.get(name, name) if isinstance(name, str) else None
     if known not in PRESETS:
-        raise OctavoError(f"scheme {name!r} is no preset; choose one of {', '.join(PRESETS)}, or FILE.json")
+        nearest = did_you_mean(name, PRESETS)
+        raise OctavoError(f"scheme {name!r} is no preset (one of {', '.join(PRESETS)}, or FILE.json){nearest}")
     return Scheme.from_dict(json.loads(resource(f"common/runtime/schemes/presets/{known}.json")))
 
 

@@ -39,7 +39,7 @@ GOOD: dict[str, tuple[str, ...]] = {
     "--max_kl": ("1e-9", "100"),
     "--disable_names": ("lm_head", "*.q_proj", "*", "nothing"),
     "--disable_last_linear": ("True", "False"),
-    "--preset": ("memory-first", "speed-first", "balanced", "ascend", "ascend-fa"),
+    "--preset": ("four-bit", "w8a8-fp8", "w8a8-c8", "smallest", "ascend", "ascend-fa"),
     "--part_file_size": ("1", "100"),
     "--tokenizer_args": ("{}", '{"padding_side": "left"}', '{"model_max_length": 3}'),
     "--input_ids_name": ("input_ids", "ids"),

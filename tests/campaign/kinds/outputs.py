@@ -49,7 +49,7 @@ def _by_remote_code(directory: Path, output: str, expected: Any) -> Accepted:
 def _by_script(directory: Path, output: str, expected: Any) -> Script:
     import sys
 
-    from octavo.common.generate import main
+    from octavo.generate import main
 
     code = main(architecture_of(output), ["--model_path", str(directory), *PROMPT])
     accepted = _by_own_class(directory, output, expected) if code == 0 else None

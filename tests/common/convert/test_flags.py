@@ -10,7 +10,8 @@ import pytest
 from octavo import ConvertRequest
 from octavo.common.command import run_script
 from octavo.common.convert.flag_values import REFUSED
-from octavo.common.convert.flags import RECIPES, build_parser, parse_flags, parse_request, recipe_fields
+from octavo.common.convert.flags import build_parser, parse_flags, parse_request, recipe_fields
+from octavo.common.convert.presets import RECIPES
 from octavo.common.errors import OctavoError, first_line
 from octavo.common.runtime.schemes.linear_scheme import LinearScheme
 from octavo.models.llama3 import ARCHITECTURE
@@ -289,5 +290,5 @@ def test_flags_that_exclude_each_other(flags: tuple[str, ...], reason: str, caps
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_in_python_is_the_one_of_the_flag(name: str) -> None:
     assert ConvertRequest("in", "out", architecture=ARCHITECTURE, **recipe_fields(name)) == asked("--preset", name)
-    with pytest.raises(OctavoError, match="recipe fastest: is none of memory-first"):
+    with pytest.raises(OctavoError, match="preset fastest: is none of eight-bit"):
         recipe_fields("fastest")

@@ -114,10 +114,11 @@ def test_what_is_summed_up_is_what_loads(
 
 ENDS = {"W8A16", "W8A16_EMBEDDING"}
 RECIPES = {
-    "memory-first": ({"W4A16", *ENDS}, "int8-token"),
+    "four-bit": ({"W4A16", *ENDS}, "int8-token"),
     "eight-bit": (ENDS, "int8-token"),
-    "speed-first": ({"W8A8_DYNAMIC", *ENDS}, "vllm-fp8-head"),
-    "balanced": ({"W4A16", *ENDS}, "octavo-4"),
+    "w8a8-fp8": ({"W8A8_DYNAMIC", *ENDS}, "vllm-fp8-head"),
+    "smallest": ({"W4A16", *ENDS}, "octavo-4"),
+    "w8a8-c8": ({"W8A8_DYNAMIC"}, "ascend-c8"),
     "ascend": ({"W8A8"}, "ascend-c8"),
     "ascend-fa": ({"W8A8"}, "ascend-fa"),
 }
@@ -135,7 +136,7 @@ def test_recipes(name: str, source: Path, tmp_path: Path) -> None:
 
 def test_flags_override_a_recipe(source: Path, tmp_path: Path) -> None:
     target = tmp_path / "out"
-    flags = ("--preset", "memory-first", "--group_size", "32", "--w_method", "MinMax", "--scheme", "octavo-8")
+    flags = ("--preset", "four-bit", "--group_size", "32", "--w_method", "MinMax", "--scheme", "octavo-8")
     assert main(llama3.ARCHITECTURE, convert_flags(source, target, *flags)) == 0
     description = json.loads((target / "quant_model_description.json").read_text())
     assert description["group_size"] == 32 and description["octavo_scheme"]["name"] == "octavo-8"
@@ -145,7 +146,7 @@ def test_flags_of_another_name_take_the_place_of_a_recipes(source: Path, tmp_pat
     def parsed(*flags: str) -> ConvertRequest:
         return parse_request(llama3.ARCHITECTURE, convert_flags(source, tmp_path / "out", *flags))
 
-    found = parsed("--preset", "memory-first", "--quantization", "w8a8_dynamic", "--use_kvcache_quant", "True")
+    found = parsed("--preset", "four-bit", "--quantization", "w8a8_dynamic", "--use_kvcache_quant", "True")
     assert (found.linear.label, found.linear.group_size, found.scheme, found.anti_method) == (
         "W8A8_DYNAMIC",
         0,
@@ -154,12 +155,12 @@ def test_flags_of_another_name_take_the_place_of_a_recipes(source: Path, tmp_pat
     )
     found = parsed("--preset", "ascend", "--scheme", "int8-token")
     assert (found.linear.label, found.scheme) == ("W8A8", "int8-token")
-    assert parsed("--preset", "balanced", "--group_size", "32").linear.group_size == 32
+    assert parsed("--preset", "smallest", "--group_size", "32").linear.group_size == 32
     for same in ("--w_bit", "4"), ("--a_bit", "16"), ("--w_sym", "False"):
-        found = parsed("--preset", "memory-first", *same).linear
+        found = parsed("--preset", "four-bit", *same).linear
         assert (found.label, found.group_size, found.symmetric, found.w_method) == ("W4A16", 64, False, "GPTQ")
-    assert parsed("--preset", "memory-first", "--w_sym", "True").linear.symmetric
-    assert parsed("--preset", "memory-first", "--w_bit", "8", "--a_bit", "8").linear.label == "W8A8"
+    assert parsed("--preset", "four-bit", "--w_sym", "True").linear.symmetric
+    assert parsed("--preset", "four-bit", "--w_bit", "8", "--a_bit", "8").linear.label == "W8A8"
 
 
 def test_the_costliest_parts_stay_in_float_and_a_table_says_why(

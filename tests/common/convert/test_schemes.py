@@ -250,7 +250,7 @@ DAMAGES: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor], str]] = {
 def test_damaged_constants_are_one_line(
     damage: str, converted: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from octavo.common.generate import main as run
+    from octavo.generate import main as run
 
     part, change, named = DAMAGES[damage]
     scheme = "vllm-fp8-head" if part == "value_scale" else "kvquant-2"

@@ -84,7 +84,7 @@ def test_a_checkpoint_that_only_its_own_code_knows_is_refused(
 def test_the_script_of_another_architecture_names_the_right_one(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from octavo.common.generate import main
+    from octavo.generate import main
     from octavo.models.qwen2 import ARCHITECTURE
 
     assert main(ARCHITECTURE, ["--model_path", str(source), "--prompt", "Rain"]) == 1

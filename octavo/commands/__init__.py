@@ -1,0 +1,22 @@
+"""The subcommands of `octavo`: each a module here, of the name that is typed.
+
+Such a module has
+
+    def add_flags(parser: argparse.ArgumentParser) -> None: ...
+    def run(flags: argparse.Namespace) -> None: ...
+
+`run` prints on stdout what was asked for, and raises an `OctavoError` where the user can mend something. Besides what
+the flags say, `flags.words` holds the words behind the subcommand as they were typed. A module is imported when its
+name is typed, and only then, so that `octavo --help` waits for none of them.
+"""
+
+COMMANDS = {
+    "convert": "quantize a model: linears, KV cache and attention",
+    "run": "continue a text with a converted model, or with any and --scheme",
+    "chat": "talk with a converted model, or with any and --scheme",
+    "plan": "say what memory a model takes with each scheme, and what fits",
+    "doctor": "say from weights alone which schemes a model bears, and recommend one",
+    "rewrite": "write a converted directory in the format of an engine",
+    "refresh": "put today's code into a directory that an older version converted",
+}
+"""What each is for, in the order in which `octavo --help` lists them."""

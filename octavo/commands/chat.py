@@ -1,0 +1,23 @@
+"""`octavo chat DIR`: a conversation, from a converted directory or a model with a quantized cache."""
+
+import argparse
+
+from ..generate import add_sampling_flags, chat, check_sampling
+from ..place import add_model_flags, speaker_of
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Let a parser take the model, and how it answers."""
+    add_model_flags(parser)
+    parser.add_argument("--prompt", help="the first message")
+    add_sampling_flags(parser)
+
+
+def run(flags: argparse.Namespace) -> None:
+    """Answer messages from stdin until an empty line.
+
+    Raises:
+        OctavoError: there is no such model, or none that can be run so; it has no chat template.
+    """
+    check_sampling(flags)
+    chat(speaker_of(flags), flags)

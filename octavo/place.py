@@ -1,0 +1,86 @@
+"""What a directory or hub id that somebody names is: a conversion of Octavo, or a model as others wrote it."""
+
+import argparse
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .common.command import add_place
+from .common.convert.source.checkpoint import check_device, find_source
+from .common.convert.source.config import chosen_architecture
+from .common.errors import OctavoError
+from .common.runtime.checkpoint.ascend import DESCRIPTION_FILE
+from .common.runtime.checkpoint.files import read_json
+from .common.runtime.checkpoint.loading import CONFIG_FILE, CONFIG_KEY
+from .generate import Speaker, load_converted, load_stock
+
+
+@dataclass(frozen=True)
+class Place:
+    """A checkpoint on the disk.
+
+    Attributes:
+        directory: where it lies; of a hub id, in transformers' cache.
+        settings: its config.json.
+    """
+
+    directory: Path
+    settings: dict[str, Any]
+
+    @property
+    def is_converted(self) -> bool:
+        """Whether Octavo's own classes load it: a conversion wrote it, or Ascend's tool did."""
+        return CONFIG_KEY in self.settings or (self.directory / DESCRIPTION_FILE).is_file()
+
+    @property
+    def coded_by(self) -> str | None:
+        """How another tool quantized it, as its config.json says: "awq", "gptq", ...; None if none did."""
+        found = self.settings.get("quantization_config")
+        return str(found.get("quant_method")) if isinstance(found, dict) else None
+
+
+def find_place(model_path: str, with_code: bool = False) -> Place:
+    """A checkpoint by its directory or hub id, fetched if need be, as transformers' offline switches allow.
+
+    Args:
+        with_code: whether to fetch code that comes with it, too.
+
+    Raises:
+        OctavoError: there is none, or it has no config.json that can be read.
+    """
+    directory = find_source(model_path, with_code)
+    if not (directory / CONFIG_FILE).is_file():
+        raise OctavoError(f"{model_path}: holds no {CONFIG_FILE}, so it is no checkpoint; give one that has it")
+    return Place(directory, read_json(directory / CONFIG_FILE))
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Let a parser take a model that is to run."""
+    add_place(parser, "MODEL", "directory that `octavo convert` wrote; or any model, with --scheme")
+    about = "store the KV cache of a model that was not converted so: a scheme of `octavo schemes`, or a JSON file"
+    parser.add_argument("--scheme", help=about)
+    about = "what --save_statistics wrote, for schemes that need calibration"
+    parser.add_argument("--statistics", type=Path, metavar="FILE", help=about)
+
+
+def speaker_of(flags: argparse.Namespace) -> Speaker:
+    """The model of the flags, ready to speak.
+
+    Raises:
+        OctavoError: there is none, or it was not converted and there is no scheme, or it was and there is one.
+    """
+    check_device(flags.device_type)
+    place = find_place(flags.model_path)
+    quoted = shlex.quote(flags.model_path)
+    if place.is_converted:
+        if flags.scheme is not None or flags.statistics is not None:
+            given = "--statistics" if flags.scheme is None else f"--scheme {flags.scheme}"
+            raise OctavoError(f"{given}: {flags.model_path} is converted and has a scheme of its own; leave it out")
+        return load_converted(chosen_architecture(place.directory, None), place.directory, flags.device_type)
+    if flags.scheme is None:
+        raise OctavoError(
+            f"{flags.model_path}: is not converted; octavo convert {quoted} does that, and --scheme int8-token runs it "
+            "as it is, with a quantized KV cache (octavo schemes lists the others)"
+        )
+    return load_stock(place.directory, flags.scheme, flags.statistics, flags.device_type)

@@ -138,17 +138,16 @@ def _loaded(model_class: Any, directory: Path) -> Any:
         raise OctavoError(f"--model_path {directory}: cannot be loaded ({first_line(error)})") from None
 
 
-def _report(speaker: Speaker, cache: Any, new_tokens: int, seconds: float) -> None:
-    """Speed and cache size of one answer, on stderr."""
+def what_it_took(speaker: Speaker, cache: Any, new_tokens: int, seconds: float) -> str:
+    """Speed and cache size of one answer, as a line."""
     model, tokens = speaker.model, cache.get_seq_length()
     used, plain = (
         kept_kv_bytes(model.config, scheme, tokens, model.dtype.itemsize)
         for scheme in (speaker.scheme, load_scheme("float"))
     )
-    print(
+    return (
         f"{new_tokens} tokens, {new_tokens / seconds:.1f} tokens/s; KV cache of {tokens} tokens: {used:,} bytes "
-        f"({cache.nbytes():,} allocated), {plain:,} in {str(model.dtype).removeprefix('torch.')}",
-        file=sys.stderr,
+        f"({cache.nbytes():,} allocated), {plain:,} in {str(model.dtype).removeprefix('torch.')}"
     )
 
 
@@ -168,7 +167,8 @@ def _generate(speaker: Speaker, ids: torch.Tensor, cache: Any, flags: argparse.N
         pad_token_id=tokenizer.eos_token_id,
         **sampling,
     )
-    _report(speaker, cache, result.shape[1] - ids.shape[1], time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    print(what_it_took(speaker, cache, result.shape[1] - ids.shape[1], seconds), file=sys.stderr)
     return result
 
 
@@ -189,7 +189,7 @@ def chat(speaker: Speaker, flags: argparse.Namespace) -> None:
         ids = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )["input_ids"].to(model.device)
-        _keep(cache, _common_length(cached, ids))
+        _keep(cache, common_length(cached, ids))
         result = _generate(speaker, ids, cache, flags, skips=True)
         cached = result[:, : cache.get_seq_length()]
         answer = tokenizer.decode(result[0, ids.shape[1] :], skip_special_tokens=True)
@@ -209,7 +209,7 @@ def go_on(speaker: Speaker, flags: argparse.Namespace) -> None:
     _generate(speaker, ids, speaker.new_cache(), flags, skips=False)
 
 
-def _common_length(cached: torch.Tensor, ids: torch.Tensor) -> int:
+def common_length(cached: torch.Tensor, ids: torch.Tensor) -> int:
     """How many leading tokens of `ids` the cache holds already; at least the last token is computed anew."""
     length = min(cached.shape[1], ids.shape[1] - 1)
     differs = (cached[0, :length].to(ids.device) != ids[0, :length]).nonzero()

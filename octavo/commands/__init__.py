@@ -14,6 +14,7 @@ COMMANDS = {
     "convert": "quantize a model: linears, KV cache and attention",
     "run": "continue a text with a converted model, or with any and --scheme",
     "chat": "talk with a converted model, or with any and --scheme",
+    "serve": "answer clients of OpenAI's API, from either",
     "doctor": "say from weights alone which schemes a model bears, and recommend one",
     "rewrite": "write a converted directory in the format of an engine",
     "refresh": "put today's code into a directory that an older version converted",

@@ -116,18 +116,32 @@ def load_stock(directory: Path, scheme: str, statistics: Path | None, device: st
     Raises:
         OctavoError: it cannot be loaded, or bears no such cache.
     """
-    found = load_scheme(scheme)
-    if found.is_static and statistics is None:
+    _check_statistics(scheme, statistics)
+    model = prepare(_loaded(AutoModelForCausalLM, directory).to(device))
+    return _speaking(model, load_tokenizer(directory, {}, False), scheme, statistics)
+
+
+def with_scheme(speaker: Speaker, scheme: str, statistics: Path | None) -> Speaker:
+    """The same stock model with another scheme; see `load_stock`."""
+    _check_statistics(scheme, statistics)
+    return _speaking(speaker.model, speaker.tokenizer, scheme, statistics)
+
+
+def _check_statistics(scheme: str, statistics: Path | None) -> None:
+    if load_scheme(scheme).is_static and statistics is None:
         raise OctavoError(
             f"--scheme {scheme}: its scales come from calibration; give --statistics FILE, which --save_statistics of "
             f"a conversion writes, or convert the model"
         )
-    model = prepare(_loaded(AutoModelForCausalLM, directory).to(device))
+
+
+def _speaking(model: Any, tokenizer: Any, scheme: str, statistics: Path | None) -> Speaker:
+    found = load_scheme(scheme)
 
     def new_cache() -> QuantizedCache:
-        return QuantizedCache(model.config, found, statistics=statistics)
+        return QuantizedCache(model.config, found, statistics=statistics if found.is_static else None)
 
-    return Speaker(model, load_tokenizer(directory, {}, False), found, new_cache)
+    return Speaker(model, tokenizer, found, new_cache)
 
 
 def _loaded(model_class: Any, directory: Path) -> Any:

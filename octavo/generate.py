@@ -116,18 +116,32 @@ def load_stock(directory: Path, scheme: str, statistics: Path | None, device: st
     Raises:
         OctavoError: it cannot be loaded, or bears no such cache.
     """
-    found = load_scheme(scheme)
-    if found.is_static and statistics is None:
+    _check_statistics(scheme, statistics)
+    model = prepare(_loaded(AutoModelForCausalLM, directory, device))
+    return _speaking(model, load_tokenizer(directory, {}, False), scheme, statistics)
+
+
+def with_scheme(speaker: Speaker, scheme: str, statistics: Path | None) -> Speaker:
+    """The same stock model with another scheme; see `load_stock`."""
+    _check_statistics(scheme, statistics)
+    return _speaking(speaker.model, speaker.tokenizer, scheme, statistics)
+
+
+def _check_statistics(scheme: str, statistics: Path | None) -> None:
+    if load_scheme(scheme).is_static and statistics is None:
         raise OctavoError(
             f"--scheme {scheme}: its scales come from calibration; give --statistics FILE, which --save_statistics of "
             f"a conversion writes, or convert the model"
         )
-    model = prepare(_loaded(AutoModelForCausalLM, directory, device))
+
+
+def _speaking(model: Any, tokenizer: Any, scheme: str, statistics: Path | None) -> Speaker:
+    found = load_scheme(scheme)
 
     def new_cache() -> QuantizedCache:
-        return QuantizedCache(model.config, found, statistics=statistics)
+        return QuantizedCache(model.config, found, statistics=statistics if found.is_static else None)
 
-    return Speaker(model, load_tokenizer(directory, {}, False), found, new_cache)
+    return Speaker(model, tokenizer, found, new_cache)
 
 
 def _loaded(model_class: Any, directory: Path, device: str) -> Any:
@@ -140,17 +154,16 @@ def _loaded(model_class: Any, directory: Path, device: str) -> Any:
     return model if model.device.type == device else model.to(device)
 
 
-def _report(speaker: Speaker, cache: Any, new_tokens: int, seconds: float) -> None:
-    """Speed and cache size of one answer, on stderr."""
+def what_it_took(speaker: Speaker, cache: Any, new_tokens: int, seconds: float) -> str:
+    """Speed and cache size of one answer, as a line."""
     model, tokens = speaker.model, cache.get_seq_length()
     used, plain = (
         kept_kv_bytes(model.config, scheme, tokens, model.dtype.itemsize)
         for scheme in (speaker.scheme, load_scheme("float"))
     )
-    print(
+    return (
         f"{new_tokens} tokens, {new_tokens / seconds:.1f} tokens/s; KV cache of {tokens} tokens: {used:,} bytes "
-        f"({cache.nbytes():,} allocated), {plain:,} in {str(model.dtype).removeprefix('torch.')}",
-        file=sys.stderr,
+        f"({cache.nbytes():,} allocated), {plain:,} in {str(model.dtype).removeprefix('torch.')}"
     )
 
 
@@ -170,7 +183,8 @@ def _generate(speaker: Speaker, ids: torch.Tensor, cache: Any, flags: argparse.N
         pad_token_id=tokenizer.eos_token_id,
         **sampling,
     )
-    _report(speaker, cache, result.shape[1] - ids.shape[1], time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    print(what_it_took(speaker, cache, result.shape[1] - ids.shape[1], seconds), file=sys.stderr)
     return result
 
 
@@ -191,7 +205,7 @@ def chat(speaker: Speaker, flags: argparse.Namespace) -> None:
         ids = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )["input_ids"].to(model.device)
-        _keep(cache, _common_length(cached, ids))
+        _keep(cache, common_length(cached, ids))
         result = _generate(speaker, ids, cache, flags, skips=True)
         cached = result[:, : cache.get_seq_length()]
         answer = tokenizer.decode(result[0, ids.shape[1] :], skip_special_tokens=True)
@@ -211,7 +225,7 @@ def go_on(speaker: Speaker, flags: argparse.Namespace) -> None:
     _generate(speaker, ids, speaker.new_cache(), flags, skips=False)
 
 
-def _common_length(cached: torch.Tensor, ids: torch.Tensor) -> int:
+def common_length(cached: torch.Tensor, ids: torch.Tensor) -> int:
     """How many leading tokens of `ids` the cache holds already; at least the last token is computed anew."""
     length = min(cached.shape[1], ids.shape[1] - 1)
     differs = (cached[0, :length].to(ids.device) != ids[0, :length]).nonzero()

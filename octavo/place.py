@@ -77,10 +77,19 @@ def speaker_of(flags: argparse.Namespace) -> Speaker:
         if flags.scheme is not None or flags.statistics is not None:
             given = "--statistics" if flags.scheme is None else f"--scheme {flags.scheme}"
             raise OctavoError(f"{given}: {flags.model_path} is converted and has a scheme of its own; leave it out")
-        return load_converted(chosen_architecture(place.directory, None), place.directory, flags.device_type)
+        return converted_speaker(place, flags.device_type)
     if flags.scheme is None:
         raise OctavoError(
             f"{flags.model_path}: is not converted; octavo convert {quoted} does that, and --scheme int8-token runs it "
             "as it is, with a quantized KV cache (octavo schemes lists the others)"
         )
     return load_stock(place.directory, flags.scheme, flags.statistics, flags.device_type)
+
+
+def converted_speaker(place: Place, device: str) -> Speaker:
+    """A converted directory, of whatever architecture, ready to speak.
+
+    Raises:
+        OctavoError: it is of none that is served, or is damaged.
+    """
+    return load_converted(chosen_architecture(place.directory, None), place.directory, device)

@@ -15,7 +15,9 @@ COMMANDS = {
     "run": "continue a text with a converted model, or with any and --scheme",
     "chat": "talk with a converted model, or with any and --scheme",
     "plan": "say what memory a model takes with each scheme, and what fits",
-    "doctor": "say from weights alone which schemes a model bears, and recommend one",
+    "serve": "answer clients of OpenAI's API, from either",
+    "evaluate": "measure what quantization costs: on text, in recall, in time",
+    "doctor": "say from weights alone which schemes a model bears, recommend one",
     "rewrite": "write a converted directory in the format of an engine",
     "refresh": "put today's code into a directory that an older version converted",
 }

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from octavo import QuantizedCache
 from octavo.common.runtime.packed_weight import PackedWeight
-from octavo.generate import _common_length, _keep, load_converted, main
+from octavo.generate import _keep, common_length, load_converted, main
 from octavo.models.llama3 import ARCHITECTURE
 from octavo.models.llama3.modeling_llama_fa3 import LlamaForCausalLM
 
@@ -219,7 +219,7 @@ def test_a_chat_without_a_template_is_refused(
 )
 def test_how_much_of_a_cache_a_new_turn_keeps(cached: list[int], ids: list[int], length: int) -> None:
     row = torch.tensor([cached], dtype=torch.long)
-    assert _common_length(row, torch.tensor([ids])) == length
+    assert common_length(row, torch.tensor([ids])) == length
 
 
 def test_the_script_as_a_user_runs_it(converted: Callable[..., Path]) -> None:

@@ -1,0 +1,70 @@
+"""`octavo serve DIR`: an OpenAI-style endpoint, from a converted directory or a model with a quantized cache."""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from ..common.command import DEVICES
+from ..common.errors import OctavoError
+from ..common.runtime.cache.sizes import kept_kv_bytes
+from ..common.runtime.schemes.kv_scheme import load_scheme
+from ..generate import Speaker
+from ..place import add_model_flags, speaker_of
+from ..serving import check_port, check_server, serve
+
+_ONE_BY_ONE = (
+    "requests are answered one after the other: transformers' continuous batching takes no attention but its own"
+)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Let a parser take the model, and where it is served."""
+    add_model_flags(parser)
+    add = parser.add_argument
+    add("--host", default="localhost", help="address to listen at (default localhost: this machine alone)")
+    add("--port", type=int, default=8000, help="port to listen at (default 8000)")
+    add("--served_model_name", metavar="NAME", help="what clients call the model (default: the directory's name)")
+    add("--device_type", choices=DEVICES, default="cpu", help="where to run (default cpu)")
+    add("--continuous_batching", action="store_true", help=argparse.SUPPRESS)
+
+
+def _engine(flags: argparse.Namespace) -> str:
+    """The command that writes a model for an engine which batches requests."""
+    source, target = (shlex.quote(flags.model_path.rstrip("/") + end) for end in ("", "-vllm"))
+    command = (
+        f"octavo rewrite {source}" if flags.scheme is None else f"octavo convert {source} --quantization w8a8_dynamic"
+    )
+    return f"{command} --format compressed-tensors --save_directory {target}"
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _banner(speaker: Speaker, name: str, flags: argparse.Namespace) -> str:
+    config, itemsize = speaker.model.config, speaker.model.dtype.itemsize
+    tokens = 8192
+    ours, plain = (
+        kept_kv_bytes(config, scheme, tokens, itemsize) / tokens for scheme in (speaker.scheme, load_scheme("float"))
+    )
+    return (
+        f"{name} at http://{flags.host}:{flags.port}/v1, KV cache {speaker.scheme.name}: {ours:,.0f} bytes a token "
+        f"(in float {plain:,.0f}); {_ONE_BY_ONE}; for many at once: {_engine(flags)}"
+    )
+
+
+def run(flags: argparse.Namespace) -> None:
+    """Serve the model until somebody ends it.
+
+    Raises:
+        OctavoError: there is no such model, or none that can be served; something is missing.
+    """
+    if flags.continuous_batching:
+        raise OctavoError(f"--continuous_batching: {_ONE_BY_ONE}; leave it out, or {_engine(flags)}")
+    check_server()
+    check_port(flags.host, flags.port)
+    speaker = speaker_of(flags)
+    name = flags.served_model_name or Path(flags.model_path).resolve().name
+    _say(_banner(speaker, name, flags))
+    serve(speaker, name, flags.host, flags.port, _say)

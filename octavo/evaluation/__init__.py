@@ -1,0 +1,1 @@
+"""How far models with quantized caches are from the float one: on text, in recall, in what they write, and how fast."""

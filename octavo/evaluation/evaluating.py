@@ -1,0 +1,129 @@
+"""One evaluation: which measurements are made of which models, and what came out."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from ..common.convert.measure.fidelity import Fidelity, windows
+from ..common.errors import OctavoError
+from ..common.runtime.cache.sizes import kv_bits_per_element
+from ..generate import Speaker
+from .reading import Times
+from .recall import Score, prompts_of, recall
+from .text import compare_on_text
+from .writing import Divergence, compare_writing
+
+FLOAT = "float"
+PROMPT = 64
+"""Tokens of a prompt behind which models write."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured.
+
+    Attributes:
+        text: to score on and to write behind; None for neither.
+        windows, length: of the text, how many and of how many tokens.
+        last: score the last so many tokens of a window alone; 0 for all.
+        tasks: of recall.
+        lengths: of the prompts of recall, in tokens.
+        trials: questions of each task and length.
+        written: tokens that are written behind each of `prompts` prompts; 0 for none.
+    """
+
+    text: str | None
+    windows: int
+    length: int
+    last: int
+    tasks: tuple[str, ...]
+    lengths: tuple[int, ...]
+    trials: int
+    written: int
+    prompts: int
+
+
+@dataclass
+class Result:
+    """What was measured of a model.
+
+    Attributes:
+        bits: of an element of K and V at the longest length, everything counted.
+        fidelity: to the float model on the text; None of the float model itself, and where there is no text.
+        recall: by task and length.
+        divergence: of what it writes.
+        cache_bytes: by length, of a cache that holds a prompt of it.
+        times: of the prompts and steps of recall.
+    """
+
+    bits: float
+    fidelity: Fidelity | None = None
+    recall: dict[tuple[str, int], Score] = field(default_factory=dict)
+    divergence: Divergence | None = None
+    cache_bytes: dict[int, int] = field(default_factory=dict)
+    times: Times = field(default_factory=Times)
+
+    def as_json(self) -> dict[str, Any]:
+        """The same, for a file."""
+        recalled = [
+            {"task": task, "length": length, **asdict(score), "share": score.share, "interval": score.interval}
+            for (task, length), score in self.recall.items()
+        ]
+        return {
+            "bits": self.bits,
+            "text": None if self.fidelity is None else asdict(self.fidelity),
+            "recall": recalled,
+            "writing": None if self.divergence is None else asdict(self.divergence),
+            "cache_bytes": self.cache_bytes,
+            "seconds_per_token": self.times.step,
+            "prompt_tokens_per_second": self.times.prompt_speed,
+        }
+
+
+def evaluate(reference: Speaker, others: Mapping[str, Speaker], plan: Plan) -> dict[str, Result]:
+    """Measure models beside the float one, which is among the results.
+
+    Args:
+        reference: the float model, with a cache that stores floats.
+
+    Raises:
+        OctavoError: the text is too short, or a prompt is to be.
+    """
+    everyone = {FLOAT: reference, **others}
+    longest = max((*plan.lengths, plan.length))
+    results = {
+        name: Result(kv_bits_per_element(speaker.model.config, speaker.scheme, longest))
+        for name, speaker in everyone.items()
+    }
+    results[FLOAT].bits = 8.0 * reference.model.dtype.itemsize
+    if plan.text is not None:
+        _on_text(reference, others, plan, results)
+    for task in plan.tasks:
+        for length in plan.lengths:
+            prompts = prompts_of(task, reference.tokenizer, length, plan.trials)
+            for name, speaker in everyone.items():
+                result = results[name]
+                found = recall(speaker, prompts, f"{task} in {length:,}, {name}", result.times)
+                result.recall[task, length], result.cache_bytes[length] = found
+    return results
+
+
+def _on_text(reference: Speaker, others: Mapping[str, Speaker], plan: Plan, results: dict[str, Result]) -> None:
+    ids = reference.tokenizer(plan.text, return_tensors="pt", verbose=False)["input_ids"][0].long()
+    ids = ids.to(reference.model.device)
+    samples = _windows(ids, plan.length, plan.windows)
+    for name, found in compare_on_text(reference, others, samples, plan.last).items():
+        results[name].fidelity = found
+    if plan.written:
+        prompts = _windows(ids, PROMPT, plan.prompts)
+        for name, written in compare_writing(reference, others, prompts, plan.written).items():
+            results[name].divergence = written
+
+
+def _windows(ids: torch.Tensor, length: int, count: int) -> list[torch.Tensor]:
+    try:
+        return [window[0] for window in windows(ids, length, count)]
+    except ValueError as error:
+        raise OctavoError(f"--eval_file: {error}; give a longer text, or smaller --windows and --length") from None

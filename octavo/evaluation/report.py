@@ -1,0 +1,59 @@
+"""What an evaluation found, as tables for a terminal."""
+
+from collections.abc import Mapping
+
+from ..common.command import aligned
+from .evaluating import FLOAT, Result
+
+_NONE = ""
+
+
+def quality_table(results: Mapping[str, Result]) -> list[str]:
+    """Lines of a table of what differs from float, a row for each model."""
+    rows = [["", "bits", "KL", "perplexity", "top-1", *_recall_heads(results), "as float for"]]
+    for name, result in results.items():
+        text, written = result.fidelity, result.divergence
+        rows.append(
+            [
+                name,
+                f"{result.bits:.2f}",
+                _NONE if text is None else f"{text.kl:.5f}",
+                _float_perplexity(results) if text is None else _change(text.perplexity, text.float_perplexity),
+                _NONE if text is None else f"{text.top1:.1%}",
+                *(f"{score.right}/{score.asked}" for score in result.recall.values()),
+                _NONE if written is None else f"{written.mean:.0f} of {written.tokens}",
+            ]
+        )
+    return aligned(_without_empty(rows), texts=1)
+
+
+def _recall_heads(results: Mapping[str, Result]) -> list[str]:
+    return [f"{task} {length:,}" for task, length in results[FLOAT].recall]
+
+
+def _change(value: float, of: float) -> str:
+    return f"{100 * (value / of - 1):+.2f} %"
+
+
+def _float_perplexity(results: Mapping[str, Result]) -> str:
+    found = next((result.fidelity for result in results.values() if result.fidelity is not None), None)
+    return _NONE if found is None else f"{found.float_perplexity:.3f}"
+
+
+def cost_table(results: Mapping[str, Result]) -> list[str]:
+    """Lines of a table of bytes and times, a row for each model; none if nothing was timed."""
+    lengths = list(results[FLOAT].cache_bytes)
+    rows = [["", *(f"cache at {length:,}, MB" for length in lengths), "ms a token", "prompt, tokens/s"]]
+    for name, result in results.items():
+        step, speed = result.times.step, result.times.prompt_speed
+        sizes = [f"{result.cache_bytes[length] / 1e6:,.1f}" for length in lengths]
+        rows.append(
+            [name, *sizes, _NONE if step is None else f"{step * 1e3:.1f}", _NONE if speed is None else f"{speed:,.0f}"]
+        )
+    return aligned(_without_empty(rows), texts=1) if lengths else []
+
+
+def _without_empty(rows: list[list[str]]) -> list[list[str]]:
+    """The columns in which some row has something."""
+    kept = [index for index in range(len(rows[0])) if any(row[index] for row in rows[1:])]
+    return [[row[index] for index in kept] for row in rows]

@@ -1,0 +1,79 @@
+"""`octavo evaluate`: models and schemes, converted directories beside what they came from, and refusals."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from octavo.__main__ import main
+
+from ...support import TEXTS, assert_one_error_line
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+C8 = ("--use_kvcache_quant", "True")
+SMALL = ["--windows", "1", "--length", "60", "--lengths", "300", "--trials", "2", "--written", "4", "--prompts", "1"]
+
+
+def test_schemes_of_a_model(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, text = tmp_path / "found.json", tmp_path / "text.txt"
+    text.write_text(" ".join(TEXTS) * 3)
+    assert main(["evaluate", str(source), *SMALL, "--eval_file", str(text), "--json", str(file)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in said[1:4]] == ["float", "int8-token", "octavo-4"]
+    found = json.loads(file.read_text())["results"]
+    assert list(found) == ["float", "int8-token", "octavo-4"]
+    assert found["int8-token"]["text"]["kl"] > 0 and found["int8-token"]["recall"][0]["asked"] == 2
+    assert f"{found['octavo-4']['text']['kl']:.5f}" in said[3]
+
+
+def test_a_converted_directory_beside_its_source(
+    source: Path, converted: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = converted(*C8)
+    capsys.readouterr()
+    assert main(["evaluate", str(directory), "--reference", str(source), *SMALL]) == 0
+    said = capsys.readouterr().out
+    assert said.splitlines()[2].startswith("tiny quantized") and "the one that comes with Octavo" in said
+
+
+def test_no_text_and_no_task(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(source), "--windows", "0", "--tasks", "--schemes", "octavo-3"]) == 0
+    assert capsys.readouterr().out.splitlines()[0].split() == ["bits"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (["--schemes", "int8-tokn"], ("int8-tokn", "int8-token")),
+        (["--schemes", "ascend-c8"], ("--scheme ascend-c8", "--statistics FILE")),
+        (["--reference", "x"], ("--reference", "leave it out")),
+        (["--eval_file", "/nowhere.txt"], ("--eval_file /nowhere.txt: cannot be read",)),
+        (["--length", "100000"], ("--eval_file", "tokens", "smaller --windows and --length")),
+        (["--trials", "0"], ("--trials 0",)),
+        (["--length", "1"], ("--length 1",)),
+    ],
+)
+def test_what_cannot_be_measured_of_a_model(
+    flags: list[str], parts: tuple[str, ...], source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", str(source), *SMALL[:2], *SMALL[4:], *flags]) == 1
+    assert_one_error_line(capsys.readouterr().err, *parts)
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        ([], ("is converted", "--reference")),
+        (["--schemes", "int8-token"], ("--schemes", "a scheme of its own")),
+        (["--reference", "{itself}"], ("--reference", "is converted itself")),
+    ],
+)
+def test_what_cannot_be_measured_of_a_converted_directory(
+    flags: list[str], parts: tuple[str, ...], converted: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = str(converted(*C8))
+    capsys.readouterr()
+    assert main(["evaluate", directory, *(flag.format(itself=directory) for flag in flags)]) == 1
+    assert_one_error_line(capsys.readouterr().err, *parts)

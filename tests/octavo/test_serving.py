@@ -1,0 +1,203 @@
+"""The server: requests that go on from the one before, and OpenAI's own client over loopback."""
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from octavo.__main__ import main
+from octavo.common.architecture import load_architecture
+from octavo.common.errors import OctavoError
+from octavo.generate import Speaker, load_converted, load_stock
+from octavo.serving import Answers, check_port, check_server
+
+from ..support import assert_one_error_line, random_ids
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+C8 = ("--use_kvcache_quant", "True")
+SECONDS = 120
+
+
+@pytest.fixture(params=["converted", "int8-token", "octavo-4"])
+def speaker(request: pytest.FixtureRequest, converted: Callable[..., Path], source: Path) -> Speaker:
+    """A converted directory, and stock models with a scheme."""
+    if request.param == "converted":
+        return load_converted(load_architecture("llama3"), converted(*C8), "cpu")
+    return load_stock(source, request.param, None, "cpu")
+
+
+def greedy(tokens: int = 5, **fields: Any) -> GenerationConfig:
+    return GenerationConfig(max_new_tokens=tokens, do_sample=False, eos_token_id=None, pad_token_id=2, **fields)
+
+
+def request(ids: torch.Tensor, **fields: Any) -> dict[str, Any]:
+    """What transformers' server gives `generate`."""
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "generation_config": greedy(**fields)}
+
+
+def test_a_conversation_is_read_once_and_answered_as_if_it_were_anew(speaker: Speaker) -> None:
+    told: list[str] = []
+    answers = Answers(speaker, told.append)
+    first = answers(**request(random_ids(1, 30)))
+    assert first.shape == (1, 35) and told[-1].startswith("30 tokens read, 0 kept from the request before; 5 tokens, ")
+    second = torch.cat((first, random_ids(1, 8, seed=2)), dim=1)
+    found = answers(**request(second))
+    assert told[-1].startswith("9 tokens read, 34 kept from the request before; 5 tokens, ")
+    assert "KV cache of 47 tokens: " in told[-1]
+    assert torch.equal(found, Answers(speaker, told.append)(**request(second)))
+
+
+def test_what_differs_is_read_anew(speaker: Speaker) -> None:
+    told: list[str] = []
+    answers = Answers(speaker, told.append)
+    ids = random_ids(1, 30)
+    answers(**request(ids))
+    edited = ids.clone()
+    edited[0, 20] = (edited[0, 20] + 1) % 300 + 3
+    found = answers(**request(edited))
+    assert told[-1].startswith("10 tokens read, 20 kept from the request before")
+    assert torch.equal(found, Answers(speaker, told.append)(**request(edited)))
+    answers(**request(random_ids(1, 12, seed=5)))
+    assert told[-1].startswith("12 tokens read, 0 kept")
+
+
+def test_beams_and_batches_have_a_cache_of_their_own(speaker: Speaker) -> None:
+    answers = Answers(speaker, lambda line: None)
+    ids = random_ids(1, 20)
+    assert answers(**request(ids, num_beams=2)).shape == (1, 25)
+    assert answers(**request(random_ids(2, 20))).shape == (2, 25)
+    told: list[str] = []
+    answers._say = told.append
+    answers(**request(ids))
+    assert told == [told[0]] and told[0].startswith("20 tokens read, 0 kept")
+
+
+def test_what_a_cancelled_request_left_is_forgotten(speaker: Speaker) -> None:
+    told: list[str] = []
+    answers = Answers(speaker, told.append)
+    ids = random_ids(1, 20)
+
+    class Ends:
+        def put(self, tokens: torch.Tensor) -> None:
+            raise KeyboardInterrupt
+
+        def end(self) -> None: ...
+
+    with pytest.raises(KeyboardInterrupt):
+        answers(**request(ids), streamer=Ends())
+    answers(**request(ids))
+    assert told[-1].startswith("20 tokens read, 0 kept")
+
+
+def test_what_cannot_be_cropped_is_computed_anew_and_said(source: Path) -> None:
+    """octavo-4 keeps 64 tokens in float, and gives back no more than these."""
+    told: list[str] = []
+    speaker = load_stock(source, "octavo-4", None, "cpu")
+    answers = Answers(speaker, told.append)
+    ids = random_ids(1, 300)
+    answers(**request(ids))
+    found = answers(**request(ids[:, :100]))
+    assert told[-2].startswith("what the last request left is computed anew: ") and told[-1].startswith("100 tokens")
+    assert torch.equal(found, Answers(speaker, told.append)(**request(ids[:, :100])))
+
+
+# Over loopback
+
+
+def free_port() -> int:
+    with socket.socket() as tried:
+        tried.bind(("127.0.0.1", 0))
+        return tried.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def served(converted: Callable[..., Path]) -> Iterator[tuple[str, list[str]]]:
+    """The address of a server of a converted directory, and what it says."""
+    pytest.importorskip("uvicorn")
+    port, lines, is_up = free_port(), [], threading.Event()
+    command = [sys.executable, "-m", "octavo", "serve", str(converted(*C8)), "--host", "127.0.0.1", "--port", str(port)]
+    child = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+
+    def listen() -> None:
+        for line in child.stderr:
+            lines.append(line)
+            if "Application startup complete" in line:
+                is_up.set()
+        is_up.set()
+
+    threading.Thread(target=listen, daemon=True).start()
+    assert is_up.wait(SECONDS) and child.poll() is None, "".join(lines)
+    yield f"http://127.0.0.1:{port}/v1", lines
+    child.terminate()
+    child.wait(SECONDS)
+
+
+@pytest.mark.slow
+def test_the_openai_client_talks_streams_and_calls_tools(served: tuple[str, list[str]]) -> None:
+    openai = pytest.importorskip("openai")
+    address, lines = served
+    client = openai.OpenAI(base_url=address, api_key="none", timeout=SECONDS, max_retries=0)
+    (model,) = [found.id for found in client.models.list()]
+    assert model == "tiny quantized"
+    messages = [{"role": "user", "content": "Rain fell on the hill."}]
+    asked = {"model": model, "messages": messages, "max_tokens": 8, "temperature": 0}
+    whole = client.chat.completions.create(**asked)
+    assert 0 < whole.usage.completion_tokens <= 8
+    pieces = [part.choices[0].delta.content or "" for part in client.chat.completions.create(**asked, stream=True)
+              if part.choices]  # fmt: skip
+    said = whole.choices[0].message.content
+    assert "".join(pieces).rstrip("\ufffd") == said.rstrip("\ufffd")  # a stream ends before half a character
+    messages += [{"role": "assistant", "content": said}, {"role": "user", "content": "And then?"}]
+    client.chat.completions.create(**asked)
+    text = client.completions.create(model=model, prompt="Rain fell", max_tokens=4, temperature=0)
+    assert text.choices[0].text
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+    assert client.chat.completions.create(**asked, tools=[tool]).choices
+    with pytest.raises(openai.BadRequestError):
+        client.chat.completions.create(**{**asked, "model": "another"})
+    told = [line for line in lines if " tokens read, " in line]
+    assert len(told) == 5 and all("KV cache of" in line and " bytes (" in line for line in told)
+    assert ", 0 kept" in told[0] and ", 0 kept" not in told[1] + told[2]
+
+
+def test_a_port_that_is_taken_is_named() -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        with pytest.raises(OctavoError, match=f"--host 127.0.0.1 --port {port}: cannot listen there"):
+            check_port("127.0.0.1", port)
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (["--continuous_batching"], ("no attention but its own", "octavo rewrite ", "--format compressed-tensors")),
+        (["--scheme", "int8-token"], ("has a scheme of its own",)),
+    ],
+)
+def test_what_cannot_be_served_is_refused(
+    flags: list[str], parts: tuple[str, ...], converted: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = converted(*C8)
+    capsys.readouterr()
+    assert main(["serve", str(directory), "--port", str(free_port()), *flags]) == 1
+    assert_one_error_line(capsys.readouterr().err, *parts)
+
+
+def test_a_server_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: False)
+    with pytest.raises(OctavoError, match=r"pip install 'transformers\[serving\]'"):
+        check_server()

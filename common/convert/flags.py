@@ -16,7 +16,7 @@ from ..command import DEVICES, OneLineParser
 from ..errors import OctavoError
 from ..runtime.schemes.kv_scheme import KV_CACHE_DTYPES
 from ..runtime.schemes.linear_scheme import CPU_ACTIVATIONS, EMBEDDINGS, GROUP_SIZES, WEIGHT_METHODS
-from .dialects.table import FORMATS
+from .dialects.table import FORMATS, format_named
 from .flag_linears import LINEAR_FLAGS, linear_scheme_of_flags
 from .flag_values import (
     ACT_METHOD_NAMES,
@@ -54,7 +54,7 @@ def _add_paths(parser: argparse.ArgumentParser) -> None:
     about = "engine that is to read it: its names, and a refusal of what it cannot read; none: MindIE's names"
     add("--target", choices=TARGETS, help=about)
     add("--part_file_size", type=positive, help="split the weights into files of at most this many GB")
-    add("--format", choices=FORMATS, default=OWN_FORMAT,
+    add("--format", type=format_named, choices=FORMATS, default=OWN_FORMAT,
         help="of the output: ascend, which the scripts here run, or that of an engine")  # fmt: skip
     add("--resume", action="store_true", help="go on with a conversion that was interrupted, if there is one")
     parser.set_defaults(recipe_group=None, recipe_sym=True)  # of kinds of linears that have groups and zero points

@@ -2,7 +2,7 @@
 
 A job is `{"directory", "dtype", "prompts", "new", "top", "watched"}`; its file holds `tokens` `[P, new]`, greedy; `ids`
 and `logprobs` `[P, S - 1, top]`, float32, of the likeliest behind each token of a prompt but the last; and of the first
-prompt, where the job says `watched`, `in.NAME` and `out.NAME` of linears and `NAME.q`, `.k`, `.v`, `.out` of attentions,
+prompt, where the job says `watched`, `in.NAME`, `out.NAME` of linears and `NAME.q`, `.k`, `.v`, `.out` of attentions,
 `[S, width]`.
 """
 

@@ -39,8 +39,8 @@ CASES = {
 }
 """Flags of a conversion, and what vLLM computes in; of W4A16 its kernel has no float32."""
 LINEARS = {"float32": 2e-6, "bfloat16": 8e-3}
-"""How far outputs of a linear may be from ours in the largest of them, by what rounding of inputs, scales and outputs to
-that dtype leaves."""
+"""How far outputs of a linear may be from ours in the largest of them: rounding of inputs, scales and outputs to that
+dtype."""
 UNITS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 Answered = dict[str, tuple[Path, Job, dict[str, torch.Tensor]]]

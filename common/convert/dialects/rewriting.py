@@ -14,7 +14,7 @@ from ..spelling import named
 from .dialect import Dialect, Target
 from .directory import OctavoDirectory
 from .form import Form
-from .table import DIALECTS, dialect_of
+from .table import DIALECTS, dialect_of, format_named
 
 LARGEST_FILE_GB = 5.0
 
@@ -118,6 +118,7 @@ def parse_rewriting(argv: list[str] | None) -> RewriteRequest:
     add(
         "--format",
         required=True,
+        type=format_named,
         choices=tuple(DIALECTS),
         help="; ".join(f"{d.name}: {d.about}" for d in DIALECTS.values()),
     )

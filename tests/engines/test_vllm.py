@@ -51,7 +51,7 @@ def answered(tmp_path_factory: pytest.TempPathFactory) -> Answered:
     """Directories of ours, of a tiny Llama of heads that vLLM has kernels for, and what vLLM answers for them."""
     python_of("vllm")
     folder = tmp_path_factory.mktemp("vllm")
-    source = save_source(folder / "tiny", tiny_llama(**SIZES, attention_bias=True))
+    source = save_source(folder / "tiny", tiny_llama(**SIZES))
     jobs = {}
     for name, (flags, dtype) in CASES.items():
         ours, theirs = folder / name / "ours", folder / name / "theirs"

@@ -16,7 +16,7 @@ from ..spelling import named
 from .dialect import Dialect, Target
 from .directory import OctavoDirectory
 from .form import Form
-from .table import DIALECTS, dialect_of
+from .table import DIALECTS, dialect_of, format_named
 
 LARGEST_FILE_GB = 5.0
 _OF_REWRITING = " --statistics FILE"
@@ -128,6 +128,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--format",
         required=True,
+        type=format_named,
         choices=tuple(DIALECTS),
         metavar="FORMAT",
         help="; ".join(f"{d.name}: {d.about}" for d in DIALECTS.values()),

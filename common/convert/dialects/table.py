@@ -1,5 +1,7 @@
 """Every dialect that there is a writer for, by its name."""
 
+import argparse
+
 from ...errors import OctavoError
 from ..request import OWN_FORMAT
 from ..spelling import named
@@ -37,14 +39,44 @@ OWN_ENGINES = (
 """Readers of what a conversion writes itself."""
 FORMATS = (OWN_FORMAT, *DIALECTS)
 """What `--format` may be."""
+_CALLED = {
+    "trtllm": "TensorRT-LLM", "llamacpp": "llama.cpp", "hf": "transformers", "huggingface": "transformers",
+    "onnxruntime": "onnxruntime-genai", "ort": "onnxruntime-genai",
+}  # fmt: skip
+"""What engines are called, in letters and digits, beside their names."""
+
+
+def format_named(name: str) -> str:
+    """A value of `--format`, as it is.
+
+    Raises:
+        argparse.ArgumentTypeError: it is an engine's name; the message has the formats which that reads.
+    """
+    found = [] if name in FORMATS else formats_of(name)
+    if found:
+        raise argparse.ArgumentTypeError(f"{name} is an engine; give --format {' or '.join(found)}")
+    return name
+
+
+def formats_of(engine: str) -> list[str]:
+    """The formats that an engine reads, however its name is written; none if it is none that is known."""
+    readers = {OWN_FORMAT: OWN_ENGINES} | {name: dialect.engines for name, dialect in DIALECTS.items()}
+    wanted = _plain(_CALLED.get(_plain(engine), engine))
+    return [name for name, engines in readers.items() if wanted in {_plain(each.name) for each in engines}]
+
+
+def _plain(name: str) -> str:
+    return "".join(letter for letter in name.lower() if letter.isalnum())
 
 
 def dialect_of(name: str) -> Dialect:
     """The dialect of a name.
 
     Raises:
-        OctavoError: there is none; the message lists those there are.
+        OctavoError: there is none; the message lists those there are, or those that an engine of that name reads.
     """
+    if name not in DIALECTS and (found := formats_of(name)):
+        raise OctavoError(f"{named('format')} {name}: is an engine; give {' or '.join(found)}")
     if name not in DIALECTS:
         raise OctavoError(f"{named('format')} {name}: is none of {', '.join(DIALECTS)}")
     return DIALECTS[name]

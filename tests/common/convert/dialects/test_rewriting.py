@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from octavo.common import progress
 from octavo.common.convert.api import main as convert
 from octavo.common.convert.dialects.rewriting import RewriteRequest, main, rewrite
-from octavo.common.convert.dialects.table import DIALECTS
+from octavo.common.convert.dialects.table import DIALECTS, dialect_of
 from octavo.common.convert.request import ConvertRequest
 from octavo.common.errors import OctavoError
 from octavo.models.llama3 import ARCHITECTURE
@@ -117,6 +117,32 @@ def test_static_scales_need_statistics(
     flags = ["--model_path", str(path), "--save_directory", str(tmp_path / "out"), "--format", FORMAT]
     assert main([*flags, "--scheme", "vllm-fp8"]) == 1
     assert_one_error_line(capsys.readouterr().err, "--scheme vllm-fp8:", "give --statistics FILE")
+
+
+ENGINES = {
+    "vllm": "compressed-tensors or awq or gptq or modelopt",
+    "SGLang": "compressed-tensors",
+    "hf": "compressed-tensors or awq or gptq",
+    "trtllm": "modelopt",
+    "tensorrt-llm": "modelopt",
+    "lmdeploy": "awq",
+    "llama.cpp": "gguf",
+    "llamacpp": "gguf",
+    "ort": "onnxruntime-genai",
+    "onnxruntime": "onnxruntime-genai",
+    "mindie": "ascend",
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_engine_in_the_place_of_a_format_names_those_it_reads(
+    engine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["--model_path", str(tmp_path), "--format", engine, "--save_directory", str(tmp_path / "out")])
+    assert_one_error_line(capsys.readouterr().err, f"--format: {engine} is an engine; give --format {ENGINES[engine]} ")
+    with pytest.raises(OctavoError, match=f"--format {engine}: is an engine; give {ENGINES[engine]}$"):
+        dialect_of(engine)
 
 
 def test_an_unknown_format_is_refused(tmp_path: Path) -> None:

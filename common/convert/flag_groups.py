@@ -52,14 +52,8 @@ def _add_outputs(parser: argparse.ArgumentParser) -> None:
     about = "a set of flags, which others take the place of: one of"
     add("--preset", type=_preset, metavar="NAME", help=f"{about} {', '.join(RECIPES)}")
     about = "what the scripts here and transformers run, or as an engine reads it: one of"
-    add(
-        "--format",
-        type=format_named,
-        choices=FORMATS,
-        default=OWN_FORMAT,
-        metavar="NAME",
-        help=f"{about} {', '.join(FORMATS)}",
-    )
+    named = f"{about} {', '.join(FORMATS)}"
+    add("--format", type=format_named, choices=FORMATS, default=OWN_FORMAT, metavar="NAME", help=named)
     about = "engine on Ascend that is to read it: its names, and a refusal of what it cannot read: one of"
     add("--target", choices=TARGETS, metavar="NAME", help=f"{about} {', '.join(TARGETS)}; none: MindIE's names")
     add("--part_file_size", type=positive, metavar="GB", help="split the weights into files of at most so many GB")

@@ -39,7 +39,8 @@ FLAGS = {name: CASES[name][0] for name in TIES} | {"w4a16": ("--quantization", "
 RATIO = 0.1
 """By which KL(float || vLLM) may differ from KL(float || ours)."""
 TIPPED = 2.0
-"""At most so many times the KL of our own class from itself, sums in another order, is its KL from vLLM: 1.4 (static) and 0.9 (dynamic) measured."""
+"""At most so many times the KL of our own class from itself, sums in another order, is its KL from vLLM: 1.4 (static)
+and 0.9 (dynamic) measured."""
 CACHE_COSTS = 2.0
 """So many times ours, at least, is the KL of vLLM's fp8 cache, which rounds towards zero."""
 

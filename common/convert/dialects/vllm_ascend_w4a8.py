@@ -6,7 +6,7 @@ Our own W4A16 is the same, by another layout, which vllm-ascend has no linear fo
 from collections.abc import Iterator
 from pathlib import Path
 
-from ...runtime.checkpoint.ascend import DESCRIPTION_FILE, build_description, c8_place
+from ...runtime.checkpoint.ascend import C8_MODULES, DESCRIPTION_FILE, build_description, c8_place
 from ...runtime.checkpoint.files import TensorHeader
 from ...runtime.schemes.kv_scheme import load_scheme
 from ...runtime.schemes.linear_scheme import W4A16
@@ -79,7 +79,7 @@ def _add_scales(directory: OctavoDirectory, plan: TensorPlan) -> None:
     for index, (scheme, scales) in enumerate(zip(directory.form.schemes(), directory.scales(), strict=True)):
         if scheme.key is None:
             continue
-        for module, (scale, _) in (("k_proj", scales.key), ("v_proj", scales.value)):
+        for module, (scale, _) in zip(C8_MODULES, (scales.key, scales.value), strict=True):
             values = scale.float().flatten()
             for end, tensor in (("scale", values), ("offset", values.new_zeros(values.shape))):
                 plan.add({".".join((directory.form.attention(index), *c8_place(module, end, False))): tensor})

@@ -4,11 +4,18 @@ from ...runtime.schemes.kv_scheme import Scheme, load_scheme
 from ...runtime.schemes.tensor_codec import Codec
 from .form import Form
 
-FLOAT, FP8_TENSOR, FP8_HEAD, INT8_CHANNEL, ONLINE = "float", "fp8 tensor", "fp8 head", "int8 channel", "online"
+FLOAT, ONLINE = "float", "online"
+FP8_TENSOR, FP8_HEAD, FP8_CHANNEL = "fp8 tensor", "fp8 head", "fp8 channel"
+INT8_TENSOR, INT8_CHANNEL = "int8 tensor", "int8 channel"
+INT4_TENSOR, INT4_CHANNEL = "int4 tensor", "int4 channel"
 _STATIC = {
     ("fp8_e4m3", "tensor"): FP8_TENSOR,
     ("fp8_e4m3", "head"): FP8_HEAD,
+    ("fp8_e4m3", "channel"): FP8_CHANNEL,
+    ("int8", "tensor"): INT8_TENSOR,
     ("int8", "channel"): INT8_CHANNEL,
+    ("int4", "tensor"): INT4_TENSOR,
+    ("int4", "channel"): INT4_CHANNEL,
 }
 
 

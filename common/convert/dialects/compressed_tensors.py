@@ -96,7 +96,7 @@ def _kind(linear: LinearForm | None) -> tuple | None:
 
 def _check_cache(form: Form) -> Iterator[str]:
     kind = kind_of(form, ONLINE_DTYPES)
-    if kind is None:
+    if kind not in (FLOAT, ONLINE, *STRATEGIES):
         yield why_not(
             form,
             f"fp8 per tensor or head, int8 per channel, and what vLLM quantizes by itself ({', '.join(ONLINE_DTYPES)})",

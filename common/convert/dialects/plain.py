@@ -36,7 +36,7 @@ def check_static(form: Form, kinds: tuple[str, ...], instead: str) -> Iterator[s
         instead: arguments of the command that give such a cache.
     """
     if kind_of(form) not in kinds:
-        yield f"scheme {form.scheme.name}: the format says {' and '.join(kinds)} alone; {instead}"
+        yield f"scheme {form.scheme.name}: the format says {', '.join(kinds)} alone; {instead}"
     elif form.folds:
         yield leaves_biases_out(form)
     elif len(quantized_layers(form)) < form.layers:

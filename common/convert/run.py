@@ -23,6 +23,7 @@ from .output.stage import Stage
 from .output.writer import write_json
 from .pipeline import Conversion
 from .plan import Plan
+from .request import OWN_FORMAT
 from .source.config import GENERATION_FILE, bearable, carried_generation_config
 from .source.tokenizer import carry_tokenizer
 from .spelling import named
@@ -196,8 +197,9 @@ def run(job: Job, stage: Stage) -> Made:
         _begin(job, stage)
     floats, surveyed = stage.notes["floats"], _costs(stage.notes["surveyed"])
     plan = job.plan(floats)
-    for note in notes(request.target, plan, job.source):
-        say(f"note: {note}")
+    if request.format == OWN_FORMAT:  # what else is written is not for the engines that are warned of
+        for note in notes(request.target, plan, job.source):
+            say(f"note: {note}")
     known = job.codebooks if not stage.step else None
     conversion = job.conversion(plan, known, measures=request.max_kl is not None)
     output, planned = conversion.output, conversion.output.planned()

@@ -10,7 +10,7 @@ from ...runtime.static_scales import Statistics
 from ..job import Job
 from ..output.writer import check_output
 from ..report import ConversionReport
-from ..request import OWN_FORMAT, ConvertRequest
+from ..request import ConvertRequest
 from ..run import GIGABYTE
 from ..spelling import named
 from .directory import OctavoDirectory
@@ -20,7 +20,7 @@ from .rewriting import LARGEST_FILE_GB, check_form, write_as
 from .table import dialect_of
 
 Convert = Callable[[ConvertRequest, Callable[[Job], None]], tuple[ConversionReport, Statistics]]
-"""Converts into our own format, unless the check of a job raises."""
+"""Converts into our own format, whatever the request names, unless the check of a job raises."""
 
 
 def own_place(output: Path) -> Path:
@@ -37,7 +37,7 @@ def converted_as(request: ConvertRequest, convert: Convert) -> ConversionReport:
     """
     dialect = dialect_of(request.format)
     check_output(request.output, named("output"))
-    own = dataclasses.replace(request, output=own_place(request.output), format=OWN_FORMAT)
+    own = dataclasses.replace(request, output=own_place(request.output))
     report, statistics = convert(own, lambda job: check_form(dialect, form_of_plan(job, job.plan(()))))
     try:
         notes = _written(request, own.output, statistics)

@@ -119,6 +119,16 @@ def test_without_a_target_it_is_said(
         assert line.startswith(note)
 
 
+def test_of_another_format_nothing_is_said_of_them(
+    source: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    flags, notes = NOTED[0]
+    assert notes and main(ARCHITECTURE, convert_flags(source, tmp_path / "out", *flags, "--format", "gguf")) == 0
+    said = capfd.readouterr()
+    assert "note: " not in said.err
+    assert said.out.splitlines()[-1].startswith("llama-server --model ")
+
+
 def test_a_bias_of_the_architecture_may_be_shifted(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Qwen2 has biases of q, k and v, which readers load with every kind of linear; of gate and up it has none."""
     torch.manual_seed(0)

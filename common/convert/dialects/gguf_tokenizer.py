@@ -43,8 +43,28 @@ def _cut(pre_tokenizer: dict[str, Any] | None) -> str | None:
     return None
 
 
-def add_tokenizer(writer: Any, directory: Path, count: int, trust_remote_code: bool) -> None:
+def _of_normalizer(tokenizer: Any) -> list[str]:
+    """What there is to say of a tokenizer that changes text before it cuts it, which llama.cpp does not.
+
+    Raises:
+        OctavoError: it changes more than how signs are composed.
+    """
+    kind = type(tokenizer.backend_tokenizer.normalizer).__name__
+    if kind not in ("NoneType", "NFC"):
+        raise OctavoError(
+            f"--format gguf: the tokenizer normalizes text ({kind}), which llama.cpp does not for byte-level BPE; "
+            "serve the directory itself, by models/*/run.py"
+        )
+    if kind == "NFC":
+        return ["llama.cpp leaves NFC out, which the tokenizer makes of text: decomposed signs get other token ids"]
+    return []
+
+
+def add_tokenizer(writer: Any, directory: Path, count: int, trust_remote_code: bool) -> list[str]:
     """Put a tokenizer into a file: tokens, merges, special ones, and the chat template.
+
+    Returns:
+        what of it llama.cpp does otherwise, in lines.
 
     Args:
         writer: a `GGUFWriter`.
@@ -63,6 +83,7 @@ def add_tokenizer(writer: Any, directory: Path, count: int, trust_remote_code: b
             "with llama.cpp's own script"
         )
     tokenizer = load_tokenizer(directory, {}, trust_remote_code)
+    notes = _of_normalizer(tokenizer)
     names = {index: token for token, index in tokenizer.get_vocab().items()}
     added = {index: token.special for index, token in tokenizer.added_tokens_decoder.items()}
     tokens, types = [], []
@@ -77,3 +98,4 @@ def add_tokenizer(writer: Any, directory: Path, count: int, trust_remote_code: b
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     gguf.SpecialVocab(directory, load_merges=True, n_vocab=count).add_to_gguf(writer, quiet=True)
+    return notes

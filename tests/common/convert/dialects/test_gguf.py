@@ -1,5 +1,6 @@
 """GGUF: what we write, read and decoded by the gguf package."""
 
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +16,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from octavo.common.convert.dialects.directory import OctavoDirectory
 from octavo.common.convert.dialects.gguf import llama3_factors
 from octavo.common.convert.dialects.rewriting import RewriteRequest, main, rewrite
+from octavo.common.errors import OctavoError
 
-from ....support import assert_one_error_line, tiny_tokenizer
+from ....support import assert_one_error_line, edit_json, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -101,6 +103,22 @@ def test_a_cache_of_calibrated_scales_is_refused(
     flags = ["--model_path", str(path), "--save_directory", str(target), "--format", "gguf"]
     assert main(flags) == 1
     assert_one_error_line(capsys.readouterr().err, "give --scheme llamacpp-q8_0, or --scheme float")
+
+
+def with_normalizer(path: Path, target: Path, kind: str) -> Path:
+    """A copy of a directory whose tokenizer normalizes text."""
+    shutil.copytree(path, target)
+    edit_json(target / "tokenizer.json", normalizer={"type": kind})
+    return target
+
+
+def test_a_normalizer_is_said_or_refused(converted: Callable[..., Path], tmp_path: Path) -> None:
+    path = converted("--is_dynamic", "True")
+    _, _, lines = written(with_normalizer(path, tmp_path / "nfc", "NFC"), tmp_path / "out")
+    assert any("llama.cpp leaves NFC out" in line for line in lines) and "llama-server" in lines[-1]
+    with pytest.raises(OctavoError, match="the tokenizer normalizes text"):
+        written(with_normalizer(path, tmp_path / "lower", "Lowercase"), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_without_the_package_it_is_named(

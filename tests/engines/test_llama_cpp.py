@@ -94,19 +94,31 @@ SMOLLM2 = {
     "q8_0": ("--quantization", "w8a16", "--group_size", "32"),
     "q4_0": ("--quantization", "w4a16", "--group_size", "32"),
     "q4_1": ("--quantization", "w4a16", "--group_size", "32", "--w_sym", "False"),
-    "float16": ("--quantization", "fp8"),
+    "float16": ("--quantization", "float", "--scheme", "llamacpp-q8_0"),
 }
+"""Flags by the type of its linears; of float16 the source is, and the cache is one of llama.cpp's own."""
+
+
+def source_of(name: str, testbed: Path, folder: Path) -> Path:
+    """SmolLM2 in float32, or in float16 for that."""
+    source = testbed / "smollm2-135m"
+    if name != "float16":
+        return source
+    AutoModelForCausalLM.from_pretrained(source, dtype=torch.float16).save_pretrained(folder / "half")
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder / "half")
+    return folder / "half"
 
 
 @pytest.mark.parametrize("name", SMOLLM2)
 def test_of_smollm2_the_perplexity_is_ours(name: str, testbed: Path, tmp_path: Path) -> None:
     python_of("llama_cpp")
-    source = testbed / "smollm2-135m"
+    source = source_of(name, testbed, tmp_path)
     ours, file = gguf_of(source, tmp_path, *SMOLLM2[name])
+    cache = "q8_0" if "llamacpp-q8_0" in SMOLLM2[name] else "f16"
     text = (testbed / "wikipedia-eval.txt").read_text(encoding="utf-8")[:50_000]
     samples = windows(AutoTokenizer.from_pretrained(source)(text, return_tensors="pt")["input_ids"][0], 256, 2)
     model = AutoModelForCausalLM.from_pretrained(ours, trust_remote_code=True, dtype=torch.float32)
-    theirs = (read_by(file, [], ids[0], tmp_path / "logits.npy")[1][None] for ids in samples)
+    theirs = (read_by(file, [], ids[0], tmp_path / "logits.npy", cache)[1][None] for ids in samples)
     found = compare(lambda ids: model(ids).logits, lambda _: next(theirs), samples)
     print(f"{name}: perplexity {found.float_perplexity:.4f}, of llama.cpp {found.perplexity:.4f}, KL {found.kl:.6f}")
     assert found.perplexity == pytest.approx(found.float_perplexity, rel=0.01)

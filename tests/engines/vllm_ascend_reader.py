@@ -9,8 +9,6 @@ names of a Llama's linears, `load_weights` of its models, and the weight loaders
 parameter that was loaded, and what each linear computes of the inputs that lie in DIRECTORY.inputs.
 """
 
-import importlib.abc
-import importlib.machinery
 import sys
 import types
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from stand_ins import nothing, stand_in
 from torch import nn
 
 REAL = ("vllm_ascend", "vllm_ascend.quantization")
@@ -27,10 +26,6 @@ LINEARS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.do
 
 def _decorator(*_: Any, **__: Any) -> Any:
     return lambda decorated: decorated
-
-
-def _nothing(*_: Any, **__: Any) -> None:
-    return None
 
 
 def _set_weight_attrs(parameter: nn.Parameter, attributes: dict[str, Any]) -> None:
@@ -93,36 +88,8 @@ KNOWN = {
 }
 
 
-class StandIn(types.ModuleType):
-    """A module that has whatever it is asked for."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        if name == "logger":
-            return StandIn("logger")
-        if name not in KNOWN:
-            KNOWN[name] = type(name, (), {}) if name[:1].isupper() else _nothing
-        return KNOWN[name]
-
-
-class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds stand-ins for vLLM, torch_npu and what of vllm-ascend is not quantization."""
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        """The place of a stand-in; None of what is imported as it is."""
-        top = name.partition(".")[0]
-        is_real = name in REAL or name.startswith("vllm_ascend.quantization.")
-        if top not in ("vllm", "vllm_ascend", "torch_npu") or is_real:
-            return None
-        return importlib.machinery.ModuleSpec(name, self, is_package=True)
-
-    def create_module(self, spec: Any) -> types.ModuleType:
-        """A stand-in."""
-        return StandIn(spec.name)
-
-    def exec_module(self, module: types.ModuleType) -> None:
-        """There is nothing to run."""
+def _is_real(name: str) -> bool:
+    return name in REAL or name.startswith("vllm_ascend.quantization.")
 
 
 # What the operators compute, as torch_npu documents them.
@@ -170,16 +137,16 @@ def npu_weight_quant_batchmatmul(
 
 
 def _install(package: str) -> None:
-    sys.meta_path.insert(0, StandIns())
+    stand_in(("vllm", "vllm_ascend", "torch_npu"), _is_real, KNOWN)
     sys.path.insert(0, package)
     import torch_npu
 
     for operator in (npu_quant_matmul, npu_dynamic_quant, npu_weight_quant_batchmatmul):
         setattr(torch_npu, operator.__name__, operator)
-    stand_in = types.SimpleNamespace(
-        maybe_prefetch_attn_weight_preprocess=_nothing, maybe_prefetch_attn_weight_postprocess=_nothing
+    prefetch = types.SimpleNamespace(
+        maybe_prefetch_attn_weight_preprocess=nothing, maybe_prefetch_attn_weight_postprocess=nothing
     )
-    KNOWN["get_weight_prefetch_method"] = lambda: stand_in
+    KNOWN["get_weight_prefetch_method"] = lambda: prefetch
     torch.ops.vllm = types.SimpleNamespace(
         quantize=lambda x, scale, reciprocal, offset: npu_quantize(x, scale[: x.shape[-1]], offset[: x.shape[-1]])
     )

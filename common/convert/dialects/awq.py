@@ -7,15 +7,13 @@ import torch
 
 from ...runtime.checkpoint.files import TensorHeader
 from ...runtime.schemes.linear_scheme import W4A16
-from .dialect import NAMES, RUN, Dialect, Engine, Target
+from .dialect import PARSED, RUN, Dialect, Engine, Target
 from .directory import OctavoDirectory
 from .form import Form, LinearForm
 from .layouts.awq import awq_config, pack_awq
-from .word_layouts import group_of, serve_words, unsaid, write_words
+from .word_layouts import LMDEPLOY_GROUP, group_of, lmdeploy_command, serve_words, unsaid, write_words
 
 _IN_WORD = 8
-LMDEPLOY_GROUP = 128
-"""Input channels of the only groups that LMDeploy takes."""
 _INSTEAD = "--w_bit 4 --a_bit 16"
 
 
@@ -48,7 +46,7 @@ def _serve(form: Form, place: Path) -> list[str]:
     """See `Dialect`."""
     lines = serve_words(form, place)
     if group_of(form) == LMDEPLOY_GROUP:
-        lines.append(f"lmdeploy serve api_server {place} --model-format awq  # LMDeploy 0.18, on GPUs")
+        lines.append(lmdeploy_command(place, "awq"))
     return lines
 
 
@@ -57,8 +55,8 @@ AWQ = Dialect(
     about="W4A16 as AutoAWQ writes it, for vLLM, LMDeploy, SGLang and transformers",
     engines=(
         Engine("transformers", "5.24 with gptqmodel 7.7", RUN, "W4A16 in groups, by its own linears"),
-        Engine("vLLM", "0.32", NAMES, "W4A16 in groups; what the cache is in, by its own flag"),
-        Engine("LMDeploy", "0.18", NAMES, "W4A16 in groups of 128"),
+        Engine("vLLM", "0.32", RUN, "W4A16 in groups; what the cache is in, by its own flag"),
+        Engine("LMDeploy", "0.18", PARSED, "W4A16 in groups of 128"),
     ),
     check=_check,
     write=_write,

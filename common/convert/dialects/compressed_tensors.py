@@ -33,7 +33,7 @@ from .caches import (
     quantized_layers,
     why_not,
 )
-from .dialect import NAMES, RUN, Dialect, Engine, Target, native_settings, write_texts
+from .dialect import NAMES, PARSED, RUN, Dialect, Engine, Target, native_settings, write_texts
 from .directory import OctavoDirectory
 from .form import Form, LinearForm
 from .layouts.compressed_tensors import METHOD, pack_signed, pack_zero_points
@@ -274,6 +274,7 @@ COMPRESSED_TENSORS = Dialect(
             "all linears but those with zero points, which it makes no room for; fp8 KV scales",
             "K and V go through fp8 and stay in float: nothing is saved",
         ),
+        Engine("LMDeploy", "0.18", PARSED, "W4A16 in groups of 32 and 128"),
         Engine("SGLang", "0.5.23", NAMES, "the same linears; fp8 KV per tensor"),
         Engine("Huawei's Ascend-vLLM", "2025-12", NAMES, "int8 KV per channel"),
     ),

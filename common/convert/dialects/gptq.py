@@ -8,15 +8,27 @@ import torch
 
 from ...runtime.checkpoint.files import TensorHeader
 from ...runtime.schemes.linear_scheme import W4A16, W8A16
-from .dialect import NAMES, RUN, Dialect, Engine, Target
+from .dialect import PARSED, RUN, Dialect, Engine, Target
 from .directory import OctavoDirectory
 from .form import Form, LinearForm
 from .layouts.gptq import FIRST, SECOND, gptq_config, pack_gptq
 from .layouts.words import words_of
-from .word_layouts import group_of, layer_linears, serve_words, unsaid, write_words
+from .word_layouts import (
+    LMDEPLOY_GROUP,
+    group_of,
+    layer_linears,
+    lmdeploy_command,
+    serve_words,
+    unsaid,
+    write_words,
+)
 
 _BITS = {W4A16: 4, W8A16: 8}
 _WHOLE_WORDS = 8
+_ZEROS = (
+    "vLLM 0.32 and LMDeploy 0.18 take no zeros in this layout, transformers with gptqmodel does; "
+    "for them convert without --w_sym False, or write --format awq"
+)
 _INSTEAD = "--w_bit 4 --a_bit 16, or --w_bit 8 --a_bit 16"
 
 
@@ -62,20 +74,29 @@ def _write(directory: OctavoDirectory, target: Target) -> list[str]:
     def pack(name: str, codes: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor) -> dict[str, torch.Tensor]:
         return pack_gptq(codes, zeros, scales, bits, version)
 
-    return write_words(directory, target, config, _headers, pack)
+    notes = write_words(directory, target, config, _headers, pack)
+    return notes if symmetric else [*notes, _ZEROS]
 
 
 def _serve(form: Form, place: Path) -> list[str]:
     """See `Dialect`."""
-    return serve_words(form, place)
+    linears = layer_linears(form).values()
+    if not all(linear.symmetric for linear in linears):
+        return []
+    is_small = all(linear.label == W4A16 for linear in linears)
+    lines = serve_words(form, place, "" if is_small else ", on GPUs")
+    if is_small and group_of(form) == LMDEPLOY_GROUP:
+        lines.append(lmdeploy_command(place, "gptq"))
+    return lines
 
 
 GPTQ = Dialect(
     name="gptq",
-    about="W4A16 and W8A16 as GPTQModel writes them, for vLLM, SGLang and transformers",
+    about="W4A16 and W8A16 as GPTQModel writes them, for vLLM, LMDeploy, SGLang and transformers",
     engines=(
         Engine("transformers", "5.24 with gptqmodel 7.7", RUN, "W4A16 and W8A16, by its own linears"),
-        Engine("vLLM", "0.32", NAMES, "W4A16 and W8A16; what the cache is in, by its own flag"),
+        Engine("vLLM", "0.32", RUN, "W4A16 without zeros, W8A16 on GPUs; what the cache is in, by its own flag"),
+        Engine("LMDeploy", "0.18", PARSED, "W4A16 without zeros, in groups of 128"),
     ),
     check=_check,
     write=_write,

@@ -14,7 +14,7 @@ from ...runtime.schemes.linear_scheme import FP8, FP8_DYNAMIC
 from ..output.writer import write_json
 from .caches import FLOAT, FP8_TENSOR, kind_of
 from .compressed_tensors import split_units
-from .dialect import NAMES, Dialect, Engine, Target, native_settings, write_texts
+from .dialect import NAMES, RUN, Dialect, Engine, Target, native_settings, write_texts
 from .directory import OctavoDirectory
 from .form import Form, LinearForm
 from .plain import check_static, static_pairs
@@ -114,7 +114,7 @@ MODELOPT = Dialect(
     name="modelopt",
     about="hf_quant_config.json, for TensorRT-LLM and vLLM: fp8 linears and fp8 KV cache",
     engines=(
-        Engine("vLLM", "0.32", NAMES, "fp8 linears, fp8 KV per tensor"),
+        Engine("vLLM", "0.32", RUN, "fp8 linears, fp8 KV per tensor"),
         Engine("TensorRT-LLM", "1.x", NAMES, "the same; its PyTorch backend takes 1 for scales of fp8 KV"),
     ),
     check=_check,

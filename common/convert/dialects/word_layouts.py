@@ -19,6 +19,8 @@ from .directory import OctavoDirectory
 from .form import Form, LinearForm
 from .tensor_plan import TensorPlan
 
+LMDEPLOY_GROUP = 128
+"""Input channels of the only groups that LMDeploy takes."""
 Pack = Callable[[str, torch.Tensor, torch.Tensor, torch.Tensor], dict[str, torch.Tensor]]
 """From a name, codes `[N, K]`, zeros and scales `[N, G]` to tensors by the ends of their names."""
 
@@ -147,10 +149,15 @@ def write_words(
     return notes
 
 
-def serve_words(form: Form, place: Path) -> list[str]:
-    """The command that serves it with vLLM."""
+def lmdeploy_command(place: Path, model_format: str) -> str:
+    """The command that serves groups of `LMDEPLOY_GROUP` with LMDeploy."""
+    return f"lmdeploy serve api_server {place} --model-format {model_format}  # LMDeploy 0.18, on GPUs"
+
+
+def serve_words(form: Form, place: Path, where: str = "") -> list[str]:
+    """The command that serves it with vLLM; `where` says on which devices alone."""
     if kind_of(form, ONLINE_DTYPES) == FLOAT:
-        return [f"vllm serve {place}  # vLLM 0.32, on GPUs"]
+        return [f"vllm serve {place}  # vLLM 0.32{where}"]
     dtype = online_name(quantized_layers(form)[0], ONLINE_DTYPES)
     floats = form.float_layers()
     skipped = f" --kv-cache-dtype-skip-layers {' '.join(map(str, floats))}" if floats else ""

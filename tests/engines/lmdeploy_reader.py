@@ -69,8 +69,7 @@ def _engine() -> Any:
 
 def main(package: str, directory: str, out: str) -> None:
     """See the module."""
-    stand_in(("lmdeploy",), lambda name: name in REAL, KNOWN)
-    sys.path.insert(0, package)
+    stand_in(package, ("lmdeploy",), lambda name: name in REAL, KNOWN)
     torch.Tensor.cuda = lambda tensor: tensor
     from lmdeploy.turbomind import converter
     from lmdeploy.turbomind.builders.linear import _build_linear

@@ -8,6 +8,7 @@ import importlib.machinery
 import sys
 import types
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any
 
 
@@ -37,14 +38,18 @@ class StandIn(types.ModuleType):
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Finds stand-ins for all modules of some packages but the real ones."""
 
-    def __init__(self, packages: Collection[str], is_real: Callable[[str], bool], known: dict[str, Any]) -> None:
-        self._packages, self._is_real, self._known = packages, is_real, known
+    def __init__(
+        self, packages: Collection[str], is_real: Callable[[str], bool], known: dict[str, Any], root: str
+    ) -> None:
+        self._packages, self._is_real, self._known, self._root = packages, is_real, known, root
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         """The place of a stand-in; None of what is imported as it is."""
         if name.partition(".")[0] not in self._packages or self._is_real(name):
             return None
-        return importlib.machinery.ModuleSpec(name, self, is_package=True)
+        spec = importlib.machinery.ModuleSpec(name, self, is_package=True)
+        spec.submodule_search_locations = [str(Path(self._root, *name.split(".")))]
+        return spec
 
     def create_module(self, spec: Any) -> types.ModuleType:
         """A stand-in."""
@@ -54,12 +59,14 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         """There is nothing to run."""
 
 
-def stand_in(packages: Collection[str], is_real: Callable[[str], bool], known: dict[str, Any]) -> None:
-    """From now on, import stand-ins.
+def stand_in(root: str, packages: Collection[str], is_real: Callable[[str], bool], known: dict[str, Any]) -> None:
+    """From now on, import stand-ins, and real modules below them from a folder.
 
     Args:
+        root: where the wheel was unpacked.
         packages: top-level names.
         is_real: whether a module, by its whole name, is imported as it is.
         known: what is more than an empty class or a function that does nothing, by its name, in any module.
     """
-    sys.meta_path.insert(0, _Finder(packages, is_real, known))
+    sys.meta_path.insert(0, _Finder(packages, is_real, known, root))
+    sys.path.insert(0, root)

@@ -137,8 +137,7 @@ def npu_weight_quant_batchmatmul(
 
 
 def _install(package: str) -> None:
-    stand_in(("vllm", "vllm_ascend", "torch_npu"), _is_real, KNOWN)
-    sys.path.insert(0, package)
+    stand_in(package, ("vllm", "vllm_ascend", "torch_npu"), _is_real, KNOWN)
     import torch_npu
 
     for operator in (npu_quant_matmul, npu_dynamic_quant, npu_weight_quant_batchmatmul):

@@ -2,13 +2,11 @@
 
 import json
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 from octavo import OctavoError
 from octavo.common.convert.api import main as convert_main
@@ -21,8 +19,6 @@ from ....support import assert_one_error_line, convert_flags, quantized_tensors,
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 W4, W8 = ("--quantization", "w4a16", "--group_size", "32"), ("--quantization", "w8a16", "--group_size", "32")
-OF_HALF = 0.02
-"""Largest difference of logits, in their standard deviation, where linears compute in half precision."""
 KINDS = {
     "awq": ("awq", W4),
     "awq with zeros": ("awq", (*W4, "--w_sym", "False")),
@@ -48,31 +44,6 @@ def test_a_round_trip_changes_no_bit(name: str, converted: Callable[..., Path], 
     with torch.inference_mode():
         expected, found = (model.eval()(ids).logits for model in models)
     assert torch.equal(expected, found)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # of optimum
-@pytest.mark.parametrize("name", KINDS)
-def test_transformers_loads_the_same_model(name: str, converted: Callable[..., Path], tmp_path: Path) -> None:
-    """By gptqmodel, whose linears compute in half precision."""
-    if find_spec("gptqmodel") is None:
-        pytest.skip("no gptqmodel: pip install gptqmodel optimum")
-    dialect, flags = KINDS[name]
-    path = converted(*flags)
-    rewrite(RewriteRequest(path, tmp_path / "out", dialect))
-    theirs, info = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "out", dtype=torch.float32, device_map="cpu", output_loading_info=True
-    )
-    assert not any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert type(theirs.model.layers[0].mlp.up_proj).__module__.startswith("gptqmodel")
-    ours = ARCHITECTURE.model_class.from_pretrained(path, dtype=torch.float32).eval()
-    for module in ours.modules():
-        if hasattr(module, "cpu_activations"):
-            module.cpu_activations = "float"
-    ids = random_ids(1, 24)
-    with torch.no_grad():
-        expected, found = ours(ids).logits, theirs(ids).logits.float()
-    assert (found - expected).abs().max() < OF_HALF * expected.std()
 
 
 def test_config_and_tensors_are_those_of_the_format(converted: Callable[..., Path], tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ BASE ?= HEAD
 # What bench-engines compares with, on which models and texts, and further flags of benchmarks/engines.py.
 ENGINES ?= openvino llama_cpp vllm
 # Those that test-engines lets load what is written for them.
-TESTED ?= llama_cpp vllm gptqmodel lmdeploy_0.18.0 vllm_ascend_0.23.0 vllm_ascend_0.25.1rc1
+TESTED ?= llama_cpp vllm gptqmodel sglang lmdeploy_0.18.0 vllm_ascend_0.23.0 vllm_ascend_0.25.1rc1
 # Those of them that test-engines-reported makes: they install in under 3 minutes together.
-LIGHT ?= gptqmodel lmdeploy_0.18.0 vllm_ascend_0.23.0 vllm_ascend_0.25.1rc1
+LIGHT ?= gptqmodel sglang lmdeploy_0.18.0 vllm_ascend_0.23.0 vllm_ascend_0.25.1rc1
 ENGINE_STAMPS := $(ENGINES:%=.cache/engines/%/.installed)
 MODELS ?=
 EVAL ?=
@@ -113,8 +113,8 @@ endif
 	$(@D)/bin/python -m pip --disable-pip-version-check install --no-deps --requirement $<
 	touch $@
 
-# GPTQModel needs the torch and transformers of .venv beside it.
-.cache/engines/gptqmodel/.installed: benchmarks/engines/gptqmodel.txt
+# These need the torch and transformers of .venv beside them.
+.cache/engines/gptqmodel/.installed .cache/engines/sglang/.installed: .cache/engines/%/.installed: benchmarks/engines/%.txt
 	$(BIN)/python -m pip --disable-pip-version-check install --no-deps --upgrade --target $(@D) --requirement $<
 	touch $@
 

@@ -56,6 +56,7 @@ AWQ = Dialect(
     engines=(
         Engine("transformers", "5.24 with gptqmodel 7.7", RUN, "W4A16 in groups, by its own linears"),
         Engine("vLLM", "0.32", RUN, "W4A16 in groups; what the cache is in, by its own flag"),
+        Engine("SGLang", "0.5.23", PARSED, "W4A16 in groups"),
         Engine("LMDeploy", "0.18", PARSED, "W4A16 in groups of 128"),
     ),
     check=_check,

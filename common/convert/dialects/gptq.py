@@ -26,7 +26,7 @@ from .word_layouts import (
 _BITS = {W4A16: 4, W8A16: 8}
 _WHOLE_WORDS = 8
 _ZEROS = (
-    "vLLM 0.32 and LMDeploy 0.18 take no zeros in this layout, transformers with gptqmodel does; "
+    "vLLM 0.32, SGLang 0.5.23 and LMDeploy 0.18 take no zeros in this layout, transformers with gptqmodel does; "
     "for them convert without --w_sym False, or write --format awq"
 )
 _INSTEAD = "--w_bit 4 --a_bit 16, or --w_bit 8 --a_bit 16"
@@ -96,6 +96,7 @@ GPTQ = Dialect(
     engines=(
         Engine("transformers", "5.24 with gptqmodel 7.7", RUN, "W4A16 and W8A16, by its own linears"),
         Engine("vLLM", "0.32", RUN, "W4A16 without zeros, W8A16 on GPUs; what the cache is in, by its own flag"),
+        Engine("SGLang", "0.5.23", PARSED, "W4A16 without zeros"),
         Engine("LMDeploy", "0.18", PARSED, "W4A16 without zeros, in groups of 128"),
     ),
     check=_check,

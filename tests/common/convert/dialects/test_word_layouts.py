@@ -66,7 +66,7 @@ def test_config_and_tensors_are_those_of_the_format(converted: Callable[..., Pat
 def test_zeros_of_gptq_have_no_command_of_vllm(converted: Callable[..., Path], tmp_path: Path) -> None:
     lines = rewrite(RewriteRequest(converted(*W4, "--w_sym", "False"), tmp_path / "out", "gptq"))
     assert not any("vllm serve" in line for line in lines)
-    assert any("vLLM 0.32 and LMDeploy 0.18 take no zeros in this layout" in line for line in lines)
+    assert any("vLLM 0.32, SGLang 0.5.23 and LMDeploy 0.18 take no zeros in this layout" in line for line in lines)
 
 
 def test_a_zero_that_is_the_lowest_code_takes_the_second_version(

@@ -126,12 +126,17 @@ def _chunks(arguments: dict[str, Any], size: int) -> Iterator[dict[str, Any]]:
         yield chunk
 
 
+def tokens_of_chunk(batch: int) -> int:
+    """Tokens of a chunk in each sequence of a batch."""
+    return max(SHORTEST_CHUNK, CHUNK // max(1, batch) // SHORTEST_CHUNK * SHORTEST_CHUNK)
+
+
 def chunk_size(base: nn.Module, arguments: dict[str, Any]) -> int:
     """Tokens of a chunk of a pass in each sequence; 0 where it goes whole."""
     given = _given(arguments)
     if not isinstance(given, torch.Tensor) or given.dim() < 2 or given.shape[1] <= SHORTEST_CHUNK:
         return 0
-    size = max(SHORTEST_CHUNK, CHUNK // max(1, given.shape[0]) // SHORTEST_CHUNK * SHORTEST_CHUNK)
+    size = tokens_of_chunk(given.shape[0])
     return 0 if given.shape[1] <= size or _goes_whole(base, arguments, given.shape[1]) else size
 
 

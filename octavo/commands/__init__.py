@@ -17,6 +17,7 @@ COMMANDS = {
     "info": "say what a directory or hub id holds, and what can be done with it",
     "schemes": "list how K and V can be stored, and when to choose which",
     "presets": "list sets of flags of a conversion by name, and what each is for",
+    "plan": "say what memory a model takes with each scheme, and what fits",
     "doctor": "say from weights alone which schemes a model bears, and recommend one",
     "rewrite": "write a converted directory in the format of an engine",
     "refresh": "put today's code into a directory that an older version converted",

@@ -111,7 +111,8 @@ def cache_size(
         batch: B.
         dtype: of the model's states, in which a cache of floats keeps them; windows and sinks are in 16 bits.
         crop_room: as of `QuantizedCache`.
-        settles: whether `kept` of layers that slide may be that of fewer tokens, which is quicker; `allocated` is exact.
+        settles: whether `kept` of layers that slide may be that of fewer tokens, which is quicker; `allocated` is
+            exact.
     """
     config = config.get_text_config(decoder=True)
     windows, sizes = sliding_windows(config), attention_sizes(config)

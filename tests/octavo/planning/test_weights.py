@@ -88,8 +88,9 @@ def test_planned_floats_are_the_checkpoint(tied: bool, sources: dict[bool, Path]
 
 def stated_config(architecture: Architecture, **sizes: Any) -> PreTrainedConfig:
     """A tiny config of an architecture."""
-    settings = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-                "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": None, **sizes}  # fmt: skip
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    widths = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    settings = {**widths, **heads, "pad_token_id": None, **sizes}
     return architecture.model_class.config_class(**settings)
 
 

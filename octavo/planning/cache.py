@@ -7,6 +7,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from transformers import PreTrainedConfig
@@ -17,6 +18,7 @@ from ..common.runtime.checkpoint.buffers import constant_shapes
 from ..common.runtime.model_sizes import attention_sizes
 from ..common.runtime.passes import tokens_of_chunk
 from ..common.runtime.schemes.kv_scheme import CROP_ROOM, Scheme
+from ..common.runtime.schemes.tensor_codec import Codec
 from ..common.runtime.static_scales import LayerScales
 
 
@@ -60,13 +62,13 @@ def _empty_scales(scheme: Scheme, sizes: tuple[int, int, int]) -> tuple[LayerSca
     return LayerScales(key, value, parts.get("query_scale"), *levels), _bytes(parts.values())
 
 
-def _passes(scheme: Scheme, tokens: int, batch: int, window: int | None) -> list[int]:
+def _passes(scheme: Scheme, tokens: int, batch: int, window: int | None) -> tuple[int, ...]:
     """Tokens of the passes in which a prompt comes: chunks matter to layers that slide, whose storage forgets."""
     if window is None or scheme.prefill == "float" or scheme.smooth_key:
-        return [tokens]
+        return (tokens,)
     chunk = tokens_of_chunk(batch)
     whole, rest = divmod(tokens, chunk)
-    return [chunk] * whole + [rest] * bool(rest)
+    return (chunk,) * whole + (rest,) * bool(rest)
 
 
 def _settled(tokens: int, batch: int, capacity: int) -> int:
@@ -76,10 +78,22 @@ def _settled(tokens: int, batch: int, capacity: int) -> int:
     return tokens - max(0, spare) // chunk * chunk
 
 
+def _plain_rule(codec: Codec | None) -> Codec | None:
+    """A codec whose scales follow from the values as quickly as may be, which changes none of their sizes."""
+    return codec if codec is None or codec.rule == "range" else dataclasses.replace(codec, rule="range")
+
+
+@lru_cache(maxsize=4096)
 def _layer_size(
-    scheme: Scheme, window: int | None, sizes: tuple[int, int, int], passes: list[int], dtype: torch.dtype, room: int
+    scheme: Scheme,
+    window: int | None,
+    sizes: tuple[int, int, int],
+    passes: tuple[int, ...],
+    dtype: torch.dtype,
+    room: int,
 ) -> CacheSize:
     """The size of one layer of one sequence behind some passes."""
+    scheme = dataclasses.replace(scheme, key=_plain_rule(scheme.key), value=_plain_rule(scheme.value))
     _, kv_heads, head_dim = sizes
     scales, constants = _empty_scales(scheme, sizes)
     layer = QuantizedLayer(scheme, scales, None, torch.empty(head_dim // 2, device="meta"), room, window)

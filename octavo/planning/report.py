@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..common.command import DEVICES, add_place, aligned
-from ..common.convert.flags import RECIPES, recipe_fields
+from ..common.convert.flags import recipe_fields
+from ..common.convert.presets import RECIPES, check_preset
 from ..common.convert.request import LINEAR_NAMES, linear_scheme_of
 from ..common.errors import OctavoError
 from ..common.runtime.schemes.kv_scheme import PRESETS
@@ -30,20 +31,36 @@ def _number(text: str) -> int:
     return value
 
 
+def _preset(text: str) -> str:
+    try:
+        return check_preset(text)
+    except OctavoError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Let a parser take what is planned."""
     add_place(parser, "MODEL", "directory, config.json or hub id of a float model; no weight is read or fetched")
     add = parser.add_argument
+    parser.usage = f"{parser.prog} MODEL [--context TOKENS ...] [--memory SIZE] [other flags]"
     about = f"tokens of each sequence, one or several (default {DEFAULT_CONTEXT})"
     add("--context", type=_number, nargs="+", default=[DEFAULT_CONTEXT], metavar="TOKENS", help=about)
     add("--batch", type=_number, default=1, metavar="SEQUENCES", help="sequences at once (default 1)")
-    add("--memory", help="what there is, as 24GB (10^9 bytes each) or 24GiB (2^30); default: all of this machine's")
+    add(
+        "--memory",
+        metavar="SIZE",
+        help="what there is, as 24GB (10^9 bytes each) or 24GiB (2^30); default: all of this machine's",
+    )
     about = "of the KV cache: names, JSON files, or all; default: a short list"
     add("--schemes", nargs="+", metavar="NAME", help=about)
-    add("--preset", choices=RECIPES, help="how `octavo convert` makes the weights; default: they stay in float")
-    add("--quantization", choices=tuple(LINEAR_NAMES), help="the same by the kind of the linears")
-    add("--device_type", choices=DEVICES, default="cpu", help="where it is to run (default cpu)")
-    add("--unit", choices=tuple(UNITS), default=DEFAULT_UNIT, help=f"of the sizes printed (default {DEFAULT_UNIT})")
+    about = f"how `octavo convert` makes the weights, which else are floats: {', '.join(RECIPES)}"
+    add("--preset", type=_preset, metavar="NAME", help=about)
+    about = f"the same by the kind of the linears: {', '.join(LINEAR_NAMES)}"
+    add("--quantization", choices=tuple(LINEAR_NAMES), metavar="NAME", help=about)
+    about = f"where it is to run: {', '.join(DEVICES)} (default {DEVICES[0]})"
+    add("--device_type", choices=DEVICES, default=DEVICES[0], metavar="NAME", help=about)
+    about = f"of the sizes printed: {', '.join(UNITS)} (default {DEFAULT_UNIT})"
+    add("--unit", choices=tuple(UNITS), default=DEFAULT_UNIT, metavar="NAME", help=about)
     add("--json", action="store_true", help="print data, in bytes, instead of tables")
     add("--plot", type=Path, metavar="FILE", help="also draw memory against batch and context (svg, png, pdf)")
 

@@ -10,11 +10,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from octavo import ConvertRequest, LinearScheme, convert
+from octavo import ConvertRequest, convert
 from octavo.common.convert.flags import recipe_fields
 from octavo.planning.model import read_model
 from octavo.planning.peak import TOKENIZER_BYTES, held_bytes, pass_bytes, peak_of, process_bytes, resident_bytes
 from octavo.planning.table import TRANSFORMERS, Planner
+from octavo.planning.weights import header_bytes
 
 from ...support import REPOSITORY, TEXTS, tiny_config
 from .test_table import OF_7B, planner_of
@@ -53,19 +54,14 @@ def test_experts_count_as_often_as_a_token_goes_to_some() -> None:
 
 def test_the_cpu_holds_less_than_the_files_and_an_accelerator_the_same(tmp_path: Path) -> None:
     sizes = {**OF_7B, "num_hidden_layers": 1}
-    for name, parts in (("eight-bit", 1), ("memory-first", 2)):
+    for name, kept_of_zeros, kept_of_scales in (("eight-bit", 0, 1), ("four-bit", 0.5, 0.5)):
         fields = recipe_fields(name)
-        weights = planner_of(tmp_path, fields, **sizes).weights("float")
-        scales = sum(h.shape[0] * h.shape[1] * 4 for n, h in weights.headers.items() if n.endswith("weight_offset"))
-        spared = weights.nbytes - held_bytes(weights, fields["linear"], "cpu")
-        assert spared >= scales * parts * 0.5 * parts
-        assert held_bytes(weights, fields["linear"], "cuda") == weights.nbytes
-        assert held_bytes(weights, None, "cpu") == weights.nbytes
-    symmetric = LinearScheme("W8A16", group_size=32)
-    zeros = held_bytes(weights, LinearScheme("W8A16", 32, symmetric=False), "cpu") - held_bytes(
-        weights, symmetric, "cpu"
-    )
-    assert zeros == scales
+        weights, linear = planner_of(tmp_path, fields, **sizes).weights("float"), fields["linear"]
+        zeros = sum(header_bytes(header) for part, header in weights.headers.items() if part.endswith("weight_offset"))
+        scales = sum(header_bytes(header) for part, header in weights.headers.items() if part.endswith("weight_scale"))
+        spared = zeros * (1 - kept_of_zeros) + scales * (1 - kept_of_scales)
+        assert 0 < spared == weights.nbytes - held_bytes(weights, linear, "cpu")
+        assert held_bytes(weights, linear, "cuda") == weights.nbytes == held_bytes(weights, None, "cpu")
 
 
 def test_the_process_counts_what_it_has_imported_and_the_tokenizer() -> None:

@@ -98,4 +98,4 @@ def test_a_model_that_transformers_does_not_know_is_planned_without_its_weights(
     row = planner.row("int8-token", 2048, 1)
     assert row.weights is None and row.peak.weights == 0 and row.cache.kept == 2048 * row.token_bytes
     with pytest.raises(OctavoError, match=r"model_type 'internlm' is none that Octavo converts; leave out --preset"):
-        planner_of(tmp_path, recipe_fields("balanced"), **{**OF_7B, "model_type": "internlm"}).weights("float")
+        planner_of(tmp_path, recipe_fields("smallest"), **{**OF_7B, "model_type": "internlm"}).weights("float")

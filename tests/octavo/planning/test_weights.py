@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from octavo import ConvertRequest, OctavoError, convert
 from octavo.common.architecture import Architecture, load_architecture
-from octavo.common.convert.flags import RECIPES, recipe_fields
+from octavo.common.convert.flags import recipe_fields
+from octavo.common.convert.presets import RECIPES
 from octavo.common.convert.request import LINEAR_NAMES
 from octavo.common.convert.source.config import load_source_config
 from octavo.common.runtime.checkpoint.files import read_json
@@ -65,7 +66,7 @@ def plan_of(source: Path, fields: dict[str, Any]) -> Weights:
 
 
 @pytest.mark.parametrize(
-    ("name", "tied"), [*((name, False) for name in REQUESTS), ("float", True), ("balanced", True), ("head too", True)]
+    ("name", "tied"), [*((name, False) for name in REQUESTS), ("float", True), ("smallest", True), ("head too", True)]
 )
 def test_planned_tensors_are_those_that_a_conversion_writes(
     name: str, tied: bool, sources: dict[bool, Path], tmp_path: Path

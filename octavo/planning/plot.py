@@ -55,7 +55,7 @@ def draw(
     """
     pyplot = _pyplot()
     titles = {"sequences": f"{context:,} tokens each", "tokens": f"batch {batch}"}
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=False, layout="constrained")
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
     for axis, (what, (numbers, lines)) in zip(axes, series(planner, names, context, batch).items(), strict=True):
         for name, values in lines.items():
             axis.plot(numbers, [value / unit.bytes for value in values], label=name)
@@ -63,7 +63,7 @@ def draw(
             axis.axhline(memory / unit.bytes, color="black", linestyle="--", linewidth=1, label=unit.text(memory))
         axis.set(xlabel=what, ylabel=f"peak of a run, {unit.name}", title=titles[what], ylim=(0, None))
         axis.grid(alpha=0.3)
-    axes[0].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     figure.suptitle(planner.model.name)
     try:
         figure.savefig(file)

@@ -102,7 +102,7 @@ def load_converted(architecture: Architecture, directory: Path, device: str) -> 
     Raises:
         OctavoError: it is none of this architecture, or is damaged.
     """
-    model = _loaded(architecture.model_class, directory).to(device)
+    model = _loaded(architecture.model_class, directory, device)
     return Speaker(model, load_tokenizer(directory, {}, False), model.scheme, model.new_cache)
 
 
@@ -122,7 +122,7 @@ def load_stock(directory: Path, scheme: str, statistics: Path | None, device: st
             f"--scheme {scheme}: its scales come from calibration; give --statistics FILE, which --save_statistics of "
             f"a conversion writes, or convert the model"
         )
-    model = prepare(_loaded(AutoModelForCausalLM, directory).to(device))
+    model = prepare(_loaded(AutoModelForCausalLM, directory, device))
 
     def new_cache() -> QuantizedCache:
         return QuantizedCache(model.config, found, statistics=statistics)
@@ -130,12 +130,14 @@ def load_stock(directory: Path, scheme: str, statistics: Path | None, device: st
     return Speaker(model, load_tokenizer(directory, {}, False), found, new_cache)
 
 
-def _loaded(model_class: Any, directory: Path) -> Any:
+def _loaded(model_class: Any, directory: Path, device: str) -> Any:
     try:
         # code of others in a directory is neither run nor asked about
-        return model_class.from_pretrained(directory, trust_remote_code=False).eval()
+        model = model_class.from_pretrained(directory, trust_remote_code=False).eval()
     except (OSError, RuntimeError, StrictDataclassError) as error:
         raise OctavoError(f"--model_path {directory}: cannot be loaded ({first_line(error)})") from None
+    # moving to where it is would unpack all weights, and so need room for them twice
+    return model if model.device.type == device else model.to(device)
 
 
 def _report(speaker: Speaker, cache: Any, new_tokens: int, seconds: float) -> None:

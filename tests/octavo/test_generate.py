@@ -14,7 +14,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from octavo import QuantizedCache
-from octavo.generate import _common_length, _keep, main
+from octavo.common.runtime.packed_weight import PackedWeight
+from octavo.generate import _common_length, _keep, load_converted, main
 from octavo.models.llama3 import ARCHITECTURE
 from octavo.models.llama3.modeling_llama_fa3 import LlamaForCausalLM
 
@@ -161,6 +162,12 @@ def test_a_prompt_is_continued(converted: Callable[..., Path], capsys: pytest.Ca
     stored = expected.shape[1] - 1
     report = captured.err.splitlines()[-1]
     assert f"KV cache of {stored} tokens: {stored * 192:,} bytes" in report and f"{stored * 768:,} in float32" in report
+
+
+def test_weights_that_are_where_they_run_stay_packed(converted: Callable[..., Path]) -> None:
+    model = load_converted(ARCHITECTURE, converted("--quantization", "w8a16", "--group_size", "32"), "cpu").model
+    linears = [module for module in model.modules() if isinstance(module, PackedWeight)]
+    assert linears and all(linear._panels is not None for linear in linears)
 
 
 def chat(monkeypatch: pytest.MonkeyPatch, directory: Path, messages: list[str]) -> int:

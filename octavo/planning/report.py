@@ -107,7 +107,9 @@ def _notes(model: PlannedModel, device: str, memory: int | None) -> list[str]:
     else:
         notes.append(f"peak: of what PyTorch allocates on {device}; the context of its driver comes on top")
     notes.append(f"{TRANSFORMERS}: the float model with its own cache, which takes a prompt in one pass")
-    if memory is not None and most:
+    if memory is None:
+        notes.append(f"nothing here says how much memory {device} has: give --memory for what fits")
+    elif most:
         notes.append(f"the model is made for {most:,} tokens; the longest context is what fits, not what it bears")
     if "quantization_config" in model.settings:
         notes.append("weights count as if they were floats: quantization_config is not planned for")

@@ -57,7 +57,7 @@ def test_every_package_of_the_tree_is_installed() -> None:
         for file in REPOSITORY.glob(f"{root}/**/__init__.py")
     ]
     found = {folder.relative_to(REPOSITORY).as_posix().replace("/", ".") for folder in roots}
-    wanted = {"octavo" if name == "octavo" else f"octavo.{name}" for name in found}
+    wanted = {name if name.split(".")[0] == "octavo" else f"octavo.{name}" for name in found}
     assert set(settings["packages"]) == wanted
     models = {f"octavo.{name}" for name in found if name.startswith("models.")}
     assert models <= set(settings["package-dir"])

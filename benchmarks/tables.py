@@ -23,7 +23,7 @@ from octavo.common.convert.flag_values import ACT_METHOD_NAMES
 from octavo.common.runtime.cache.sizes import kv_bits_per_element, kv_bytes_per_token
 from octavo.common.runtime.schemes.kv_scheme import CROP_ROOM, PRESETS, load_scheme
 from octavo.common.runtime.schemes.linear_scheme import W8A8
-from octavo.common.runtime.schemes.tensor_codec import Codec
+from octavo.wording import codec_words
 
 ROOT = Path(__file__).parents[1]
 QUALITY_MODEL = "smollm2-135m"
@@ -128,16 +128,6 @@ def results_table() -> str:
     )
 
 
-def _described(codec: Codec | None) -> str:
-    """A codec in a few words."""
-    if codec is None:
-        return "float"
-    group = f" x {codec.group_size}" if codec.group_size else ""
-    kind = "" if codec.symmetric else ", affine"
-    levels = "" if codec.levels == "uniform" else f", {codec.levels} levels"
-    return f"{codec.dtype} per {codec.granularity}{group}{kind}{levels}"
-
-
 def _scores(row: Row | None) -> tuple[str, str, str]:
     """KL, change of the perplexity in percent, and share of equal first choices."""
     if row is None:
@@ -177,7 +167,7 @@ def schemes_table() -> str:
         scheme = load_scheme(name)
         needs = "yes" if scheme.is_static else ""
         stored = f"{kv_bits_per_element(LlamaConfig(**SHAPES[SPEED_MODEL]), scheme, crop_room=CROP_ROOM):.2f}"
-        row = (f"`{name}`", _described(scheme.key), _described(scheme.value), needs)
+        row = (f"`{name}`", codec_words(scheme.key), codec_words(scheme.value), needs)
         bits, *scores = _scored(found, FLOAT_WEIGHTS + name)
         rows.append((*row, bits, stored, *scores))
         if any(FLOAT_WEIGHTS + name + UNFOLDED in quality for quality in found):

@@ -1,7 +1,7 @@
 """What the shared scripts need to know of an architecture; each `models/` folder states one."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from .errors import OctavoError
 from .runtime.decoder import STATED, Decoder, check_anatomy, state_decoder, stated_decoder
 
 REPOSITORY = Path(__file__).parents[1]
+LEAST_SHARE = 0.5
+"""Of the names of settings of two kinds of models together, those that both have, where they are told to be near."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,27 @@ def stated_architectures(models: Path = REPOSITORY / "models") -> dict[str, str]
     """Folder under `models/` by the model_type that it converts, as the folders state it; none is imported."""
     texts = [file.read_text(encoding="utf-8") for file in sorted(models.glob("*/__init__.py"))]
     return {model_type: name for text in texts for name, model_type in _STATED.findall(text)}
+
+
+def nearest_stated(settings: Mapping[str, Any]) -> str:
+    """Which model_type of the zoo another one comes nearest to, by the names of its settings, as the end of a message.
+
+    Args:
+        settings: the config.json of a model that the zoo does not serve.
+
+    Returns:
+        the nearest, and up to three settings that it does not have; nothing if it shares less than half of them.
+    """
+    base, classes = PreTrainedConfig().to_dict().keys(), {name: CONFIG_MAPPING[name] for name in stated_architectures()}
+    own = settings.keys() - base
+    known = {name: {*kind().to_dict(), *kind.attribute_map} - base for name, kind in classes.items()}
+    shares = {name: len(own & keys) / max(1, len(own | keys)) for name, keys in known.items()}
+    name = max(shares, key=shares.__getitem__)
+    if shares[name] < LEAST_SHARE:
+        return ""
+    others = sorted(own - known[name])[:3]
+    lacks = f", which has no {', '.join(others)}" if others else ""
+    return f"; by its settings it comes nearest to {name!r}{lacks}"
 
 
 def refuse_around(config: Path, model_type: Any) -> None:

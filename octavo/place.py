@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .common.command import add_place
-from .common.convert.source.checkpoint import check_device, find_source
+from .common.convert.source.checkpoint import PATTERNS, check_device, find_source
 from .common.convert.source.config import chosen_architecture
 from .common.errors import OctavoError
 from .common.runtime.checkpoint.ascend import DESCRIPTION_FILE
@@ -40,16 +40,17 @@ class Place:
         return str(found.get("quant_method")) if isinstance(found, dict) else None
 
 
-def find_place(model_path: str, with_code: bool = False) -> Place:
+def find_place(model_path: str, with_code: bool = False, with_weights: bool = True) -> Place:
     """A checkpoint by its directory or hub id, fetched if need be, as transformers' offline switches allow.
 
     Args:
         with_code: whether to fetch code that comes with it, too.
+        with_weights: whether to fetch more than its JSON.
 
     Raises:
         OctavoError: there is none, or it has no config.json that can be read.
     """
-    directory = find_source(model_path, with_code)
+    directory = find_source(model_path, with_code, PATTERNS if with_weights else ("*.json",))
     if not (directory / CONFIG_FILE).is_file():
         raise OctavoError(f"{model_path}: holds no {CONFIG_FILE}, so it is no checkpoint; give one that has it")
     return Place(directory, read_json(directory / CONFIG_FILE))

@@ -33,7 +33,8 @@ MOST_USED = (
 """Flags that most need, for a help that fits a screen."""
 
 
-def _preset(text: str) -> str:
+def preset_name(text: str) -> str:
+    """The `type` of a flag that takes the name of a preset."""
     try:
         return check_preset(text)
     except OctavoError as error:
@@ -50,7 +51,7 @@ def add_paths(parser: argparse.ArgumentParser) -> None:
 def _add_outputs(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("what is written").add_argument
     about = "a set of flags, which others take the place of: one of"
-    add("--preset", type=_preset, metavar="NAME", help=f"{about} {', '.join(RECIPES)}")
+    add("--preset", type=preset_name, metavar="NAME", help=f"{about} {', '.join(RECIPES)}")
     about = "what the scripts here and transformers run, or as an engine reads it: one of"
     named = f"{about} {', '.join(FORMATS)}"
     add("--format", type=format_named, choices=FORMATS, default=OWN_FORMAT, metavar="NAME", help=named)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 
 from ..common.runtime.cache.quantized_cache import QuantizedCache
 from ..common.runtime.compatibility import cache_argument
@@ -76,12 +76,14 @@ def resident_bytes() -> int:
 
 
 def process_bytes(config: PreTrainedConfig) -> int:
-    """Bytes of this process once a model of a config's class has generated, as small as such models come.
+    """Bytes of a run's process before it has any weights, and of its tokenizer.
 
-    What is imported, compiled and set up on the way is what a run needs before it has any weights.
+    Those of this process, once a Llama as small as they come has generated in it: what is imported, compiled and set
+    up on the way is what a run needs, too.
+
+    Args:
+        config: of the model, whose vocabulary counts.
     """
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     tiny = LlamaConfig(
         vocab_size=8,
         hidden_size=32,

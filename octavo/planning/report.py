@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..common.command import DEVICES, add_place, aligned
+from ..common.convert.flag_groups import preset_name
 from ..common.convert.flags import recipe_fields
-from ..common.convert.presets import RECIPES, check_preset
+from ..common.convert.presets import RECIPES
 from ..common.convert.request import LINEAR_NAMES, linear_scheme_of
 from ..common.errors import OctavoError
 from ..common.runtime.schemes.kv_scheme import PRESETS
@@ -31,13 +32,6 @@ def _number(text: str) -> int:
     return value
 
 
-def _preset(text: str) -> str:
-    try:
-        return check_preset(text)
-    except OctavoError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Let a parser take what is planned."""
     add_place(parser, "MODEL", "directory, config.json or hub id of a float model; no weight is read or fetched")
@@ -54,7 +48,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     about = "of the KV cache: names, JSON files, or all; default: a short list"
     add("--schemes", nargs="+", metavar="NAME", help=about)
     about = f"how `octavo convert` makes the weights, which else are floats: {', '.join(RECIPES)}"
-    add("--preset", type=_preset, metavar="NAME", help=about)
+    add("--preset", type=preset_name, metavar="NAME", help=about)
     about = f"the same by the kind of the linears: {', '.join(LINEAR_NAMES)}"
     add("--quantization", choices=tuple(LINEAR_NAMES), metavar="NAME", help=about)
     about = f"where it is to run: {', '.join(DEVICES)} (default {DEVICES[0]})"
@@ -107,7 +101,9 @@ def _notes(model: PlannedModel, device: str, memory: int | None) -> list[str]:
     else:
         notes.append(f"peak: of what PyTorch allocates on {device}; the context of its driver comes on top")
     notes.append(f"{TRANSFORMERS}: the float model with its own cache, which takes a prompt in one pass")
-    if memory is not None and most:
+    if memory is None:
+        notes.append(f"nothing here says how much memory {device} has: give --memory for what fits")
+    elif most:
         notes.append(f"the model is made for {most:,} tokens; the longest context is what fits, not what it bears")
     if "quantization_config" in model.settings:
         notes.append("weights count as if they were floats: quantization_config is not planned for")

@@ -100,6 +100,17 @@ def note_way(name: str, device: str, way: str) -> None:
     _WAYS.add((name, device, way))
 
 
+def served_by(name: str, device: str) -> str:
+    """What serves an op on a device, "CPU", "CUDA" or "NPU", as `report` has it.
+
+    Raises:
+        KeyError: there is no such op.
+    """
+    key = "PrivateUse1" if device == "NPU" else device
+    text = _KERNELS.get((name, key)) or _KERNELS[name, "every device"]
+    return text if isinstance(text, str) else text()
+
+
 def report() -> str:
     """A table of what runs: a line per op and device, and one per reason for which calls took another way instead."""
     known = {key: text if isinstance(text, str) else text() for key, text in _KERNELS.items()}

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -38,11 +39,12 @@ _DISTRIBUTED = re.compile(r"shard-[0-9]{5}-model-[0-9]{5}-of-[0-9]{5}\.safetenso
 FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def find_source(model_path: str, with_code: bool = False) -> Path:
+def find_source(model_path: str, with_code: bool = False, patterns: Sequence[str] = PATTERNS) -> Path:
     """The directory of a checkpoint: `model_path` itself, or the snapshot of a hub id, fetched if need be.
 
     Args:
         with_code: whether to fetch code that comes with it, too.
+        patterns: files to fetch of a hub id.
 
     Raises:
         OctavoError: it is no directory and no hub id that can be had.
@@ -58,8 +60,8 @@ def find_source(model_path: str, with_code: bool = False) -> Path:
     if model_path.count("/") > 1 or model_path.startswith((".", "/", "~")):
         raise OctavoError(f"{named('model')} {model_path}: no such directory")
     try:
-        patterns = [*PATTERNS, *(CODE_PATTERNS if with_code else ())]
-        return Path(snapshot_download(model_path, allow_patterns=patterns))
+        wanted = [*patterns, *(CODE_PATTERNS if with_code else ())]
+        return Path(snapshot_download(model_path, allow_patterns=wanted))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise OctavoError(
             f"{named('model')} {model_path}: no such directory, and no hub model ({first_line(error)})"

@@ -7,7 +7,14 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig
 
-from ...architecture import Architecture, check_model_type, load_architecture, refuse_around, stated_architectures
+from ...architecture import (
+    Architecture,
+    check_model_type,
+    load_architecture,
+    nearest_stated,
+    refuse_around,
+    stated_architectures,
+)
 from ...errors import OctavoError, first_line
 from ...runtime.checkpoint.ascend import DESCRIPTION_FILE
 from ...runtime.checkpoint.files import read_json
@@ -85,12 +92,13 @@ def chosen_architecture(directory: Path, chosen: Architecture | str | None) -> A
         if chosen not in known.values():
             raise OctavoError(f"architecture {chosen}: is none of {', '.join(sorted(known.values()))}")
         return load_architecture(chosen)
-    model_type = _read_config(directory).get("model_type")
+    settings = _read_config(directory)
+    model_type = settings.get("model_type")
     if not isinstance(model_type, str) or model_type not in known:
         refuse_around(directory / "config.json", model_type)
         raise OctavoError(
             f"{directory}/config.json: model_type is {model_type!r}, and the zoo has none for it "
-            f"(it has {', '.join(sorted(known))})"
+            f"(it has {', '.join(sorted(known))}){nearest_stated(settings)}; CONTRIBUTING.md has the recipe for another"
         )
     return load_architecture(known[model_type])
 

@@ -52,6 +52,12 @@ def test_data_are_in_bytes_and_of_all_schemes(source: Path, capsys: pytest.Captu
     assert found["rows"][0]["weights"] > found["rows"][1]["weights"]
 
 
+def test_without_a_memory_nothing_is_said_of_what_fits(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(source), "--schemes", "float", "--device_type", "npu"]) == 0
+    out = capsys.readouterr().out
+    assert "longest context" not in out and "how much memory npu has: give --memory for what fits" in out
+
+
 def test_a_picture_is_drawn(source: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     file = tmp_path / "plan.svg"

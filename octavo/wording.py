@@ -1,0 +1,59 @@
+"""Codecs and schemes in a few words, and what is known of when to choose which."""
+
+from .common.runtime.schemes.kv_scheme import Scheme, bits_per_element
+from .common.runtime.schemes.tensor_codec import Codec
+
+KV_HEADS, HEAD_DIM, TOKENS = 8, 128, 2048
+"""The shape by which bits are told where there is no model."""
+WHEN = {
+    "float": "to compare with: K and V as they are",
+    "int8-token": "the usual one: as good as float, and fast",
+    "octavo-8": "the best of 8 bits",
+    "octavo-4": "half the bytes of 8 bits; the best of 4 bits",
+    "octavo-3": "under 4 bits; recalls worse over long texts",
+    "octavo-2": "the fewest bytes; copies and recalls worse",
+    "ascend-c8": "MindIE, vllm-ascend, FastDeploy, ONNX Runtime",
+    "ascend-fa": "MindIE, attention in int8 (FAQuant)",
+    "vllm-fp8": "vLLM and others, fp8 cache by one scale",
+    "vllm-fp8-head": "vLLM, a scale per head: loses less",
+    "fp8-token": "vLLM's fp8_per_token_head; int8 loses less",
+    "fp8_e5m2": "vLLM's fp8_e5m2; e4m3 loses less",
+    "llamacpp-q8_0": "llama.cpp (GGUF), as good as float",
+    "llamacpp-q4_0": "llama.cpp (GGUF) in 4 bits; loses much",
+    "llamacpp-q4_1": "the same, with a smallest value per block",
+    "lmdeploy-int8": "LMDeploy, quant_policy=8",
+    "lmdeploy-int8-ptq": "LMDeploy before 0.4",
+    "lmdeploy-int4": "LMDeploy, quant_policy=4; loses much",
+    "int4-token": "simple 4 bits; octavo-4 loses far less",
+    "k8v4": "8 bits where it counts more, 4 for V",
+    "k4v2": "4 bits for K, 2 for V; loses much",
+    "kivi-4": "to compare with; octavo-4 takes fewer bits",
+    "kivi-2": "to compare with; octavo-2 loses less",
+    "kvquant-4": "to compare with; slow, outliers kept apart",
+    "kvquant-3": "to compare with; slow, outliers kept apart",
+    "kvquant-2": "to compare with; slow, outliers kept apart",
+}
+"""By the name of a preset, in the order in which they are listed within as many bits."""
+
+
+def codec_words(codec: Codec | None) -> str:
+    """A codec in a few words, as "int4 per channel x 64, affine"."""
+    if codec is None:
+        return "float"
+    group = f" x {codec.group_size}" if codec.group_size else ""
+    kind = "" if codec.symmetric else ", affine"
+    levels = "" if codec.levels == "uniform" else f", {codec.levels} levels"
+    return f"{codec.dtype} per {codec.granularity}{group}{kind}{levels}"
+
+
+def codec_short(codec: Codec | None) -> str:
+    """The same for a narrow column, as "int4 channel/64"."""
+    if codec is None:
+        return "float"
+    group = f"/{codec.group_size}" if codec.group_size else ""
+    return f"{codec.dtype.removeprefix('fp8_')} {codec.granularity}{group}"
+
+
+def usual_bits(scheme: Scheme) -> float:
+    """Bits of an element of K and V, everything counted, of a model and a length that are usual."""
+    return bits_per_element(scheme, KV_HEADS, HEAD_DIM, TOKENS)

@@ -1,0 +1,103 @@
+"""`octavo info`: what a directory is, of conversions, of models as they came, and of what others quantized."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from octavo import kv_bytes_per_token, load_scheme
+from octavo.__main__ import main
+from octavo.common.runtime.version import VERSION
+
+from ...support import assert_one_error_line, edit_json, tiny_config
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def told(directory: Path, capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, Any], list[str]]:
+    """What is said as data, and in lines."""
+    capsys.readouterr()
+    assert main(["info", str(directory), "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert main(["info", str(directory)]) == 0
+    return data, capsys.readouterr().out.splitlines()
+
+
+def test_a_converted_directory(
+    converted: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = converted("--w_bit", "8", "--a_bit", "16", "--group_size", "32", "--scheme", "int8-token")
+    data, lines = told(directory, capsys)
+    assert (data["is"], data["written_by"], data["architecture"]) == ("converted", f"Octavo {VERSION}", "llama3")
+    assert data["linears"] == {"W8A16 in groups of 32": 21, "float": 1}
+    assert (data["scheme"], data["key"]) == ("int8-token", "int8 per token")
+    assert data["kv_bytes_per_token"] == kv_bytes_per_token(tiny_config(), load_scheme("int8-token"), 4)
+    assert data["float_kv_bytes_per_token"] == 768
+    assert data["bytes_on_disk"] == sum(file.stat().st_size for file in directory.iterdir())
+    assert data["formats"] and "gguf" in data["refused_formats"]
+    assert "linears              21 in W8A16 in groups of 32; 1 in float" in lines
+    command = lines[-1].split()[1:]
+    assert command[0] == "rewrite"
+    rewrite = ["rewrite", str(directory), "--format", data["formats"][0], "--save_directory", str(tmp_path / "out")]
+    assert main(rewrite) == 0, "a format that is named is one that it fits"
+
+
+def test_a_model_as_it_came(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, lines = told(source, capsys)
+    assert (data["is"], data["kv_bytes_per_token"]) == ("not converted", 768)
+    assert lines[0] == "it is                not converted" and lines[-2].startswith("  octavo convert '")
+
+
+def test_what_another_tool_quantized(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(source, tmp_path / "tiny")
+    config = tmp_path / "tiny" / "config.json"
+    edit_json(config, quantization_config={"quant_method": "awq", "bits": 4, "group_size": 128})
+    data, lines = told(tmp_path / "tiny", capsys)
+    assert data["linears"] == "in the codes of awq, 4 bits, groups of 128" and data["refusal"] is None
+    assert lines[-1] == f"  octavo convert {tmp_path / 'tiny'}"
+    edit_json(config, quantization_config={"quant_method": "hqq"})
+    data, lines = told(tmp_path / "tiny", capsys)
+    assert "quantized by hqq; Octavo reads awq" in data["refusal"] and lines[-1].startswith("not served")
+
+
+def test_another_architecture_is_told_the_nearest(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(source, tmp_path / "tiny")
+    edit_json(tmp_path / "tiny" / "config.json", model_type="olmo9", clip_qkv=8)
+    data, _ = told(tmp_path / "tiny", capsys)
+    assert "comes nearest to 'llama', which has no clip_qkv" in data["refusal"]
+    assert main(["convert", str(tmp_path / "tiny")]) == 1
+    parts = ("model_type is 'olmo9'", "it has gemma3_text, granite, llama", "nearest to 'llama'", "CONTRIBUTING.md")
+    assert_one_error_line(capsys.readouterr().err, *parts)
+    edit_json(tmp_path / "tiny" / "config.json", **dict.fromkeys(tiny_config().to_dict(), None), n_embd=8)
+    edit_json(tmp_path / "tiny" / "config.json", model_type="olmo9")
+    assert "nearest" not in told(tmp_path / "tiny", capsys)[0]["refusal"]
+
+
+def test_a_damaged_conversion(
+    converted: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(converted("--use_kvcache_quant", "True"), tmp_path / "damaged")
+    edit_json(tmp_path / "damaged" / "quant_model_description.json", foo="FLOAT")
+    capsys.readouterr()
+    assert main(["info", str(tmp_path / "damaged")]) == 1
+    assert_one_error_line(capsys.readouterr().err, "foo", "not stored")
+
+
+def test_a_hub_id_is_looked_up_by_its_json_alone(
+    source: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def snapshot(name: str, allow_patterns: list[str]) -> str:
+        asked.append([name, *allow_patterns])
+        return str(source)
+
+    monkeypatch.setattr("octavo.common.convert.source.checkpoint.snapshot_download", snapshot)
+    assert main(["info", "someone/tiny"]) == 0
+    assert asked == [["someone/tiny", "*.json"]]
+    assert "octavo convert someone/tiny" in capsys.readouterr().out

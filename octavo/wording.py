@@ -9,10 +9,10 @@ WHEN = {
     "float": "to compare with: K and V as they are",
     "int8-token": "the usual one: as good as float, and fast",
     "octavo-8": "the best of 8 bits",
-    "octavo-4": "half the bytes of 8 bits; the best of 4 bits",
-    "octavo-3": "under 4 bits; recalls worse over long texts",
-    "octavo-2": "the fewest bytes; copies and recalls worse",
-    "ascend-c8": "MindIE, vllm-ascend, FastDeploy, ONNX Runtime",
+    "octavo-4": "half the bytes of 8; the best of 4 bits",
+    "octavo-3": "under 4 bits; recalls worse from afar",
+    "octavo-2": "the fewest bytes; recalls and copies worse",
+    "ascend-c8": "MindIE, vllm-ascend, ONNX Runtime",
     "ascend-fa": "MindIE, attention in int8 (FAQuant)",
     "vllm-fp8": "vLLM and others, fp8 cache by one scale",
     "vllm-fp8-head": "vLLM, a scale per head: loses less",
@@ -29,9 +29,9 @@ WHEN = {
     "k4v2": "4 bits for K, 2 for V; loses much",
     "kivi-4": "to compare with; octavo-4 takes fewer bits",
     "kivi-2": "to compare with; octavo-2 loses less",
-    "kvquant-4": "to compare with; slow, outliers kept apart",
-    "kvquant-3": "to compare with; slow, outliers kept apart",
-    "kvquant-2": "to compare with; slow, outliers kept apart",
+    "kvquant-4": "to compare with; slow, outliers apart",
+    "kvquant-3": "to compare with; slow, outliers apart",
+    "kvquant-2": "to compare with; slow, outliers apart",
 }
 """By the name of a preset, in the order in which they are listed within as many bits."""
 

@@ -37,6 +37,18 @@ class OneLineParser(argparse.ArgumentParser):
     """
 
     first: set[str] | None = None
+    _place: tuple[str, str] | None = None
+
+    def add_place(self, name: str, about: str, flag: str = "--model_path") -> None:
+        """Take one directory or model as the first word, or by the flag that the scripts have for it; one is needed.
+
+        Args:
+            name: what the first word is called in the help.
+            flag: whose name, without dashes, is that of the value.
+        """
+        group, self._place = self.add_mutually_exclusive_group(), (name, flag)
+        group.add_argument(flag[2:], nargs="?", default=argparse.SUPPRESS, metavar=name, help=about)
+        group.add_argument(flag, metavar=name, help=argparse.SUPPRESS)
 
     def show_first(self, *names: str) -> None:
         """Let `--help` show the flags of these values alone, and `--help-all` all of them."""
@@ -64,6 +76,8 @@ class OneLineParser(argparse.ArgumentParser):
             given = unknown[0].partition("=")[0]
             nearest = did_you_mean(given, self._option_string_actions) if given.startswith("-") else ""
             self.error(f"unrecognized arguments: {' '.join(unknown)}{nearest}")
+        if self._place is not None and getattr(flags, self._place[1].removeprefix("--"), None) is None:
+            self.error("give {}, as the first word or with {}".format(*self._place))
         return flags
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
@@ -75,18 +89,6 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
-
-
-def add_place(parser: argparse.ArgumentParser, name: str, about: str, flag: str = "--model_path") -> None:
-    """Let a parser take one directory or model as its first word, or by the flag that the scripts have for it.
-
-    Args:
-        name: what the first word is called in the help.
-        flag: whose name, without dashes, is that of the value.
-    """
-    group, dest = parser.add_mutually_exclusive_group(required=True), flag.removeprefix("--")
-    group.add_argument(dest, nargs="?", default=argparse.SUPPRESS, metavar=name, help=about)
-    group.add_argument(flag, metavar=name, help=argparse.SUPPRESS)
 
 
 def run_script(work: Any, argv: list[str] | None) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .common.command import add_place
+from .common.command import OneLineParser
 from .common.convert.source.checkpoint import PATTERNS, check_device, find_source
 from .common.convert.source.config import chosen_architecture
 from .common.errors import OctavoError
@@ -56,9 +56,9 @@ def find_place(model_path: str, with_code: bool = False, with_weights: bool = Tr
     return Place(directory, read_json(directory / CONFIG_FILE))
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
+def add_model_flags(parser: OneLineParser) -> None:
     """Let a parser take a model that is to run."""
-    add_place(parser, "MODEL", "directory that `octavo convert` wrote; or any model, with --scheme")
+    parser.add_place("MODEL", "directory that `octavo convert` wrote; or any model, with --scheme")
     about = "store the KV cache of a model that was not converted so: a scheme of `octavo schemes`, or a JSON file"
     parser.add_argument("--scheme", help=about)
     about = "what --save_statistics wrote, for schemes that need calibration"

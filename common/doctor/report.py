@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig
 
-from ..command import OneLineParser, add_place, run_script
+from ..command import OneLineParser, run_script
 from ..convert.source.checkpoint import find_source
 from ..convert.weights.embedding import through_codes
 from ..errors import OctavoError, first_line
@@ -215,9 +215,9 @@ def diagnose(model_path: str, statistics: Statistics | None = None) -> dict[str,
     }
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: OneLineParser) -> None:
     """Let a parser take what the doctor is asked."""
-    add_place(parser, "MODEL", "directory of the float checkpoint (safetensors), or hub id")
+    parser.add_place("MODEL", "directory of the float checkpoint (safetensors), or hub id")
     parser.add_argument("--statistics", type=Path, help="calibration statistics, as --save_statistics writes them")
     parser.add_argument("--json", action="store_true", help="print data instead of a table")
 

@@ -2,11 +2,12 @@
 
 import argparse
 
+from ..common.command import OneLineParser
 from ..generate import add_sampling_flags, chat, check_sampling
 from ..place import add_model_flags, speaker_of
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: OneLineParser) -> None:
     """Let a parser take the model, and how it answers."""
     add_model_flags(parser)
     parser.add_argument("--prompt", help="the first message")

@@ -5,7 +5,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from ..common.command import DefaultsHelp, OneLineParser, add_place
+from ..common.command import DefaultsHelp, OneLineParser
 from ..common.convert.api import converted
 from ..common.convert.dialects.directory import OctavoDirectory
 from ..common.convert.dialects.table import DIALECTS
@@ -28,7 +28,7 @@ USUAL_SCHEME = "int8-token"
 
 def add_flags(parser: OneLineParser) -> None:
     """Let a parser take the source and what becomes of it."""
-    add_place(parser, "MODEL", "directory of a checkpoint (safetensors), or hub id")
+    parser.add_place("MODEL", "directory of a checkpoint (safetensors), or hub id")
     about = f"to write; must not exist, or be empty; MODEL{SUFFIX} unless given"
     parser.add_argument("--save_directory", type=Path, metavar="DIR", help=about)
     add_conversion_flags(parser)

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ..common.command import add_place, aligned
+from ..common.command import OneLineParser, aligned
 from ..common.convert.dialects.directory import OctavoDirectory
 from ..common.convert.dialects.form import Form
 from ..common.convert.dialects.table import DIALECTS
@@ -23,9 +23,9 @@ from ..place import Place, find_place
 from ..wording import codec_words
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: OneLineParser) -> None:
     """Let a parser take a model, converted or not."""
-    add_place(parser, "MODEL", "converted directory, or one of any model, or hub id")
+    parser.add_place("MODEL", "converted directory, or one of any model, or hub id")
     parser.add_argument("--json", action="store_true", help="print data instead of lines")
 
 

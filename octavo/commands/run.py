@@ -2,12 +2,13 @@
 
 import argparse
 
+from ..common.command import OneLineParser
 from ..common.errors import OctavoError
 from ..generate import add_sampling_flags, check_sampling, go_on
 from ..place import add_model_flags, speaker_of
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: OneLineParser) -> None:
     """Let a parser take the model, the text, and how it goes on."""
     add_model_flags(parser)
     text = parser.add_mutually_exclusive_group()

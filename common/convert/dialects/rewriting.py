@@ -4,7 +4,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...command import OneLineParser, add_place, run_script
+from ...command import OneLineParser, run_script
 from ...errors import OctavoError
 from ...runtime.schemes.kv_scheme import Scheme, load_scheme
 from ...runtime.schemes.linear_scheme import HELD_LABELS
@@ -121,9 +121,9 @@ def _size(text: str) -> float:
     return value
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: OneLineParser) -> None:
     """Let a parser take what is rewritten, and how."""
-    add_place(parser, "DIR", "directory that a conversion wrote")
+    parser.add_place("DIR", "directory that a conversion wrote")
     add = parser.add_argument
     add(
         "--format",

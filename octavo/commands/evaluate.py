@@ -5,7 +5,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from ..common.command import DEVICES, add_place
+from ..common.command import DEVICES, OneLineParser
 from ..common.convert.calibration.texts import default_texts
 from ..common.convert.source.checkpoint import check_device
 from ..common.errors import OctavoError, first_line
@@ -28,9 +28,9 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: OneLineParser) -> None:
     """Let a parser take the models, and what is measured."""
-    add_place(parser, "MODEL", "any model; or a directory that `octavo convert` wrote, with --reference")
+    parser.add_place("MODEL", "any model; or a directory that `octavo convert` wrote, with --reference")
     add = parser.add_argument
     add(
         "--schemes", nargs="+", metavar="NAME", help=f"schemes of the KV cache of a model (default {' '.join(SCHEMES)})"

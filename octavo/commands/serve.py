@@ -5,7 +5,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from ..common.command import DEVICES
+from ..common.command import DEVICES, OneLineParser
 from ..common.errors import OctavoError
 from ..common.runtime.cache.sizes import kept_kv_bytes
 from ..common.runtime.schemes.kv_scheme import load_scheme
@@ -18,7 +18,7 @@ _ONE_BY_ONE = (
 )
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: OneLineParser) -> None:
     """Let a parser take the model, and where it is served."""
     add_model_flags(parser)
     add = parser.add_argument

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..common.command import DEVICES, add_place, aligned
+from ..common.command import DEVICES, OneLineParser, aligned
 from ..common.convert.flag_groups import preset_name
 from ..common.convert.flags import recipe_fields
 from ..common.convert.presets import RECIPES
@@ -32,9 +32,9 @@ def _number(text: str) -> int:
     return value
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: OneLineParser) -> None:
     """Let a parser take what is planned."""
-    add_place(parser, "MODEL", "directory, config.json or hub id of a float model; no weight is read or fetched")
+    parser.add_place("MODEL", "directory, config.json or hub id of a float model; no weight is read or fetched")
     add = parser.add_argument
     parser.usage = f"{parser.prog} MODEL [--context TOKENS ...] [--memory SIZE] [other flags]"
     about = f"tokens of each sequence, one or several (default {DEFAULT_CONTEXT})"

@@ -91,7 +91,8 @@ def _plan(source: LayerwiseModel, request: ConvertRequest, scheme: Scheme, store
     check_activations(request, linear, named("cpu_activations"))
     scales = _static_scales(source, scheme, request)
     return Plan(
-        scheme, linear, tuple(coded), "", stored, request.cpu_activations, False, engine, False, coded, scales
+        scheme, linear, tuple(coded), "", stored, request.cpu_activations, False, engine,
+        coded=coded, source_scales=scales,
     )  # fmt: skip
 
 

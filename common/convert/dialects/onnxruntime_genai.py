@@ -83,17 +83,17 @@ ONNXRUNTIME_GENAI = Dialect(
     about="kv_cache_scale_file of its model builder, beside the model in float",
     engines=(
         Engine(
-            "onnxruntime-genai, on the CPU",
+            "onnxruntime-genai",
             "0.18 with onnxruntime 1.32",
             RUN,
-            "int8 and int4 KV, per channel and per tensor",
+            "on the CPU: int8 and int4 KV, per channel and per tensor",
             "4 bits with static scales are for trials: of SmolLM2-135M KL is 0.38 per channel, as with our own class",
         ),
         Engine(
-            "onnxruntime-genai, on GPUs",
+            "onnxruntime-genai",
             "0.18 with onnxruntime 1.32",
             PARSED,
-            "the same and fp8 KV, which its builder takes and its CPU has no kernel for",
+            "on GPUs: the same and fp8 KV, which its builder takes and its CPU has no kernel for",
         ),
     ),
     check=_check,

@@ -121,11 +121,11 @@ def test_static_scales_need_statistics(
 
 ENGINES = {
     "vllm": "compressed-tensors or awq or gptq or modelopt",
-    "SGLang": "compressed-tensors",
+    "SGLang": "compressed-tensors or awq or gptq",
     "hf": "compressed-tensors or awq or gptq",
     "trtllm": "modelopt",
     "tensorrt-llm": "modelopt",
-    "lmdeploy": "awq",
+    "lmdeploy": "compressed-tensors or awq or gptq",
     "llama.cpp": "gguf",
     "llamacpp": "gguf",
     "ort": "onnxruntime-genai",

@@ -204,7 +204,7 @@ def test_a_chat_without_a_template_is_refused(
     (directory / "chat_template.jinja").unlink()
     capsys.readouterr()
     assert chat(monkeypatch, directory, ["Hello"]) == 1
-    assert_one_error_line(capsys.readouterr().err, "--chat", "template")
+    assert_one_error_line(capsys.readouterr().err, "no chat template", "octavo run")
 
 
 @pytest.mark.parametrize(

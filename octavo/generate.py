@@ -3,7 +3,7 @@
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, TextStreamer
 
 from .common.architecture import Architecture, check_model_type
 from .common.command import DEVICES, OneLineParser, run_script
+from .common.convert.flag_values import positive
 from .common.convert.source.checkpoint import check_device, load_tokenizer
 from .common.errors import OctavoError, first_line
 from .common.runtime.cache.quantized_cache import QuantizedCache
@@ -41,16 +42,10 @@ class Speaker:
     new_cache: Callable[[], QuantizedCache]
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text} is no positive integer")
-    return int(text)
-
-
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     """Let a parser take what is generated how, and where."""
     add = parser.add_argument
-    add("--max_new_tokens", type=_positive, default=128, metavar="N", help="most tokens per answer (default 128)")
+    add("--max_new_tokens", type=positive, default=128, metavar="N", help="most tokens per answer (default 128)")
     add("--do_sample", action="store_true", help="sample instead of taking the likeliest token")
     add("--temperature", type=float, metavar="T", help="with --do_sample")
     add("--device_type", choices=DEVICES, default="cpu", help="where to run (default cpu)")
@@ -117,6 +112,7 @@ def load_stock(directory: Path, scheme: str, statistics: Path | None, device: st
         OctavoError: it cannot be loaded, or bears no such cache.
     """
     _check_statistics(scheme, statistics)
+    check_statistics_used([scheme], statistics)
     model = prepare(_loaded(AutoModelForCausalLM, directory, device))
     return _speaking(model, load_tokenizer(directory, {}, False), scheme, statistics)
 
@@ -133,6 +129,12 @@ def _check_statistics(scheme: str, statistics: Path | None) -> None:
             f"--scheme {scheme}: its scales come from calibration; give --statistics FILE, which --save_statistics of "
             f"a conversion writes, or convert the model"
         )
+
+
+def check_statistics_used(schemes: Sequence[str], statistics: Path | None) -> None:
+    """Raise an `OctavoError` if statistics are given and no scheme, by name or file, takes its scales from them."""
+    if statistics is not None and not any(load_scheme(scheme).is_static for scheme in schemes):
+        raise OctavoError(f"--statistics {statistics}: {', '.join(schemes)} needs no calibration; leave it out")
 
 
 def _speaking(model: Any, tokenizer: Any, scheme: str, statistics: Path | None) -> Speaker:
@@ -196,7 +198,10 @@ def chat(speaker: Speaker, flags: argparse.Namespace) -> None:
     """
     model, tokenizer = speaker.model, speaker.tokenizer
     if tokenizer.chat_template is None:
-        raise OctavoError(f"--chat: the tokenizer of {flags.model_path} has no chat template; use --prompt")
+        raise OctavoError(
+            f"{flags.model_path}: its tokenizer has no chat template, so that nobody can chat with it; give a text to "
+            "continue instead (octavo run)"
+        )
     messages: list[dict[str, str]] = []
     cache, message = speaker.new_cache(), flags.prompt or _ask()
     cached = torch.empty((1, 0), dtype=torch.long)
@@ -205,7 +210,7 @@ def chat(speaker: Speaker, flags: argparse.Namespace) -> None:
         ids = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )["input_ids"].to(model.device)
-        _keep(cache, common_length(cached, ids))
+        keep(cache, common_length(cached, ids), lambda line: print(line, file=sys.stderr))
         result = _generate(speaker, ids, cache, flags, skips=True)
         cached = result[:, : cache.get_seq_length()]
         answer = tokenizer.decode(result[0, ids.shape[1] :], skip_special_tokens=True)
@@ -232,12 +237,12 @@ def common_length(cached: torch.Tensor, ids: torch.Tensor) -> int:
     return int(differs[0]) if len(differs) else length
 
 
-def _keep(cache: Any, length: int) -> None:
+def keep(cache: Any, length: int, say: Callable[[str], None]) -> None:
     """Leave the first `length` tokens; none where the cache cannot, so that all are computed anew, which is said."""
     try:
         cache.crop(length - cache.get_seq_length())
     except OctavoError as error:
-        print(f"the conversation is computed anew: {error}", file=sys.stderr)
+        say(f"the conversation is computed anew: {error}")
         cache.reset()
 
 

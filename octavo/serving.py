@@ -16,7 +16,7 @@ import torch
 
 from .common.errors import OctavoError
 from .common.runtime.compatibility import cache_argument
-from .generate import Speaker, common_length, what_it_took
+from .generate import Speaker, common_length, keep, what_it_took
 
 _MANAGERS = "transformers.cli.serving.model_manager"
 _SERVER = "transformers.cli.serve"
@@ -43,11 +43,7 @@ class Answers:
         cache, common = self._cache, common_length(self._cached, ids)
         if cache is None or common == 0:
             return self._speaker.new_cache()
-        try:
-            cache.crop(common - cache.get_seq_length())
-        except OctavoError as error:
-            self._say(f"what the last request left is computed anew: {error}")
-            return self._speaker.new_cache()
+        keep(cache, common, self._say)
         return cache
 
     @torch.inference_mode()
@@ -99,6 +95,8 @@ def check_server() -> None:
 
 def check_port(host: str, port: int) -> None:
     """Raise an `OctavoError` if nobody can listen there."""
+    if not 0 < port < 2**16:  # the system would take another in its place
+        raise OctavoError(f"--port {port}: is no port; give one from 1 to {2**16 - 1}")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as tried:

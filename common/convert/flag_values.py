@@ -47,7 +47,7 @@ def positive(text: str) -> int:
 def count(text: str) -> int:
     """An integer, 0 or above."""
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of layers")
+        raise argparse.ArgumentTypeError(f"{text!r} is no integer, 0 or above")
     return int(text)
 
 

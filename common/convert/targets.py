@@ -7,6 +7,7 @@ with directories of Octavo (`tests/engines/test_vllm_ascend.py`).
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -73,7 +74,7 @@ def serving(target: str | None, place: Path) -> list[str]:
     if target is None:
         return []
     reader, version = READERS[target], TRIED[target].removeprefix("MindIE-LLM ")
-    return [f"{reader.serve.replace('{}', str(place))}  # {reader.name} {version}"]
+    return [f"{reader.serve.replace('{}', quote(str(place)))}  # {reader.name} {version}"]
 
 
 def engine_dtype(config: Mapping[str, Any], stored: str) -> torch.dtype:

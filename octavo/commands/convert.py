@@ -8,7 +8,7 @@ from pathlib import Path
 from ..common.command import DefaultsHelp, OneLineParser
 from ..common.convert.api import converted
 from ..common.convert.dialects.directory import OctavoDirectory
-from ..common.convert.dialects.table import DIALECTS
+from ..common.convert.dialects.rewriting import refusals
 from ..common.convert.flag_groups import MOST_USED, add_conversion_flags
 from ..common.convert.flag_linears import LINEAR_FLAGS
 from ..common.convert.flags import SCHEME_FLAGS, complete_flags, given_flags, request_of
@@ -78,7 +78,7 @@ def _next_commands(report: ConversionReport) -> list[str]:
     """What can be done with an output, as commands to copy."""
     output = shlex.quote(str(report.output))
     directory = OctavoDirectory(report.output)
-    formats = [name for name, dialect in DIALECTS.items() if not any(dialect.check(directory.form))]
+    formats = [name for name, reason in refusals(directory.form).items() if reason is None]
     commands = [f'octavo run {output} "The capital of France is"', f"octavo chat {output}"]
     if formats:
         named = f"   # or {', '.join(formats[1:])}" if formats[1:] else ""

@@ -7,12 +7,13 @@ from pathlib import Path
 
 from ..common.command import DEVICES, OneLineParser
 from ..common.convert.calibration.texts import default_texts
+from ..common.convert.flag_values import count
 from ..common.convert.source.checkpoint import check_device
 from ..common.errors import OctavoError, first_line
-from ..evaluation.evaluating import Plan, Result, evaluate
+from ..evaluation.evaluating import FLOAT, Plan, Result, evaluate
 from ..evaluation.recall import TASKS
 from ..evaluation.report import cost_table, quality_table
-from ..generate import Speaker, load_stock, with_scheme
+from ..generate import Speaker, check_statistics_used, load_stock, with_scheme
 from ..place import converted_speaker, find_place
 
 SCHEMES = ("int8-token", "octavo-4")
@@ -20,12 +21,6 @@ _OWN_TEXT = (
     "text: the one that comes with Octavo, on which conversions calibrate unless told otherwise; --eval_file FILE "
     "gives one of your own"
 )
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text} is no number")
-    return int(text)
 
 
 def add_flags(parser: OneLineParser) -> None:
@@ -38,14 +33,14 @@ def add_flags(parser: OneLineParser) -> None:
     add("--statistics", type=Path, metavar="FILE", help="what --save_statistics wrote, for schemes that need it")
     add("--reference", metavar="MODEL", help="the float model that a converted directory is compared with")
     add("--eval_file", type=Path, metavar="FILE", help="text to score on (default: one that comes with Octavo)")
-    add("--windows", type=_count, default=2, metavar="N", help="windows of the text (default 2; 0: no text)")
-    add("--length", type=_count, default=2048, metavar="N", help="tokens of a window (default 2048)")
-    add("--last", type=_count, default=0, metavar="N", help="score the last N tokens of each window alone")
+    add("--windows", type=count, default=2, metavar="N", help="windows of the text (default 2; 0: no text)")
+    add("--length", type=count, default=2048, metavar="N", help="tokens of a window (default 2048)")
+    add("--last", type=count, default=0, metavar="N", help="score the last N tokens of each window alone")
     add("--tasks", nargs="*", choices=list(TASKS), default=["key-value"], help="what is recalled (default key-value)")
-    add("--lengths", nargs="+", type=_count, default=[1024], metavar="N", help="tokens of its prompts (default 1024)")
-    add("--trials", type=_count, default=20, metavar="N", help="questions of each task and length (default 20)")
-    add("--written", type=_count, default=64, metavar="N", help="tokens to write greedily (default 64; 0: none)")
-    add("--prompts", type=_count, default=4, metavar="N", help="prompts to write behind (default 4)")
+    add("--lengths", nargs="+", type=count, default=[1024], metavar="N", help="tokens of its prompts (default 1024)")
+    add("--trials", type=count, default=20, metavar="N", help="questions of each task and length (default 20)")
+    add("--written", type=count, default=64, metavar="N", help="tokens to write greedily (default 64; 0: none)")
+    add("--prompts", type=count, default=4, metavar="N", help="prompts to write behind (default 4)")
     add("--json", type=Path, metavar="FILE", help="write all that was measured to a file, too")
     add("--device_type", choices=DEVICES, default="cpu", help="where to run (default cpu)")
 
@@ -58,7 +53,8 @@ def _speakers(flags: argparse.Namespace) -> tuple[Speaker, dict[str, Speaker]]:
         if flags.reference is not None:
             raise OctavoError(f"--reference: {flags.model_path} is not converted, and is its own; leave it out")
         reference = load_stock(place.directory, "float", None, flags.device_type)
-        names = flags.schemes or SCHEMES
+        names = [name for name in flags.schemes or SCHEMES if name != FLOAT]  # which is there as the reference
+        check_statistics_used(names, flags.statistics)
         return reference, {name: with_scheme(reference, name, flags.statistics) for name in names}
     if flags.schemes is not None or flags.statistics is not None:
         given = "--statistics" if flags.schemes is None else "--schemes"
@@ -70,8 +66,14 @@ def _speakers(flags: argparse.Namespace) -> tuple[Speaker, dict[str, Speaker]]:
         raise OctavoError(f"--reference {flags.reference}: is converted itself; give the float model")
     return (
         load_stock(original.directory, "float", None, flags.device_type),
-        {Path(flags.model_path).resolve().name: converted_speaker(place, flags.device_type)},
+        {_name(flags.model_path): converted_speaker(place, flags.device_type)},
     )
+
+
+def _name(model_path: str) -> str:
+    """What a converted directory is called in the tables, in which `FLOAT` is the reference."""
+    name = Path(model_path).resolve().name
+    return f"{name} (converted)" if name == FLOAT else name
 
 
 def _text(flags: argparse.Namespace) -> str | None:
@@ -89,6 +91,8 @@ def _plan(flags: argparse.Namespace) -> Plan:
     for name in ("trials", "prompts"):
         if getattr(flags, name) < 1:
             raise OctavoError(f"--{name} 0: give 1 or more")
+    if flags.last == 1:
+        raise OctavoError("--last 1: behind the last token nothing is predicted; give 2 or more, or 0 for all")
     if flags.windows and flags.length < 2:
         raise OctavoError(f"--length {flags.length}: nothing is predicted; give 2 or more")
     fields = {field.name for field in dataclasses.fields(Plan)} - {"text", "tasks", "lengths"}
@@ -128,6 +132,8 @@ def run(flags: argparse.Namespace) -> None:
         OctavoError: there is no such model or text, or flags that do not go together.
     """
     plan = _plan(flags)
+    if flags.json is not None and not flags.json.parent.is_dir():
+        raise OctavoError(f"--json {flags.json}: cannot be written (no such directory)")
     reference, others = _speakers(flags)
     results = evaluate(reference, others, plan)
     print("\n".join(quality_table(results)))

@@ -10,7 +10,7 @@ from typing import Any
 from ..common.command import OneLineParser, aligned
 from ..common.convert.dialects.directory import OctavoDirectory
 from ..common.convert.dialects.form import Form
-from ..common.convert.dialects.table import DIALECTS
+from ..common.convert.dialects.rewriting import refusals
 from ..common.convert.output.shards import SAFETENSORS_DTYPES
 from ..common.convert.source.config import chosen_architecture, load_source_config
 from ..common.convert.source.quantized.files import READERS
@@ -71,7 +71,7 @@ def _converted(place: Place) -> dict[str, Any]:
         writer = "an Ascend tool, as its description says"
     else:
         writer = f"Octavo {recipe.get('version', 'of a version that gave no number')}"
-    refused = {name: next(iter(dialect.check(form)), None) for name, dialect in DIALECTS.items()}
+    refused = refusals(form)
     return {
         "is": "converted",
         "written_by": writer,

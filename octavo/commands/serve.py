@@ -6,13 +6,17 @@ import sys
 from pathlib import Path
 
 from ..common.command import DEVICES, OneLineParser
+from ..common.convert.dialects.directory import OctavoDirectory
+from ..common.convert.dialects.rewriting import refusals
+from ..common.convert.dialects.table import formats_of
 from ..common.errors import OctavoError
 from ..common.runtime.cache.sizes import kept_kv_bytes
 from ..common.runtime.schemes.kv_scheme import load_scheme
 from ..generate import Speaker
-from ..place import add_model_flags, speaker_of
+from ..place import add_model_flags, find_place, speaker_of
 from ..serving import check_port, check_server, serve
 
+_BATCHES = "vllm"
 _ONE_BY_ONE = (
     "requests are answered one after the other: transformers' continuous batching takes no attention but its own"
 )
@@ -29,13 +33,16 @@ def add_flags(parser: OneLineParser) -> None:
     add("--continuous_batching", action="store_true", help=argparse.SUPPRESS)
 
 
-def _engine(flags: argparse.Namespace) -> str:
-    """The command that writes a model for an engine which batches requests."""
+def _engine(flags: argparse.Namespace) -> str | None:
+    """The command that writes a model for an engine which batches requests; None if no format of it holds the model."""
     source, target = (shlex.quote(flags.model_path.rstrip("/") + end) for end in ("", "-vllm"))
-    command = (
-        f"octavo rewrite {source}" if flags.scheme is None else f"octavo convert {source} --quantization w8a8_dynamic"
-    )
-    return f"{command} --format compressed-tensors --save_directory {target}"
+    place = find_place(flags.model_path)
+    if not place.is_converted:
+        rest = "--quantization w8a8_dynamic --format compressed-tensors"
+        return f"octavo convert {source} {rest} --save_directory {target}"
+    refused = refusals(OctavoDirectory(place.directory).form)
+    found = next((name for name in formats_of(_BATCHES) if refused[name] is None), None)
+    return None if found is None else f"octavo rewrite {source} --format {found} --save_directory {target}"
 
 
 def _say(line: str) -> None:
@@ -48,9 +55,11 @@ def _banner(speaker: Speaker, name: str, flags: argparse.Namespace) -> str:
     ours, plain = (
         kept_kv_bytes(config, scheme, tokens, itemsize) / tokens for scheme in (speaker.scheme, load_scheme("float"))
     )
+    engine = _engine(flags)
+    many = f"; for many at once: {engine}" if engine else ""
     return (
         f"{name} at http://{flags.host}:{flags.port}/v1, KV cache {speaker.scheme.name}: {ours:,.0f} bytes a token "
-        f"(in float {plain:,.0f}); {_ONE_BY_ONE}; for many at once: {_engine(flags)}"
+        f"(in float {plain:,.0f}); {_ONE_BY_ONE}{many}"
     )
 
 
@@ -61,7 +70,8 @@ def run(flags: argparse.Namespace) -> None:
         OctavoError: there is no such model, or none that can be served; something is missing.
     """
     if flags.continuous_batching:
-        raise OctavoError(f"--continuous_batching: {_ONE_BY_ONE}; leave it out, or {_engine(flags)}")
+        engine = _engine(flags)
+        raise OctavoError(f"--continuous_batching: {_ONE_BY_ONE}; leave it out{(engine and f', or {engine}') or ''}")
     check_server()
     check_port(flags.host, flags.port)
     speaker = speaker_of(flags)

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..common.command import DEVICES, OneLineParser, aligned
 from ..common.convert.flag_groups import preset_name
+from ..common.convert.flag_values import positive
 from ..common.convert.flags import recipe_fields
 from ..common.convert.presets import RECIPES
 from ..common.convert.request import LINEAR_NAMES, linear_scheme_of
@@ -26,10 +27,8 @@ DEFAULT_UNIT = "GB"
 
 
 def _number(text: str) -> int:
-    value = int(text.replace(",", "").replace("_", ""))
-    if value < 1:
-        raise ValueError(text)
-    return value
+    """A positive integer, whose digits may be in groups: 131,072."""
+    return positive(text.replace(",", "").replace("_", ""))
 
 
 def add_flags(parser: OneLineParser) -> None:
@@ -89,7 +88,10 @@ def _weights_line(planner: Planner, rows: Sequence[Row], flags: argparse.Namespa
             f"weights: transformers knows no model_type {model.settings.get('model_type')!r}; the peak is without them"
         )
     plain = f"{dtype}, {unit.text(planner.weights(TRANSFORMERS).nbytes)}"
-    return f"weights: {kind}, {unit.text(rows[-1].weights)}; {plain}" if planner.fields else f"weights: {plain}"
+    if not planner.fields:
+        return f"weights: {plain}"
+    coded = next((row.weights for row in reversed(rows) if row.scheme != TRANSFORMERS), None)
+    return f"weights: {kind}, {unit.text(planner.weights('float').nbytes if coded is None else coded)}; {plain}"
 
 
 def _notes(model: PlannedModel, device: str, memory: int | None) -> list[str]:

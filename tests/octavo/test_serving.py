@@ -106,7 +106,7 @@ def test_what_cannot_be_cropped_is_computed_anew_and_said(source: Path) -> None:
     ids = random_ids(1, 300)
     answers(**request(ids))
     found = answers(**request(ids[:, :100]))
-    assert told[-2].startswith("what the last request left is computed anew: ") and told[-1].startswith("100 tokens")
+    assert told[-2].startswith("the conversation is computed anew: ") and told[-1].startswith("100 tokens")
     assert torch.equal(found, Answers(speaker, told.append)(**request(ids[:, :100])))
 
 
@@ -172,6 +172,13 @@ def test_the_openai_client_talks_streams_and_calls_tools(served: tuple[str, list
     assert ", 0 kept" in told[0] and ", 0 kept" not in told[1] + told[2]
 
 
+@pytest.mark.parametrize("port", [-1, 0, 65536, 99999])
+def test_a_number_that_is_no_port_is_refused(port: int) -> None:
+    """The system would listen at another, as 99999 - 65536."""
+    with pytest.raises(OctavoError, match=f"--port {port}: is no port; give one from 1 to 65535"):
+        check_port("127.0.0.1", port)
+
+
 def test_a_port_that_is_taken_is_named() -> None:
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
@@ -201,3 +208,17 @@ def test_a_server_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: False)
     with pytest.raises(OctavoError, match=r"pip install 'transformers\[serving\]'"):
         check_server()
+
+
+def test_a_format_is_named_only_if_it_holds_the_model(
+    converted: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """octavo-4 is in none that vLLM reads, and what is written by --scheme int8-token is."""
+    said = []
+    for scheme in ("octavo-4", "int8-token"):
+        directory = converted("--scheme", scheme, "--w_bit", "8", "--a_bit", "16")
+        capsys.readouterr()
+        assert main(["serve", str(directory), "--continuous_batching"]) == 1
+        said.append(capsys.readouterr().err)
+    assert "rewrite" not in said[0] and said[0].rstrip().endswith("leave it out")
+    assert "octavo rewrite " in said[1] and "--format compressed-tensors" in said[1]

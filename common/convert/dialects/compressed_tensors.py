@@ -6,6 +6,7 @@ N output channels, K input channels, H query heads, G KV heads, D head_dim.
 
 from collections.abc import Iterator
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -237,7 +238,9 @@ def _serve(form: Form, place: Path) -> list[str]:
     """See `Dialect`."""
     kind, layers = kind_of(form, ONLINE_DTYPES), quantized_layers(form)
     if kind == INT8_CHANNEL:
-        return [f"vllm serve {place} --kv-cache-dtype int8  # Huawei's Ascend-vLLM alone; vLLM 0.32 refuses it"]
+        return [
+            f"vllm serve {quote(str(place))} --kv-cache-dtype int8  # Huawei's Ascend-vLLM alone; vLLM 0.32 refuses it"
+        ]
     flags = ""
     if kind == ONLINE:
         flags = f" --kv-cache-dtype {online_name(layers[0], ONLINE_DTYPES)}"
@@ -247,9 +250,9 @@ def _serve(form: Form, place: Path) -> list[str]:
     if floats:
         flags += f" --kv-cache-dtype-skip-layers {' '.join(map(str, floats))}"
     where = ", on GPUs: on the CPU it takes this dtype without a word and answers wrong" if kind == ONLINE else ""
-    lines = [f"vllm serve {place}{flags}  # vLLM 0.32{where}"]
+    lines = [f"vllm serve {quote(str(place))}{flags}  # vLLM 0.32{where}"]
     if kind in (FLOAT, FP8_TENSOR) and not floats:
-        lines.append(f"python -m sglang.launch_server --model-path {place}  # SGLang 0.5.23")
+        lines.append(f"python -m sglang.launch_server --model-path {quote(str(place))}  # SGLang 0.5.23")
     return lines
 
 

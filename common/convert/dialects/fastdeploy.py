@@ -5,6 +5,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from shlex import quote
 
 from ....ops.shared.codes import CODE_RANGES
 from .caches import INT8_CHANNEL, kind_of, quantized_layers
@@ -43,7 +44,7 @@ def _write(directory: OctavoDirectory, target: Target) -> list[str]:
 
 def _serve(form: Form, place: Path) -> list[str]:
     """See `Dialect`."""
-    return [f"python -m fastdeploy.entrypoints.openai.api_server --model {place}  # FastDeploy 2.x"]
+    return [f"python -m fastdeploy.entrypoints.openai.api_server --model {quote(str(place))}  # FastDeploy 2.x"]
 
 
 FASTDEPLOY = Dialect(

@@ -7,6 +7,7 @@ float16, for 32 input channels each. N output channels, K input channels, G grou
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -248,7 +249,7 @@ def _serve(form: Form, place: Path) -> list[str]:
     """See `Dialect`."""
     name = _cache(form)
     flags = "" if name is None else f" --flash-attn on --cache-type-k {name} --cache-type-v {name}"
-    return [f"llama-server --model {place / FILE}{flags}  # llama.cpp of llama-cpp-python 0.3.36"]
+    return [f"llama-server --model {quote(str(place / FILE))}{flags}  # llama.cpp of llama-cpp-python 0.3.36"]
 
 
 GGUF = Dialect(

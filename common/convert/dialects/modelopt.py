@@ -5,6 +5,7 @@ N output channels, K input channels.
 
 from collections.abc import Iterator
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -106,8 +107,8 @@ def _write(directory: OctavoDirectory, target: Target) -> list[str]:
 def _serve(form: Form, place: Path) -> list[str]:
     """See `Dialect`."""
     cache = "" if kind_of(form) == FLOAT else " --kv-cache-dtype fp8"
-    lines = [f"vllm serve {place} --quantization modelopt{cache}  # vLLM 0.32"] if _coded(form) else []
-    return [*lines, f"trtllm-serve {place}{cache.replace('-cache-dtype', '_cache_dtype')}  # TensorRT-LLM"]
+    lines = [f"vllm serve {quote(str(place))} --quantization modelopt{cache}  # vLLM 0.32"] if _coded(form) else []
+    return [*lines, f"trtllm-serve {quote(str(place))}{cache.replace('-cache-dtype', '_cache_dtype')}  # TensorRT-LLM"]
 
 
 MODELOPT = Dialect(

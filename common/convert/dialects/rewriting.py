@@ -88,15 +88,26 @@ def check_form(dialect: Dialect, form: Form, calibrates: bool = False) -> None:
     Args:
         calibrates: whether it is of a conversion, which needs no file of statistics for static scales.
     """
+    found = refusal(dialect, form)
+    if found is not None:
+        found = found.replace(_OF_REWRITING, "") if calibrates else found
+        raise OctavoError(f"{named('format')} {dialect.name}: {found}")
+
+
+def refusal(dialect: Dialect, form: Form) -> str | None:
+    """The first reason why a form cannot be written, and the nearest that can; None if it can."""
     for name, linear in form.linears.items():
         if linear.label in HELD_LABELS:
-            raise OctavoError(
-                f"{named('format')} {dialect.name}: {name} is in {linear.label}, codes of the source that Octavo alone "
-                "reads in its own form; convert with --requantize, or serve the directory itself"
+            return (
+                f"{name} is in {linear.label}, codes of the source that Octavo alone reads in its own form; convert "
+                "with --requantize, or serve the directory itself"
             )
-    for refusal in dialect.check(form):
-        refusal = refusal.replace(_OF_REWRITING, "") if calibrates else refusal
-        raise OctavoError(f"{named('format')} {dialect.name}: {refusal}")
+    return next(iter(dialect.check(form)), None)
+
+
+def refusals(form: Form) -> dict[str, str | None]:
+    """Of each format, why a form cannot be written in it; None if it can."""
+    return {name: refusal(dialect, form) for name, dialect in DIALECTS.items()}
 
 
 def write_as(

@@ -6,6 +6,7 @@ N output channels, K input channels, G groups of them.
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -151,14 +152,14 @@ def write_words(
 
 def lmdeploy_command(place: Path, model_format: str) -> str:
     """The command that serves groups of `LMDEPLOY_GROUP` with LMDeploy."""
-    return f"lmdeploy serve api_server {place} --model-format {model_format}  # LMDeploy 0.18, on GPUs"
+    return f"lmdeploy serve api_server {quote(str(place))} --model-format {model_format}  # LMDeploy 0.18, on GPUs"
 
 
 def serve_words(form: Form, place: Path, where: str = "") -> list[str]:
     """The command that serves it with vLLM; `where` says on which devices alone."""
     if kind_of(form, ONLINE_DTYPES) == FLOAT:
-        return [f"vllm serve {place}  # vLLM 0.32{where}"]
+        return [f"vllm serve {quote(str(place))}  # vLLM 0.32{where}"]
     dtype = online_name(quantized_layers(form)[0], ONLINE_DTYPES)
     floats = form.float_layers()
     skipped = f" --kv-cache-dtype-skip-layers {' '.join(map(str, floats))}" if floats else ""
-    return [f"vllm serve {place} --kv-cache-dtype {dtype}{skipped}  # vLLM 0.32, on GPUs"]
+    return [f"vllm serve {quote(str(place))} --kv-cache-dtype {dtype}{skipped}  # vLLM 0.32, on GPUs"]

@@ -302,6 +302,8 @@ def _read_scheme(file: Path) -> Scheme:
         data = parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise OctavoError(f"scheme {file}: is no JSON file that can be read ({error})") from None
+    if not isinstance(data, dict) or "name" not in data:
+        raise OctavoError(f"scheme {file}: holds no scheme, which is an object with at least a 'name'")
     return Scheme.from_dict(data)
 
 

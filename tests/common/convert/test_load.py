@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from octavo import OctavoError, load_quantized
+from octavo.common.convert.source.quantized.files import READERS
+from octavo.common.runtime.checkpoint.loading import OTHERS_CODES
 from octavo.models.llama3 import ARCHITECTURE
 
 from ...support import random_ids
@@ -78,3 +80,7 @@ def test_from_pretrained_names_it(name: str, tmp_path: Path) -> None:
     method = PASSED[name].config["quant_method"]
     with pytest.raises(OctavoError, match=f"quantized by {method}.*octavo.load_quantized"):
         ARCHITECTURE.model_class.from_pretrained(tmp_path / "source")
+
+
+def test_a_bundle_names_all_that_is_read_here() -> None:
+    assert set(OTHERS_CODES) == set(READERS)

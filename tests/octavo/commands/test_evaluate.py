@@ -1,6 +1,7 @@
 """`octavo evaluate`: models and schemes, converted directories beside what they came from, and refusals."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,6 +44,21 @@ def test_no_text_and_no_task(source: Path, capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr().out.splitlines()[0].split() == ["bits"]
 
 
+def test_only_the_reference_is_called_float(
+    source: Path, converted: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither the scheme nor a directory of that name takes its row."""
+    directory = shutil.copytree(converted(*C8), tmp_path / "float")
+    capsys.readouterr()
+    assert main(["evaluate", str(directory), "--reference", str(source), *SMALL]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[1].split()[:2] == ["float", "32.00"] and said[2].startswith("float (converted)")
+    assert main(["evaluate", str(source), *SMALL, "--schemes", "float", "int8-token"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in said[1:3]] == ["float", "int8-token"] and not said[3]
+    assert len(said[1].split()) < len(said[2].split())  # no KL of itself
+
+
 @pytest.mark.parametrize(
     ("flags", "parts"),
     [
@@ -53,6 +69,9 @@ def test_no_text_and_no_task(source: Path, capsys: pytest.CaptureFixture[str]) -
         (["--length", "100000"], ("--eval_file", "tokens", "smaller --windows and --length")),
         (["--trials", "0"], ("--trials 0",)),
         (["--length", "1"], ("--length 1",)),
+        (["--last", "1"], ("--last 1: behind the last token nothing is predicted",)),
+        (["--json", "/nowhere/found.json"], ("--json /nowhere/found.json: cannot be written",)),
+        (["--statistics", "x.safetensors"], ("--statistics x.safetensors: int8-token, octavo-4 needs no calib",)),
     ],
 )
 def test_what_cannot_be_measured_of_a_model(

@@ -12,6 +12,9 @@ from octavo import kv_bytes_per_token, load_scheme
 from octavo.__main__ import main
 from octavo.common.runtime.version import VERSION
 
+from ...common.convert.source.coded_layouts import PASSED
+from ...common.convert.source.coded_layouts import converted as convert_coded
+from ...common.convert.source.coded_sources import write_coded
 from ...support import assert_one_error_line, edit_json, tiny_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -43,6 +46,18 @@ def test_a_converted_directory(
     assert command[0] == "rewrite"
     rewrite = ["rewrite", str(directory), "--format", data["formats"][0], "--save_directory", str(tmp_path / "out")]
     assert main(rewrite) == 0, "a format that is named is one that it fits"
+
+
+@pytest.mark.parametrize("name", ["gptq, act-order", "fp8 in blocks"])
+def test_codes_that_no_format_holds(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Groups that act-order mixed up, and scales of blocks: rewriting refuses them, whatever the format."""
+    write_coded(tmp_path / "source", PASSED[name])
+    directory = convert_coded(tmp_path / "source", tmp_path / "out", "--scheme", "int8-token")
+    data, lines = told(directory, capsys)
+    assert data["formats"] == [] and all("Octavo alone reads" in why for why in data["refused_formats"].values())
+    assert "formats it fits      its own alone" in lines
+    assert main(["rewrite", str(directory), "--format", "gptq"]) == 1
+    assert_one_error_line(capsys.readouterr().err, data["refused_formats"]["gptq"])
 
 
 def test_a_model_as_it_came(source: Path, capsys: pytest.CaptureFixture[str]) -> None:

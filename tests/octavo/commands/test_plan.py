@@ -1,6 +1,7 @@
 """`octavo plan` as it is typed."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -58,6 +59,15 @@ def test_without_a_memory_nothing_is_said_of_what_fits(source: Path, capsys: pyt
     assert "longest context" not in out and "how much memory npu has: give --memory for what fits" in out
 
 
+def test_a_preset_weighs_the_same_whatever_rows_there_are(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = []
+    for scheme in ("transformers", "float"):
+        words = ["--preset", "eight-bit", "--schemes", scheme, "--context", "16", "--unit", "MB"]
+        assert main(["plan", str(source), *words]) == 0
+        said.append(capsys.readouterr().out.splitlines()[1])
+    assert said[0] == said[1] and len(set(re.findall(r"[0-9.]+ MB", said[0]))) == 2
+
+
 def test_a_picture_is_drawn(source: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     file = tmp_path / "plan.svg"
@@ -78,7 +88,8 @@ def test_a_picture_is_drawn(source: Path, tmp_path: Path) -> None:
         (["--plot", "none/such.svg"], ["--plot none/such.svg: cannot be written"]),
         (["--plot", "plan.doc"], ["--plot plan.doc: cannot be written", ".svg or .png"]),
         (["--preset", "eight-bits"], ["did you mean eight-bit?"]),
-        (["--context", "0"], ["--context", "invalid"]),
+        (["--context", "0"], ["--context: '0' is no positive integer"]),
+        (["--batch", "many"], ["--batch: 'many' is no positive integer"]),
     ],
 )
 def test_mistakes_are_one_line(

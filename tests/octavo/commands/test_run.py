@@ -1,6 +1,7 @@
 """`octavo run` and `octavo chat`: converted directories of any architecture, and stock models with a scheme."""
 
 import io
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -62,6 +63,7 @@ def test_a_stock_model_takes_static_scales_from_a_file(
         (["Rain", "--scheme", "octavo4"], ("'octavo4'", "did you mean octavo-4?")),
         ([], ("give the text to continue",)),
         (["Rain", "--prompt", "Snow"], ("not allowed with argument",)),
+        (["Rain", "--scheme", "octavo-4", "--statistics", "x"], ("--statistics x: octavo-4 needs no calibration",)),
         (["Rain", "--temperature", "1"], ("--temperature: needs --do_sample",)),
         (["Rain", "--device_type", "cdua"], ("did you mean cuda?",)),
     ],
@@ -99,3 +101,13 @@ def test_a_chat(
 def test_a_directory_without_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", str(tmp_path), "Rain"]) == 1
     assert_one_error_line(capsys.readouterr().err, "holds no config.json, so it is no checkpoint")
+
+
+def test_a_tokenizer_without_a_chat_template(
+    converted: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = shutil.copytree(converted(*C8), tmp_path / "out")
+    (directory / "chat_template.jinja").unlink()
+    capsys.readouterr()
+    assert main(["chat", str(directory)]) == 1
+    assert_one_error_line(capsys.readouterr().err, f"{directory}: its tokenizer has no chat template", "octavo run")

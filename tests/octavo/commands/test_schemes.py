@@ -71,6 +71,14 @@ def test_a_name_that_there_is_not(command: str, capsys: pytest.CaptureFixture[st
     assert_one_error_line(capsys.readouterr().err, f"did you mean {nearest}?")
 
 
+@pytest.mark.parametrize("text", ["{}", "[]", '{"key": {"dtype": "int8"}}'])
+def test_a_file_without_a_scheme_is_named(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text(text)
+    assert main(["schemes", str(file)]) == 1
+    assert_one_error_line(capsys.readouterr().err, f"scheme {file}: holds no scheme")
+
+
 def test_every_preset_is_listed_with_what_it_makes(capsys: pytest.CaptureFixture[str]) -> None:
     lines = presets.table()
     assert [line.split()[0] for line in lines[1 : 1 + len(RECIPES)]] == list(RECIPES)

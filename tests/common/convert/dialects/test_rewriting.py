@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,7 +15,8 @@ from safetensors.torch import load_file
 
 from octavo.common import progress
 from octavo.common.convert.api import main as convert
-from octavo.common.convert.dialects.rewriting import RewriteRequest, main, rewrite
+from octavo.common.convert.dialects.directory import OctavoDirectory
+from octavo.common.convert.dialects.rewriting import RewriteRequest, main, refusals, rewrite
 from octavo.common.convert.dialects.table import DIALECTS, dialect_of
 from octavo.common.convert.request import ConvertRequest
 from octavo.common.errors import OctavoError
@@ -153,3 +155,16 @@ def test_an_unknown_format_is_refused(tmp_path: Path) -> None:
 def test_a_target_is_of_our_own_format(tmp_path: Path) -> None:
     with pytest.raises(OctavoError, match="target mindie: is of the format ascend, not gguf"):
         ConvertRequest(tmp_path, tmp_path / "out", target="mindie", format="gguf")
+
+
+def test_commands_name_a_place_with_a_space(converted: Callable[..., Path]) -> None:
+    """As one word, in all formats that hold one of three conversions."""
+    fp8 = ("--scheme", "vllm-fp8", "--w_bit", "16", "--a_bit", "16")
+    found = set()
+    for flags in (("--w_bit", "4", "--a_bit", "16", "--group_size", "32"), fp8, ("--scheme", "ascend-c8", *fp8[2:])):
+        form = OctavoDirectory(converted(*flags)).form
+        for name in (name for name, reason in refusals(form).items() if reason is None):
+            words = [shlex.split(line, comments=True) for line in DIALECTS[name].serve(form, Path("/a place/out"))]
+            assert words and all(any("/a place/out" in word for word in line) for line in words), name
+            found.add(name)
+    assert found >= {"compressed-tensors", "awq", "gptq", "modelopt", "onnxruntime-genai"}, found

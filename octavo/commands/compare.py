@@ -90,9 +90,11 @@ def _candidates(
 
 
 def _lines(flags: argparse.Namespace, shared: Mapping[str, Any], told: Sequence[str], dtype: str) -> list[str]:
-    machine = f"{platform.machine()}, {flags.device_type}, {shared['threads']} threads"
+    machine = f"{platform.machine()}, {flags.device_type}, {shared['threads']} thread{'s' * (shared['threads'] > 1)}"
+    text = [f"text: {flags.eval_file.name}."] if flags.eval_file is not None and shared["text"] else []
     return [
         *(f"{line}." for line in told),
+        *text,
         f"The float model is {dtype}. Measured on {machine}, by Octavo {shared['version']}.",
         f"The choice: fewest bits with a KL of {flags.max_kl:g} at most, and recall within float's 95 % interval.",
     ]

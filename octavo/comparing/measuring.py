@@ -108,7 +108,7 @@ def measure_all(
             record = _measured(reference, candidate, plan, conditions)
             write_whole(file, json.dumps(record, indent=2) + "\n")
             record = json.loads(file.read_text(encoding="utf-8"))
-        records.append(record)
+        records.append({**record, "about": candidate.about, "command": candidate.command})
     return records
 
 

@@ -68,7 +68,7 @@ def _times(rows: Sequence[Row]) -> list[Plot]:
     if not all(timed.values()):
         return []
     tokens = sorted({length for values in timed.values() for length, _ in values})
-    label, note = "ms a token", "Median of single tokens, batch 1, on this machine. Less is better."
+    label, note = "ms a token", "Median of single tokens, batch 1, on a machine as busy as it was. Less is better."
     if len(tokens) == 1:
         title = f"Time of a written token at {tokens[0]:,} tokens"
         return [Plot(title, note, bars(title, label, {name: values[0][1] for name, values in timed.items()}))]

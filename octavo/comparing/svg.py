@@ -12,6 +12,8 @@ COLOURS = 8
 """Classes `c0`, `c1`, ... of the style sheet; behind the last the first comes again, with a broken line."""
 CHARACTER, LINE = 5.6, 11.0
 """Width and height of a character, about."""
+ROW, NAME = 18.0, 18
+"""Height of a bar with what is around it, and characters of its name, at least and at most."""
 
 
 @dataclass(frozen=True)
@@ -125,26 +127,26 @@ def lines(title: str, x: Axis, y: Axis, series: Mapping[str, Sequence[tuple[floa
 
 
 def bars(title: str, label: str, values: Mapping[str, float]) -> str:
-    """A bar from the left for each value, the name above it and the value behind it."""
+    """A bar for each value, its name before it and the value behind it; as high as they need."""
     axis = linear(label, [1.18 * value for value in values.values()])
-    row = (HEIGHT - TOP - BOTTOM) / len(values)
-    thick = min(row * 0.5, 14.0)
+    row = max(ROW, (HEIGHT - TOP - BOTTOM) / len(values))
+    height, thick = TOP + len(values) * row + BOTTOM, min(row * 0.6, 14.0)
     inside = []
     for index, (name, value) in enumerate(values.items()):
         top = TOP + index * row + (row - thick) / 2
         end = 110 + axis.share(value) * (WIDTH - 110 - RIGHT)
-        text = f"{value:,.3g}"
+        text, short = f"{value:,.3g}", name if len(name) <= NAME else f"{name[: NAME - 1]}\N{HORIZONTAL ELLIPSIS}"
         inside += [
-            f'<text class="name end" x="104" y="{top + thick / 2 + 3.5:.1f}">{escape(name)}</text>',
+            f'<text class="name end" x="104" y="{top + thick / 2 + 3.5:.1f}">{escape(short)}</text>',
             f'<rect class="{colour_class(index)}" x="110" y="{top:.1f}" width="{end - 110:.1f}" height="{thick:.1f}">'
             f"<title>{escape(name)}: {text}</title></rect>",
             f'<text class="name" x="{end + 4:.1f}" y="{top + thick / 2 + 3.5:.1f}">{text}</text>',
         ]
     return "\n".join(
         [
-            f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">',
+            f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(title)}">',
             *inside,
-            f'<text class="label" x="{(110 + WIDTH) / 2}" y="{HEIGHT - 16}">{escape(label)}</text>',
+            f'<text class="label" x="{(110 + WIDTH) / 2}" y="{height - 16:.0f}">{escape(label)}</text>',
             "</svg>",
         ]
     )

@@ -73,9 +73,8 @@ def conditions_of(plan: Plan, is_own_text: bool) -> list[str]:
     lines = []
     if plan.text is not None:
         part = f", the last {plan.last:,} of each scored" if plan.last else ""
-        lines.append(
-            f"KL(float || model) in nats, perplexity and top-1: {plan.windows} windows of {plan.length:,} tokens{part}"
-        )
+        count = f"{plan.windows} window{'s' * (plan.windows > 1)} of {plan.length:,} tokens"
+        lines.append(f"KL(float || model) in nats, perplexity and top-1: {count}{part}")
         if is_own_text:
             lines.append(_OWN_TEXT)
     if plan.text is not None and plan.written:

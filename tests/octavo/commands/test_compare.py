@@ -68,7 +68,8 @@ def test_results_are_laid_out_and_the_same_command_measures_nothing_again(
     written = (out / "index.html").read_text()
     assert (
         "Choose octavo-2" in written
-        and "windows of 60 tokens" in written
+        and "1 window of 60 tokens" in written
+        and "text: text.txt" in written
         and "Choose" in (out / "results.md").read_text()
     )
 

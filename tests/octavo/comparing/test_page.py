@@ -103,6 +103,14 @@ def test_as_many_schemes_as_there_are_stay_within_a_plot() -> None:
     svg = plots_of(rows)[0].svg
     assert svg.count("<circle") == 30 and 1 <= svg.count('class="name"') < 30
     assert svg.count("<title>") == 30
+    times = plots_of(rows)[2].svg
+    assert times.count("<rect") == 31 and 'viewBox="0 0 400 608"' in times
+
+
+def test_a_long_name_is_cut_where_it_stands_before_a_bar() -> None:
+    rows = [row_of(found) for found in [float_record(), record("a-scheme-with-a-long-name", 4.0, 0.01)]]
+    times = plots_of(rows)[2].svg
+    assert ">a-scheme-with-a-l\N{HORIZONTAL ELLIPSIS}<" in times and ">a-scheme-with-a-long-name: " in times
 
 
 def test_the_table_is_the_same_in_markdown() -> None:

@@ -79,6 +79,7 @@ def scatter(title: str, x: Axis, y: Axis, points: Sequence[Point], joined: Seque
         path = "L".join(f"{_across(x, a):.1f} {_up(y, b):.1f}" for a, b in joined)
         inside.append(f'<path class="front" d="M{path}"/>')
     places = [(_across(x, point.x), _up(y, point.y)) for point in points]
+    names: list[str] = []
     taken = [(across - 5, up - 5, across + 5, up + 5) for across, up in places]
     for point, (across, up) in zip(points, places, strict=True):
         if point.spread is not None:
@@ -88,8 +89,8 @@ def scatter(title: str, x: Axis, y: Axis, points: Sequence[Point], joined: Seque
             f'<circle class="{colour_class(point.colour)}" cx="{across:.1f}" cy="{up:.1f}" r="4.5">'
             f"<title>{escape(point.about)}</title></circle>"
         )
-        inside += _named(point.name, across, up, taken)
-    return _framed(title, x, y, inside)
+        names += _named(point.name, across, up, taken)
+    return _framed(title, x, y, [*inside, *names])
 
 
 def _named(name: str, across: float, up: float, taken: list[tuple[float, float, float, float]]) -> list[str]:

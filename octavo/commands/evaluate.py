@@ -5,22 +5,16 @@ import dataclasses
 import json
 from pathlib import Path
 
-from ..common.command import DEVICES, OneLineParser
-from ..common.convert.calibration.texts import default_texts
-from ..common.convert.flag_values import count
+from ..common.command import OneLineParser
 from ..common.convert.source.checkpoint import check_device
-from ..common.errors import OctavoError, first_line
+from ..common.errors import OctavoError
 from ..evaluation.evaluating import FLOAT, Plan, Result, evaluate
-from ..evaluation.recall import TASKS
+from ..evaluation.flags import add_measurement_flags, conditions_of, plan_of
 from ..evaluation.report import cost_table, quality_table
 from ..generate import Speaker, check_statistics_used, load_stock, with_scheme
 from ..place import converted_speaker, find_place
 
 SCHEMES = ("int8-token", "octavo-4")
-_OWN_TEXT = (
-    "text: the one that comes with Octavo, on which conversions calibrate unless told otherwise; --eval_file FILE "
-    "gives one of your own"
-)
 
 
 def add_flags(parser: OneLineParser) -> None:
@@ -32,17 +26,8 @@ def add_flags(parser: OneLineParser) -> None:
     )
     add("--statistics", type=Path, metavar="FILE", help="what --save_statistics wrote, for schemes that need it")
     add("--reference", metavar="MODEL", help="the float model that a converted directory is compared with")
-    add("--eval_file", type=Path, metavar="FILE", help="text to score on (default: one that comes with Octavo)")
-    add("--windows", type=count, default=2, metavar="N", help="windows of the text (default 2; 0: no text)")
-    add("--length", type=count, default=2048, metavar="N", help="tokens of a window (default 2048)")
-    add("--last", type=count, default=0, metavar="N", help="score the last N tokens of each window alone")
-    add("--tasks", nargs="*", choices=list(TASKS), default=["key-value"], help="what is recalled (default key-value)")
-    add("--lengths", nargs="+", type=count, default=[1024], metavar="N", help="tokens of its prompts (default 1024)")
-    add("--trials", type=count, default=20, metavar="N", help="questions of each task and length (default 20)")
-    add("--written", type=count, default=64, metavar="N", help="tokens to write greedily (default 64; 0: none)")
-    add("--prompts", type=count, default=4, metavar="N", help="prompts to write behind (default 4)")
+    add_measurement_flags(parser)
     add("--json", type=Path, metavar="FILE", help="write all that was measured to a file, too")
-    add("--device_type", choices=DEVICES, default="cpu", help="where to run (default cpu)")
 
 
 def _speakers(flags: argparse.Namespace) -> tuple[Speaker, dict[str, Speaker]]:
@@ -76,46 +61,6 @@ def _name(model_path: str) -> str:
     return f"{name} (converted)" if name == FLOAT else name
 
 
-def _text(flags: argparse.Namespace) -> str | None:
-    if not flags.windows:
-        return None
-    if flags.eval_file is None:
-        return "\n".join(default_texts())
-    try:
-        return flags.eval_file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise OctavoError(f"--eval_file {flags.eval_file}: cannot be read ({first_line(error)})") from None
-
-
-def _plan(flags: argparse.Namespace) -> Plan:
-    for name in ("trials", "prompts"):
-        if getattr(flags, name) < 1:
-            raise OctavoError(f"--{name} 0: give 1 or more")
-    if flags.last == 1:
-        raise OctavoError("--last 1: behind the last token nothing is predicted; give 2 or more, or 0 for all")
-    if flags.windows and flags.length < 2:
-        raise OctavoError(f"--length {flags.length}: nothing is predicted; give 2 or more")
-    fields = {field.name for field in dataclasses.fields(Plan)} - {"text", "tasks", "lengths"}
-    tasks, lengths = tuple(dict.fromkeys(flags.tasks)), tuple(sorted(set(flags.lengths)))
-    return Plan(_text(flags), tasks=tasks, lengths=lengths, **{name: getattr(flags, name) for name in fields})
-
-
-def _conditions(plan: Plan, flags: argparse.Namespace) -> list[str]:
-    lines = []
-    if plan.text is not None:
-        part = f", the last {plan.last:,} of each scored" if plan.last else ""
-        lines.append(
-            f"KL(float || model) in nats, perplexity and top-1: {plan.windows} windows of {plan.length:,} tokens{part}"
-        )
-        if flags.eval_file is None:
-            lines.append(_OWN_TEXT)
-    if plan.text is not None and plan.written:
-        lines.append(f"as float for: tokens of greedy text before one differs, mean of {plan.prompts} prompts")
-    if plan.tasks:
-        lines.append(f"{' and '.join(plan.tasks)}: right answers of {plan.trials}, in prompts of so many tokens")
-    return lines
-
-
 def _save(results: dict[str, Result], plan: Plan, file: Path) -> None:
     conditions = {**dataclasses.asdict(plan), "text": None}
     found = {"conditions": conditions, "results": {name: result.as_json() for name, result in results.items()}}
@@ -131,7 +76,7 @@ def run(flags: argparse.Namespace) -> None:
     Raises:
         OctavoError: there is no such model or text, or flags that do not go together.
     """
-    plan = _plan(flags)
+    plan = plan_of(flags)
     if flags.json is not None and not flags.json.parent.is_dir():
         raise OctavoError(f"--json {flags.json}: cannot be written (no such directory)")
     reference, others = _speakers(flags)
@@ -139,6 +84,6 @@ def run(flags: argparse.Namespace) -> None:
     print("\n".join(quality_table(results)))
     if costs := cost_table(results):
         print("\n" + "\n".join(costs))
-    print("\n" + "\n".join(_conditions(plan, flags)))
+    print("\n" + "\n".join(conditions_of(plan, flags.eval_file is None)))
     if flags.json is not None:
         _save(results, plan, flags.json)

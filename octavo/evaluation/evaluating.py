@@ -82,23 +82,27 @@ class Result:
         }
 
 
-def evaluate(reference: Speaker, others: Mapping[str, Speaker], plan: Plan) -> dict[str, Result]:
-    """Measure models beside the float one, which is among the results.
+def evaluate(
+    reference: Speaker, others: Mapping[str, Speaker], plan: Plan, with_float: bool = True
+) -> dict[str, Result]:
+    """Measure models beside the float one.
 
     Args:
         reference: the float model, with a cache that stores floats.
+        with_float: whether it is among the results, with its own recall and times.
 
     Raises:
         OctavoError: the text is too short, or a prompt is to be.
     """
-    everyone = {FLOAT: reference, **others}
+    everyone = {FLOAT: reference, **others} if with_float else dict(others)
     longest = max((*plan.lengths, plan.length))
     results = {
         name: Result(kv_bits_per_element(speaker.model.config, speaker.scheme, longest))
         for name, speaker in everyone.items()
     }
-    results[FLOAT].bits = 8.0 * reference.model.dtype.itemsize
-    if plan.text is not None:
+    if with_float:
+        results[FLOAT].bits = 8.0 * reference.model.dtype.itemsize
+    if plan.text is not None and others:
         _on_text(reference, others, plan, results)
     for task in plan.tasks:
         for length in plan.lengths:

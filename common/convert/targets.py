@@ -35,6 +35,7 @@ class Reader:
         reads_fa: whether it runs FAQuant.
         subtracts_offset: whether the zero point of a weight counts as it is stored, `(code - offset) * scale`.
         called: its labels of linears that are ours by another name, by ours.
+        laid_out: labels of linears that it reads from codes in another layout than ours.
         serve: the command that runs a directory, whose place `{}` takes.
     """
 
@@ -45,16 +46,19 @@ class Reader:
     reads_fa: bool
     subtracts_offset: bool
     called: Mapping[str, str]
+    laid_out: tuple[str, ...]
     serve: str
 
 
-_ALL = (W8A8, W8A8_DYNAMIC, W8A16, W4A16)
+_OF_MINDIE = (W8A8, W8A8_DYNAMIC, W8A16)
 _OF_VLLM = (W8A8, W8A8_DYNAMIC, W8A16, W8A8_MIX, W8A8FP8_DYNAMIC)
 _RUN = "cd ${ATB_SPEED_HOME_PATH} && torchrun --nproc_per_node 1 --master_port 20030 -m examples.run_pa --model_path {}"
 _SERVE = "vllm serve {} --quantization ascend"
-_MINDIE = Reader("MindIE", (*_ALL, W8A8_MIX), _ALL, (0, 64, 128, 256), True, True, {}, _RUN)
+# MindIE casts weights in uint8, as ours in int4 are, to the model's dtype, and takes those for float; msmodelslim's are
+# pairs of codes in int8, in groups along the other axis.
+_MINDIE = Reader("MindIE", (*_OF_MINDIE, W8A8_MIX), _OF_MINDIE, (0, 64, 128, 256), True, True, {}, (W4A16,), _RUN)
 _VLLM_ASCEND = Reader(
-    "vllm-ascend", _OF_VLLM, (W8A8_DYNAMIC,), (0,), False, False, {FP8_DYNAMIC: W8A8FP8_DYNAMIC}, _SERVE
+    "vllm-ascend", _OF_VLLM, (W8A8_DYNAMIC,), (0,), False, False, {FP8_DYNAMIC: W8A8FP8_DYNAMIC}, (), _SERVE
 )
 READERS = dict(zip(TARGETS, (_MINDIE, _VLLM_ASCEND, _VLLM_ASCEND), strict=True))
 W4A8_FORMAT = "vllm-ascend-w4a8"
@@ -114,7 +118,10 @@ def _of_linears(reader: Reader, plan: Plan) -> Iterator[str]:
         label = plan.described(ours)
         if label not in reader.labels:
             other = f"; {W4A16} without biases is written by {named('format')} {W4A8_FORMAT}" * (ours == W4A16)
-            yield f"{reader.name} has no linears of {label}; give one of {_known(reader)}{decoded}{other}"
+            lacks = f"has no linears of {label}"
+            if label in reader.laid_out:
+                lacks = f"reads {label} in another layout of codes"
+            yield f"{reader.name} {lacks}; give one of {_known(reader)}{decoded}{other}"
         elif label in WEIGHT_ONLY and group not in reader.groups:
             known = ", ".join(map(str, reader.groups))
             yield f"{reader.name} reads {label} by {named('group_size')} {known}, not {group}{decoded}"

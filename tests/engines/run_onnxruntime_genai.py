@@ -1,4 +1,4 @@
-"""Runs in onnxruntime-genai's environment: logits and codes of prompts into a file, and tokens behind them as JSON."""
+"""Runs where onnxruntime-genai is: logits and codes of prompts into a file, and tokens behind them as JSON."""
 
 import json
 import sys

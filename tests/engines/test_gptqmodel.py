@@ -14,11 +14,10 @@ from octavo.common.convert.dialects.rewriting import RewriteRequest, rewrite
 from octavo.models.llama3 import ARCHITECTURE
 
 from ..support import convert_flags, random_ids, save_source, tiny_llama
-from .environments import ENVIRONMENTS, SECONDS
+from .environments import SECONDS, packages_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
-PACKAGES = ENVIRONMENTS / "gptqmodel"
 W4, W8 = ("--quantization", "w4a16", "--group_size", "32"), ("--quantization", "w8a16", "--group_size", "32")
 OF_HALF = 0.02
 """Largest difference of logits, in their standard deviation, where linears compute in half precision."""
@@ -35,8 +34,7 @@ KINDS = {
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, torch.Tensor, str, list[str]]]:
     """By kind: our directory, their logits, the module of their linears, and names of tensors that were not loaded."""
-    if not (PACKAGES / ".installed").exists():
-        pytest.skip(f"no {PACKAGES}; make test-engines makes it")
+    packages = packages_of("gptqmodel")
     folder = tmp_path_factory.mktemp("gptqmodel")
     source = save_source(folder / "source", tiny_llama())
     for name, (dialect, flags) in KINDS.items():
@@ -44,7 +42,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, to
         rewrite(RewriteRequest(folder / name / "ours", folder / name / "theirs", dialect))
     directories = json.dumps([str(folder / name / "theirs") for name in KINDS])
     script, ids = Path(__file__).with_name("run_gptqmodel.py"), json.dumps(random_ids(1, 24).tolist())
-    command = [sys.executable, str(script), str(PACKAGES), directories, ids, str(folder / "logits")]
+    command = [sys.executable, str(script), str(packages), directories, ids, str(folder / "logits")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == 0, done.stderr[-4000:]
     said, logits = json.loads(done.stdout.splitlines()[-1]), load_file(folder / "logits")

@@ -17,24 +17,22 @@ from octavo.common.convert.dialects.rewriting import RewriteRequest, rewrite
 from octavo.models.llama3 import ARCHITECTURE
 
 from ..support import convert_flags, save_source, tiny_llama
-from .environments import ENVIRONMENTS
+from .environments import packages_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 READER = Path(__file__).with_name("lmdeploy_reader.py")
-PACKAGE = ENVIRONMENTS / "lmdeploy_0.18.0"
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
 
 
 def run_reader(tmp_path: Path, dialect: str, group: str, *flags: str) -> "subprocess.CompletedProcess[str]":
     """Convert a tiny Llama, write it in a dialect, and let the reader read that."""
-    if not (PACKAGE / "lmdeploy" / "turbomind").is_dir():
-        pytest.skip(f"no {PACKAGE}; make test-engines makes it")
+    package = packages_of("lmdeploy_0.18.0")
     source = save_source(tmp_path / "source", tiny_llama(**SIZES))
     given = ("--quantization", "w4a16", "--group_size", group, *flags)
     assert convert(ARCHITECTURE, convert_flags(source, tmp_path / "ours", *given)) == 0
     rewrite(RewriteRequest(tmp_path / "ours", tmp_path / "theirs", dialect))
-    command = [sys.executable, str(READER), str(PACKAGE), str(tmp_path / "theirs"), str(tmp_path / "found")]
+    command = [sys.executable, str(READER), str(package), str(tmp_path / "theirs"), str(tmp_path / "found")]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 

@@ -19,11 +19,12 @@ from octavo.ops.shared.codes import unpack_int4
 
 from ..support import CACHE_NAME, convert_flags, random_ids, save_source, tiny_llama
 from ..tolerances import TOLERANCES
-from .environments import python_of, run_in
+from .environments import packages_of, run_with, said_by
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 ENGINE = "onnxruntime_genai"
+SCRIPT = Path(__file__).with_name("run_onnxruntime_genai.py")
 FLOAT = ("--quantization", "float")
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
 CASES = {"int8 channel": 0.02, "int8 tensor": 0.02, "int4 channel": 0.5}
@@ -41,9 +42,8 @@ def scheme_file(folder: Path, kind: str) -> str:
 
 
 def run_printed(line: str) -> subprocess.CompletedProcess:
-    """Run a command that was printed for the user, in the engine's environment."""
-    command = [str(python_of(ENGINE)), *shlex.split(line, comments=True)[1:]]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    """Run a command that was printed for the user, where the engine is."""
+    return run_with(packages_of(ENGINE), *shlex.split(line, comments=True)[1:])
 
 
 def built(ours: Path, theirs: Path) -> tuple[Path, list[str]]:
@@ -56,13 +56,13 @@ def built(ours: Path, theirs: Path) -> tuple[Path, list[str]]:
 
 def read_by(graph: Path, ids: torch.Tensor, new: int, into: Path) -> tuple[list[list[int]], Any]:
     """Tokens behind prompts `[B, S]`, and logits and codes of the prompts."""
-    found = run_in(ENGINE, "run_onnxruntime_genai.py", graph, json.dumps(ids.tolist()), new, into)
+    found = said_by(run_with(packages_of(ENGINE), SCRIPT, graph, json.dumps(ids.tolist()), new, into))
     return found["tokens"], np.load(into)
 
 
 @pytest.mark.parametrize("kind", CASES)
 def test_codes_and_tokens_are_ours(kind: str, tmp_path: Path) -> None:
-    python_of(ENGINE)
+    packages_of(ENGINE)
     source = save_source(tmp_path / "tiny", tiny_llama(**SIZES))
     flags = (*FLOAT, "--scheme", scheme_file(tmp_path, kind))
     assert convert(ARCHITECTURE, convert_flags(source, tmp_path / "ours", *flags)) == 0
@@ -87,7 +87,7 @@ def test_codes_and_tokens_are_ours(kind: str, tmp_path: Path) -> None:
 
 
 def test_the_cpu_has_no_kernel_for_fp8(tmp_path: Path) -> None:
-    python_of(ENGINE)
+    packages_of(ENGINE)
     source = save_source(tmp_path / "tiny", tiny_llama(**SIZES))
     flags = (*FLOAT, "--scheme", "vllm-fp8")
     assert convert(ARCHITECTURE, convert_flags(source, tmp_path / "ours", *flags)) == 0
@@ -101,7 +101,7 @@ def test_the_cpu_has_no_kernel_for_fp8(tmp_path: Path) -> None:
 
 
 def test_of_smollm2_the_distance_from_float_is_ours(testbed: Path, tmp_path: Path) -> None:
-    python_of(ENGINE)
+    packages_of(ENGINE)
     source, texts = testbed / "smollm2-135m", tmp_path / "texts.jsonl"
     texts.write_text("".join((testbed / "boolq.jsonl").read_text().splitlines(keepends=True)[:8]))
     flags = ["--model_path", str(source), "--save_directory", str(tmp_path / "ours"), "--calib_file", str(texts)]

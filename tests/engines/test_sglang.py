@@ -16,12 +16,11 @@ from octavo.common.convert.dialects.rewriting import RewriteRequest, rewrite
 from octavo.models.llama3 import ARCHITECTURE
 
 from ..support import convert_flags, save_source, tiny_llama
-from .environments import ENVIRONMENTS
+from .environments import packages_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 READER = Path(__file__).with_name("sglang_reader.py")
-PACKAGE = ENVIRONMENTS / "sglang"
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 W4 = ("--quantization", "w4a16", "--group_size", "32")
@@ -35,12 +34,11 @@ CASES = {
 
 def run_reader(tmp_path: Path, dialect: str, flags: tuple[str, ...]) -> "subprocess.CompletedProcess[str]":
     """Convert a tiny Llama, write it in a dialect, and let the reader load that."""
-    if not (PACKAGE / "sglang" / "srt").is_dir():
-        pytest.skip(f"no {PACKAGE}; make test-engines makes it")
+    package = packages_of("sglang")
     source = save_source(tmp_path / "source", tiny_llama(**SIZES))
     assert convert(ARCHITECTURE, convert_flags(source, tmp_path / "ours", *flags)) == 0
     rewrite(RewriteRequest(tmp_path / "ours", tmp_path / "theirs", dialect))
-    command = [sys.executable, str(READER), str(PACKAGE), str(tmp_path / "theirs"), dialect, str(tmp_path / "found")]
+    command = [sys.executable, str(READER), str(package), str(tmp_path / "theirs"), dialect, str(tmp_path / "found")]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 

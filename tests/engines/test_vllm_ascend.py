@@ -21,7 +21,7 @@ from octavo.models.llama3.modeling_llama_fa3 import LlamaForCausalLM
 
 from ..metrics import rmse_in_std
 from ..support import convert_flags, save_source, tiny_llama
-from .environments import ENVIRONMENTS
+from .environments import packages_of
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
@@ -35,9 +35,7 @@ Convert = Callable[..., Path]
 @pytest.fixture(scope="module", params=["0.23.0", "0.25.1rc1"])
 def version(request: pytest.FixtureRequest) -> str:
     """A version of vllm-ascend whose wheel is unpacked here."""
-    folder = ENVIRONMENTS / f"vllm_ascend_{request.param}"
-    if not (folder / "vllm_ascend" / "quantization").is_dir():
-        pytest.skip(f"no {folder}; make test-engines makes it")
+    packages_of(f"vllm_ascend_{request.param}")
     return request.param
 
 
@@ -64,7 +62,7 @@ def convert(tmp_path_factory: pytest.TempPathFactory) -> Convert:
 
 
 def run_reader(version: str, directory: Path, dtype: str, out: Path, *part: str) -> "subprocess.CompletedProcess[str]":
-    package = ENVIRONMENTS / f"vllm_ascend_{version}"
+    package = packages_of(f"vllm_ascend_{version}")
     command = [str(READER), str(package), str(directory), str(LAYERS), dtype, str(out), *part]
     return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=300)
 

@@ -35,8 +35,16 @@ def _engine_of(target: str) -> Engine:
 OWN_ENGINES = (
     Engine("Octavo, through transformers", "5.17 to 5.24", RUN, "everything"),
     *map(_engine_of, READERS),
+    Engine(
+        "msmodelslim",
+        "26.1",
+        NAMES,
+        "nothing, but writes the same: what its quantizer, run on the CPU, makes of a model in W8A8, W8A8_DYNAMIC, "
+        "W8A8_MIX, W8A16, C8 and FAQuant has our names, labels, dtypes (floats: the model's, ours float32) and shapes; "
+        "in W4A16 its codes have another layout",
+    ),
 )
-"""Readers of what a conversion writes itself."""
+"""Readers of what a conversion writes itself, and the tool whose dialect it is."""
 FORMATS = (OWN_FORMAT, *DIALECTS)
 """What `--format` may be."""
 _CALLED = {

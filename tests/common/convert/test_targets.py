@@ -78,6 +78,7 @@ REFUSED = [
         "has no linears of W4A16; give one of W8A8, W8A8_DYNAMIC",
     ),
     ("vllm-ascend", ("--w_bit", "4", "--a_bit", "16"), "W4A16 without biases is written by --format vllm-ascend-w4a8"),
+    ("mindie", ("--w_bit", "4", "--a_bit", "16"), "MindIE reads W4A16 in another layout of codes; give one of W8A8, "),
     ("mindie", ("--quantization", "w8a8_mixed"), "has no linears of W8A8_MIXED"),
     ("mindie", ("--quantization", "fp8"), "has no linears of WFP8AFP8_DYNAMIC; give one of W8A8, W8A8_DYNAMIC, W8A16"),
     ("vllm-ascend", ("--quantization", "wfp8afp8"), "WFP8AFP8; give one of W8A8, W8A8_DYNAMIC, W8A16, W8A8_MIX ("),
@@ -320,7 +321,7 @@ def _in_two_kinds() -> Layout:
 
 
 EIGHT_WITH_ZEROS = ct_config("pack-quantized", args(8, "int", "channel", False))
-WIDE = args(4, "int", "group", group_size=96)
+WIDE = args(8, "int", "group", group_size=96)
 CODED = [
     (
         "vllm-ascend",
@@ -331,9 +332,9 @@ CODED = [
     ),
     (
         "mindie",
-        Layout(partial(packed_ct, group=96), ct_config("pack-quantized", WIDE)),
+        Layout(partial(packed_ct, bits=8, group=96), ct_config("pack-quantized", WIDE)),
         {"hidden_size": 192, "intermediate_size": 192, "head_dim": 48},
-        "reads W4A16 by --group_size 0, 64, 128, 256, not 96; --requantize makes others of those of the source",
+        "reads W8A16 by --group_size 0, 64, 128, 256, not 96; --requantize makes others of those of the source",
     ),
     (
         "vllm-ascend",

@@ -8,7 +8,10 @@ loaded.
 """
 
 import json
+import os
 import sys
+
+os.environ["TORCHDYNAMO_DISABLE"] = "1"  # GPTQModel compiles, and the linker takes no directory with a space
 
 
 def main(packages: str, directories: str, ids: str, out: str) -> None:

@@ -5,6 +5,7 @@ on the codes and scales of ours. `make test-engines` installs it; it was compile
 """
 
 import json
+import re
 import sysconfig
 from pathlib import Path
 
@@ -46,6 +47,8 @@ SAVED |= {"W8A16": "w8a16_static_per_channel", "W8A16-in-groups": "w8a16_static_
 def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """By case, `ours/CASE` and, of one checkpoint of a dtype, msmodelslim's `theirs/CASE`, `saved/CASE`."""
     packages = packages_of("msmodelslim")
+    if not re.fullmatch(r"[\w/.-]+", str(packages.resolve()), re.ASCII):
+        pytest.skip(f"msmodelslim takes no path with other characters than [_A-Za-z0-9/.-]: {packages.resolve()}")
     library = f"anti_outlier/anti_utils{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not (packages / "msmodelslim" / "pytorch" / "llm_ptq" / library).exists():
         pytest.skip(f"msmodelslim has no {library}, for this Python and processor")

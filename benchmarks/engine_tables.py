@@ -2,7 +2,7 @@
 
 from engine_cases import NATIVE
 from engine_turns import FILE, MOST_OF_OTHERS
-from rows import RESULTS, Row, read_rows
+from rows import RESULTS, Row, markdown, read_rows
 
 CASE = ("model", "isa", "batch", "contender", "context")
 MODELS = {"llama-1b-random": "Llama of 1B's shape, random"}
@@ -73,9 +73,7 @@ def engines_table(isa: str = NATIVE, batch: str = "1") -> str:
     lines = [("model", "kind", "engine", *steps, f"first token of {int(contexts[0]):,}, s", "peak, MB", "KL")]
     for model in dict.fromkeys(row["model"] for row in rows):
         lines += _lines(model, [row for row in rows if row["model"] == model], contexts)
-    table = ["| " + " | ".join(line) + " |" for line in lines]
-    table.insert(1, "|---|---|---|" + "---:|" * (len(lines[0]) - 3))
-    return "\n".join(table) + "\n\n" + _conditions(rows, isa, batch)
+    return f"{markdown(lines, 3)}\n\n{_conditions(rows, isa, batch)}"
 
 
 def other_engines_tables() -> str:

@@ -28,3 +28,18 @@ def read_rows(file: Path) -> list[Row]:
         return []
     with file.open(newline="", encoding="utf-8") as stream:
         return list(csv.DictReader(stream))
+
+
+def markdown(rows: list[tuple[str, ...]], texts: int = 1) -> str:
+    """A table whose first `texts` columns are text and whose others are numbers."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    rule = "|" + "---|" * texts + "---:|" * (len(rows[0]) - texts)
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def scores(row: Row | None) -> tuple[str, str, str]:
+    """KL, change of the perplexity in percent, and share of equal first choices."""
+    if row is None:
+        return "", "", ""
+    change = 100 * (float(row["perplexity"]) / float(row["float_perplexity"]) - 1)
+    return f"{float(row['kl']):.5f}", f"{change:+.2f} %", f"{100 * float(row['top1']):.1f} %"

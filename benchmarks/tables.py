@@ -12,17 +12,15 @@ from pathlib import Path
 from engine_tables import engines_table, other_engines_tables
 from memory_rows import memory_rows, start_rows
 from quality import FLOAT_WEIGHTS, UNFOLDED
-from rows import RESULTS, Row, read_rows
+from rows import RESULTS, Row, markdown, read_rows, scores
 from schemes import SDPA
 from support import sliding_rows, support_rows
 from transformers import LlamaConfig
-from weights import CONDITIONS, RECIPE, grid
+from weight_tables import best_weights_table, weights_table
 
 from models import SHAPES
-from octavo.common.convert.flag_values import ACT_METHOD_NAMES
 from octavo.common.runtime.cache.sizes import kv_bits_per_element, kv_bytes_per_token
 from octavo.common.runtime.schemes.kv_scheme import CROP_ROOM, PRESETS, load_scheme
-from octavo.common.runtime.schemes.linear_scheme import W8A8
 from octavo.wording import codec_words
 
 ROOT = Path(__file__).parents[1]
@@ -54,13 +52,6 @@ def _timed(file: str) -> dict[tuple[str, str], dict[str, Row]]:
             case.clear()
         case[row["what"]] = row
     return cases
-
-
-def _markdown(rows: list[tuple[str, ...]], texts: int = 1) -> str:
-    """A table whose first `texts` columns are text and whose others are numbers."""
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    rule = "|" + "---|" * texts + "---:|" * (len(rows[0]) - texts)
-    return "\n".join([lines[0], rule, *lines[1:]])
 
 
 def _conditions(row: Row) -> str:
@@ -119,7 +110,7 @@ def results_table() -> str:
     has_w4a16 = any(what.startswith("W4A16") for what in variants)
     leaves, treated = (" `W4A16` leaves lm_head.", ", m3 and GPTQ for W4A16") if has_w4a16 else ("", "")
     return (
-        f"{_markdown(rows)}\n\n"
+        f"{markdown(rows)}\n\n"
         f"Batch 1, median of alternating calls in one run, {_conditions(any_speed)}; `float` is transformers "
         f"{any_speed['transformers']} in fp32 with DynamicCache and SDPA. `W8A8` leaves the layers in float that "
         f"Ascend's recipe leaves (down_proj, lm_head); `W8A8 dynamic` leaves none.{leaves} Perplexity and KL are "
@@ -128,18 +119,10 @@ def results_table() -> str:
     )
 
 
-def _scores(row: Row | None) -> tuple[str, str, str]:
-    """KL, change of the perplexity in percent, and share of equal first choices."""
-    if row is None:
-        return "", "", ""
-    change = 100 * (float(row["perplexity"]) / float(row["float_perplexity"]) - 1)
-    return f"{float(row['kl']):.5f}", f"{change:+.2f} %", f"{100 * float(row['top1']):.1f} %"
-
-
 def _scored(found: list[dict[str, Row]], what: str) -> tuple[str, ...]:
     """Bits and the scores of each model of one scheme or variant."""
     bits = next((f"{float(rows[what]['bits']):.2f}" for rows in found if what in rows), "")
-    return bits, *(score for rows in found for score in _scores(rows.get(what)))
+    return bits, *(score for rows in found for score in scores(rows.get(what)))
 
 
 def _quality_conditions(found: list[dict[str, Row]]) -> str:
@@ -174,7 +157,7 @@ def schemes_table() -> str:
             bits, *scores = _scored(found, FLOAT_WEIGHTS + name + UNFOLDED)
             rows.append(("", "the same, with the bias in", "", "", bits, stored, *scores))
     return (
-        f"{_markdown(rows, 4)}\n\n{_quality_conditions(found)} Bits stored count as well what a cache keeps in 16 bits "
+        f"{markdown(rows, 4)}\n\n{_quality_conditions(found)} Bits stored count as well what a cache keeps in 16 bits "
         f"beside the codes of its newest {CROP_ROOM} tokens, so that they can be cropped (`crop_room`)."
     )
 
@@ -192,7 +175,7 @@ def options_table() -> str:
         rows += [
             (what.removeprefix(FLOAT_WEIGHTS), *_scored(found, what)) for what in whats if not what.endswith(UNFOLDED)
         ]
-    return f"{_markdown(rows, 1)}\n\n{_quality_conditions(found)}"
+    return f"{markdown(rows, 1)}\n\n{_quality_conditions(found)}"
 
 
 def checkpoints_table() -> str:
@@ -200,7 +183,7 @@ def checkpoints_table() -> str:
     rows = [("checkpoint", "KV bits", "KL", "perplexity", "top-1")]
     scored = {what: row for what, row in _quality(QUALITY_MODEL).items() if not what.startswith(FLOAT_WEIGHTS)}
     rows += [(f"{SPEED_MODEL}, {what}", *_scored([{what: row}], what)) for what, row in scored.items()]
-    return _markdown(rows) if scored else "No checkpoint is measured yet."
+    return markdown(rows) if scored else "No checkpoint is measured yet."
 
 
 def peers_table() -> str:
@@ -209,80 +192,8 @@ def peers_table() -> str:
     if not newest:
         return "No peer is measured yet."
     rows = [("model", "system", "cache", "windows", "bits", "KL", "perplexity", "top-1")]
-    rows += [(*key, row["windows"], f"{float(row['bits']):.2f}", *_scores(row)) for key, row in newest.items()]
-    return f"{_markdown(rows, 3)}\n\nScored: the second half of windows of 2,048 tokens; peers.py has the conditions."
-
-
-def _weights() -> dict[str, list[Row]]:
-    """By model, in the order of the grid: the newest row of each case under the conditions of the newest row of all."""
-    rows, order = _rows("weights.csv"), [setting.name for setting in grid()]
-    newest = {row["model"]: row for row in rows}
-    found: dict[str, dict[str, Row]] = {model: {} for model in newest}
-    for row in rows:
-        if all(row[column] == newest[row["model"]][column] for column in CONDITIONS):
-            found[row["model"]][row["case"]] = row
-    return {model: [cases[name] for name in order if name in cases] for model, cases in found.items()}
-
-
-def _is_recipe(row: Row) -> bool:
-    """Whether a row is one of Ascend's recipe, static W8A8 and C8, which stand in a matrix."""
-    kind = row["kind"], row["cache"], row["linears"]
-    return kind == (W8A8, "ascend-c8", "recipe") and not row["case"].startswith(RECIPE)
-
-
-def _matrix(rows: list[Row]) -> str:
-    """KL by `--anti_method` and `--act_method`, the least one bold."""
-    found = {(row["anti_method"], row["act_method"]): float(row["kl"]) for row in rows}
-    antis = list(dict.fromkeys(anti for anti, _ in found))
-    acts = [act for act in ACT_METHOD_NAMES if any(act == other for _, other in found)]
-    least = min(found.values())
-
-    def cell(anti: str, act: str) -> str:
-        if (anti, act) not in found:
-            return ""
-        kl = found[anti, act]
-        return f"**{kl:.5f}**" if kl == least else f"{kl:.5f}"
-
-    named = [act if act == ACT_METHOD_NAMES[act] else f"{act} ({ACT_METHOD_NAMES[act]})" for act in acts]
-    lines = [("anti_method", *(f"act_method {name}" for name in named))]
-    lines += [(anti or "none", *(cell(anti, act) for act in acts)) for anti in antis]
-    return _markdown(lines)
-
-
-WEIGHTS_HEAD = ("linears", "K and V", "in float", "anti_method", "act_method", "w_method", "MB", "KL", "perplexity",
-                "top-1")  # fmt: skip
-
-
-def _weights_row(row: Row) -> tuple[str, ...]:
-    recipe = f"`--preset {row['case'].removeprefix(RECIPE)}`: " if row["case"].startswith(RECIPE) else ""
-    methods = (row["anti_method"] or "none", row["act_method"], row["w_method"])
-    in_float = row["linears"].replace("*.", "")
-    return f"{recipe}{row['kind']}", row["cache"], in_float, *methods, row["megabytes"], *_scores(row)
-
-
-def _weights_conditions(row: Row) -> str:
-    windows = "1 window" if row["windows"] == "1" else f"{row['windows']} windows"
-    return (
-        "KL(float || quantized) in nats per token, change of the perplexity, and share of tokens whose likeliest next "
-        f"token is the same, of {row['model']}: {windows} of {int(row['length']):,} tokens of "
-        f"{row['text']}, teacher-forced; calibrated on {row['calibration']}; MB of safetensors. `recipe` leaves the "
-        "linears in float that Ascend's recipe leaves. A group that does not divide a linear's input channels is the "
-        "next smaller multiple of 32 that does."
-    )
-
-
-def weights_table() -> str:
-    """What treatments of outliers, ranges of inputs, and kinds of linears do to each model."""
-    parts = []
-    for model, rows in _weights().items():
-        parts.append(f"**{model}**")
-        matrix, others = [row for row in rows if _is_recipe(row)], [row for row in rows if not _is_recipe(row)]
-        if matrix:
-            parts += ["KL of static W8A8 with Ascend's recipe, and C8:", _matrix(matrix)]
-        if others:
-            parts.append(_markdown([WEIGHTS_HEAD, *map(_weights_row, others)], 6))
-        parts.append(_weights_conditions(rows[0]))
-    return "\n\n".join(parts) or "No weights are measured yet."
+    rows += [(*key, row["windows"], f"{float(row['bits']):.2f}", *scores(row)) for key, row in newest.items()]
+    return f"{markdown(rows, 3)}\n\nScored: the second half of windows of 2,048 tokens; peers.py has the conditions."
 
 
 def _resources_table(file: str, rows_of: Callable[[list[Row]], list[tuple[str, ...]]], about: str) -> str:
@@ -292,26 +203,13 @@ def _resources_table(file: str, rows_of: Callable[[list[Row]], list[tuple[str, .
         return "Not measured yet."
     row = found[-1]
     rows = rows_of([other for other in found if all(other[column] == row[column] for column in MACHINE)])
-    return f"{_markdown(rows, 2)}\n\n{about} {_conditions(row)}, transformers {row['transformers']}."
+    return f"{markdown(rows, 2)}\n\n{about} {_conditions(row)}, transformers {row['transformers']}."
 
 
 MEMORY = (
     "MB of 1e6 bytes, resident, of a process that loads a model and generates 200 tokens behind 6,000: mapped files "
     "count as far as they are read, and so do torch and transformers."
 )
-
-
-def best_weights_table() -> str:
-    """Of each kind of linears, cache and set of linears in float, the row of the least KL."""
-    parts = []
-    for rows in _weights().values():
-        best: dict[tuple[str, str, str], Row] = {}
-        for row in rows:
-            kind = row["kind"], row["cache"], row["linears"]
-            if kind not in best or float(row["kl"]) < float(best[kind]["kl"]):
-                best[kind] = row
-        parts += [_markdown([WEIGHTS_HEAD, *map(_weights_row, best.values())], 6), _weights_conditions(rows[0])]
-    return "\n\n".join(parts) or "No weights are measured yet."
 
 
 def ops_table(file: str) -> str:
@@ -331,7 +229,7 @@ def ops_table(file: str) -> str:
                 rows.append((op, case, what, f"{taken:.3f}", row["share"], f"{others[best] / taken:.2f}", best))
     any_row = next(iter(next(iter(timed.values())).values()))
     bandwidth = any_row["read_gigabytes_per_s"]
-    return f"{_markdown(rows, 3)}\n\n{_conditions(any_row)}, which read {bandwidth} GB/s."
+    return f"{markdown(rows, 3)}\n\n{_conditions(any_row)}, which read {bandwidth} GB/s."
 
 
 def scheme_speed_table() -> str:
@@ -357,7 +255,7 @@ def scheme_speed_table() -> str:
             cells += [row["bytes_per_key"], row["ns_per_key"], f"{share:.2f}", row["update_us"]]
         lines.append((f"`{scheme}`" if scheme in PRESETS else scheme, *cells))
     return (
-        f"{_markdown(lines)}\n\n{rows[-1]['machine']}, {rows[-1]['threads']} threads, torch {rows[-1]['torch']}: one "
+        f"{markdown(lines)}\n\n{rows[-1]['machine']}, {rows[-1]['threads']} threads, torch {rows[-1]['torch']}: one "
         f"query over {int(tokens):,} tokens, batch 1, medians of the whole of `quantized_attention`, its Python "
         "included, and of the cache's `update` with one token (K and V). Bytes are what the storage takes."
     )
@@ -369,8 +267,8 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "engines": engines_table,
         "schemes": schemes_table,
         "best weights": best_weights_table,
-        "sliding": lambda: _markdown(sliding_rows(), 2),
-        "architectures": lambda: _markdown(support_rows(), 5),
+        "sliding": lambda: markdown(sliding_rows(), 2),
+        "architectures": lambda: markdown(support_rows(), 5),
     },
     "benchmarks/README.md": {
         "options": options_table,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.command import OneLineParser, aligned
+from ..common.convert.flag_values import limit
 from ..common.convert.presets import RECIPES
 from ..common.convert.source.checkpoint import check_device
 from ..common.errors import OctavoError
@@ -34,16 +35,6 @@ from ..place import Place, find_place
 MAX_KL = 0.01
 
 
-def _kl(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is no positive number")
-    return value
-
-
 def add_flags(parser: OneLineParser) -> None:
     """Let a parser take the model, what is compared, and where it goes."""
     parser.add_place("MODEL", "any float model")
@@ -56,7 +47,7 @@ def add_flags(parser: OneLineParser) -> None:
     add("--presets", nargs="+", default=[], metavar="NAME", help=about)
     add("--statistics", type=Path, metavar="FILE", help="what --save_statistics wrote, for schemes that need it")
     about = f"what a choice may lose: KL to the float model, in nats (default {MAX_KL})"
-    add("--max_kl", type=_kl, default=MAX_KL, metavar="NATS", help=about)
+    add("--max_kl", type=limit, default=MAX_KL, metavar="NATS", help=about)
     add_measurement_flags(parser)
 
 
@@ -83,7 +74,7 @@ def _candidates(
     found = [
         float_candidate(model, reference, place.directory),
         *scheme_candidates(names, model, reference, place.directory, flags.statistics),
-        *preset_candidates(presets, model, flags.device_type, flags.out),
+        *preset_candidates(presets, model, place.directory, flags.device_type, flags.out),
     ]
     check_names(found)
     return found

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from ..common.command import OneLineParser
+from ..common.convert.output.bundle import put_file
 from ..common.convert.source.checkpoint import check_device
 from ..common.errors import OctavoError
 from ..evaluation.evaluating import FLOAT, Plan, Result, evaluate
@@ -65,7 +66,7 @@ def _save(results: dict[str, Result], plan: Plan, file: Path) -> None:
     conditions = {**dataclasses.asdict(plan), "text": None}
     found = {"conditions": conditions, "results": {name: result.as_json() for name, result in results.items()}}
     try:
-        file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        put_file(file, json.dumps(found, indent=2) + "\n")
     except OSError as error:
         raise OctavoError(f"--json {file}: cannot be written ({error.strerror})") from None
 

@@ -10,7 +10,7 @@ from ..common.convert.dialects.directory import OctavoDirectory
 from ..common.convert.dialects.rewriting import refusals
 from ..common.convert.dialects.table import formats_of
 from ..common.errors import OctavoError
-from ..common.runtime.cache.sizes import kept_kv_bytes
+from ..common.runtime.cache.sizes import kv_bytes_per_token
 from ..common.runtime.schemes.kv_scheme import load_scheme
 from ..generate import Speaker
 from ..place import add_model_flags, find_place, speaker_of
@@ -51,15 +51,12 @@ def _say(line: str) -> None:
 
 def _banner(speaker: Speaker, name: str, flags: argparse.Namespace) -> str:
     config, itemsize = speaker.model.config, speaker.model.dtype.itemsize
-    tokens = 8192
-    ours, plain = (
-        kept_kv_bytes(config, scheme, tokens, itemsize) / tokens for scheme in (speaker.scheme, load_scheme("float"))
-    )
+    ours, plain = (kv_bytes_per_token(config, scheme, itemsize) for scheme in (speaker.scheme, load_scheme("float")))
     engine = _engine(flags)
     many = f"; for many at once: {engine}" if engine else ""
     return (
-        f"{name} at http://{flags.host}:{flags.port}/v1, KV cache {speaker.scheme.name}: {ours:,.0f} bytes a token "
-        f"(in float {plain:,.0f}); {_ONE_BY_ONE}{many}"
+        f"{name} at http://{flags.host}:{flags.port}/v1, KV cache {speaker.scheme.name}: {ours:,} bytes a token "
+        f"(in float {plain:,}); {_ONE_BY_ONE}{many}"
     )
 
 

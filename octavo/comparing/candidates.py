@@ -1,6 +1,5 @@
 """What is compared: the float model, schemes of its KV cache, and presets by which it is converted for the time."""
 
-import argparse
 import contextlib
 import shlex
 import sys
@@ -8,12 +7,14 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..commands import convert
-from ..common.command import OneLineParser
+from ..common.convert.api import converted
+from ..common.convert.flags import parse_flags, request_of
 from ..common.convert.presets import RECIPES, RENAMED, check_preset, load_recipe
+from ..common.convert.source.config import chosen_architecture
 from ..common.errors import OctavoError
 from ..common.runtime.schemes.kv_scheme import PRESETS, Scheme, load_scheme
 from ..evaluation.evaluating import FLOAT
@@ -124,33 +125,32 @@ def _of_scheme(
     )
 
 
-def preset_candidates(names: Sequence[str], model: str, device: str, work: Path) -> list[Candidate]:
+def preset_candidates(names: Sequence[str], model: str, directory: Path, device: str, work: Path) -> list[Candidate]:
     """Presets, by each of which the model is converted when its turn comes; the conversion goes when it is measured.
 
     Args:
         work: where conversions lie for so long.
     """
-    return [_of_preset(name, model, device, work) for name in names]
+    return [_of_preset(name, model, directory, device, work) for name in names]
 
 
-def _of_preset(name: str, model: str, device: str, work: Path) -> Candidate:
+def _of_preset(name: str, model: str, directory: Path, device: str, work: Path) -> Candidate:
     recipe = load_recipe(name)
     definition = {"preset": {flag: value for flag, value in recipe.items() if flag != "about"}}
     command = f"octavo convert {shlex.quote(model)} --preset {name}"
-    return Candidate(
-        f"preset {name}", "preset", recipe["about"], command, definition, lambda: _converted(name, model, device, work)
-    )
+    speaker = partial(_converted, name, directory, device, work)
+    return Candidate(f"preset {name}", "preset", recipe["about"], command, definition, speaker)
 
 
 @contextmanager
-def _converted(name: str, model: str, device: str, work: Path) -> Iterator[tuple[Speaker, int]]:
+def _converted(name: str, source: Path, device: str, work: Path) -> Iterator[tuple[Speaker, int]]:
+    architecture = chosen_architecture(source, None)
     with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=work) as directory:
         output = Path(directory) / name
-        words = [model, "--preset", name, "--save_directory", str(output), "--device_type", device]
-        parser = OneLineParser(prog="octavo convert", allow_abbrev=False)
-        convert.add_flags(parser)
-        with contextlib.redirect_stdout(sys.stderr):
-            convert.run(argparse.Namespace(**vars(parser.parse_args(words)), words=words))
+        words = ["--model_path", str(source), "--save_directory", str(output), "--preset", name]
+        words += ["--device_type", device]
+        report = converted(request_of(parse_flags(architecture.name, words, architecture.decoder.head), architecture))
+        print(report.summary(), file=sys.stderr)
         yield converted_speaker(find_place(str(output)), device), weight_bytes(output)
 
 

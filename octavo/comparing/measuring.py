@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from ..common.convert.output.bundle import put_file
 from ..common.errors import OctavoError
 from ..common.runtime.checkpoint.loading import CONFIG_FILE
 from ..common.runtime.version import VERSION
@@ -76,11 +76,9 @@ def write_whole(file: Path, text: str) -> None:
     Raises:
         OctavoError: it cannot be written.
     """
-    part = file.with_name(f"{file.name}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, file)
+        put_file(file, text)
     except OSError as error:
         raise OctavoError(f"--out: {file} cannot be written ({error.strerror})") from None
 

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 
 from ..common.architecture import Architecture, load_architecture, stated_architectures
+from ..common.convert.source.checkpoint import find_source
 from ..common.convert.source.config import LOAD_ERRORS, bearable
 from ..common.errors import OctavoError, first_line
 from ..common.runtime.checkpoint.ascend import DESCRIPTION_FILE
@@ -66,12 +65,7 @@ def config_file(model: str) -> Path:
         if not (path / CONFIG_FILE).is_file():
             raise OctavoError(f"{model}: holds no {CONFIG_FILE}; give a directory that does, or a hub id")
         return path / CONFIG_FILE
-    if model.count("/") > 1 or model.startswith((".", "/", "~")):
-        raise OctavoError(f"{model}: no such directory or file")
-    try:
-        return Path(hf_hub_download(model, CONFIG_FILE))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise OctavoError(f"{model}: no such directory, and no hub model ({first_line(error)})") from None
+    return find_source(model, patterns=(CONFIG_FILE,)) / CONFIG_FILE
 
 
 def _config_of(file: Path, settings: dict[str, Any]) -> PreTrainedConfig:

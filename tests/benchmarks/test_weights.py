@@ -23,8 +23,8 @@ def weights(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.fixture
 def tables(weights: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """`benchmarks/tables.py` with results of its own, of which there are none yet."""
-    module = import_module("tables")
+    """`benchmarks/weight_tables.py` with results of its own, of which there are none yet."""
+    module = import_module("weight_tables")
     monkeypatch.setattr(module, "RESULTS", tmp_path)
     return module
 

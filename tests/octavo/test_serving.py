@@ -1,6 +1,7 @@
 """The server: requests that go on from the one before, and OpenAI's own client over loopback."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -120,11 +121,14 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def served(converted: Callable[..., Path]) -> Iterator[tuple[str, list[str]]]:
+def served(converted: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, list[str]]]:
     """The address of a server of a converted directory, and what it says."""
     pytest.importorskip("uvicorn")
     port, lines, is_up = free_port(), [], threading.Event()
-    command = [sys.executable, "-m", "octavo", "serve", str(converted(*C8)), "--host", "127.0.0.1", "--port", str(port)]
+    directory = shutil.copytree(converted(*C8), tmp_path_factory.mktemp("served") / "tiny quantized")
+    with (directory / "chat_template.jinja").open("a") as template:
+        template.write("{% if tools %}{{ tools | tojson }}{% endif %}")
+    command = [sys.executable, "-m", "octavo", "serve", str(directory), "--host", "127.0.0.1", "--port", str(port)]
     child = subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
@@ -145,7 +149,7 @@ def served(converted: Callable[..., Path]) -> Iterator[tuple[str, list[str]]]:
 
 
 @pytest.mark.slow
-def test_the_openai_client_talks_streams_and_calls_tools(served: tuple[str, list[str]]) -> None:
+def test_the_openai_client_talks_streams_and_names_tools(served: tuple[str, list[str]]) -> None:
     openai = pytest.importorskip("openai")
     address, lines = served
     client = openai.OpenAI(base_url=address, api_key="none", timeout=SECONDS, max_retries=0)
@@ -164,11 +168,12 @@ def test_the_openai_client_talks_streams_and_calls_tools(served: tuple[str, list
     text = client.completions.create(model=model, prompt="Rain fell", max_tokens=4, temperature=0)
     assert text.choices[0].text
     tool = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
-    assert client.chat.completions.create(**asked, tools=[tool]).choices
+    plain, with_tools = (client.chat.completions.create(**asked, **tools) for tools in ({}, {"tools": [tool]}))
+    assert with_tools.usage.prompt_tokens > plain.usage.prompt_tokens + 20  # the template has said which there are
     with pytest.raises(openai.BadRequestError):
         client.chat.completions.create(**{**asked, "model": "another"})
     told = [line for line in lines if " tokens read, " in line]
-    assert len(told) == 5 and all("KV cache of" in line and " bytes (" in line for line in told)
+    assert len(told) == 6 and all("KV cache of" in line and " bytes (" in line for line in told)
     assert ", 0 kept" in told[0] and ", 0 kept" not in told[1] + told[2]
 
 

@@ -77,6 +77,11 @@ def why_not(form: Form, says: str, instead: str) -> str:
     return f"scheme {form.scheme.name}: the format says {says} alone; {instead}"
 
 
+def static_scheme(form: Form, scheme: str) -> str:
+    """The arguments of the command that give a cache of static scales."""
+    return f"--scheme {scheme}" if form.calibrates else f"--scheme {scheme} --statistics FILE"
+
+
 def leaves_biases_out(form: Form) -> str:
     """A refusal of static scales that leave biases out, as `Form.folds` says it."""
     return (

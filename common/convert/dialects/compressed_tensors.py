@@ -33,6 +33,7 @@ from .caches import (
     leaves_biases_out,
     online_name,
     quantized_layers,
+    static_scheme,
     why_not,
 )
 from .dialect import NAMES, PARSED, RUN, Dialect, Engine, Target, native_settings, write_texts
@@ -100,7 +101,7 @@ def _check_cache(form: Form) -> Iterator[str]:
         yield why_not(
             form,
             f"fp8 per tensor or head, int8 per channel, and what vLLM quantizes by itself ({', '.join(ONLINE_DTYPES)})",
-            "give --scheme vllm-fp8 --statistics FILE, or --scheme int8-token",
+            f"give {static_scheme(form, 'vllm-fp8')}, or --scheme int8-token",
         )
     elif form.folds and kind != ONLINE:
         yield leaves_biases_out(form)

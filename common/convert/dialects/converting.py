@@ -38,7 +38,7 @@ def converted_as(request: ConvertRequest, convert: Convert) -> ConversionReport:
     dialect = dialect_of(request.format)
     check_output(request.output, named("output"))
     own = dataclasses.replace(request, output=own_place(request.output))
-    report, statistics = convert(own, lambda job: check_form(dialect, form_of_plan(job, job.plan(())), True))
+    report, statistics = convert(own, lambda job: check_form(dialect, form_of_plan(job, job.plan(()))))
     try:
         notes = _written(request, own.output, statistics)
     except OctavoError as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 from shlex import quote
 
 from ....ops.shared.codes import CODE_RANGES
-from .caches import INT8_CHANNEL, kind_of, quantized_layers
+from .caches import INT8_CHANNEL, kind_of, quantized_layers, static_scheme
 from .dialect import NAMES, Dialect, Engine, Target, native_settings, write_texts
 from .directory import OctavoDirectory
 from .form import Form
@@ -23,7 +23,7 @@ def _check(form: Form) -> Iterator[str]:
     """See `Dialect`."""
     for name in form.added_biases:
         yield f"{name} has a bias that the engine skips; convert with --anti_method m1 or m4 in the place of m2"
-    yield from check_static(form, (INT8_CHANNEL,), "give --scheme ascend-c8 --statistics FILE")
+    yield from check_static(form, (INT8_CHANNEL,), f"give {static_scheme(form, 'ascend-c8')}")
 
 
 def _write(directory: OctavoDirectory, target: Target) -> list[str]:

@@ -49,6 +49,7 @@ class Form:
         added_biases: names of modules with a bias that the architecture itself has none for.
         folds: whether the scales are of K or V without the bias of their projection.
         dtype: of floats, as safetensors spells it.
+        calibrates: whether a conversion is to make it, which finds static scales by itself.
     """
 
     architecture: Architecture
@@ -60,6 +61,7 @@ class Form:
     added_biases: tuple[str, ...]
     folds: bool
     dtype: str
+    calibrates: bool = False
 
     @property
     def layers(self) -> int:

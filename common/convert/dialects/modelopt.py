@@ -13,7 +13,7 @@ import torch
 from ...runtime.checkpoint.files import TensorHeader
 from ...runtime.schemes.linear_scheme import FP8, FP8_DYNAMIC
 from ..output.writer import write_json
-from .caches import FLOAT, FP8_TENSOR, kind_of
+from .caches import FLOAT, FP8_TENSOR, kind_of, static_scheme
 from .compressed_tensors import split_units
 from .dialect import NAMES, RUN, Dialect, Engine, Target, native_settings, write_texts
 from .directory import OctavoDirectory
@@ -52,7 +52,7 @@ def _check(form: Form) -> Iterator[str]:
         yield f"{form.architecture.name}: layers of experts are not written in this format; serve the directory itself"
     yield from split_units(form)
     if kind_of(form) != FLOAT:
-        yield from check_static(form, (FP8_TENSOR,), "give --scheme vllm-fp8 --statistics FILE, or --scheme float")
+        yield from check_static(form, (FP8_TENSOR,), f"give {static_scheme(form, 'vllm-fp8')}, or --scheme float")
     elif not _coded(form):
         yield "nothing is quantized that the format could say; convert with --quantization fp8"
 

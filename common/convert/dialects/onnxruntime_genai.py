@@ -8,7 +8,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..output.writer import write_json
-from .caches import FP8_CHANNEL, FP8_TENSOR, INT4_CHANNEL, INT4_TENSOR, INT8_CHANNEL, INT8_TENSOR, kind_of
+from .caches import (
+    FP8_CHANNEL,
+    FP8_TENSOR,
+    INT4_CHANNEL,
+    INT4_TENSOR,
+    INT8_CHANNEL,
+    INT8_TENSOR,
+    kind_of,
+    static_scheme,
+)
 from .dialect import PARSED, RUN, Dialect, Engine, Target, native_settings, write_texts
 from .directory import OctavoDirectory
 from .form import Form
@@ -44,7 +53,7 @@ def _check(form: Form) -> Iterator[str]:
     """See `Dialect`."""
     for name in form.added_biases:
         yield f"{name} has a bias that the builder skips; convert with --anti_method m1 or m4 in the place of m2"
-    instead = "give --scheme ascend-c8 --statistics FILE, or --scheme vllm-fp8 --statistics FILE"
+    instead = f"give {static_scheme(form, 'ascend-c8')}, or {static_scheme(form, 'vllm-fp8')}"
     yield from check_static(form, tuple(SCHEMES), instead)
 
 

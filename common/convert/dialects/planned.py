@@ -34,4 +34,5 @@ def form_of_plan(job: Job, plan: Plan) -> Form:
         added_biases=tuple(added_biases(source, plan)),
         folds=False,
         dtype=plan.dtype,
+        calibrates=True,
     )

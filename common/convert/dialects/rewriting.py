@@ -19,7 +19,6 @@ from .form import Form
 from .table import DIALECTS, dialect_of, format_named
 
 LARGEST_FILE_GB = 5.0
-_OF_REWRITING = " --statistics FILE"
 """What refusals give with a scheme of static scales, for a rewriting."""
 
 
@@ -82,15 +81,10 @@ def rewrite(request: RewriteRequest) -> list[str]:
     return [f"wrote {request.output} from {request.model}: {request.format}", *lines]
 
 
-def check_form(dialect: Dialect, form: Form, calibrates: bool = False) -> None:
-    """Raise an `OctavoError` with the first reason why a form cannot be written, and the nearest that can.
-
-    Args:
-        calibrates: whether it is of a conversion, which needs no file of statistics for static scales.
-    """
+def check_form(dialect: Dialect, form: Form) -> None:
+    """Raise an `OctavoError` with the first reason why a form cannot be written, and the nearest that can."""
     found = refusal(dialect, form)
     if found is not None:
-        found = found.replace(_OF_REWRITING, "") if calibrates else found
         raise OctavoError(f"{named('format')} {dialect.name}: {found}")
 
 

@@ -12,7 +12,7 @@ from ...runtime.schemes.kv_scheme import load_scheme
 from ...runtime.schemes.linear_scheme import W4A16
 from ..output.writer import write_json
 from ..targets import W4A8_FORMAT, serving
-from .caches import FLOAT, INT8_CHANNEL, kind_of, leaves_biases_out, quantized_layers, why_not
+from .caches import FLOAT, INT8_CHANNEL, kind_of, leaves_biases_out, quantized_layers, static_scheme, why_not
 from .compressed_tensors import split_units
 from .dialect import PARSED, Dialect, Engine, Target, native_settings, write_texts
 from .directory import OctavoDirectory
@@ -51,7 +51,7 @@ def _check(form: Form) -> Iterator[str]:
     yield from split_units(form)
     kind = kind_of(form)
     if kind not in (FLOAT, INT8_CHANNEL) or any(scheme.query for scheme in quantized_layers(form)):
-        yield why_not(form, "int8 per channel", "give --scheme ascend-c8 --statistics FILE, or --scheme float")
+        yield why_not(form, "int8 per channel", f"give {static_scheme(form, 'ascend-c8')}, or --scheme float")
     elif form.folds and kind != FLOAT:
         yield leaves_biases_out(form)
 

@@ -181,7 +181,7 @@ def test_a_converted_directory_is_not_what_it_takes(
 
 
 @pytest.mark.parametrize(
-    ("flags", "parts"), [(["--max_kl", "-1"], ("--max_kl", "-1 is no positive number")), ([], ("--out",))]
+    ("flags", "parts"), [(["--max_kl", "-1"], ("--max_kl", "'-1' is no positive number")), ([], ("--out",))]
 )
 def test_flags_that_say_nothing(
     flags: list[str], parts: tuple[str, ...], source: Path, capsys: pytest.CaptureFixture[str]

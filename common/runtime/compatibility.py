@@ -18,6 +18,8 @@ TESTED_TRANSFORMERS = ("5.17.0", "5.24.0")
 """Oldest and newest version of transformers that the tests have run with."""
 CACHE_ARGUMENTS = ("cache", "past_key_values")
 """Names of the cache, in forwards and outputs; the newest first."""
+OF_GENERATION = ("tokenizer", "assistant_tokenizer")
+"""What `generate` is given for itself and hands on to forwards, which do not read it."""
 
 
 def not_understood(what: str) -> OctavoError:

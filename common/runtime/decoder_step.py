@@ -22,7 +22,7 @@ from ...ops.shared.registry import NAMESPACE, note_way
 from .attention import SlidingWindow, quantized_attention
 from .cache.quantized_cache import QuantizedCache
 from .cache.quantized_layer import QuantizedLayer
-from .compatibility import CACHE_ARGUMENTS
+from .compatibility import CACHE_ARGUMENTS, OF_GENERATION
 from .decoder import scaled_states
 from .fused_cache import advance, fused_cache, packed_layer
 from .fused_decoder import FusedDecoder, fused_decoder
@@ -31,7 +31,9 @@ from .gradients import refuse_gradient
 
 FLOAT_TOKENS = 8
 """Tokens of a pass up to which weights in float are multiplied here; beyond, PyTorch's products are quicker."""
-_HARMLESS = ("use_cache", "cache_position", "return_dict", "output_attentions", "output_hidden_states")
+_HARMLESS = (
+    "use_cache", "cache_position", "return_dict", "output_attentions", "output_hidden_states", *OF_GENERATION
+)  # fmt: skip
 _READ = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", *CACHE_ARGUMENTS)
 
 

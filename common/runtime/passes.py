@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .compatibility import CACHE_ARGUMENTS, parameter_names
+from .compatibility import CACHE_ARGUMENTS, OF_GENERATION, parameter_names
 from .decoder_step import fused_pass
 from .rotary import changes_with_length
 
@@ -21,7 +21,7 @@ CHUNK = 512
 SHORTEST_CHUNK = 64
 """Tokens of a chunk in each sequence of a batch, at least: each chunk reads all weights."""
 _SLICED = ("input_ids", "inputs_embeds", "position_ids", "cache_position", "attention_mask")
-_PLAIN = (*CACHE_ARGUMENTS, "use_cache", "return_dict")
+_PLAIN = (*CACHE_ARGUMENTS, "use_cache", "return_dict", *OF_GENERATION)
 _COLLECTED = ("output_hidden_states", "output_attentions", "output_router_logits")
 """What outputs hold of every layer, where arguments or the config say so."""
 _WHOLE = "octavo_whole_passes"

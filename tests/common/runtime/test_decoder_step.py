@@ -89,6 +89,7 @@ def test_what_is_not_served_is_named(reason: str, change: Callable[[torch.nn.Mod
     model = model_of("llama3")
     arguments = {"input_ids": torch.tensor([[1]]), **with_cache(QuantizedCache(model.config))}
     assert fused_pass(model.base_model, arguments) is not None
+    assert fused_pass(model.base_model, {**arguments, "tokenizer": object()}) is not None, "of generate alone"
     change(model)
     assert fused_pass(model.base_model, arguments) is None
     assert reason in ops.report()

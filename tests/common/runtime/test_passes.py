@@ -16,7 +16,7 @@ from octavo.common.stock_model import prepare
 from octavo.models.llama3.modeling_llama_fa3 import LlamaForCausalLM
 from octavo.models.qwen2.modeling_qwen2_fa3 import Qwen2ForCausalLM
 
-from ...support import random_ids, randomized, tiny_config, tiny_llama, with_cache
+from ...support import random_ids, randomized, tiny_config, tiny_llama, tiny_tokenizer, with_cache
 from ...tolerances import TOLERANCES
 from .cache.tiny import decoded, generate, tiny_mistral, tiny_qwen2
 
@@ -174,6 +174,14 @@ def test_generate_asks_for_the_logits_of_the_last_token(seen: list[int]) -> None
     model.lm_head.register_forward_hook(lambda _, args, output: shapes.append(output.shape[1]))
     generate(model, random_ids(1, TOKENS), **with_cache(QuantizedCache(model.config, "int8-token")), max_new_tokens=3)
     assert shapes == [1, 1, 1] and max(seen) == CHUNK
+
+
+def test_a_tokenizer_that_generate_hands_on_changes_nothing(seen: list[int]) -> None:
+    """As for strings at which to stop, and as transformers' server gives it always."""
+    model = stock()
+    cache = with_cache(QuantizedCache(model.config, "int8-token"))
+    generate(model, random_ids(1, TOKENS), **cache, max_new_tokens=3, tokenizer=tiny_tokenizer())
+    assert max(seen) == CHUNK
 
 
 def test_a_copy_of_a_model_has_passes_of_its_own() -> None:

@@ -56,8 +56,7 @@ def _position_operands(position: PositionScores) -> tuple[tuple[tuple | None, ..
 def _attend_triton(call: AttentionCall, wants_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`attention_lse_reference` in Triton; the log-sum-exp only if it is wanted.
 
-    Any strides. With queries of 16 bits, products are of 16 bits and sums of 32; weights are rounded to 16 bits, and to
-    e4m3 where queries are many and q, K and V all in fp8.
+    Any strides. With queries of 16 bits, products are of 16 bits and sums of 32, and weights are rounded to 16 bits.
 
     Raises:
         ValueError: shapes that do not go together, or a head_dim or scores by position wider than 256.
@@ -83,9 +82,7 @@ def _attend_triton(call: AttentionCall, wants_lse: bool) -> tuple[torch.Tensor, 
     native = gpu.capability >= FP8_CAPABILITY
     ratio = heads // groups
     rows = ratio * queries
-    key_dot, value_dot = triton_dots(
-        query, key, value, quantized, key_parts[0].form, value_parts[0].form, native, many=rows > 64
-    )
+    key_dot, value_dot = triton_dots(query, key, value, quantized, key_parts[0].form, value_parts[0].form, native)
     half = power_of_two((width + 1) // 2, 32 if key_dot in ("int8", "fp8") else 16)
     bits = max(32 if "fp32" in (key_dot, value_dot) else 0, *(8 * codes.element_size() for codes in (key, value)))
     blocks = triton_blocks(rows, half, bits, gpu.capability)

@@ -212,21 +212,16 @@ def attention_kernel(
         peak = 1.0  # what the weights are divided by before they are rounded
         if VALUE_SCALE == "token":
             value_scales = token_values(value_scale, batch, group, tokens, stored, VALUE_GROUP)
-            if VALUE_DOT == "fp16" or VALUE_DOT == "fp8":
+            if VALUE_DOT == "fp16":
                 peak = tl.max(tl.abs(value_scales), 0)
                 peak = tl.where(peak == 0, 1.0, peak)
             scaled = weights * (value_scales / peak)[None, :]
         else:
             scaled = weights
-        if VALUE_DOT == "fp8":
-            peak *= 1 / 448
-            p = (scaled * 448.0).to(tl.float8e4nv)
-        elif VALUE_DOT == "fp32":
+        if VALUE_DOT == "fp32":
             p = scaled
         else:
             p = scaled.to(tl.float16 if VALUE_DOT == "fp16" else tl.bfloat16)
-        if VALUE_DOT == "fp8" and VALUE_SCALE != "token":
-            weights = p.to(tl.float32) * peak
         weight_sum = weight_sum * fade + tl.sum(weights, 1)
         if VALUE_SCALE == "tile":
             v_low = decoded_half(

@@ -129,13 +129,13 @@ def _float_dot(values: torch.dtype, query: torch.dtype) -> str:
 
 def triton_dots(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, quantized: str, scale: str, value_scale: str,
-    native: bool, many: bool,
+    native: bool,
 ) -> tuple[str, str]:  # fmt: skip
     """The types in which q is multiplied by K, and the weights by V.
 
     Codes are exact in float16, so it serves all codes with queries of 16 bits; queries quantized to int8 are multiplied
-    by integer codes as they are, and so with fp8, where the GPU can. The weights are rounded to fp8 only where that
-    pays: with many queries that are in fp8 themselves.
+    by integer codes as they are, and so with fp8, where the GPU can. Weights are multiplied in 16 bits or more: of
+    operands in 8 bits, the matrix units read the right one along the sum alone, and V lies across it.
     """
     folded = scale in ("none", "head", "token")
     kinds = [CODE_KINDS.get(codes.dtype, "float") for codes in (key, value)]
@@ -150,8 +150,6 @@ def triton_dots(
         key_dot = _float_dot(key.dtype, query.dtype) if is_plain else "fp32"
     else:
         key_dot = "fp16"
-    if key_dot == "fp8" and many and kinds[1] in ("e4m3", "e5m2") and value_scale != "tile":
-        return key_dot, "fp8"
     if kinds[1] == "float" and value_scale != "tile":
         return key_dot, _float_dot(value.dtype, query.dtype)
     return key_dot, "fp32" if query.dtype == torch.float32 else "fp16"

@@ -124,21 +124,19 @@ def run_lse(arguments: dict[str, Any], capability: int = 90, processors: int = 4
         return attend_lse(arguments)
 
 
-def assert_close(actual: torch.Tensor, arguments: dict[str, Any], tolerance: str | None = None) -> None:
+def assert_close(actual: torch.Tensor, arguments: dict[str, Any]) -> None:
     """Within the tolerance of the query's dtype of the reference in float32."""
     expected = attention_reference(ATTENTION_CALL.of(**{**arguments, "query": arguments["query"].float()}))
     assert (actual.shape, actual.dtype) == (expected.shape, arguments["query"].dtype)
-    assert relative_rmse(actual, expected) <= TOLERANCES[tolerance or f"cuda attention {str(actual.dtype)[6:]}"]
+    assert relative_rmse(actual, expected) <= TOLERANCES[f"cuda attention {str(actual.dtype)[6:]}"]
 
 
-def assert_both_close(
-    actual: tuple[torch.Tensor, torch.Tensor], arguments: dict[str, Any], tolerance: str | None = None
-) -> None:
+def assert_both_close(actual: tuple[torch.Tensor, torch.Tensor], arguments: dict[str, Any]) -> None:
     """Output and log-sum-exp, an error in which is one of the weights."""
-    assert_close(actual[0], arguments, tolerance)
+    assert_close(actual[0], arguments)
     expected = attention_lse_reference(ATTENTION_CALL.of(**{**arguments, "query": arguments["query"].float()}))[1]
     assert actual[1].shape == expected.shape and actual[1].dtype == torch.float32
     sees = expected > float("-inf")
     assert torch.equal(actual[1] > float("-inf"), sees)
-    limit = TOLERANCES[tolerance or f"cuda attention {str(arguments['query'].dtype)[6:]}"]
+    limit = TOLERANCES[f"cuda attention {str(arguments['query'].dtype)[6:]}"]
     torch.testing.assert_close(actual[1][sees], expected[sees], rtol=limit, atol=10 * limit)

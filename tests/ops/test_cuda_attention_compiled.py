@@ -95,25 +95,36 @@ def test_scores_by_position_compile(capability: int) -> None:
     assert max(kernel.metadata.shared for kernel in kernels) <= SHARED_MEMORY[capability] * 1024
 
 
+def ragged_call(name: str, queries: int, dtype: torch.dtype) -> dict[str, Any]:
+    """A preset over sequences of 3000 and 2500 tokens."""
+    torch.manual_seed(0)
+    arguments = preset_call(name, queries, 3000, dtype, unused=1096)
+    return {**arguments, "length": torch.tensor([3000, 2500], dtype=torch.int32)}
+
+
 def to_gpu(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
 
 
 @needs_gpu
 @pytest.mark.parametrize("name", PRESETS)
-@pytest.mark.parametrize("queries", [1, 7, 64, 1000])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("queries", "dtype"),
+    [(1, torch.bfloat16), (1, torch.float16), (7, torch.float32), (64, torch.float16), (1000, torch.bfloat16)],
+)
 def test_on_a_gpu(name: str, queries: int, dtype: torch.dtype) -> None:
-    """The shapes of a model, with memory behind the last token that is NaN."""
-    torch.manual_seed(0)
-    arguments = preset_call(name, queries, 3000, dtype, unused=1096)
-    arguments["length"] = torch.tensor([3000, 2500], dtype=torch.int32)
-    in_fp8 = name == "e4m3 queries" and queries >= 64
-    tolerance = "cuda attention in fp8" if in_fp8 else None
-    assert_close(attention(**to_gpu(arguments)).cpu(), arguments, tolerance)
-    arguments = with_positions(arguments, 64, rows=4096)
-    output, lse = attention_lse(**to_gpu(arguments))
-    assert_both_close((output.cpu(), lse.cpu()), arguments, tolerance)
+    """The shapes of a model, with memory behind the last token that is NaN, beside the reference on the GPU."""
+    arguments = to_gpu(ragged_call(name, queries, dtype))
+    for _ in range(2):  # as it is launched the first time, and from then on
+        assert_close(attention(**arguments), arguments)
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("queries", [1, 64])
+def test_positions_on_a_gpu(name: str, queries: int) -> None:
+    arguments = to_gpu(with_positions(ragged_call(name, queries, torch.bfloat16), 64, rows=4096))
+    assert_both_close(attention_lse(**arguments), arguments)
 
 
 @needs_gpu

@@ -218,9 +218,8 @@ def attention_kernel(
             scaled = weights * (value_scales / peak)[None, :]
         else:
             scaled = weights
-        if VALUE_DOT == "fp32":
-            p = scaled
-        else:
+        p = scaled
+        if VALUE_DOT != "fp32":
             p = scaled.to(tl.float16 if VALUE_DOT == "fp16" else tl.bfloat16)
         weight_sum = weight_sum * fade + tl.sum(weights, 1)
         if VALUE_SCALE == "tile":

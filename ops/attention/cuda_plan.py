@@ -22,23 +22,30 @@ class TritonBlocks(NamedTuple):
     registers: int | None = None
 
 
-def triton_blocks(rows: int, half: int, bits: int, capability: int) -> TritonBlocks:
+def triton_blocks(rows: int, half: int, bits: int, capability: int, forms: set[str]) -> TritonBlocks:
     """Tiles whose operands fit the registers, and shared memory of the smallest GPU of a capability.
+
+    Those of 8 bits and fewer are the fastest of a dozen on an H100, at a head_dim of 128.
 
     Args:
         rows: queries of all heads of a KV head.
         half: half of head_dim, padded.
         bits: of an element of K or V as it is loaded, 32 where products are in float32.
+        forms: of the scales and zeros of K and V.
     """
     has_room = capability in (80, 90, 100, 103)  # 163 KiB and more; others have 99 KiB
     if bits == 32:
         return TritonBlocks(min(64, power_of_two(rows, 16)), 32, 4, 2 if has_room and half <= 64 else 1)
     if rows <= 16:
+        if bits == 8 and half <= 64 and "tile" not in forms:
+            return TritonBlocks(16, 64, 2, 3)
         # So that four programs fit a multiprocessor: two, which is what the compiler makes of it, wait for each other.
         return TritonBlocks(16, 64 if half <= 64 else 32, 4, 3, 128 if bits == 8 else None)
     if rows <= 64 or half > 64 or capability < 90:
         is_small = half > 64 or (bits == 8 and capability < 90)  # there each warp holds all of a decoded tile
         return TritonBlocks(power_of_two(min(rows, 64)), 32 if is_small else 64, 4, 3 if has_room else 2)
+    if bits == 8 and has_room and "tile" not in forms:
+        return TritonBlocks(64, 128, 4, 2) if "token" in forms else TritonBlocks(128, 128, 8, 3)
     return TritonBlocks(128, 64, 8, 3 if has_room else 2)
 
 
@@ -60,7 +67,7 @@ class TritonPart(NamedTuple):
     Attributes:
         form: "none", "head", "channel" or "token", for what it varies along, or "tile" for tokens and channels.
         rows, columns: of tokens and of channels.
-        operand: as the kernel takes it, `(pointer, strides of B, G, rows and columns, channels per column)`.
+        operand: what the kernel takes behind its pointer, strides of B, G, rows and columns, channels per column.
     """
 
     form: str
@@ -79,7 +86,7 @@ def _part(name: str, part: torch.Tensor | None, shape: tuple[int, int, int, int]
         return TritonPart("none")
     rows, columns, strides = part_strides(name, part, shape, token_group)
     form = ("head" if columns == 1 else "channel") if rows == 1 else ("token" if columns == 1 else "tile")
-    return TritonPart(form, rows, columns, (part, *strides, shape[3] // columns))
+    return TritonPart(form, rows, columns, (*strides, shape[3] // columns))
 
 
 def triton_parts(name: str, side: Coded, shape: tuple[int, int, int, int]) -> tuple[TritonPart, TritonPart]:

@@ -1,20 +1,19 @@
 """The codec on CUDA GPUs: the Triton kernels of `cuda_kernels.py` behind the signatures of the references."""
 
+from collections.abc import Callable
+
 import torch
 
 from ..shared.codes import LARGEST_ZERO, SMALLEST_SCALE, code_range
-from ..shared.fallback import fell_back
 from ..shared.operands import part_strides
 from ..shared.triton_helpers import (
     CODE_KINDS,
     FP8_CAPABILITY,
+    Launch,
+    by_plan,
     cuda_description,
     gpu_of,
-    on_device,
     power_of_two,
-    raw_codes,
-    strided,
-    triton_supports,
 )
 from .arguments import check_decode, check_encode, check_encode_token
 from .cuda_kernels import decode_kernel, encode_kernel, encode_token_kernel
@@ -25,8 +24,12 @@ PARTS = {4: 1, 3: 4, 2: 2}
 """In how many parts kernels take half of the channels, by the bits of codes in uint8."""
 
 
-def _codec_part(name: str, part: torch.Tensor | None, shape: tuple[int, ...], token_group: int) -> tuple | None:
-    """A scale or zero of codes of shape `[B, G, S, D]`: `(pointer, strides of B, G, rows and groups, size of a group)`.
+def _strides_of_part(
+    name: str, part: torch.Tensor | None, shape: tuple[int, ...], token_group: int
+) -> tuple[int, ...] | None:
+    """What kernels take of a scale or zero of codes `[B, G, S, D]` behind its pointer.
+
+    Those are the strides of B, G, rows and groups, and the size of a group.
 
     Raises:
         ValueError: it does not belong to them.
@@ -34,7 +37,19 @@ def _codec_part(name: str, part: torch.Tensor | None, shape: tuple[int, ...], to
     if part is None:
         return None
     _, num_groups, strides = part_strides(name, part, shape, token_group)
-    return (part, *strides, shape[3] // num_groups)
+    return (*strides, shape[3] // num_groups)
+
+
+def _operand(part: torch.Tensor | None, strides: tuple[int, ...] | None) -> tuple | None:
+    return None if part is None else (part, *strides)
+
+
+def _contiguous_levels(levels: torch.Tensor | None) -> torch.Tensor | None:
+    return None if levels is None else levels.contiguous()
+
+
+def _do_nothing(*unused: object) -> None:
+    """Of a call of no tokens."""
 
 
 def _channel_constants(codes: torch.Tensor, head_dim: int, bits: int) -> dict[str, int]:
@@ -48,6 +63,40 @@ def _channel_constants(codes: torch.Tensor, head_dim: int, bits: int) -> dict[st
 def _rows_per_program(rows: int) -> tuple[int, int]:
     """Rows of head_dim and warps of a program: small ones where there are few rows, so that all start at once."""
     return (4, 1) if rows <= 4096 else (16, 4)
+
+
+def _plan_encode(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    codes: torch.Tensor,
+    position: torch.Tensor | None,
+    bits: int,
+    levels: torch.Tensor | None,
+) -> Callable[..., None]:
+    check_encode(x, scale, zero, codes, position, bits, levels)
+    batch, kv_heads, tokens, head_dim = x.shape
+    numbers = batch * kv_heads * tokens, kv_heads, tokens, codes.shape[2]
+    if x.numel() == 0:
+        return _do_nothing
+    block, warps = _rows_per_program(numbers[0])
+    constants = {"HEAD_DIM": head_dim, "BLOCK_R": block, "KIND": CODE_KINDS[codes.dtype],
+                 **_channel_constants(codes, head_dim, bits)}  # fmt: skip
+    launch = Launch(encode_kernel, (-(-numbers[0] // block),), constants, num_warps=warps, enable_fp_fusion=False)
+    strides, code_strides = x.stride(), codes.stride()
+    scale_strides = _strides_of_part("scale", scale, x.shape, 1)
+    zero_strides = _strides_of_part("zero", zero, x.shape, 1)
+
+    def run(
+        x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, codes: torch.Tensor,
+        position: torch.Tensor | None, bits: int, levels: torch.Tensor | None,
+    ) -> None:  # fmt: skip
+        launch(
+            (x, *strides), (scale, *scale_strides), _operand(zero, zero_strides), (codes, *code_strides),
+            _contiguous_levels(levels), position, *numbers,
+        )  # fmt: skip
+
+    return run
 
 
 def encode_cuda(
@@ -65,23 +114,41 @@ def encode_cuda(
         ValueError: what does not go together, as the reference says.
         IndexError: more tokens than the storage has.
     """
-    if fell_back("encode", "CUDA", triton_supports(x)):
-        return encode_reference(x, scale, zero, codes, position, bits, levels)
-    check_encode(x, scale, zero, codes, position, bits, levels)
+    by_plan("encode", encode_reference, _plan_encode, (x, scale, zero, codes, position, bits, levels))
+
+
+def _plan_encode_token(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    position: torch.Tensor | None,
+    bits: int,
+) -> Callable[..., None]:
+    check_encode_token(x, codes, scale, zero, position, bits)
     batch, kv_heads, tokens, head_dim = x.shape
-    rows = batch * kv_heads * tokens
+    numbers = batch * kv_heads * tokens, kv_heads, tokens, codes.shape[2]
     if x.numel() == 0:
-        return None
-    block, warps = _rows_per_program(rows)
-    with on_device(x):
-        encode_kernel[(-(-rows // block),)](
-            strided(x), _codec_part("scale", scale, x.shape, 1), _codec_part("zero", zero, x.shape, 1),
-            strided(raw_codes(codes)), None if levels is None else levels.contiguous(), position,
-            rows, kv_heads, tokens, codes.shape[2],
-            HEAD_DIM=head_dim, BLOCK_R=block, KIND=CODE_KINDS[codes.dtype], **_channel_constants(codes, head_dim, bits),
-            num_warps=warps, enable_fp_fusion=False,
+        return _do_nothing
+    low, high = code_range(codes.dtype, bits)
+    block, warps = _rows_per_program(numbers[0])
+    constants = {"HEAD_DIM": head_dim, "NUM_GROUPS": scale.shape[3], "LOW": low, "HIGH": high,
+                 "SMALLEST": SMALLEST_SCALE, "LARGEST_ZERO": LARGEST_ZERO, "BLOCK_R": block,
+                 "KIND": CODE_KINDS[codes.dtype], **_channel_constants(codes, head_dim, bits)}  # fmt: skip
+    launch = Launch(encode_token_kernel, (-(-numbers[0] // block),), constants, num_warps=warps, enable_fp_fusion=False)
+    strides, code_strides, scale_strides = x.stride(), codes.stride(), scale.stride()
+    zero_strides = None if zero is None else zero.stride()
+
+    def run(
+        x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None,
+        position: torch.Tensor | None, bits: int,
+    ) -> None:  # fmt: skip
+        launch(
+            (x, *strides), (codes, *code_strides), (scale, *scale_strides), _operand(zero, zero_strides), position,
+            *numbers,
         )  # fmt: skip
-    return None
+
+    return run
 
 
 def encode_token_cuda(
@@ -98,24 +165,43 @@ def encode_token_cuda(
         ValueError: what does not go together, as the reference says.
         IndexError: more tokens than the storage has.
     """
-    if fell_back("encode_token", "CUDA", triton_supports(x)):
-        return encode_token_reference(x, codes, scale, zero, position, bits)
-    check_encode_token(x, codes, scale, zero, position, bits)
-    batch, kv_heads, tokens, head_dim = x.shape
-    rows = batch * kv_heads * tokens
-    if x.numel() == 0:
-        return None
-    low, high = code_range(codes.dtype, bits)
-    block, warps = _rows_per_program(rows)
-    with on_device(x):
-        encode_token_kernel[(-(-rows // block),)](
-            strided(x), strided(raw_codes(codes)), strided(scale), None if zero is None else strided(zero), position,
-            rows, kv_heads, tokens, codes.shape[2],
-            HEAD_DIM=head_dim, NUM_GROUPS=scale.shape[3], LOW=low, HIGH=high, SMALLEST=SMALLEST_SCALE,
-            LARGEST_ZERO=LARGEST_ZERO, BLOCK_R=block, KIND=CODE_KINDS[codes.dtype],
-            **_channel_constants(codes, head_dim, bits), num_warps=warps, enable_fp_fusion=False,
+    by_plan("encode_token", encode_token_reference, _plan_encode_token, (x, codes, scale, zero, position, bits))
+
+
+def _plan_decode(
+    codes: torch.Tensor,
+    scale: torch.Tensor | None,
+    zero: torch.Tensor | None,
+    token_group: int,
+    bits: int,
+    levels: torch.Tensor | None,
+) -> Callable[..., torch.Tensor]:
+    shape = batch, kv_heads, tokens, head_dim = check_decode(codes, scale, zero, token_group, bits, levels)
+    numbers = batch * kv_heads * tokens, kv_heads, tokens
+    if 0 in shape:
+        return lambda codes, *_: torch.empty(shape, dtype=torch.float32, device=codes.device)
+    block, warps = _rows_per_program(numbers[0])
+    constants = {"HEAD_DIM": head_dim, "TOKEN_GROUP": token_group, "BLOCK_R": block,
+                 "KIND": CODE_KINDS.get(codes.dtype, "float"),
+                 "NATIVE": gpu_of(codes.device).capability >= FP8_CAPABILITY,
+                 **_channel_constants(codes, head_dim, bits)}  # fmt: skip
+    launch = Launch(decode_kernel, (-(-numbers[0] // block),), constants, num_warps=warps, enable_fp_fusion=False)
+    strides = codes.stride()
+    scale_strides = _strides_of_part("scale", scale, shape, token_group)
+    zero_strides = _strides_of_part("zero", zero, shape, token_group)
+
+    def run(
+        codes: torch.Tensor, scale: torch.Tensor | None, zero: torch.Tensor | None, token_group: int, bits: int,
+        levels: torch.Tensor | None,
+    ) -> torch.Tensor:  # fmt: skip
+        output = torch.empty(shape, dtype=torch.float32, device=codes.device)
+        launch(
+            (codes, *strides), _operand(scale, scale_strides), _operand(zero, zero_strides),
+            _contiguous_levels(levels), output, *numbers,
         )  # fmt: skip
-    return None
+        return output
+
+    return run
 
 
 def decode_cuda(
@@ -131,21 +217,4 @@ def decode_cuda(
     Raises:
         ValueError: shapes that do not go together.
     """
-    if fell_back("decode", "CUDA", triton_supports(codes)):
-        return decode_reference(codes, scale, zero, token_group, bits, levels)
-    shape = batch, kv_heads, tokens, head_dim = check_decode(codes, scale, zero, token_group, bits, levels)
-    output = torch.empty(shape, dtype=torch.float32, device=codes.device)
-    rows = batch * kv_heads * tokens
-    if output.numel() == 0:
-        return output
-    block, warps = _rows_per_program(rows)
-    with on_device(codes):
-        decode_kernel[(-(-rows // block),)](
-            strided(raw_codes(codes)), _codec_part("scale", scale, shape, token_group),
-            _codec_part("zero", zero, shape, token_group), None if levels is None else levels.contiguous(), output,
-            rows, kv_heads, tokens,
-            HEAD_DIM=head_dim, TOKEN_GROUP=token_group, BLOCK_R=block, **_channel_constants(codes, head_dim, bits),
-            KIND=CODE_KINDS.get(codes.dtype, "float"), NATIVE=gpu_of(codes.device).capability >= FP8_CAPABILITY,
-            num_warps=warps, enable_fp_fusion=False,
-        )  # fmt: skip
-    return output
+    return by_plan("decode", decode_reference, _plan_decode, (codes, scale, zero, token_group, bits, levels))

@@ -51,6 +51,60 @@ def quantize_rows_kernel(
 
 
 @jit()
+def token_linear_kernel(
+    x, weight, output, input_scale, input_offset, column_scale, quant_bias, bias, out_features, in_features,
+    HIGH: tl.constexpr, SMALLEST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One row of x times codes `[N, K]`: what `quantize_rows_kernel` and `codes_linear_kernel` give, in int8.
+
+    Every program quantizes all of the row, which costs less than to hand it over, and the products are too few for the
+    matrix units. Weights are fetched a tile ahead.
+    """
+    x_pointer, _, x_column = x
+    weight_pointer, weight_row, weight_column = weight
+    first = tl.program_id(0) * BLOCK_N
+    column, k = first + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    is_column = column < out_features
+    weight_pointer += first.to(tl.int64) * weight_row
+    places = tl.arange(0, BLOCK_N)[:, None] * weight_row + (k * weight_column)[None, :]
+    following = tl.load(weight_pointer + places, mask=is_column[:, None] & (k < in_features)[None, :], other=0)
+    nans = tl.zeros([BLOCK_K], tl.int32)
+    if input_scale is None:
+        largest = tl.zeros([BLOCK_K], tl.float32)
+        for start in range(0, in_features, BLOCK_K):
+            values = tl.load(x_pointer + (start + k) * x_column, mask=start + k < in_features, other=0).to(tl.float32)
+            largest = tl.maximum(largest, tl.abs(values))
+            nans += (values != values).to(tl.int32)
+        step = tl.maximum(tl.div_rn(tl.max(largest, 0), tl.full([], HIGH, tl.float32)), SMALLEST)
+    else:
+        step = tl.load(input_scale).to(tl.float32)
+    total = tl.zeros([BLOCK_N, BLOCK_K], tl.int32)
+    for start in range(0, in_features, BLOCK_K):
+        codes = following
+        weight_pointer += BLOCK_K * weight_column
+        ahead = start + BLOCK_K + k < in_features
+        following = tl.load(weight_pointer + places, mask=is_column[:, None] & ahead[None, :], other=0)
+        values = tl.load(x_pointer + (start + k) * x_column, mask=start + k < in_features, other=0).to(tl.float32)
+        if input_scale is not None:
+            nans += (values != values).to(tl.int32)
+        values = tl.div_rn(values, tl.zeros_like(values) + step)
+        if input_offset is not None:
+            values += tl.load(input_offset).to(tl.float32)
+        total += codes.to(tl.int32) * to_code(values, "int8").to(tl.int32)[None, :]
+    result = tl.sum(total, 1)
+    if quant_bias is not None:
+        result += tl.load(quant_bias + column, mask=is_column, other=0)
+    scale = tl.load(column_scale + column, mask=is_column, other=0)
+    if input_scale is None:
+        scale *= step
+    scale = tl.where(tl.max(nans, 0) > 0, float("nan"), scale)
+    result = result.to(tl.float32) * scale
+    if bias is not None:
+        result += tl.load(bias + column, mask=is_column, other=0).to(tl.float32)
+    tl.store(output + column, result.to(output.dtype.element_ty), mask=is_column)
+
+
+@jit()
 def _output_tile(rows, out_features, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """The first row and column of a program's tile; tiles that share weights run beside each other."""
     row_blocks, column_blocks = tl.cdiv(rows, BLOCK_M), tl.cdiv(out_features, BLOCK_N)

@@ -5,11 +5,12 @@ translates them for compute capability 8.0 and 9.0. They take tensors with their
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
+
+from .fallback import fell_back
 
 try:
     import triton
@@ -37,6 +38,9 @@ class Gpu(NamedTuple):
     processors: int
 
 
+PLANS: dict[tuple, Callable] = {}
+"""What `by_plan` has worked out for calls of an op, by all that its kernels depend on but values."""
+MOST_PLANS = 4096
 GPUS: dict[torch.device, Gpu] = {}
 """What `gpu_of` has asked the driver already."""
 
@@ -85,24 +89,78 @@ def jit(*unspecialized: str) -> Callable[[Callable], Any]:
     return decorate
 
 
-def on_device(x: torch.Tensor) -> AbstractContextManager:
-    """The device of x as the current one, on which Triton launches."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+class Launch:
+    """A kernel with its grid and constants, launched as often as one likes with arguments of one signature.
+
+    Triton asks every argument for its type and whether its value or address is a multiple of 16, and looks for what it
+    has compiled for these answers, which takes longer than the launch. Here that is done the first time; a plan is for
+    arguments that are alike in all of it.
+    """
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], constants: dict[str, Any], **options: Any) -> None:
+        self._kernel, self._grid = kernel, (*grid, 1, 1)[:3]
+        self._constants, self._options = constants, options
+        self._launch: Callable | None = None
+        self._last: tuple = ()
+
+    def __call__(self, *arguments: Any) -> None:
+        """Launch it with what comes before the constants: tensors, alone or as `(tensor, strides)`, and numbers."""
+        if self._launch is not None:
+            self._launch(*arguments, *self._last)
+            return
+        raw = [
+            (_raw(part[0]), *part[1:]) if isinstance(part, tuple) else _raw(part) if torch.is_tensor(part) else part
+            for part in arguments
+        ]
+        compiled = self._kernel[self._grid](*raw, **self._constants, **self._options)
+        if compiled is not None:  # by the interpreter nothing is
+            self._last = tuple(self._constants[name] for name in self._kernel.arg_names[len(arguments) :])
+            self._launch = compiled[self._grid]
+
+
+def _raw(codes: torch.Tensor) -> torch.Tensor:
+    """Codes as kernels load and store them: fp8 and bool as bytes, since Triton has no e4m3 on Ampere."""
+    return codes.view(torch.uint8) if codes.dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.bool) else codes
+
+
+def _described(argument: Any) -> Any:
+    """All of an argument that decides how kernels are compiled and launched."""
+    if isinstance(argument, torch.Tensor):
+        place = argument.get_device(), argument.data_ptr() % 16 == 0
+        return argument.dtype, argument.shape, argument.stride(), place
+    return argument
+
+
+def by_plan(
+    name: str, reference: Callable, make: Callable[..., Callable], arguments: tuple, given: tuple | None = None
+) -> Any:
+    """A call of an op by the plan for such arguments, or by the reference where the kernels do not serve them.
+
+    Args:
+        make: checks the arguments, and gives the plan for all that are like them, which is called with them.
+        given: what these functions are called with, if not with the arguments one by one.
+
+    Raises:
+        ValueError: as `make`.
+    """
+    key = (name, *map(_described, arguments))
+    plan, x = PLANS.get(key), arguments[0]
+    given = arguments if given is None else given
+    if plan is None:
+        if fell_back(name, "CUDA", triton_supports(x)):
+            return reference(*given)
+        if len(PLANS) >= MOST_PLANS:  # of a cache that grows, those of all lengths
+            PLANS.clear()
+        plan = PLANS[key] = make(*given)
+    if x.is_cuda and x.get_device() != torch.cuda.current_device():  # on which Triton launches
+        with torch.cuda.device(x.device):
+            return plan(*given)
+    return plan(*given)
 
 
 def power_of_two(number: int, smallest: int = 1) -> int:
     """The smallest power of two that is neither less than `number` nor than `smallest`."""
     return max(smallest, 1 << (number - 1).bit_length() if number > 1 else 1)
-
-
-def raw_codes(codes: torch.Tensor) -> torch.Tensor:
-    """Codes as kernels load and store them: fp8 as bytes, since Triton has no e4m3 on Ampere."""
-    return codes.view(torch.uint8) if codes.dtype in (torch.float8_e4m3fn, torch.float8_e5m2) else codes
-
-
-def strided(tensor: torch.Tensor) -> tuple:
-    """A tensor as kernels take it: `(pointer, stride of each dimension)`."""
-    return (tensor, *tensor.stride())
 
 
 @jit()

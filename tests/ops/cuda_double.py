@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from octavo.ops.shared.triton_helpers import GPUS, Gpu, tl, triton
+from octavo.ops.shared.triton_helpers import GPUS, PLANS, Gpu, tl, triton
 
 MODULES = (
     "octavo.ops.shared.triton_helpers",
@@ -40,12 +40,14 @@ def _exchanged(gpu: Gpu, modules: tuple[str, ...], exchange: Callable[[Any], Any
     """The CPU taken for a GPU, and every kernel and helper of some modules for what `exchange` makes of it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(GPUS, CPU, gpu)
+        PLANS.clear()  # they hold kernels
         for name in modules:
             module = import_module(name)
             for symbol, value in list(vars(module).items()):
                 if isinstance(value, triton.JITFunction):
                     patch.setattr(module, symbol, exchange(value))
         yield
+        PLANS.clear()
 
 
 def _converted(data: np.ndarray, source: Any, target: Any, rounding: Any = None) -> np.ndarray:

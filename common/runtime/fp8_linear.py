@@ -4,6 +4,7 @@ import torch
 
 from ...ops import linear_fp8, linear_fp8_block
 from ...ops.linear.arguments import FP8_BLOCK_SIZE, block_counts
+from ...ops.shared.registry import eagerly
 from .quantized_linear import QuantizedLinear
 from .schemes.linear_scheme import FP8, FP8_BLOCK, FP8_DYNAMIC
 
@@ -29,7 +30,8 @@ class FP8DynamicLinear(QuantizedLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., K] -> [..., N]`."""
-        return linear_fp8(x, self.weight, self.weight_scale.view(-1), self._input_scale(), self._added_bias())
+        parts = self.weight, self.weight_scale.view(-1), self._input_scale(), self._added_bias()
+        return eagerly(linear_fp8, x, *parts)
 
 
 class FP8Linear(FP8DynamicLinear):

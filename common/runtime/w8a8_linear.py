@@ -7,6 +7,7 @@ from torch import nn
 
 from ...ops import linear_w8a8, linear_w8a8_dynamic
 from ...ops.linear.packed_ops import run_packed, run_packed_w8a8
+from ...ops.shared.registry import eagerly
 from .linear_values import are_deq_scales, are_offsets, is_zero
 from .packed_weight import PackedLinear
 from .quantized_linear import QuantizedLinear
@@ -84,7 +85,7 @@ class W8A8Linear(QuantizedLinear):
         parts = self.input_scale, self.input_offset, self.quant_bias
         panels = self.pack() if x.device.type == "cpu" else None
         if panels is None:
-            output = linear_w8a8(x, self.weight, *parts, self._decoded_deq_scale())
+            output = eagerly(linear_w8a8, x, self.weight, *parts, self._decoded_deq_scale())
         else:
             output = run_packed_w8a8(x, panels, *parts)
         if not self.folds_bias:
@@ -124,7 +125,7 @@ class W8A8DynamicLinear(QuantizedLinear):
         panels = self.pack() if x.device.type == "cpu" else None
         if panels is not None:
             return run_packed(x, panels, self._added_bias(), self.in_features)
-        return linear_w8a8_dynamic(x, self.weight, self.weight_scale.view(-1), self._added_bias())
+        return eagerly(linear_w8a8_dynamic, x, self.weight, self.weight_scale.view(-1), self._added_bias())
 
 
 class MixedLinear(W8A8DynamicLinear):

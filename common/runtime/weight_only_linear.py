@@ -8,6 +8,7 @@ from ...ops import linear_grouped, linear_weight_only
 from ...ops.linear.packed_ops import run_packed
 from ...ops.linear.reference import WEIGHT_BLOCK, with_remainder
 from ...ops.shared.codes import INT8_MAX, INT8_MIN, expand_scale, from_codes
+from ...ops.shared.registry import eagerly
 from ..errors import OctavoError
 from .linear_values import are_offsets
 from .packed_weight import PackedLinear
@@ -104,7 +105,8 @@ class WeightOnlyLinear(QuantizedLinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., K] -> [..., N]`."""
         if self.cpu_activations != "int8" or x.device.type != "cpu":
-            return linear_weight_only(x, self.weight, self.weight_scale, self._zero(), self._added_bias())
+            parts = self.weight, self.weight_scale, self._zero(), self._added_bias()
+            return eagerly(linear_weight_only, x, *parts)
         bias, group = self._added_bias(), self.in_features // self._groups
         if not self.adds_remainder:
             return self._product_of_codes(x, bias, group)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ..shared.fallback import fell_back
-from ..shared.registry import define, implement
+from ..shared.registry import define, implement, is_unobserved
 from .call import ATTENTION_CALL, AttentionCall
 from .cpu import attention_cpu, attention_cpu_description, attention_cpu_supports, attention_lse_cpu
 from .cuda import ATTENTION_CUDA, attention_cuda, attention_cuda_supports, attention_lse_cuda
@@ -64,22 +64,21 @@ attention = _define("attention", *_OPS["attention"], _attention_fake)
 attention_lse = _define("attention_lse", *_OPS["attention_lse"], _attention_lse_fake)
 _ATTEND_CPU = _implement("attention", "CPU", attention_cpu_supports, attention_cpu, attention_cpu_description)
 _implement("attention_lse", "CPU", attention_cpu_supports, attention_lse_cpu, attention_cpu_description)
-_implement("attention", "CUDA", attention_cuda_supports, attention_cuda, ATTENTION_CUDA)
+_ATTEND_CUDA = _implement("attention", "CUDA", attention_cuda_supports, attention_cuda, ATTENTION_CUDA)
 _implement("attention_lse", "CUDA", attention_cuda_supports, attention_lse_cuda, ATTENTION_CUDA)
 _implement("attention", "PrivateUse1", attention_npu_supports, attention_npu, ATTENTION_NPU)
 _implement("attention_lse", "PrivateUse1", attention_lse_npu_supports, attention_lse_reference, ATTENTION_LSE_NPU)
 
 
 def attend(call: AttentionCall) -> torch.Tensor:
-    """What the op `attention` gives of a call, on the CPU without torch's dispatcher where nobody listens to it.
+    """What the op `attention` gives of a call, without torch's dispatcher where nobody listens to it.
 
     It takes as long as a third of all else around the kernel.
     """
-    query = call.query
-    is_plain = type(query) is torch.Tensor and query.is_cpu and not torch.is_grad_enabled()
-    is_plain = is_plain and call.key.codes.is_cpu and call.value.codes.is_cpu
-    if not is_plain or torch.compiler.is_compiling():
-        return attention(*ATTENTION_CALL.flat(call))
-    if not torch._C._len_torch_dispatch_stack() and torch._C._get_tracing_state() is None:
-        return _ATTEND_CPU(call)
+    if not torch.compiler.is_compiling() and is_unobserved(call.query):
+        query, key, value = call.query, call.key.codes, call.value.codes
+        if query.is_cpu and key.is_cpu and value.is_cpu:
+            return _ATTEND_CPU(call)
+        if query.is_cuda and key.is_cuda and value.is_cuda:
+            return _ATTEND_CUDA(call)
     return attention(*ATTENTION_CALL.flat(call))

@@ -21,6 +21,8 @@ _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 _KERNELS: dict[tuple[str, str], str | Callable[[], str]] = {}
 _SIGNATURES: dict[str, inspect.Signature] = {}
 _WAYS: set[tuple[str, str, str]] = set()
+_ON_CUDA: dict[Callable, Callable] = {}
+"""Kernels by the op that they are of."""
 
 
 def _is_defined(name: str) -> bool:
@@ -87,7 +89,23 @@ def implement(name: str, dispatch_key: str, kernel: Callable, description: str |
     qualified = f"{NAMESPACE}::{name}"
     if not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, dispatch_key):
         _LIBRARY.impl(name, kernel, dispatch_key)
+    if dispatch_key == "CUDA":
+        _ON_CUDA[getattr(getattr(torch.ops, NAMESPACE), name)] = kernel
     _KERNELS[name, dispatch_key] = description
+
+
+def is_unobserved(x: torch.Tensor) -> bool:
+    """Whether nobody listens to torch's dispatcher when an op is called with x: no graph, no trace, no mode."""
+    if type(x) is not torch.Tensor or torch.is_grad_enabled():
+        return False
+    return not torch._C._len_torch_dispatch_stack() and torch._C._get_tracing_state() is None
+
+
+def eagerly(op: Callable, x: torch.Tensor, *others: Any, **named: Any) -> Any:
+    """A call of an op, on CUDA past torch's dispatcher where nobody listens to it, which takes longer than a launch."""
+    if not torch.compiler.is_compiling() and x.is_cuda and op in _ON_CUDA and is_unobserved(x):
+        return _ON_CUDA[op](x, *others, **named)
+    return op(x, *others, **named)
 
 
 def describe(name: str, device: str, description: Callable[[], str]) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from ....ops import decode, encode, encode_token
 from ....ops.shared.codes import LARGEST_ZERO
+from ....ops.shared.registry import eagerly
 from ..rotary import rotated_by_slot
 from .code_storage import CodeStorage
 from .dynamic_scales import group_scale, llamacpp_codes
@@ -50,9 +51,10 @@ class CodeStore(CodeStorage):
         if codec is None:
             codes.copy_(values)
         elif codec.dynamic and codec.is_native and codec.rule == "range" and codec.token_group == 1:
-            encode_token(values, codes, self._of(self._scale, start, stop), self._of(self._zero, start, stop))
+            scale, zero = self._of(self._scale, start, stop), self._of(self._zero, start, stop)
+            eagerly(encode_token, values, codes, scale, zero)
         elif not codec.dynamic and codec.is_native:
-            encode(values, self._static_scale, self._static_zero, codes)
+            eagerly(encode, values, self._static_scale, self._static_zero, codes)
         else:
             self._encode(values.float(), start, stop)
         self.length += values.shape[2]
@@ -129,9 +131,9 @@ class CodeStore(CodeStorage):
             tokens = position + torch.arange(values.shape[2], device=values.device)
             self._codes.index_copy_(2, tokens, values.to(self._codes.dtype))
         elif self.codec.dynamic:
-            encode_token(values, self._codes, self._scale, self._zero, position=position)
+            eagerly(encode_token, values, self._codes, self._scale, self._zero, position)
         else:
-            encode(values, self._static_scale, self._static_zero, self._codes, position=position)
+            eagerly(encode, values, self._static_scale, self._static_zero, self._codes, position)
 
     def decoded(self, start: int, stop: int) -> torch.Tensor:
         """The values that rows `start:stop` of codes, whole groups, stand for: float32 `[B, G, S, D]`."""

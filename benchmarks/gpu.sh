@@ -61,8 +61,12 @@ if [ $is_whole = 1 ]; then
             echo "hypothesis is not installed: of the tests those of attention alone are run" && failed=1
             tests=("${tests[0]}")
         fi
-        timeout $((total / 4)) "$python" -m pytest -q -rf -k "gpu or graph" --durations=5 "${tests[@]}" |
-            tee "$out/gpu-tests.log" || failed=1
+        workers=()
+        if "$python" -c "import xdist" 2>/dev/null; then workers=(-n "$(($(nproc) < 12 ? $(nproc) : 12))"); fi
+        # One thread each, or as many as there are cores would wait for each other in every worker; names as they end,
+        # since a summary comes only at the end.
+        OMP_NUM_THREADS=1 timeout $((total / 4)) "$python" -m pytest -v -p no:benchmark -p no:cacheprovider \
+            -k "gpu or graph" --durations=5 "${workers[@]}" "${tests[@]}" | tee "$out/gpu-tests.log" || failed=1
     fi
 fi
 

@@ -22,6 +22,8 @@ OLDEST_CAPABILITY = 80
 """Ampere: the first with bfloat16 and int8 in the matrix units that the kernels use."""
 FP8_CAPABILITY = 89
 """Ada: the first with conversions and matrix products of fp8."""
+TESTED = "interpreter-tested"
+"""How far the kernels are, as `report` says it."""
 CODE_KINDS = {torch.int8: "int8", torch.uint8: "int4", torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
 """How kernels are told what a tensor of codes holds; anything else is "float"."""
 
@@ -75,7 +77,7 @@ def cuda_description(text: str) -> Callable[[], str]:
             return "reference (PyTorch): Triton is not installed"
         if torch.version.hip is not None:
             return "reference (PyTorch): the Triton kernels are for NVIDIA GPUs"
-        return f"Triton (interpreter-tested): {text}; float64, and GPUs before Ampere, by the reference (PyTorch)"
+        return f"Triton ({TESTED}): {text}; float64, and GPUs before Ampere, by the reference (PyTorch)"
 
     return text_now
 

@@ -10,6 +10,7 @@ from octavo.__main__ import main
 from octavo.commands import presets, schemes
 from octavo.common.convert.presets import RECIPES, RENAMED
 from octavo.common.runtime.schemes.kv_scheme import PRESETS
+from octavo.ops.shared.triton_helpers import TESTED
 from octavo.ops.shared.registry import served_by
 from octavo.wording import WHEN, codec_short, codec_words
 
@@ -51,8 +52,8 @@ def test_a_definition_is_a_file_that_a_conversion_takes(tmp_path: Path, capsys: 
 def test_the_kernel_is_that_of_the_report() -> None:
     assert served_by("attention", "CPU").startswith(schemes.kernel_of(load_scheme("int8-token"), "cpu"))
     assert schemes.kernel_of(load_scheme("kvquant-2"), "cpu").endswith(", decoded"), "outliers"
-    assert schemes.kernel_of(load_scheme("octavo-2"), "cuda") == "Triton (interpreter-tested), decoded"
-    assert schemes.kernel_of(load_scheme("octavo-4"), "cuda") == "Triton (interpreter-tested)"
+    assert schemes.kernel_of(load_scheme("octavo-2"), "cuda") == f"Triton ({TESTED}), decoded"
+    assert schemes.kernel_of(load_scheme("octavo-4"), "cuda") == f"Triton ({TESTED})"
     assert served_by("linear_grouped", "NPU") == "reference (PyTorch)"
     with pytest.raises(KeyError):
         served_by("nothing", "CPU")

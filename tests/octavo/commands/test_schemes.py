@@ -10,8 +10,8 @@ from octavo.__main__ import main
 from octavo.commands import presets, schemes
 from octavo.common.convert.presets import RECIPES, RENAMED
 from octavo.common.runtime.schemes.kv_scheme import PRESETS
-from octavo.ops.shared.triton_helpers import TESTED
 from octavo.ops.shared.registry import served_by
+from octavo.ops.shared.triton_helpers import TESTED
 from octavo.wording import WHEN, codec_short, codec_words
 
 from ...support import assert_one_error_line

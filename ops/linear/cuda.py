@@ -143,8 +143,7 @@ def _multiplying(x: torch.Tensor, weight: torch.Tensor, rows: int, dot: str) -> 
 def _of_one_token(x: torch.Tensor, weight: torch.Tensor, rows: _CudaRows) -> Plan:
     """What makes of one token and a weight in int8 their product, in one kernel."""
     out_features, in_features = weight.shape
-    block_k = min(2048, power_of_two(in_features, 128))  # so that four warps lie along K, and quantize nothing twice
-    block_n = 8 if out_features >= 16 * gpu_of(x.device).processors else 4
+    block_n, block_k = 16, min(1024, power_of_two(in_features, 128))  # the fastest of eight on an H100
     constants = {"HIGH": float(INT8_MAX), "SMALLEST": SMALLEST_SCALE, "BLOCK_N": block_n, "BLOCK_K": block_k}
     launch = Launch(token_linear_kernel, (-(-out_features // block_n),), constants, num_warps=4, enable_fp_fusion=False)
     shape, strides, dtype = (*x.shape[:-1], out_features), weight.stride(), x.dtype

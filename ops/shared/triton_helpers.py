@@ -1,7 +1,8 @@
 """What the kernels for CUDA GPUs share: Triton, what is known of a GPU, and codes as kernels read and write them.
 
-The kernels are interpreter-tested: Triton's interpreter runs them on the CPU against the references, and its compiler
-translates them for compute capability 8.0 and 9.0. They take tensors with their strides as tuples `(pointer, strides)`.
+The kernels have run on an H100 (torch 2.11, Triton 3.6), see benchmarks/README.md. Without a GPU, Triton's interpreter
+runs them on the CPU against the references, and its compiler translates them for compute capability 8.0 and 9.0. They
+take tensors with their strides as tuples `(pointer, strides)`.
 """
 
 from collections.abc import Callable
@@ -22,7 +23,7 @@ OLDEST_CAPABILITY = 80
 """Ampere: the first with bfloat16 and int8 in the matrix units that the kernels use."""
 FP8_CAPABILITY = 89
 """Ada: the first with conversions and matrix products of fp8."""
-TESTED = "interpreter-tested"
+TESTED = "run on an H100"
 """How far the kernels are, as `report` says it."""
 CODE_KINDS = {torch.int8: "int8", torch.uint8: "int4", torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
 """How kernels are told what a tensor of codes holds; anything else is "float"."""

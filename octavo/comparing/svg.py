@@ -7,7 +7,7 @@ from html import escape
 from .axes import Axis, linear
 
 WIDTH, HEIGHT = 400, 300
-LEFT, RIGHT, TOP, BOTTOM = 50, 12, 10, 40
+LEFT, RIGHT, TOP, BOTTOM = 56, 12, 10, 40
 COLOURS = 8
 """Classes `c0`, `c1`, ... of the style sheet; behind the last the first comes again, with a broken line."""
 CHARACTER, LINE = 5.6, 11.0

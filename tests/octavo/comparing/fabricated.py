@@ -53,3 +53,18 @@ def some_records(lengths: tuple[int, ...] = (512,)) -> list[dict[str, Any]]:
         record(HOSTILE, 2.4, 0.4, 2, lengths=lengths),
         record("preset eight-bit", 8.5, 0.004, kind="preset", lengths=lengths),
     ]
+
+
+def many_records(lengths: tuple[int, ...] = (512,)) -> list[dict[str, Any]]:
+    """As many as there are schemes and presets, with long names, some of them equal to a hair."""
+    schemes = [
+        record(
+            f"{'a-long-name-of-' * (index % 2)}scheme-{index}", bits, 4.0 ** -(bits + index % 3 / 9), lengths=lengths
+        )
+        for index, bits in enumerate(2 + 0.25 * index for index in range(26))
+    ]
+    presets = [
+        record(f"preset number-{index}", 8.5, 0.004 + index * 1e-5, kind="preset", lengths=lengths)
+        for index in range(7)
+    ]
+    return [float_record(lengths=lengths), *schemes, *presets]

@@ -2,6 +2,7 @@
 
 import re
 from html.parser import HTMLParser
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -44,14 +45,14 @@ class Outline(HTMLParser):
         self.text += data
 
 
-def made(lengths: tuple[int, ...] = (512,), model: str = "tiny") -> str:
-    rows = [row_of(found) for found in some_records(lengths)]
+def made(records: list[dict[str, Any]], model: str = "tiny") -> str:
+    rows = [row_of(found) for found in records]
     return page(model, rows, advise(rows, 0.01), ["text: <b>one</b>"])
 
 
 def test_tags_close_in_order_and_every_candidate_has_its_row() -> None:
     outline = Outline()
-    outline.feed(made(model=f"a {HOSTILE}"))
+    outline.feed(made(some_records(), f"a {HOSTILE}"))
     outline.close()
     assert outline.open == []
     names = [found["name"] for found in some_records()]
@@ -60,13 +61,13 @@ def test_tags_close_in_order_and_every_candidate_has_its_row() -> None:
 
 
 def test_names_are_escaped_wherever_they_stand() -> None:
-    text = made(model=HOSTILE)
+    text = made(some_records(), HOSTILE)
     assert HOSTILE not in text and "<b>one" not in text and text.count("<script>") == 1
 
 
 @pytest.mark.parametrize("lengths", [(512,), (512, 2048)])
 def test_nothing_is_fetched(lengths: tuple[int, ...]) -> None:
-    outline, text = Outline(), made(lengths)
+    outline, text = Outline(), made(some_records(lengths))
     outline.feed(text)
     assert outline.links == [] and not re.search(r"https?:|url\(|@import|<link|<img|fetch\(", text)
 

@@ -83,7 +83,8 @@ def test_plots_are_drawn_within_their_frames(page_of: Any, narrow: bool) -> None
                 && top >= frame.top - 1 && bottom <= frame.bottom + 1;
             const marks = [...svg.querySelectorAll("circle, rect, path.line")].map((it) => it.getBoundingClientRect());
             return {title: svg.getAttribute("aria-label"), width: frame.width, height: frame.height,
-                marks: marks.length, drawn: marks.filter((box) => box.width > 0 && box.height > 0 && inside(box)).length};
+                marks: marks.length,
+                drawn: marks.filter((box) => box.width > 0 && box.height > 0 && inside(box)).length};
         })"""
     )
     rows = len(page_of.find_elements("css selector", "tbody tr"))

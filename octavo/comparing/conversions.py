@@ -11,6 +11,7 @@ from typing import Any
 
 from ..common.convert.api import converted
 from ..common.convert.flags import parse_flags, request_of
+from ..common.convert.output.writer import stage_path
 from ..common.convert.source.config import chosen_architecture
 from ..common.runtime.checkpoint.loading import CONFIG_FILE
 from ..common.runtime.version import VERSION
@@ -63,7 +64,7 @@ def conversion(
     if not (output / CONFIG_FILE).is_file():
         architecture = chosen_architecture(source, None)
         words = ["--model_path", str(source), "--save_directory", str(output), "--preset", preset, *more]
-        words += ["--device_type", device, "--resume"]
+        words += ["--device_type", device, *(["--resume"] if stage_path(output).exists() else [])]
         place.mkdir(parents=True, exist_ok=True)
         report = converted(request_of(parse_flags(architecture.name, words, architecture.decoder.head), architecture))
         print(report.summary(), file=sys.stderr)

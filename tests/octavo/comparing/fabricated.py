@@ -68,3 +68,17 @@ def many_records(lengths: tuple[int, ...] = (512,)) -> list[dict[str, Any]]:
         for index in range(7)
     ]
     return [float_record(lengths=lengths), *schemes, *presets]
+
+
+def step_records(lengths: tuple[int, ...] = (512,)) -> list[dict[str, Any]]:
+    """Of a preset, option by option; the rounding of its linears makes good what they lose, and lm_head costs time."""
+    found = []
+    for option, kl, megabytes in (("cache", 0.001, 540), ("linears", 0.301, 200), ("rounding", 0.101, 200)):
+        each = record(f"four up to {option}", 8.5, kl, kind="step", lengths=lengths)
+        found.append({**each, "weight_bytes": megabytes * 1_000_000})
+    found.append({**record("preset four", 8.5, 0.111, kind="preset", lengths=lengths), "weight_bytes": 100_000_000})
+    options = ("cache", "linears", "rounding", "embeddings")
+    return [
+        {**each, "step": {"of": "four", "option": option, "stated": f"--{option} <b>"}}
+        for each, option in zip(found, options, strict=True)
+    ]

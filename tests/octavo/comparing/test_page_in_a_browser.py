@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from .fabricated import many_records, some_records
+from .fabricated import many_records, some_records, step_records
 from .test_page import made
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="no selenium here: it is in requirements-test.txt")
@@ -57,14 +57,14 @@ def shown(browser: Any, tmp_path: Path) -> Callable[[list[dict[str, Any]]], Any]
 
 @pytest.fixture
 def opened(shown: Callable[[list[dict[str, Any]]], Any]) -> Any:
-    """The browser, with the page of a few results."""
-    return shown(some_records(LENGTHS))
+    """The browser, with the page of a few results, and of the options of one."""
+    return shown([*some_records(LENGTHS), *step_records(LENGTHS)])
 
 
 @pytest.fixture(params=["few", "many"])
 def page_of(request: pytest.FixtureRequest, shown: Callable[[list[dict[str, Any]]], Any]) -> Any:
-    """The browser, with the page of a few results, and with one of as many as there are schemes."""
-    return shown(some_records(LENGTHS) if request.param == "few" else many_records(LENGTHS))
+    """The browser, with the page of a few results, and with one of as many as there are schemes, and of options."""
+    return shown(some_records(LENGTHS) if request.param == "few" else [*many_records(LENGTHS), *step_records(LENGTHS)])
 
 
 def _narrow(browser: Any) -> None:
@@ -87,11 +87,13 @@ def test_plots_are_drawn_within_their_frames(page_of: Any, narrow: bool) -> None
                 drawn: marks.filter((box) => box.width > 0 && box.height > 0 && inside(box)).length};
         })"""
     )
-    rows = len(page_of.find_elements("css selector", "tbody tr"))
-    assert len(found) == 5
-    for plot in found:
-        assert plot["width"] > 250 and plot["height"] > 180, plot
+    rows = len(_table(page_of).find_elements("css selector", "tbody tr"))
+    plots = [plot for plot in found if "option" not in plot["title"]]
+    assert len(plots) == 5
+    for plot in plots:
         assert plot["marks"] == plot["drawn"] >= rows - 1, plot
+    for plot in found:
+        assert plot["width"] > 250 and plot["height"] > 180 and plot["marks"] == plot["drawn"] >= 4, plot
 
 
 @pytest.mark.parametrize("narrow", [False, True])
@@ -121,40 +123,56 @@ def _overlap(one: list[float], other: list[float]) -> bool:
     return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
-def _head(browser: Any, name: str) -> Any:
-    return next(each for each in browser.find_elements("css selector", "thead button") if each.text == name)
+def _table(browser: Any, heading: str = "All figures") -> Any:
+    """The table behind a heading."""
+    return browser.find_element("xpath", f"//h2[.='{heading}']/following::table[1]")
 
 
-def _bits(browser: Any) -> list[float]:
-    return [float(cell.text) for cell in browser.find_elements("css selector", "tbody td:nth-child(2)")]
+def _head(table: Any, name: str) -> Any:
+    return next(each for each in table.find_elements("css selector", "thead button") if each.text == name)
+
+
+def _numbers(table: Any, column: int) -> list[float]:
+    return [float(cell.text) for cell in table.find_elements("css selector", f"tbody td:nth-child({column})")]
 
 
 def test_a_click_sorts_the_table_and_another_turns_it_round(opened: Any) -> None:
-    button, before = _head(opened, "bits"), _bits(opened)
+    table = _table(opened)
+    button, before = _head(table, "bits"), _numbers(table, 2)
     button.click()
-    assert _bits(opened) == sorted(before) != before
+    assert _numbers(table, 2) == sorted(before) != before
     button.click()
-    assert _bits(opened) == sorted(before, reverse=True)
-    assert opened.find_element("css selector", "th[aria-sort]").get_attribute("aria-sort") == "descending"
+    assert _numbers(table, 2) == sorted(before, reverse=True)
+    assert table.find_element("css selector", "th[aria-sort]").get_attribute("aria-sort") == "descending"
+
+
+def test_tables_are_sorted_apart(opened: Any) -> None:
+    figures, options = _table(opened), _table(opened, "What each option of four adds")
+    before = _numbers(figures, 2)
+    assert _numbers(options, 2) == [0.001, 0.3, -0.2, 0.01], "what each adds to those before it"
+    _head(options, "KL it adds").click()
+    assert _numbers(options, 2) == [-0.2, 0.001, 0.01, 0.3] and _numbers(figures, 2) == before
 
 
 def test_the_keyboard_sorts_it_too(opened: Any) -> None:
-    before, body = _bits(opened), opened.find_element("css selector", "body")
+    table, body = _table(opened), opened.find_element("css selector", "body")
+    before = _numbers(table, 2)
     body.send_keys(Keys.TAB)
     assert opened.switch_to.active_element.text == "name"
     opened.switch_to.active_element.send_keys(Keys.TAB)
     head = opened.switch_to.active_element
     assert head.text == "bits" and head.value_of_css_property("outline-style") == "solid"
     head.send_keys(Keys.ENTER)
-    assert _bits(opened) == sorted(before) != before
+    assert _numbers(table, 2) == sorted(before) != before
     head.send_keys(Keys.SPACE)
-    assert _bits(opened) == sorted(before, reverse=True)
+    assert _numbers(table, 2) == sorted(before, reverse=True)
 
 
 def test_what_has_no_figure_comes_last_either_way(opened: Any) -> None:
+    table = _table(opened)
     for _ in range(2):
-        _head(opened, "KL").click()
-        names = [each.text for each in opened.find_elements("css selector", "tbody th")]
+        _head(table, "KL").click()
+        names = [each.text for each in table.find_elements("css selector", "tbody th")]
         assert names[-1] == "float"
 
 
@@ -214,7 +232,7 @@ def test_texts_and_marks_stand_out_in_the_light_and_in_the_dark(opened: Any, sch
 
 
 def test_the_page_asks_for_nothing_and_reports_no_error(page_of: Any) -> None:
-    _head(page_of, "KL").click()
+    _head(_table(page_of), "KL").click()
     events = [json.loads(entry["message"])["message"] for entry in page_of.get_log("performance")]
     asked = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
     assert asked == [page_of.current_url] and asked[0].startswith("file:")

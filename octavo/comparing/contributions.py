@@ -104,5 +104,6 @@ def note(tokens: int) -> str:
     """What the figures are, in a sentence."""
     return (
         "Each option is added to those above it, in this order, and measured with them; another order gives other "
-        f"shares of the same sum. MB: weights and the cache at {tokens:,} tokens. Below zero: it makes good, or costs."
+        f"shares of the same sum. MB: weights and the cache at {tokens:,} tokens. Below zero: it makes good, or costs. "
+        "Candidates are timed one after another: a difference within what the machine swings by says nothing."
     )

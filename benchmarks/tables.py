@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from engine_tables import engines_table, other_engines_tables
+from gpu_tables import gpu_digest, gpu_table
 from memory_rows import memory_rows, start_rows
 from quality import FLOAT_WEIGHTS, UNFOLDED
 from rows import RESULTS, Row, markdown, read_rows, scores
@@ -264,6 +265,7 @@ def scheme_speed_table() -> str:
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
         "results": results_table,
+        "gpu": gpu_digest,
         "engines": engines_table,
         "schemes": schemes_table,
         "best weights": best_weights_table,
@@ -280,7 +282,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "start": partial(_resources_table, "start.csv", start_rows, "Seconds, with all files in the page cache."),
         "scheme speed": scheme_speed_table,
         "ops on cpu": partial(ops_table, "cpu.csv"),
-        "ops on cuda": partial(ops_table, "cuda.csv"),
+        "gpu": gpu_table,
     },
 }
 """What stands between the markers of each file, by their names."""

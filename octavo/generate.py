@@ -117,13 +117,13 @@ def load_stock(directory: Path, scheme: str, statistics: Path | None, device: st
     return _speaking(model, load_tokenizer(directory, {}, False), scheme, statistics)
 
 
-def with_scheme(speaker: Speaker, scheme: str, statistics: Path | None) -> Speaker:
+def with_scheme(speaker: Speaker, scheme: str | Scheme, statistics: Path | None) -> Speaker:
     """The same stock model with another scheme; see `load_stock`."""
     _check_statistics(scheme, statistics)
     return _speaking(speaker.model, speaker.tokenizer, scheme, statistics)
 
 
-def _check_statistics(scheme: str, statistics: Path | None) -> None:
+def _check_statistics(scheme: str | Scheme, statistics: Path | None) -> None:
     if load_scheme(scheme).is_static and statistics is None:
         raise OctavoError(
             f"--scheme {scheme}: its scales come from calibration; give --statistics FILE, which --save_statistics of "
@@ -137,7 +137,7 @@ def check_statistics_used(schemes: Sequence[str], statistics: Path | None) -> No
         raise OctavoError(f"--statistics {statistics}: {', '.join(schemes)} needs no calibration; leave it out")
 
 
-def _speaking(model: Any, tokenizer: Any, scheme: str, statistics: Path | None) -> Speaker:
+def _speaking(model: Any, tokenizer: Any, scheme: str | Scheme, statistics: Path | None) -> Speaker:
     found = load_scheme(scheme)
 
     def new_cache() -> QuantizedCache:

@@ -12,19 +12,24 @@ from ..common.convert.flag_values import limit
 from ..common.convert.presets import RECIPES
 from ..common.convert.source.checkpoint import check_device
 from ..common.errors import OctavoError
+from ..common.runtime.schemes.kv_scheme import Scheme
 from ..comparing.advice import Advice, advise
 from ..comparing.candidates import (
     ALL,
+    STEP,
     TELLING,
     Candidate,
     check_names,
     float_candidate,
-    preset_candidates,
+    preset_candidate,
     preset_names,
-    scheme_candidates,
+    scheme_candidate,
     scheme_names,
+    with_steps,
 )
+from ..comparing.contributions import contribution_table, contributions_of, longest, note
 from ..comparing.measuring import conditions_of_run, measure_all, write_whole
+from ..comparing.options import Step, steps_of
 from ..comparing.page import page
 from ..comparing.rows import Row, row_of
 from ..comparing.table import markdown, table_of
@@ -45,6 +50,8 @@ def add_flags(parser: OneLineParser) -> None:
     add("--schemes", nargs="*", metavar="NAME", help=about)
     about = f"also convert it by presets, for the time of measuring: {', '.join(RECIPES)}, or {ALL}"
     add("--presets", nargs="+", default=[], metavar="NAME", help=about)
+    about = "presets and schemes of which is told what each option adds: they are measured option by option"
+    add("--options", nargs="+", default=[], metavar="NAME", help=about)
     add("--statistics", type=Path, metavar="FILE", help="what --save_statistics wrote, for schemes that need it")
     about = f"what a choice may lose: KL to the float model, in nats (default {MAX_KL})"
     add("--max_kl", type=limit, default=MAX_KL, metavar="NATS", help=about)
@@ -66,18 +73,39 @@ def _make_directory(out: Path) -> None:
 
 
 def _candidates(
-    flags: argparse.Namespace, place: Place, names: Sequence[str], presets: Sequence[str]
+    flags: argparse.Namespace, place: Place, names: Sequence[str], presets: Sequence[str], options: Sequence[list[Step]]
 ) -> list[Candidate]:
     """The float model, and what is compared with it."""
     reference = load_stock(place.directory, "float", None, flags.device_type)
-    model = flags.model_path
-    found = [
-        float_candidate(model, reference, place.directory),
-        *scheme_candidates(names, model, reference, place.directory, flags.statistics),
-        *preset_candidates(presets, model, place.directory, flags.device_type, flags.out),
-    ]
+    model, directory = flags.model_path, place.directory
+
+    def of_scheme(scheme: str | Scheme) -> Candidate:
+        return scheme_candidate(scheme, model, reference, directory, flags.statistics)
+
+    def of_preset(name: str, more: Sequence[str] = ()) -> Candidate:
+        return preset_candidate(name, model, directory, flags.device_type, flags.out, more)
+
+    found = [float_candidate(model, reference, directory), *map(of_scheme, names), *map(of_preset, presets)]
+    check_names(found)
+    for steps in options:
+        found = with_steps(
+            found, steps, lambda step: of_preset(step.of, step.away), lambda step: of_scheme(step.scheme)
+        )
     check_names(found)
     return found
+
+
+def _named(flags: argparse.Namespace) -> tuple[list[str], list[str], list[list[Step]]]:
+    """Schemes and presets to measure, those among them whose options are, and the steps of these."""
+    names, presets = scheme_names(flags.schemes, flags.statistics), preset_names(flags.presets)
+    options = []
+    for name in dict.fromkeys(flags.options):
+        steps = steps_of(name)
+        options.append(steps)
+        among, asked = (presets, steps[-1].of) if steps[-1].scheme is None else (names, name)
+        if asked not in among:
+            among.append(asked)
+    return names, presets, options
 
 
 def _lines(flags: argparse.Namespace, shared: Mapping[str, Any], told: Sequence[str], dtype: str) -> list[str]:
@@ -94,7 +122,9 @@ def _lines(flags: argparse.Namespace, shared: Mapping[str, Any], told: Sequence[
 def _write(
     flags: argparse.Namespace, records: Sequence[dict[str, Any]], lines: Sequence[str]
 ) -> tuple[list[Row], Advice]:
-    rows = [row_of(record) for record in records]
+    measured = [row_of(record) for record in records]
+    rows = [row for row in measured if row.kind != STEP]
+    contributions = contributions_of(rows[0], [row for row in measured if row.of])
     advice, out = advise(rows, flags.max_kl), flags.out
     name = Path(flags.model_path).name or flags.model_path
     data = {
@@ -102,12 +132,16 @@ def _write(
         "max_kl": flags.max_kl,
         "advice": advice.sentences,
         "choice": advice.choice,
+        "options": {of: [each.as_json() for each in found] for of, found in contributions.items()},
         "results": records,
     }
     write_whole(out / "results.json", json.dumps(data, indent=2) + "\n")
-    parts = [f"# {name}: schemes compared", advice.sentences, markdown(table_of(rows)), *lines]
-    write_whole(out / "results.md", "\n\n".join(parts) + "\n")
-    write_whole(out / "index.html", page(name, rows, advice, lines))
+    parts = [f"# {name}: schemes compared", advice.sentences, markdown(table_of(rows))]
+    for of, found in contributions.items():
+        parts += [f"## What each option of {of} adds", markdown(contribution_table(found))]
+    parts += [note(longest(rows[0]))] if contributions else []
+    write_whole(out / "results.md", "\n\n".join([*parts, *lines]) + "\n")
+    write_whole(out / "index.html", page(name, rows, advice, lines, contributions))
     return rows, advice
 
 
@@ -119,10 +153,10 @@ def run(flags: argparse.Namespace) -> None:
     """
     plan = plan_of(flags)
     check_device(flags.device_type)
-    names, presets = scheme_names(flags.schemes, flags.statistics), preset_names(flags.presets)
+    names, presets, options = _named(flags)
     place = _place(flags.model_path)
     _make_directory(flags.out)
-    candidates = _candidates(flags, place, names, presets)
+    candidates = _candidates(flags, place, names, presets, options)
     with candidates[0].speaker() as (reference, _):
         shared = conditions_of_run(plan, place.directory, flags.device_type)
         records = measure_all(reference, candidates, plan, shared, flags.out / "results")

@@ -65,4 +65,4 @@ def _decades(low: float, high: float) -> list[float]:
 def _short(value: float) -> str:
     if value >= 1024 and value == int(value) and value % 1024 == 0:
         return f"{int(value) // 1024}k"
-    return f"{value:,.6g}" if 1e-4 <= value < 1e6 else f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
+    return f"{value:,.6g}" if 1e-3 <= value < 1e6 else f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")

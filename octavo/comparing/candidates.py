@@ -3,28 +3,27 @@
 import contextlib
 import shlex
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..common.convert.api import converted
-from ..common.convert.flags import parse_flags, request_of
 from ..common.convert.presets import RECIPES, RENAMED, check_preset, load_recipe
-from ..common.convert.source.config import chosen_architecture
 from ..common.errors import OctavoError
 from ..common.runtime.schemes.kv_scheme import PRESETS, Scheme, load_scheme
 from ..evaluation.evaluating import FLOAT
 from ..generate import Speaker, with_scheme
-from ..place import converted_speaker, find_place
 from ..wording import WHEN, codec_short
+from .conversions import conversion, weight_bytes
+from .options import Step
 
 TELLING = ("octavo-8", "int8-token", "fp8-token", "octavo-4", "int4-token", "octavo-3", "octavo-2")
 """Schemes that are compared unless others are named: none needs calibration."""
 ALL = "all"
+STEP = "step"
+"""Kind of what is measured only to tell what options add."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +32,12 @@ class Candidate:
 
     Attributes:
         name: of its results.
-        kind: "float", "scheme" or "preset".
+        kind: "float", "scheme", "preset" or "step".
         about: what it is, in a few words.
-        command: that runs the model so, but for the text behind it.
+        command: that runs the model so, but for the text behind it; empty where a scheme has no name or file.
         definition: on which its results depend, as plain data.
         speaker: gives the model, ready to speak, and the bytes of its weight files, for as long as it is measured.
+        step: which preset or scheme is taken how far, as plain data; None where that is not asked for.
     """
 
     name: str
@@ -46,16 +46,7 @@ class Candidate:
     command: str
     definition: dict[str, Any]
     speaker: Callable[[], AbstractContextManager[tuple[Speaker, int]]]
-
-
-def weight_files(directory: Path) -> list[Path]:
-    """The files that hold the weights of a checkpoint, in the order of their names."""
-    return sorted(file for file in directory.iterdir() if file.suffix in (".safetensors", ".bin"))
-
-
-def weight_bytes(directory: Path) -> int:
-    """Bytes of the weight files of a checkpoint."""
-    return sum(file.stat().st_size for file in weight_files(directory))
+    step: dict[str, str] | None = None
 
 
 def _about(scheme: Scheme) -> str:
@@ -93,27 +84,25 @@ def float_candidate(model: str, reference: Speaker, directory: Path) -> Candidat
     return _of_scheme(FLOAT, FLOAT, reference, reference, model, directory, None)
 
 
-def scheme_candidates(
-    names: Sequence[str], model: str, reference: Speaker, directory: Path, statistics: Path | None
-) -> list[Candidate]:
-    """Schemes of the float model's cache.
+def scheme_candidate(
+    scheme: str | Scheme, model: str, reference: Speaker, directory: Path, statistics: Path | None
+) -> Candidate:
+    """A scheme of the float model's cache.
 
     Raises:
-        OctavoError: there is none of a name, it needs statistics, or two results would have one name.
+        OctavoError: there is none of the name, it needs statistics, or the model does not bear it.
     """
-    found = []
-    for name in names:
-        speaker = with_scheme(reference, name, statistics)
-        speaker.new_cache()  # so that what the model does not bear is told before hours are spent
-        found.append(_of_scheme(speaker.scheme.name, name, reference, speaker, model, directory, statistics))
-    return found
+    speaker = with_scheme(reference, scheme, statistics)
+    speaker.new_cache()  # so that what the model does not bear is told before hours are spent
+    asked = "" if isinstance(scheme, Scheme) else scheme
+    return _of_scheme(speaker.scheme.name, asked, reference, speaker, model, directory, statistics)
 
 
 def _of_scheme(
     name: str, asked: str, reference: Speaker, speaker: Speaker, model: str, directory: Path, statistics: Path | None
 ) -> Candidate:
     definition: dict[str, Any] = {"scheme": speaker.scheme.to_dict()}
-    command = f"octavo run {shlex.quote(model)} --scheme {shlex.quote(asked)}"
+    command = f"octavo run {shlex.quote(model)} --scheme {shlex.quote(asked)}" if asked else ""
     if speaker.scheme.is_static and statistics is not None:
         stat = statistics.stat()
         definition["statistics"] = [stat.st_size, stat.st_mtime_ns]
@@ -125,33 +114,47 @@ def _of_scheme(
     )
 
 
-def preset_candidates(names: Sequence[str], model: str, directory: Path, device: str, work: Path) -> list[Candidate]:
-    """Presets, by each of which the model is converted when its turn comes; the conversion goes when it is measured.
+def preset_candidate(
+    name: str, model: str, directory: Path, device: str, work: Path, more: Sequence[str] = ()
+) -> Candidate:
+    """A preset, by which the model is converted when its turn comes; the conversion goes when it is measured.
 
     Args:
         work: where conversions lie for so long.
+        more: flags beside it.
     """
-    return [_of_preset(name, model, directory, device, work) for name in names]
-
-
-def _of_preset(name: str, model: str, directory: Path, device: str, work: Path) -> Candidate:
     recipe = load_recipe(name)
-    definition = {"preset": {flag: value for flag, value in recipe.items() if flag != "about"}}
-    command = f"octavo convert {shlex.quote(model)} --preset {name}"
-    speaker = partial(_converted, name, directory, device, work)
+    definition: dict[str, Any] = {"preset": {flag: value for flag, value in recipe.items() if flag != "about"}}
+    if more:
+        definition["more"] = list(more)
+    command = f"octavo convert {shlex.quote(model)} {shlex.join(['--preset', name, *more])}"
+    speaker = partial(conversion, name, more, definition, directory, device, work)
     return Candidate(f"preset {name}", "preset", recipe["about"], command, definition, speaker)
 
 
-@contextmanager
-def _converted(name: str, source: Path, device: str, work: Path) -> Iterator[tuple[Speaker, int]]:
-    architecture = chosen_architecture(source, None)
-    with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=work) as directory:
-        output = Path(directory) / name
-        words = ["--model_path", str(source), "--save_directory", str(output), "--preset", name]
-        words += ["--device_type", device]
-        report = converted(request_of(parse_flags(architecture.name, words, architecture.decoder.head), architecture))
-        print(report.summary(), file=sys.stderr)
-        yield converted_speaker(find_place(str(output)), device), weight_bytes(output)
+def with_steps(
+    candidates: Sequence[Candidate],
+    steps: Sequence[Step],
+    of_preset: Callable[[Step], Candidate],
+    of_scheme: Callable[[Step], Candidate],
+) -> list[Candidate]:
+    """Candidates, and before one of them the steps to it, of which it is itself the last.
+
+    Args:
+        of_preset, of_scheme: the candidate of a step of a preset, or of a scheme.
+    """
+    *partial_steps, last = steps
+    whole = last.of if last.scheme is not None else f"preset {last.of}"
+    found: list[Candidate] = []
+    for each in candidates:
+        if each.name != whole:
+            found.append(each)
+            continue
+        for step in partial_steps:
+            made = of_preset(step) if step.scheme is None else of_scheme(step)
+            found.append(replace(made, name=step.name, kind=STEP, about=step.about, step=step.as_json()))
+        found.append(replace(each, step=last.as_json()))
+    return found
 
 
 def check_names(candidates: Sequence[Candidate]) -> None:

@@ -14,25 +14,15 @@ from tqdm import tqdm
 
 from ..common.convert.output.bundle import put_file
 from ..common.errors import OctavoError
-from ..common.runtime.checkpoint.loading import CONFIG_FILE
 from ..common.runtime.version import VERSION
 from ..evaluation.evaluating import FLOAT, Plan, evaluate
 from ..generate import Speaker
 from ..planning.cache import cache_size
-from .candidates import Candidate, weight_files
+from .candidates import Candidate
+from .conversions import DIGITS, model_digest
 
 SHORTEST, LONGEST = 256, 131072
 """Tokens between which the bytes of a cache are told, as far as the model goes."""
-DIGITS = 16
-
-
-def model_digest(directory: Path) -> str:
-    """What tells whether a checkpoint is as it was: of its config.json, and of sizes and times of its weight files."""
-    found = hashlib.sha256((directory / CONFIG_FILE).read_bytes())
-    for file in weight_files(directory):
-        stat = file.stat()
-        found.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    return found.hexdigest()[:DIGITS]
 
 
 def conditions_of_run(plan: Plan, directory: Path, device: str) -> dict[str, Any]:
@@ -106,7 +96,8 @@ def measure_all(
             record = _measured(reference, candidate, plan, conditions)
             write_whole(file, json.dumps(record, indent=2) + "\n")
             record = json.loads(file.read_text(encoding="utf-8"))
-        records.append({**record, "about": candidate.about, "command": candidate.command})
+        told = {"about": candidate.about, "command": candidate.command}
+        records.append({**record, **told, **({} if candidate.step is None else {"step": candidate.step})})
     return records
 
 

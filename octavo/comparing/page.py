@@ -1,11 +1,12 @@
 """The page of a comparison: one HTML file that needs nothing from elsewhere."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
 from .advice import Advice
-from .plots import Plot, plots_of
+from .contributions import Contribution, contribution_table, longest, note
+from .plots import Plot, contribution_plot, plots_of
 from .rows import Row
 from .svg import colour_class
 from .table import Cell, Table, table_of
@@ -38,13 +39,31 @@ def _table(table: Table, choice: str | None) -> str:
     return f'<div class="scroll"><table>\n<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
 
 
-def page(model: str, rows: Sequence[Row], advice: Advice, conditions: Sequence[str]) -> str:
+def _contributions(found: Mapping[str, Sequence[Contribution]], tokens: int) -> str:
+    """The section of what options add; empty where that was not asked for."""
+    parts = []
+    for of, each in found.items():
+        plot = contribution_plot(of, each)
+        drawn = f"<h2>What each option of {escape(of)} adds</h2>" if plot is None else _figure(plot)
+        parts.append(f'{drawn}\n<div class="card">{_table(contribution_table(each), None)}</div>')
+    about = f'<p class="conditions">{escape(note(tokens))}</p>' if parts else ""
+    return "\n".join([*(f"<section>{part}</section>" for part in parts), about])
+
+
+def page(
+    model: str,
+    rows: Sequence[Row],
+    advice: Advice,
+    conditions: Sequence[str],
+    contributions: Mapping[str, Sequence[Contribution]] | None = None,
+) -> str:
     """The page as HTML.
 
     Args:
         model: as it was named.
         rows: that of the float model among them.
         conditions: lines that say what was measured on what.
+        contributions: what the options of presets and schemes add, by these.
     """
     title = f"{escape(model)}: schemes compared"
     command = "" if advice.command is None else f"\n<p><code>{escape(advice.command)}</code></p>"
@@ -67,6 +86,7 @@ def page(model: str, rows: Sequence[Row], advice: Advice, conditions: Sequence[s
 <div class="card"><h2>All figures</h2>
 <p class="conditions">A click on a head sorts by its column.</p>
 {_table(table_of(rows), advice.choice)}</div>
+{_contributions(contributions or {}, longest(rows[0]))}
 <div class="conditions">
 {chr(10).join(f"<p>{escape(line)}</p>" for line in conditions)}
 </div>

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from .advice import front
 from .axes import linear, logarithmic
+from .contributions import Contribution
 from .rows import Row
-from .svg import Point, bars, lines, scatter
+from .svg import Point, bars, lines, scatter, waterfall
 
 SMALLEST_KL = 1e-8
 """Of what differs by less, or by nothing, the logarithm is that of this."""
@@ -35,6 +36,16 @@ def plots_of(rows: Sequence[Row]) -> list[Plot]:
     for key in next(row for row in rows if row.is_float).recall:
         found.append(_recall(rows, *key))
     return [*found, *_times(rows), _memory(rows)]
+
+
+def contribution_plot(of: str, found: Sequence[Contribution]) -> Plot | None:
+    """The KL that each option of a preset or scheme adds; None where no text was measured."""
+    if any(each.kl is None for each in found):
+        return None
+    title = f"What each option of {of} adds"
+    totals = {each.option: each.kl for each in found}
+    note = "From 0 to the whole, from above to below: what loses goes to the right, what makes good comes back."
+    return Plot(title, note, waterfall(title, "KL(float || candidate), nats", totals))
 
 
 def _pareto(rows: Sequence[Row]) -> Plot:

@@ -38,6 +38,8 @@ class Row:
         recall: by task and length.
         lengths: by tokens of a prompt.
         planned: bytes of the cache in use, by tokens.
+        of, option, stated: of a step, the preset or scheme that is taken so far, the last option that is in, and what
+            states it; else empty.
     """
 
     name: str
@@ -54,6 +56,9 @@ class Row:
     recall: dict[tuple[str, int], Score]
     lengths: dict[int, AtLength]
     planned: dict[int, int]
+    of: str = ""
+    option: str = ""
+    stated: str = ""
 
     @property
     def is_float(self) -> bool:
@@ -78,6 +83,7 @@ def row_of(record: Mapping[str, Any]) -> Row:
         },
         lengths={length: _at_length(found) for length, found in lengths.items()},
         planned={int(tokens): size for tokens, size in record["planned_cache_bytes"].items()},
+        **(record.get("step") or {}),
     )
 
 

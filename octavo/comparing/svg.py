@@ -7,13 +7,13 @@ from html import escape
 from .axes import Axis, linear
 
 WIDTH, HEIGHT = 400, 300
-LEFT, RIGHT, TOP, BOTTOM = 50, 12, 10, 40
+LEFT, RIGHT, TOP, BOTTOM = 56, 12, 10, 40
 COLOURS = 8
 """Classes `c0`, `c1`, ... of the style sheet; behind the last the first comes again, with a broken line."""
 CHARACTER, LINE = 5.6, 11.0
 """Width and height of a character, about."""
-ROW, NAME = 18.0, 18
-"""Height of a bar with what is around it, and characters of its name, at least and at most."""
+ROW, MOST_ROW, NAME = 18.0, 60.0, 18
+"""Height of a bar with what is around it, at least and at most, and characters of its name, at most."""
 
 
 @dataclass(frozen=True)
@@ -129,19 +129,34 @@ def lines(title: str, x: Axis, y: Axis, series: Mapping[str, Sequence[tuple[floa
 
 def bars(title: str, label: str, values: Mapping[str, float]) -> str:
     """A bar for each value, its name before it and the value behind it; as high as they need."""
-    axis = linear(label, [1.18 * value for value in values.values()])
-    row = max(ROW, (HEIGHT - TOP - BOTTOM) / len(values))
-    height, thick = TOP + len(values) * row + BOTTOM, min(row * 0.6, 14.0)
+    spans = {name: (0.0, value, f"{value:,.3g}") for name, value in values.items()}
+    return _spans(title, label, spans, [colour_class(index) for index in range(len(values))])
+
+
+def waterfall(title: str, label: str, totals: Mapping[str, float]) -> str:
+    """A bar for each step from one total to the next, the first from 0; its colour says whether it goes up or down."""
+    spans, before = {}, 0.0
+    for name, total in totals.items():
+        spans[name] = (before, total, f"{total - before:+,.2g}")
+        before = total
+    return _spans(title, label, spans, ["less" if end < start else "more" for start, end, _ in spans.values()])
+
+
+def _spans(title: str, label: str, spans: Mapping[str, tuple[float, float, str]], colours: Sequence[str]) -> str:
+    """A bar from one value to another for each name, and a text behind it."""
+    axis = linear(label, [1.2 * value for start, end, _ in spans.values() for value in (start, end)])
+    row = max(ROW, min((HEIGHT - TOP - BOTTOM) / len(spans), MOST_ROW))
+    height, thick = TOP + len(spans) * row + BOTTOM, min(row * 0.6, 14.0)
     inside = []
-    for index, (name, value) in enumerate(values.items()):
+    for index, (name, (start, end, text)) in enumerate(spans.items()):
         top = TOP + index * row + (row - thick) / 2
-        end = 110 + axis.share(value) * (WIDTH - 110 - RIGHT)
-        text, short = f"{value:,.3g}", name if len(name) <= NAME else f"{name[: NAME - 1]}\N{HORIZONTAL ELLIPSIS}"
+        left, right = (110 + axis.share(value) * (WIDTH - 110 - RIGHT) for value in sorted((start, end)))
+        short = name if len(name) <= NAME else f"{name[: NAME - 1]}\N{HORIZONTAL ELLIPSIS}"
         inside += [
             f'<text class="name end" x="104" y="{top + thick / 2 + 3.5:.1f}">{escape(short)}</text>',
-            f'<rect class="{colour_class(index)}" x="110" y="{top:.1f}" width="{end - 110:.1f}" height="{thick:.1f}">'
-            f"<title>{escape(name)}: {text}</title></rect>",
-            f'<text class="name" x="{end + 4:.1f}" y="{top + thick / 2 + 3.5:.1f}">{text}</text>',
+            f'<rect class="{colours[index]}" x="{left:.1f}" y="{top:.1f}" width="{max(right - left, 1):.1f}" '
+            f'height="{thick:.1f}"><title>{escape(name)}: {text}</title></rect>',
+            f'<text class="name" x="{right + 4:.1f}" y="{top + thick / 2 + 3.5:.1f}">{text}</text>',
         ]
     return "\n".join(
         [

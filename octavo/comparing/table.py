@@ -29,27 +29,28 @@ class Table:
     rows: tuple[tuple[Cell, ...], ...]
 
 
-def _figure(value: float | None, form: str = "{:,.3g}") -> Cell:
+def figure_cell(value: float | None, form: str = "{:,.3g}") -> Cell:
+    """The cell of a number, or an empty one."""
     return Cell("" if value is None else form.format(value), value)
 
 
 def _cells(row: Row, plain: Row) -> Iterator[tuple[str, Cell]]:
     yield "name", Cell(row.name, row.name)
-    yield "bits", _figure(row.bits, "{:.2f}")
-    yield "KL", _figure(row.kl, "{:.5f}")
+    yield "bits", figure_cell(row.bits, "{:.2f}")
+    yield "KL", figure_cell(row.kl, "{:.5f}")
     change = None if row.perplexity is None else 100 * (row.perplexity - 1)
-    yield "perplexity", _figure(change, "{:+.2f} %")
-    yield "top-1", _figure(row.top1, "{:.1%}")
+    yield "perplexity", figure_cell(change, "{:+.2f} %")
+    yield "top-1", figure_cell(row.top1, "{:.1%}")
     for task, length in plain.recall:
         score = row.recall[task, length]
         yield f"{task} {length:,}", Cell(f"{score.right}/{score.asked}", score.share)
     yield "as float for", Cell("" if row.as_float is None else f"{row.as_float:.0f} of {row.written}", row.as_float)
     for length in plain.lengths:
         at = row.lengths[length]
-        yield f"cache at {length:,}, MB", _figure(at.cache_bytes / MB)
-        yield f"ms a token at {length:,}", _figure(at.step)
-        yield f"prompt of {length:,}, tokens/s", _figure(at.prompt_speed, "{:,.0f}")
-    yield "weights, MB", _figure(row.weight_bytes / MB, "{:,.0f}")
+        yield f"cache at {length:,}, MB", figure_cell(at.cache_bytes / MB)
+        yield f"ms a token at {length:,}", figure_cell(at.step)
+        yield f"prompt of {length:,}, tokens/s", figure_cell(at.prompt_speed, "{:,.0f}")
+    yield "weights, MB", figure_cell(row.weight_bytes / MB, "{:,.0f}")
     yield "what it is", Cell(row.about, row.about)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from octavo.__main__ import main
-from octavo.comparing import measuring
+from octavo.comparing import conversions, measuring
 from octavo.evaluation.evaluating import evaluate
 
 from ...support import TEXTS, assert_one_error_line
@@ -141,6 +141,47 @@ def test_a_preset_is_converted_for_the_time(source: Path, text: Path, tmp_path: 
     assert (out / "results" / "preset-four-bit.json").is_file()
 
 
+def test_what_each_option_adds_is_told(
+    source: Path, text: Path, tmp_path: Path, measured: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Steps are measured beside the whole, and stand in none of the other tables."""
+    out = tmp_path / "out"
+    command = ["compare", str(source), "--out", str(out), *SMALL[:4], "--tasks", "--eval_file", str(text)]
+    command += ["--written", "0", "--schemes", "int8-token", "--options", "octavo-2", "eight-bit"]
+    assert main(command) == 0
+    steps = ["octavo-2 up to codes", "octavo-2 up to rotation", "octavo-2 up to sinks", "octavo-2"]
+    steps += ["eight-bit up to cache", "eight-bit up to linears", "preset eight-bit"]
+    assert measured == ["float", "int8-token", *steps]
+    data = json.loads((out / "results.json").read_text())
+    results = {each["name"]: each for each in data["results"]}
+    found = data["options"]["eight-bit"]
+    assert [each["option"] for each in found] == ["cache", "linears", "embeddings"]
+    assert found[-1]["kl"] == results["preset eight-bit"]["text"]["kl"]
+    assert found[0]["kl"] == pytest.approx(results["int8-token"]["text"]["kl"], rel=1e-3), "the same, but converted"
+    plain = results["float"]
+    size = plain["weight_bytes"] + max(plain["planned_cache_bytes"].values())
+    assert sum(each["saves"] for each in found) == pytest.approx(size / 1e6 - found[-1]["megabytes"])
+    assert len(data["options"]["octavo-2"]) == 4 and not (out / "converted").exists()
+    said, written = capsys.readouterr().out, (out / "results.md").read_text()
+    assert "up to" not in said and "up to" not in written and "## What each option of eight-bit adds" in written
+    assert "What each option of octavo-2 adds" in (out / "index.html").read_text()
+
+
+def test_a_conversion_outlives_what_cuts_its_measurement_off(
+    source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    command = ["compare", str(source), "--out", str(out), *SMALL[:4], "--tasks", "--eval_file", str(text)]
+    command += ["--written", "0", "--schemes", "--presets", "eight-bit"]
+    with monkeypatch.context() as cut:
+        cut.setattr(measuring, "_planned", lambda speaker: 1 / 0 if speaker.scheme.name != "float" else {256: 1})
+        assert main(command) == 1
+    assert len(list((out / "converted").glob("*/eight-bit/config.json"))) == 1
+    monkeypatch.setattr(conversions, "converted", lambda request: pytest.fail("it is converted already"))
+    assert main(command) == 0
+    assert not (out / "converted").exists()
+
+
 def test_all_leaves_out_what_needs_statistics_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     from octavo.comparing.candidates import scheme_names
 
@@ -155,6 +196,7 @@ def test_all_leaves_out_what_needs_statistics_and_says_so(capsys: pytest.Capture
         (["--schemes", "int8-tokn"], ("int8-tokn", "did you mean int8-token")),
         (["--schemes", "ascend-c8"], ("--scheme ascend-c8", "--statistics FILE")),
         (["--presets", "eight-bt"], ("preset eight-bt", "did you mean eight-bit")),
+        (["--options", "octavo-22"], ("--options octavo-22", "did you mean octavo-2")),
         (["--trials", "0"], ("--trials 0",)),
         (["--out", "{source}/config.json"], ("--out", "no directory can be made there")),
         (["--schemes", "{twin}", "{twin}", "int8-token"], ("two are called int8-token",)),

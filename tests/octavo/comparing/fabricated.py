@@ -53,3 +53,32 @@ def some_records(lengths: tuple[int, ...] = (512,)) -> list[dict[str, Any]]:
         record(HOSTILE, 2.4, 0.4, 2, lengths=lengths),
         record("preset eight-bit", 8.5, 0.004, kind="preset", lengths=lengths),
     ]
+
+
+def many_records(lengths: tuple[int, ...] = (512,)) -> list[dict[str, Any]]:
+    """As many as there are schemes and presets, with long names, some of them equal to a hair."""
+    schemes = [
+        record(
+            f"{'a-long-name-of-' * (index % 2)}scheme-{index}", bits, 4.0 ** -(bits + index % 3 / 9), lengths=lengths
+        )
+        for index, bits in enumerate(2 + 0.25 * index for index in range(26))
+    ]
+    presets = [
+        record(f"preset number-{index}", 8.5, 0.004 + index * 1e-5, kind="preset", lengths=lengths)
+        for index in range(7)
+    ]
+    return [float_record(lengths=lengths), *schemes, *presets]
+
+
+def step_records(lengths: tuple[int, ...] = (512,)) -> list[dict[str, Any]]:
+    """Of a preset, option by option; the rounding of its linears makes good what they lose, and lm_head costs time."""
+    found = []
+    for option, kl, megabytes in (("cache", 0.001, 540), ("linears", 0.301, 200), ("rounding", 0.101, 200)):
+        each = record(f"four up to {option}", 8.5, kl, kind="step", lengths=lengths)
+        found.append({**each, "weight_bytes": megabytes * 1_000_000})
+    found.append({**record("preset four", 8.5, 0.111, kind="preset", lengths=lengths), "weight_bytes": 100_000_000})
+    options = ("cache", "linears", "rounding", "embeddings")
+    return [
+        {**each, "step": {"of": "four", "option": option, "stated": f"--{option} <b>"}}
+        for each, option in zip(found, options, strict=True)
+    ]

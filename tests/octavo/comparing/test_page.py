@@ -2,17 +2,20 @@
 
 import re
 from html.parser import HTMLParser
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
 from octavo.comparing.advice import advise
+from octavo.comparing.candidates import STEP
+from octavo.comparing.contributions import contributions_of
 from octavo.comparing.page import page
 from octavo.comparing.plots import plots_of
 from octavo.comparing.rows import row_of
 from octavo.comparing.table import markdown, table_of
 
-from .fabricated import HOSTILE, float_record, record, some_records
+from .fabricated import HOSTILE, float_record, record, some_records, step_records
 
 VOID = {"meta"}
 
@@ -44,14 +47,16 @@ class Outline(HTMLParser):
         self.text += data
 
 
-def made(lengths: tuple[int, ...] = (512,), model: str = "tiny") -> str:
-    rows = [row_of(found) for found in some_records(lengths)]
-    return page(model, rows, advise(rows, 0.01), ["text: <b>one</b>"])
+def made(records: list[dict[str, Any]], model: str = "tiny") -> str:
+    measured = [row_of(found) for found in records]
+    rows = [row for row in measured if row.kind != STEP]
+    contributions = contributions_of(rows[0], [row for row in measured if row.of])
+    return page(model, rows, advise(rows, 0.01), ["text: <b>one</b>"], contributions)
 
 
 def test_tags_close_in_order_and_every_candidate_has_its_row() -> None:
     outline = Outline()
-    outline.feed(made(model=f"a {HOSTILE}"))
+    outline.feed(made(some_records(), f"a {HOSTILE}"))
     outline.close()
     assert outline.open == []
     names = [found["name"] for found in some_records()]
@@ -60,15 +65,24 @@ def test_tags_close_in_order_and_every_candidate_has_its_row() -> None:
 
 
 def test_names_are_escaped_wherever_they_stand() -> None:
-    text = made(model=HOSTILE)
+    text = made(some_records(), HOSTILE)
     assert HOSTILE not in text and "<b>one" not in text and text.count("<script>") == 1
 
 
 @pytest.mark.parametrize("lengths", [(512,), (512, 2048)])
 def test_nothing_is_fetched(lengths: tuple[int, ...]) -> None:
-    outline, text = Outline(), made(lengths)
+    outline, text = Outline(), made(some_records(lengths))
     outline.feed(text)
     assert outline.links == [] and not re.search(r"https?:|url\(|@import|<link|<img|fetch\(", text)
+
+
+def test_what_options_add_has_a_section_of_its_own() -> None:
+    text = made([*some_records(), *step_records()])
+    outline = Outline()
+    outline.feed(text)
+    assert outline.open == [] and "What each option of four adds" in outline.text and "<b>" not in text
+    assert "four up to linears" not in outline.text, "steps are in no other plot and table"
+    assert "What each option of" not in made(some_records())
 
 
 def test_plots_are_drawn_within_their_frames() -> None:

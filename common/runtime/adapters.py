@@ -35,7 +35,8 @@ _OF_WEIGHT = (
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 """Ways to begin a training that leave the weight of the model as it is."""
 _PEFT_WARNS = "Already found a `peft_config` attribute in the model"
-_LORA_KEY = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(A|B)(?:\.[^.]+)?\.weight$")
+_PEFT_PREFIX = "base_model.model."
+_LORA_KEY = re.compile(rf"(?:{re.escape(_PEFT_PREFIX)})?(.+)\.lora_(A|B)(?:\.[^.]+)?\.weight$")
 
 
 def _in_codes(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -248,10 +249,12 @@ def check_adapter_file(model: nn.Module, directory: Path) -> None:
     modules = {name.replace(".base_layer", ""): module for name, module in model.named_modules()}
     for key, header in read_headers([file]).items():
         found = _LORA_KEY.match(key)
-        if found is None or ".experts." in key:
-            continue
-        if found[1] not in modules:
-            raise OctavoError(f"{file}: changes {found[1]}, which this model has not; the adapter is of another model")
-        linear = without_adapter(modules[found[1]])
-        if isinstance(linear, (nn.Linear, QuantizedLinear, TiedLinear)):
-            check_adapter_shapes(f"{file}: {found[1]}", linear, {key: header.shape})
+        name = found[1] if found is not None else key.removeprefix(_PEFT_PREFIX).rpartition(".")[0]
+        linear = without_adapter(modules.get(name))
+        if found is None:
+            if isinstance(linear, (QuantizedLinear, TiedLinear)):
+                raise OctavoError(f"{file}: {key} replaces what is in codes here; {_MERGE_FIRST}")
+        elif linear is None and ".experts." not in key:  # whose names differ between versions of transformers
+            raise OctavoError(f"{file}: changes {name}, which this model has not; the adapter is of another model")
+        elif isinstance(linear, (nn.Linear, QuantizedLinear, TiedLinear)):
+            check_adapter_shapes(f"{file}: {name}", linear, {key: header.shape})

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from octavo import QuantizedCache, prepare
@@ -255,6 +255,16 @@ def test_an_adapter_of_more_layers(own: Callable[[], nn.Module], tmp_path: Path)
     other = adapter_of(tiny_llama(num_hidden_layers=4), tmp_path / "other")
     with pytest.raises(OctavoError, match=r"changes model.layers.3.* which this model has not"):
         own().load_adapter(str(other))
+
+
+def test_an_adapter_with_a_whole_weight(own: Callable[[], nn.Module], tmp_path: Path) -> None:
+    adapter = adapter_of(tiny_llama(), tmp_path / "adapter", targets=["q_proj"])
+    file, name = adapter / "adapter_model.safetensors", "model.layers.0.mlp.up_proj.weight"
+    save_file(load_file(file) | {f"base_model.model.{name}": torch.zeros(128, 64)}, file)
+    with pytest.raises(OctavoError, match=r"up_proj\.weight is given in torch\.float32, and this layer holds codes"):
+        peft.PeftModel.from_pretrained(own(), adapter)
+    with pytest.raises(OctavoError, match=f"{name} replaces what is in codes"):
+        own().load_adapter(str(adapter))
 
 
 def test_an_embedding_in_codes(source: Path, converted: Callable[..., Path], tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     first: set[str] | None = None
     _place: tuple[str, str] | None = None
+    _first_word: argparse.Action | None = None
 
     def add_place(self, name: str, about: str, flag: str = "--model_path") -> None:
         """Take one directory or model as the first word, or by the flag that the scripts have for it; one is needed.
@@ -47,7 +48,7 @@ class OneLineParser(argparse.ArgumentParser):
             flag: whose name, without dashes, is that of the value.
         """
         group, self._place = self.add_mutually_exclusive_group(), (name, flag)
-        group.add_argument(flag[2:], nargs="?", default=argparse.SUPPRESS, metavar=name, help=about)
+        self._first_word = group.add_argument(flag[2:], nargs="?", default=argparse.SUPPRESS, metavar=name, help=about)
         group.add_argument(flag, metavar=name, help=argparse.SUPPRESS)
 
     def show_first(self, *names: str) -> None:
@@ -71,7 +72,11 @@ class OneLineParser(argparse.ArgumentParser):
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As in `ArgumentParser`; a flag that there is not is told beside the one that comes nearest."""
-        flags, unknown = self.parse_known_args(args, namespace)
+        words = sys.argv[1:] if args is None else list(args)
+        texts = [action for action in self._actions if not action.option_strings and action is not self._first_word]
+        if texts and self._first_word in self._actions and gives(words, self._place[1]):
+            self._actions.remove(self._first_word)  # so that the first word is the text
+        flags, unknown = self.parse_known_args(words, namespace)
         if unknown:
             given = unknown[0].partition("=")[0]
             nearest = did_you_mean(given, self._option_string_actions) if given.startswith("-") else ""
@@ -89,6 +94,11 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
+
+
+def gives(words: Sequence[str], flag: str) -> bool:
+    """Whether the words of a command line give a flag."""
+    return any(word == flag or word.startswith(f"{flag}=") for word in words)
 
 
 def run_script(work: Any, argv: list[str] | None) -> int:

@@ -10,9 +10,16 @@ from transformers import PreTrainedModel
 from ..ops.shared.registry import NAMESPACE
 from .architecture import known_decoders, stated_architectures, stated_or_known
 from .errors import OctavoError, first_line
+from .runtime.adapters import Adapters, expect_adapters
 from .runtime.attention import register_attention
 from .runtime.bias_fold import fold_biases
-from .runtime.decoder import Decoder, attention_modules, fits_attention, linear_of, state_decoder
+from .runtime.decoder import (
+    Decoder,
+    attention_modules,
+    fits_attention,
+    linear_of,
+    state_decoder,
+)
 from .runtime.fused_decoder import IS_ZOO
 from .runtime.generation_step import keeping_class
 from .runtime.passes import chunk_passes
@@ -71,13 +78,19 @@ def prepare(model: nn.Module) -> nn.Module:
 
     Long passes are taken in chunks (`passes.py`), so that a prompt needs the memory of one chunk's activations.
 
+    Adapters of PEFT may be in the model, also one that PEFT has wrapped, or come later.
+
     A bias of k or v that cannot be folded stays in the cache, and a warning says so; so does that of a projection
     which makes q, k and v in one.
 
     Raises:
         OctavoError: the model's attention is its own and not transformers' `AttentionInterface`; it is not what the
-            zoo states of its model type; transformers shares it among ranks; see `fold_biases`.
+            zoo states of its model type; transformers shares it among ranks; an adapter in it reads biases that are
+            folded (DoRA); see `fold_biases`.
     """
+    if hasattr(model, "get_base_model"):  # PEFT's, around a model with adapters
+        model.peft_config = prepare(model.get_base_model()).peft_config
+        return model
     if (getattr(model, "_tp_size", None) or 1) > 1:
         raise OctavoError(
             f"{type(model).__name__} is not served: transformers shares it among ranks; load it by the zoo's class of "
@@ -98,6 +111,8 @@ def prepare(model: nn.Module) -> nn.Module:
     model.__class__ = keeping_class(type(model))
     if facts is not None:
         state_decoder(model, facts)
+        expect_adapters()
+        model.peft_config = Adapters(model, getattr(model, "peft_config", None))
         fold_biases(model, has_keys=_turns_halves(model, facts))
     setattr(decoder, IS_ZOO, facts is not None and decoder.config.model_type in stated_architectures())
     chunk_passes(decoder)

@@ -5,8 +5,10 @@ import sys
 from importlib import import_module
 
 from .commands import COMMANDS
-from .common.command import OneLineParser, aligned, run_script
-from .common.errors import did_you_mean
+from .common.command import OneLineParser, aligned, gives, run_script
+from .common.errors import OctavoError, did_you_mean
+
+_PLACE = "--model_path"
 
 
 def overview() -> str:
@@ -31,7 +33,12 @@ def _run(name: str, words: list[str]) -> None:
     parser = OneLineParser(prog=f"octavo {name}", description=_sentence(COMMANDS[name]), allow_abbrev=False)
     command.add_flags(parser)
     flags = parser.parse_args(words)
-    command.run(argparse.Namespace(**vars(flags), words=words))
+    try:
+        command.run(argparse.Namespace(**vars(flags), words=words))
+    except OctavoError as error:
+        if gives(words, _PLACE):
+            raise
+        raise OctavoError(str(error).removeprefix(f"{_PLACE} ")) from None  # it was given as the first word
 
 
 def _sentence(text: str) -> str:

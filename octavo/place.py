@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .adapters import put_adapter
 from .common.command import OneLineParser
 from .common.convert.source.checkpoint import PATTERNS, check_device, find_source
 from .common.convert.source.config import chosen_architecture
@@ -63,14 +64,25 @@ def add_model_flags(parser: OneLineParser) -> None:
     parser.add_argument("--scheme", help=about)
     about = "what --save_statistics wrote, for schemes that need calibration"
     parser.add_argument("--statistics", type=Path, metavar="FILE", help=about)
+    about = "LoRA adapter that runs beside the model: a directory that PEFT wrote, or hub id"
+    parser.add_argument("--adapter", metavar="DIR", help=about)
 
 
 def speaker_of(flags: argparse.Namespace) -> Speaker:
     """The model of the flags, ready to speak.
 
     Raises:
-        OctavoError: there is none, or it was not converted and there is no scheme, or it was and there is one.
+        OctavoError: there is none, or it was not converted and there is no scheme, or it was and there is one; its
+            adapter is none for it.
     """
+    speaker = _plain_speaker(flags)
+    if flags.adapter is not None:
+        put_adapter(speaker.model, flags.adapter)
+    return speaker
+
+
+def _plain_speaker(flags: argparse.Namespace) -> Speaker:
+    """Without an adapter."""
     check_device(flags.device_type)
     place = find_place(flags.model_path)
     quoted = shlex.quote(flags.model_path)

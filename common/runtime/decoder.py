@@ -331,8 +331,17 @@ def check_anatomy(model: nn.Module, decoder: Decoder, where: str, are_linears_fl
         )
 
 
+def without_adapter(module: nn.Module | None) -> nn.Module | None:
+    """The module that PEFT has wrapped, or the one that is given where it has not."""
+    while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
+        module = inner
+    return module
+
+
 def linear_of(decoder: Decoder, attention: nn.Module, part: str) -> nn.Module | None:
     """The projection that makes nothing but q, k or v of an attention module; None where one makes all.
+
+    Of one that an adapter changes, it is the linear within PEFT's layer.
 
     Args:
         part: "query", "key" or "value".
@@ -340,7 +349,7 @@ def linear_of(decoder: Decoder, attention: nn.Module, part: str) -> nn.Module | 
     facts = decoder.attention
     if facts.is_fused:
         return None
-    return attention.get_submodule(getattr(facts, part).removeprefix(f"{facts.name}."))
+    return without_adapter(attention.get_submodule(getattr(facts, part).removeprefix(f"{facts.name}.")))
 
 
 def has_foldable_bias(decoder: Decoder, attention: nn.Module) -> bool:

@@ -68,6 +68,8 @@ def layer_linear(name: str, module: nn.Module) -> LayerLinear:
     if type(module) in (nn.Linear, FoldableLinear):
         return _float_linear(name, module)
     packed = module.packed() if isinstance(module, QuantizedLinear) else None
+    if hasattr(module, "base_layer"):
+        raise NotFused(f"{name} has an adapter")
     if packed is None:
         raise NotFused(f"{name} is a {type(module).__name__}")
     if packed.x_group * packed.groups != packed.in_features:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from ...ops.shared.registry import NAMESPACE
 from ..errors import OctavoError, first_line
+from .adapters import Adapters, check_adapter_file, expect_adapters
 from .attention import register_attention
 from .bias_fold import fold_biases
 from .cache.quantized_cache import QuantizedCache
@@ -46,10 +47,6 @@ _GROWING_CACHES = (None, "dynamic", "offloaded")
 _NO_PAGES = (
     "continuous batching keeps pages of float keys and values, and this model's cache is quantized; call generate with "
     "a batch that is padded at the left"
-)
-_NO_ADAPTERS = (
-    "adapters are not served on a converted model: merge the adapter into the float model (PEFT's merge_and_unload), "
-    "save that, and convert it; load this model again if PEFT has changed it"
 )
 
 
@@ -234,11 +231,13 @@ class QuantizedCausalLM:
         return (model, info) if wants_info else model
 
     @staticmethod
-    def _load_pretrained_model(model: Any, state_dict: Any, files: Any, load_config: Any, *args: Any) -> Any:
+    def _load_pretrained_model(
+        model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         """As in transformers; a rank reads the parts that are its own."""
         if model.octavo_shared is not None:
-            state_dict = shared_state(model.octavo_shared, files)
-        return PreTrainedModel._load_pretrained_model(model, state_dict, files, load_config, *args)
+            state_dict = shared_state(model.octavo_shared, checkpoint_files)
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As in transformers for a float model; a quantized one is its directory, which can be copied."""
@@ -324,13 +323,39 @@ class QuantizedCausalLM:
                 )
 
     @property
-    def peft_config(self) -> Any:
-        """Adapters, of which there are none; PEFT sets it when it has put some in, which raises an `OctavoError`."""
-        raise AttributeError("peft_config")
+    def peft_config(self) -> Adapters:
+        """Configs of adapters by their names, where PEFT looks for it; see `adapters.py`."""
+        if "octavo_adapters" not in vars(self):
+            vars(self)["octavo_adapters"] = Adapters(self)
+        expect_adapters()
+        return vars(self)["octavo_adapters"]
 
     @peft_config.setter
     def peft_config(self, adapters: Any) -> None:
-        raise OctavoError(_NO_ADAPTERS)
+        vars(self)["octavo_adapters"] = adapters if isinstance(adapters, Adapters) else Adapters(self, adapters)
+
+    @peft_config.deleter
+    def peft_config(self) -> None:
+        vars(self).pop("octavo_adapters", None)
+
+    def add_adapter(self, adapter_config: Any, adapter_name: str | None = None) -> None:
+        """As in transformers, of an adapter that is not to be trained.
+
+        Raises:
+            OctavoError: linears in codes do not bear it.
+        """
+        self.peft_config.admit(adapter_config)
+        super().add_adapter(adapter_config, adapter_name)
+
+    def load_adapter(self, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers.
+
+        Raises:
+            OctavoError: linears in codes do not bear the adapter, or it is of another model.
+        """
+        if peft_model_id is not None and Path(peft_model_id).is_dir():
+            check_adapter_file(self, Path(peft_model_id))
+        return super().load_adapter(peft_model_id, *args, **kwargs)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Not served: raises an `OctavoError` that says what to do instead."""
@@ -339,11 +364,3 @@ class QuantizedCausalLM:
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Not served, as `generate_batch`."""
         raise OctavoError(_NO_PAGES)
-
-    def add_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Not served: raises an `OctavoError` that says what to do instead."""
-        raise OctavoError(_NO_ADAPTERS)
-
-    def load_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Not served, as `add_adapter`."""
-        raise OctavoError(_NO_ADAPTERS)

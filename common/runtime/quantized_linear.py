@@ -66,9 +66,13 @@ class QuantizedLinear(FoldableBias, PackedWeight):
             self._forget()
         super().__setattr__(name, value)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """As of any module; a weight that is none of codes is refused, which would be cut to whole numbers."""
+        given = state_dict.get(f"{prefix}weight")
+        if given is not None and given.dtype.itemsize > 1:
+            raise OctavoError(f"{prefix}weight is given in {given.dtype}, and this layer holds codes: convert it anew")
         self._forget()
-        super()._load_from_state_dict(*args, **kwargs)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _forget(self) -> None:
         """Drop what was derived from tensors that are about to change."""

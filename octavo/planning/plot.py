@@ -21,7 +21,7 @@ def _pyplot() -> Any:
     try:
         import matplotlib
     except ImportError:
-        raise OctavoError("--plot: needs matplotlib; pip install 'octavo[plot]', or matplotlib itself") from None
+        raise OctavoError("--plot: needs matplotlib, which is not installed: pip install matplotlib") from None
     matplotlib.use("agg")
     from matplotlib import pyplot
 

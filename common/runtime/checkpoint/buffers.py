@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ...errors import OctavoError
-from ..decoder import Decoder, attention_modules, has_foldable_bias, stated_decoder
+from ..decoder import Decoder, attention_modules, has_foldable_bias, stated_decoder, without_adapter
 from ..linear_kinds import empty_linear
 from ..linear_values import are_offsets, are_scales
 from ..model_sizes import attention_sizes
@@ -202,7 +202,7 @@ def _scale_and_zero(
 def _read_c8(name: str, attention: nn.Module, part: str) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Scale and zero per channel of K or V, of whichever name."""
     places = (c8_place(part, end, hasattr(attention, "attn")) for end in ("scale", "offset"))
-    scale, offset = (getattr(attention.get_submodule(module), buffer) for module, buffer in places)
+    scale, offset = (getattr(without_adapter(attention.get_submodule(module)), buffer) for module, buffer in places)
     return _scale_and_zero(f"{name}.{part}", scale, offset, scale.numel() // attention.head_dim)
 
 

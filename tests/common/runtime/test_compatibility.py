@@ -181,16 +181,10 @@ def test_so_is_one_through_a_quantized_linear(converted: Callable) -> None:
 # What is not served says what to do instead.
 
 
-def test_continuous_batching_and_adapters_are_refused(own: torch.nn.Module) -> None:
+def test_continuous_batching_is_refused(own: torch.nn.Module) -> None:
     for call in (own.generate_batch, own.init_continuous_batching):
         with pytest.raises(OctavoError, match="call generate with a batch"):
             call([[1, 2, 3]])
-    for call in (own.add_adapter, own.load_adapter):
-        with pytest.raises(OctavoError, match="merge the adapter"):
-            call({})
-    with pytest.raises(OctavoError, match="merge the adapter"):
-        own.peft_config = {}  # the last thing that PEFT does when it has put adapters in
-    assert not hasattr(own, "peft_config")
 
 
 SIZES = {

@@ -114,4 +114,4 @@ def test_a_picture_without_matplotlib_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["plan", str(source), "--plot", "plan.svg", "--schemes", "float"]) == 1
-    assert_one_error_line(capsys.readouterr().err, "--plot: needs matplotlib", "pip install 'octavo[plot]'")
+    assert_one_error_line(capsys.readouterr().err, "--plot: needs matplotlib", "pip install matplotlib")

@@ -28,7 +28,9 @@ def test_a_converted_directory_goes_on_with_a_text(
     by_place = capsys.readouterr()
     assert main(["run", "--model_path", directory, "--prompt", "Rain fell on", "--max_new_tokens", "4"]) == 0
     by_flags = capsys.readouterr()
-    assert by_place.out == by_flags.out and by_place.out.startswith("Rain fell on")
+    assert main(["run", "--model_path", directory, "Rain fell on", "--max_new_tokens", "4"]) == 0
+    by_both = capsys.readouterr()
+    assert by_place.out == by_flags.out == by_both.out and by_place.out.startswith("Rain fell on")
     assert "4 tokens, " in by_place.err and "KV cache of" in by_place.err
 
 
@@ -54,6 +56,18 @@ def test_a_stock_model_takes_static_scales_from_a_file(
     assert capsys.readouterr().out.startswith("Rain")
     assert main(run) == 1
     assert_one_error_line(capsys.readouterr().err, "--scheme ascend-c8", "give --statistics FILE")
+
+
+@pytest.mark.parametrize(
+    ("words", "start"), [(["./none"], "error: ./none: "), (["--model_path", "./none"], "error: --model_path ./none: ")]
+)
+def test_an_error_calls_a_place_as_it_was_given(
+    words: list[str], start: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", *words, "--prompt", "Rain"]) == 1
+    error = capsys.readouterr().err
+    assert_one_error_line(error, "no such directory")
+    assert error.startswith(start)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,329 @@
+"""LoRA adapters on linears in codes and beside a quantized cache: as PEFT loads them, against the sum by hand."""
+
+import copy
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from octavo import QuantizedCache, prepare
+from octavo.common.errors import OctavoError
+from octavo.common.runtime.decoder_step import fused_pass
+from octavo.common.runtime.quantized_linear import QuantizedLinear
+from octavo.models.llama3.modeling_llama_fa3 import LlamaForCausalLM as QuantizedLlama
+from octavo.ops.decoder.cpu import DECODER_KERNEL
+
+from ...support import random_ids, run_python, tiny_llama, with_cache
+from ...tolerances import TOLERANCES
+from ..convert.weights.test_quantize import every_scheme, name_of
+from .checkpoint.test_linear_checkpoints import (
+    MODELS,
+    linear_names,
+    quantized_tensors_of,
+    save_quantized,
+)
+from .fused_models import model_of
+
+peft = pytest.importorskip("peft", reason="peft is not installed (pip install peft)")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # PEFT's own questions to transformers
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
+]
+
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+RANK, ALPHA = 4, 8
+IDS = random_ids(1, 16)
+
+
+def adapter_of(model: nn.Module, directory: Path, targets: Any = LINEARS, **fields: Any) -> Path:
+    """An adapter of random weights as PEFT saves it, of a float model, which is left as it was."""
+    fields = {"r": RANK, "lora_alpha": ALPHA, **fields}
+    config = peft.LoraConfig(target_modules=targets, task_type="CAUSAL_LM", **fields)
+    trained = peft.get_peft_model(copy.deepcopy(model), config)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, weight in trained.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.2, generator=generator)
+    trained.save_pretrained(directory)
+    return directory
+
+
+def add_by_hand(model: nn.Module, adapter: Path) -> nn.Module:
+    """Let the linears of a model add `alpha / r * B A x`, without PEFT."""
+    weights = load_file(adapter / "adapter_model.safetensors")
+    for key in [key for key in weights if "lora_A" in key]:
+        a, b = weights[key], weights[key.replace("lora_A", "lora_B")]
+        linear = model.get_submodule(key.removeprefix("base_model.model.").partition(".lora_A")[0])
+        linear.register_forward_hook(
+            lambda _, args, output, a=a, b=b: (output.float() + args[0].float() @ a.T @ b.T * (ALPHA / RANK)).to(output)
+        )
+    return model
+
+
+@torch.no_grad()
+def logits(model: nn.Module, scheme: str | None = None) -> torch.Tensor:
+    """Of a prompt, and then of one token after another, over one cache: the model's own, or one of a scheme."""
+    cache = model.new_cache() if scheme is None else QuantizedCache(model.config, scheme)
+    parts = IDS.split((13, 1, 1, 1), dim=1)
+    return torch.cat([model(part, **with_cache(cache)).logits for part in parts], dim=1)
+
+
+def assert_same(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    assert (found - wanted).norm() <= TOLERANCES["decoder layer"] * wanted.norm()
+
+
+@pytest.fixture(params=every_scheme(), ids=name_of)
+def directory(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A Qwen2 with biases and linears of one kind."""
+    model = MODELS["qwen2"][0]()
+    names = linear_names(model)
+    tensors = quantized_tensors_of(model, dict.fromkeys(names, request.param))
+    labels = dict.fromkeys(names, request.param.label)
+    save_quantized(tmp_path / "out", model, tensors, labels, group_size=request.param.group_size)
+    return tmp_path / "out"
+
+
+def test_an_adapter_is_added_to_linears_of_every_kind(directory: Path, tmp_path: Path) -> None:
+    build, model_class = MODELS["qwen2"]
+    adapter = adapter_of(build(), tmp_path / "adapter")
+    model, other = (model_class.from_pretrained(directory).eval() for _ in range(2))
+    before, wanted = logits(model), logits(add_by_hand(other, adapter))
+    adapted = peft.PeftModel.from_pretrained(model, adapter)
+    found = logits(adapted)
+    assert_same(found, wanted)
+    assert (found - before).norm() > 0.1 * before.norm()
+    with adapted.disable_adapter():
+        assert_same(logits(adapted), before)
+    assert_same(logits(adapted), wanted)
+
+
+@pytest.fixture
+def own(converted: Callable[..., Path]) -> Iterator[Callable[[], nn.Module]]:
+    """`own()`: the tiny Llama, converted with static scales of K and V, loaded anew."""
+    return lambda: QuantizedLlama.from_pretrained(
+        converted("--is_dynamic", "True", "--use_kvcache_quant", "True")
+    ).eval()
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    return adapter_of(tiny_llama(), tmp_path / "an adapter")
+
+
+def test_both_ways_of_loading_do_the_same(own: Callable[[], nn.Module], adapter: Path) -> None:
+    model = own()
+    model.load_adapter(str(adapter))
+    wanted = logits(add_by_hand(own(), adapter))
+    assert_same(logits(model), wanted)
+    assert_same(logits(peft.PeftModel.from_pretrained(own(), adapter)), wanted)
+
+
+def test_generate_goes_on_with_an_adapter(own: Callable[[], nn.Module], adapter: Path) -> None:
+    plain, wanted = own(), add_by_hand(own(), adapter).generate(IDS, max_new_tokens=8, do_sample=False)
+    adapted = peft.PeftModel.from_pretrained(own(), adapter)
+    assert torch.equal(adapted.generate(input_ids=IDS, max_new_tokens=8, do_sample=False), wanted)
+    assert not torch.equal(plain.generate(IDS, max_new_tokens=8, do_sample=False), wanted)
+
+
+def test_several_adapters_take_turns(own: Callable[[], nn.Module], adapter: Path, tmp_path: Path) -> None:
+    second = adapter_of(tiny_llama(seed=1), tmp_path / "second", targets=["q_proj", "down_proj"])
+    adapted = peft.PeftModel.from_pretrained(own(), adapter, "first")
+    adapted.load_adapter(second, "second")
+    for name, directory in (("second", second), ("first", adapter)):
+        adapted.set_adapter(name)
+        assert_same(logits(adapted), logits(add_by_hand(own(), directory)))
+
+
+def test_what_is_unloaded_is_as_it_was(own: Callable[[], nn.Module], adapter: Path) -> None:
+    model = own()
+    before = logits(model)
+    adapted = peft.PeftModel.from_pretrained(model, adapter)
+    with_adapter = logits(adapted)
+    assert torch.equal(logits(adapted.unload()), before)
+    assert model.peft_config == {}
+    assert torch.equal(logits(peft.PeftModel.from_pretrained(model, adapter)), with_adapter)
+
+
+def test_copies_have_their_own(own: Callable[[], nn.Module], adapter: Path) -> None:
+    model = own()
+    copied, pickled = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    before = logits(model)
+    model.load_adapter(str(adapter))
+    for other in (copied, pickled):
+        assert torch.equal(logits(other), before)
+        other.load_adapter(str(adapter))
+        assert torch.equal(logits(other), logits(model))
+
+
+@pytest.mark.skipif(DECODER_KERNEL.supports() is not None, reason="there is no C compiler")
+def test_layers_are_run_whole_only_without_an_adapter(own: Callable[[], nn.Module], adapter: Path) -> None:
+    model = own()
+
+    def is_fused() -> bool:
+        with torch.no_grad():
+            return fused_pass(model.base_model, {"input_ids": IDS, **with_cache(model.new_cache())}) is not None
+
+    assert is_fused()
+    adapted = peft.PeftModel.from_pretrained(model, adapter)
+    assert not is_fused()
+    adapted.unload()
+    assert is_fused()
+
+
+_NEWCOMER = """
+import json, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+directory, adapter, file = sys.argv[1:]
+ids = torch.load(file)
+model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
+with torch.no_grad():
+    print(json.dumps(PeftModel.from_pretrained(model, adapter)(ids).logits.tolist()))
+"""
+
+
+def test_a_directory_needs_nothing_but_peft(
+    converted: Callable[..., Path], own: Callable[[], nn.Module], adapter: Path, tmp_path: Path
+) -> None:
+    torch.save(IDS, tmp_path / "ids.pt")
+    directory = converted("--is_dynamic", "True", "--use_kvcache_quant", "True")
+    found = torch.tensor(run_python(_NEWCOMER, str(directory), str(adapter), str(tmp_path / "ids.pt")))
+    with torch.no_grad():
+        assert_same(found, add_by_hand(own(), adapter)(IDS).logits)
+
+
+# What is refused, before anything has changed.
+
+
+def _changed(**fields: Any) -> Callable[[Any], Any]:
+    def change(config: Any) -> Any:
+        for name, value in fields.items():
+            setattr(config, name, value)
+        return config
+
+    return change
+
+
+REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "training": (_changed(inference_mode=False), "train it on the float model"),
+    "DoRA": (_changed(use_dora=True), "use_dora asks for more"),
+    "PiSSA": (_changed(init_lora_weights="pissa"), "init_lora_weights='pissa' changes the weight"),
+    "biases": (_changed(bias="lora_only"), "bias='lora_only'"),
+    "parameters": (_changed(target_parameters=["weight"]), "target_parameters asks for more"),
+    "whole linears": (_changed(modules_to_save=["up_proj"]), "modules_to_save replaces .*up_proj"),
+    "IA3": (lambda _: peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[], inference_mode=True), "IA3"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_codes_do_not_bear_is_refused(kind: str, own: Callable[[], nn.Module]) -> None:
+    change, line = REFUSED[kind]
+    config = change(peft.LoraConfig(target_modules=["q_proj"], inference_mode=True, task_type="CAUSAL_LM"))
+    model = own()
+    names = [name for name, _ in model.named_modules()]
+    for add in (lambda: peft.get_peft_model(model, config), lambda: model.add_adapter(config)):
+        with pytest.raises(OctavoError, match=line) as caught:
+            add()
+        assert len(str(caught.value).splitlines()) == 1
+    assert [name for name, _ in model.named_modules()] == names and model.peft_config == {}
+
+
+def test_nothing_is_merged_into_codes(own: Callable[[], nn.Module], adapter: Path) -> None:
+    adapted = peft.PeftModel.from_pretrained(own(), adapter)
+    before = logits(adapted)
+    for merge in (adapted.merge_adapter, adapted.merge_and_unload):
+        with pytest.raises(OctavoError, match="not merged into linears in codes"):
+            merge()
+    assert torch.equal(logits(adapted), before)
+
+
+@pytest.mark.parametrize("way", ["PeftModel", "load_adapter"])
+def test_an_adapter_of_other_sizes(way: str, own: Callable[[], nn.Module], tmp_path: Path) -> None:
+    other = adapter_of(tiny_llama(intermediate_size=96), tmp_path / "other", targets=["down_proj"])
+    with pytest.raises(OctavoError, match=r"lora_A of the adapter is \[4, 96\], and the linear has 128 input channels"):
+        peft.PeftModel.from_pretrained(own(), other) if way == "PeftModel" else own().load_adapter(str(other))
+
+
+def test_an_adapter_of_more_layers(own: Callable[[], nn.Module], tmp_path: Path) -> None:
+    other = adapter_of(tiny_llama(num_hidden_layers=4), tmp_path / "other")
+    with pytest.raises(OctavoError, match=r"changes model.layers.3.* which this model has not"):
+        own().load_adapter(str(other))
+
+
+def test_an_adapter_with_a_whole_weight(own: Callable[[], nn.Module], tmp_path: Path) -> None:
+    adapter = adapter_of(tiny_llama(), tmp_path / "adapter", targets=["q_proj"])
+    file, name = adapter / "adapter_model.safetensors", "model.layers.0.mlp.up_proj.weight"
+    save_file(load_file(file) | {f"base_model.model.{name}": torch.zeros(128, 64)}, file)
+    with pytest.raises(OctavoError, match=r"up_proj\.weight is given in torch\.float32, and this layer holds codes"):
+        peft.PeftModel.from_pretrained(own(), adapter)
+    with pytest.raises(OctavoError, match=f"{name} replaces what is in codes"):
+        own().load_adapter(str(adapter))
+
+
+def test_an_embedding_in_codes(source: Path, converted: Callable[..., Path], tmp_path: Path) -> None:
+    model = QuantizedLlama.from_pretrained(converted("--quantization", "w8a16", "--embeddings", "int8"))
+    adapter = adapter_of(tiny_llama(), tmp_path / "adapter", targets=["embed_tokens", "q_proj"])
+    with pytest.raises(OctavoError, match="embed_tokens, which is an embedding in codes"):
+        peft.PeftModel.from_pretrained(model, adapter)
+
+
+# Stock models beside a quantized cache.
+
+
+@pytest.mark.parametrize("order", ["prepare, then PEFT", "PEFT, then prepare", "load_adapter, then prepare"])
+@pytest.mark.parametrize("kind", ["llama3", "qwen2", "phi3", "gemma3"])
+def test_a_stock_model_with_a_quantized_cache(kind: str, order: str, tmp_path: Path) -> None:
+    model, other = model_of(kind, vocab_size=320), model_of(kind, vocab_size=320)
+    linears = {name.rpartition(".")[2] for name in linear_names(other.base_model) if "proj" in name} | {"o_proj"}
+    adapter = adapter_of(other, tmp_path / "adapter", targets=sorted(linears))
+    wanted = logits(add_by_hand(other, adapter), "int8-token")
+    if order == "prepare, then PEFT":
+        adapted = peft.PeftModel.from_pretrained(model, adapter)
+    else:
+        stock = type(model)(copy.deepcopy(model.config)).eval()
+        stock.load_state_dict(model.state_dict())
+        if order.startswith("PEFT"):
+            adapted = prepare(peft.PeftModel.from_pretrained(stock, adapter))
+        else:
+            stock.load_adapter(str(adapter))
+            adapted = prepare(stock)
+    found = logits(adapted, "int8-token")
+    assert_same(found, wanted)
+    if order == "prepare, then PEFT":
+        adapted.merge_adapter()
+        assert_same(logits(adapted, "int8-token"), wanted)
+        assert_same(logits(adapted.merge_and_unload(), "int8-token"), wanted)
+
+
+def test_names_of_linears_that_are_fused_here(tmp_path: Path) -> None:
+    model = model_of("phi3")
+    config = peft.LoraConfig(target_modules=["q_proj", "o_proj"], inference_mode=True)
+    with pytest.raises(OctavoError, match=r"changes q_proj, and this model has self_attn\.qkv_proj and"):
+        model.peft_config.admit(config)
+
+
+@pytest.mark.parametrize("order", ["prepare first", "PEFT first"])
+def test_what_reads_biases_that_are_folded(order: str) -> None:
+    model = model_of("qwen2")
+    config = peft.LoraConfig(target_modules=["k_proj"], use_dora=True, inference_mode=True, task_type="CAUSAL_LM")
+    if order == "prepare first":
+        with pytest.raises(OctavoError, match="use_dora reads biases that prepare folds"):
+            peft.get_peft_model(model, config)
+        return
+    stock = type(model)(copy.deepcopy(model.config)).eval()
+    adapted = peft.get_peft_model(stock, config)
+    with pytest.raises(OctavoError, match="use_dora reads biases that prepare folds"):
+        prepare(adapted)
+
+
+def test_no_layer_of_ours_is_left_where_nothing_is_in_codes() -> None:
+    adapted = peft.get_peft_model(model_of("qwen2"), peft.LoraConfig(target_modules=["k_proj"], task_type="CAUSAL_LM"))
+    assert not any(isinstance(module, QuantizedLinear) for module in adapted.modules())
+    assert adapted.get_submodule("base_model.model.model.layers.0.self_attn.k_proj").base_layer.folds_bias

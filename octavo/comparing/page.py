@@ -11,7 +11,8 @@ from .svg import colour_class
 from .table import Cell, Table, table_of
 
 
-def _figure(plot: Plot) -> str:
+def figure(plot: Plot) -> str:
+    """A plot with its title, legend and note."""
     legend = "".join(f'<li class="{colour_class(index)}">{escape(name)}</li>' for index, name in enumerate(plot.named))
     listed = f'<ul class="legend">{legend}</ul>' if legend else ""
     note = f"<figcaption>{escape(plot.note)}</figcaption>"
@@ -25,7 +26,8 @@ def _cell(cell: Cell, tag: str = "td") -> str:
     return f"<{tag}{kind}{scope}{value}>{escape(cell.text)}</{tag}>"
 
 
-def _table(table: Table, choice: str | None) -> str:
+def sorted_table(table: Table, choice: str | None = None) -> str:
+    """A table that a click on a head sorts; `choice` is the row that stands out, by its first cell."""
     heads = "".join(
         f"<th{' class=text' if isinstance(cell.value, str) else ''} scope=col><button>{escape(head)}</button></th>"
         for head, cell in zip(table.heads, table.rows[0], strict=True)
@@ -38,16 +40,8 @@ def _table(table: Table, choice: str | None) -> str:
     return f'<div class="scroll"><table>\n<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
 
 
-def page(model: str, rows: Sequence[Row], advice: Advice, conditions: Sequence[str]) -> str:
-    """The page as HTML.
-
-    Args:
-        model: as it was named.
-        rows: that of the float model among them.
-        conditions: lines that say what was measured on what.
-    """
-    title = f"{escape(model)}: schemes compared"
-    command = "" if advice.command is None else f"\n<p><code>{escape(advice.command)}</code></p>"
+def document(title: str, body: str) -> str:
+    """A whole page of HTML that was made already, with the style of the plots and the script of the tables."""
     css, script = (Path(__file__).with_suffix(kind).read_text(encoding="utf-8") for kind in (".css", ".js"))
     return f"""<!doctype html>
 <html lang="en">
@@ -60,18 +54,31 @@ def page(model: str, rows: Sequence[Row], advice: Advice, conditions: Sequence[s
 </head>
 <body>
 <h1>{title}</h1>
-<div class="advice"><p>{escape(advice.sentences)}</p>{command}</div>
-<div class="plots">
-{chr(10).join(map(_figure, plots_of(rows)))}
-</div>
-<div class="card"><h2>All figures</h2>
-<p class="conditions">A click on a head sorts by its column.</p>
-{_table(table_of(rows), advice.choice)}</div>
-<div class="conditions">
-{chr(10).join(f"<p>{escape(line)}</p>" for line in conditions)}
-</div>
+{body}
 <script>
 {script}</script>
 </body>
 </html>
 """
+
+
+def page(model: str, rows: Sequence[Row], advice: Advice, conditions: Sequence[str]) -> str:
+    """The page as HTML.
+
+    Args:
+        model: as it was named.
+        rows: that of the float model among them.
+        conditions: lines that say what was measured on what.
+    """
+    command = "" if advice.command is None else f"\n<p><code>{escape(advice.command)}</code></p>"
+    body = f"""<div class="advice"><p>{escape(advice.sentences)}</p>{command}</div>
+<div class="plots">
+{chr(10).join(map(figure, plots_of(rows)))}
+</div>
+<div class="card"><h2>All figures</h2>
+<p class="conditions">A click on a head sorts by its column.</p>
+{sorted_table(table_of(rows), advice.choice)}</div>
+<div class="conditions">
+{chr(10).join(f"<p>{escape(line)}</p>" for line in conditions)}
+</div>"""
+    return document(f"{escape(model)}: schemes compared", body)

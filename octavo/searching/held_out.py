@@ -62,46 +62,33 @@ def uniform_choices(costs: Costs, bits: float) -> list[int]:
 
 
 def rows_of(
-    costs: Costs, chosen: Sequence[int], bits: float, reference: Speaker, samples: Sequence[torch.Tensor], store: Store,
-    last: int = 0,
-) -> list[Row]:  # fmt: skip
+    costs: Costs, chosen: Sequence[int], bits: float, reference: Speaker, samples: Sequence[torch.Tensor], store: Store
+) -> list[Row]:
     """What was found, first, and uniform schemes of no more than `bits`.
 
     Args:
         reference: the float model.
         samples: windows of held-out token ids `[S]`.
         store: of what was measured before.
-        last: as of `compare_on_text`.
     """
-    layers = len(costs.losses)
-    presets = {identity_of(scheme): scheme.name for scheme in uniform_presets(costs, bits)}
-    predicted = {identity_of(costs.scheme(chosen)): (FOUND, costs.predicted(chosen))}
-    schemes = {identity_of(costs.scheme(chosen)): costs.scheme(chosen)}
+    entries: dict[str, tuple[Scheme, str, float | None]] = {}
     for index in uniform_choices(costs, bits):
         scheme = costs.options[index].scheme
-        schemes.setdefault(identity_of(scheme), scheme)
-        predicted.setdefault(identity_of(scheme), (scheme.name, costs.predicted([index] * layers)))
-    schemes = {**{identity: load_scheme(name) for identity, name in presets.items()}, **schemes}
+        entries[identity_of(scheme)] = scheme, scheme.name, costs.predicted([index] * len(costs.losses))
+    presets = {identity_of(scheme): scheme for scheme in uniform_presets(costs, bits)}
+    for identity, scheme in presets.items():
+        _, _, predicted = entries.get(identity, (scheme, scheme.name, None))
+        entries[identity] = scheme, scheme.name, predicted
+    found = costs.scheme(chosen)
+    entries[identity_of(found)] = found, FOUND, costs.predicted(chosen)
     rows = []
-    for identity, scheme in schemes.items():
-        found = store.figure("held out", identity, partial(_measured, reference, scheme, samples, last))
-        name, sum_of_layers = predicted.get(identity, (scheme.name, None))
-        is_preset = identity in presets
-        rows.append(
-            Row(
-                presets.get(identity, name),
-                costs.bits(scheme),
-                sum_of_layers,
-                Fidelity(**found),
-                is_preset,
-            )
-        )
+    for identity, (scheme, name, predicted) in entries.items():
+        measured = store.figure("held out", identity, partial(_measured, reference, scheme, samples))
+        rows.append(Row(name, costs.bits(scheme), predicted, Fidelity(**measured), identity in presets))
     return sorted(rows, key=lambda row: (row.name != FOUND, row.fidelity.kl))
 
 
-def _measured(
-    reference: Speaker, scheme: Scheme, samples: Sequence[torch.Tensor], last: int
-) -> Mapping[str, float | int]:
+def _measured(reference: Speaker, scheme: Scheme, samples: Sequence[torch.Tensor]) -> Mapping[str, float | int]:
     cache = partial(QuantizedCache, reference.model.config, scheme)
     other = dataclasses.replace(reference, scheme=scheme, new_cache=cache)
-    return dataclasses.asdict(compare_on_text(reference, {FOUND: other}, samples, last)[FOUND])
+    return dataclasses.asdict(compare_on_text(reference, {FOUND: other}, samples)[FOUND])

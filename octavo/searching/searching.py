@@ -46,18 +46,30 @@ def add_flags(parser: OneLineParser) -> None:
     budget.add_argument("--kl", type=limit, metavar="NATS", help="most KL to the float model")
     about = "to write into; the same command goes on where one was cut off"
     add("--out", type=Path, required=True, metavar="DIR", help=about)
-    add("--context", type=positive, default=COUNTED_LENGTH, metavar="N", help="tokens at which the budget is counted")
+    add(
+        "--context",
+        type=positive,
+        default=COUNTED_LENGTH,
+        metavar="N",
+        help="tokens at which bits and memory are counted (default 2048)",
+    )
     about = f"whose K and V a layer may take (default {' '.join(SCHEMES)})"
     add("--schemes", nargs="+", default=SCHEMES, metavar="NAME", help=about)
     about = "newest tokens in float that it may keep, besides what its schemes say (default 8 64)"
     add("--float_windows", nargs="*", type=count, default=WINDOWS, metavar="N", help=about)
     add("--calib_file", type=Path, metavar="FILE", help="text to choose by (default: half of one of Octavo's)")
-    add("--calib_windows", type=positive, default=1, metavar="N", help="windows of it")
-    add("--calib_length", type=positive, default=1024, metavar="N", help="tokens of each, the later half scored")
+    add("--calib_windows", type=positive, default=3, metavar="N", help="windows of it (default 3)")
+    add(
+        "--calib_length",
+        type=positive,
+        default=512,
+        metavar="N",
+        help="tokens of each, the later half scored (default 512)",
+    )
     add("--eval_file", type=Path, metavar="FILE", help="held-out text to verify on (default: the other half)")
-    add("--windows", type=positive, default=2, metavar="N", help="windows of it")
-    add("--length", type=positive, default=2048, metavar="N", help="tokens of each")
-    add("--device_type", choices=DEVICES, default="cpu", help="where to run")
+    add("--windows", type=positive, default=2, metavar="N", help="windows of it (default 2)")
+    add("--length", type=positive, default=2048, metavar="N", help="tokens of each (default 2048)")
+    add("--device_type", choices=DEVICES, default="cpu", help="where to run (default cpu)")
 
 
 @dataclass(frozen=True)

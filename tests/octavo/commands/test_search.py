@@ -17,7 +17,19 @@ from ...support import TEXTS, assert_one_error_line
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SMALL = ["--calib_length", "80", "--windows", "1", "--length", "80", "--schemes", "octavo-2", "octavo-4"]
+SMALL = [
+    "--calib_windows",
+    "1",
+    "--calib_length",
+    "80",
+    "--windows",
+    "1",
+    "--length",
+    "80",
+    "--schemes",
+    "octavo-2",
+    "octavo-4",
+]
 
 
 @pytest.fixture
@@ -66,7 +78,7 @@ def test_bits_are_kept_and_others_read_the_scheme(
 
     file = str(out / "scheme.json")
     assert main(["run", str(source), "--scheme", file, "--prompt", TEXTS[0], "--max_new_tokens", "3"]) == 0
-    text = ["--eval_file", str(tmp_path / "eval.txt"), *SMALL[2:6], "--tasks", "--written", "0"]
+    text = ["--eval_file", str(tmp_path / "eval.txt"), *SMALL[4:8], "--tasks", "--written", "0"]
     capsys.readouterr()
     assert main(["evaluate", str(source), "--schemes", file, *text, "--json", str(out / "same.json")]) == 0
     same = json.loads((out / "same.json").read_text())["results"][file]

@@ -20,6 +20,7 @@ COMMANDS = {
     "plan": "say what memory a model takes with each scheme, and what fits",
     "evaluate": "measure what quantization costs: on text, in recall, in time",
     "compare": "measure many schemes and presets, and lay them out on a page",
+    "search": "choose bits for each layer, K and V apart, under a budget",
     "serve": "answer clients of OpenAI's API, from either",
     "doctor": "say from weights alone which schemes a model bears, recommend one",
     "rewrite": "write a converted directory in the format of an engine",

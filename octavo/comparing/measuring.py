@@ -43,7 +43,7 @@ def file_of(results: Path, name: str) -> Path:
     return results / f"{re.sub(r'[^A-Za-z0-9._+-]', '-', name)}.json"
 
 
-def _kept(file: Path, name: str, conditions: Mapping[str, Any]) -> dict[str, Any] | None:
+def kept(file: Path, name: str, conditions: Mapping[str, Any]) -> dict[str, Any] | None:
     """Results of these conditions; None if there are none, and why on stderr if there are others."""
     if not file.exists():
         return None
@@ -91,7 +91,7 @@ def measure_all(
         progress.set_postfix_str(candidate.name)
         conditions = {**run, "definition": candidate.definition}
         file = file_of(results, candidate.name)
-        record = _kept(file, candidate.name, conditions)
+        record = kept(file, candidate.name, conditions)
         if record is None:
             record = _measured(reference, candidate, plan, conditions)
             write_whole(file, json.dumps(record, indent=2) + "\n")

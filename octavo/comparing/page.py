@@ -12,7 +12,8 @@ from .svg import colour_class
 from .table import Cell, Table, table_of
 
 
-def _figure(plot: Plot) -> str:
+def figure(plot: Plot) -> str:
+    """A plot with its title, legend and note."""
     legend = "".join(f'<li class="{colour_class(index)}">{escape(name)}</li>' for index, name in enumerate(plot.named))
     listed = f'<ul class="legend">{legend}</ul>' if legend else ""
     note = f"<figcaption>{escape(plot.note)}</figcaption>"
@@ -26,7 +27,8 @@ def _cell(cell: Cell, tag: str = "td") -> str:
     return f"<{tag}{kind}{scope}{value}>{escape(cell.text)}</{tag}>"
 
 
-def _table(table: Table, choice: str | None) -> str:
+def sorted_table(table: Table, choice: str | None = None) -> str:
+    """A table that a click on a head sorts; `choice` is the row that stands out, by its first cell."""
     heads = "".join(
         f"<th{' class=text' if isinstance(cell.value, str) else ''} scope=col><button>{escape(head)}</button></th>"
         for head, cell in zip(table.heads, table.rows[0], strict=True)
@@ -44,10 +46,32 @@ def _contributions(found: Mapping[str, Sequence[Contribution]], tokens: int) -> 
     parts = []
     for of, each in found.items():
         plot = contribution_plot(of, each)
-        drawn = f"<h2>What each option of {escape(of)} adds</h2>" if plot is None else _figure(plot)
-        parts.append(f'{drawn}\n<div class="card">{_table(contribution_table(each), None)}</div>')
+        drawn = f"<h2>What each option of {escape(of)} adds</h2>" if plot is None else figure(plot)
+        parts.append(f'{drawn}\n<div class="card">{sorted_table(contribution_table(each))}</div>')
     about = f'<p class="conditions">{escape(note(tokens))}</p>' if parts else ""
     return "\n".join([*(f"<section>{part}</section>" for part in parts), about])
+
+
+def document(title: str, body: str) -> str:
+    """A whole page of HTML that was made already, with the style of the plots and the script of the tables."""
+    css, script = (Path(__file__).with_suffix(kind).read_text(encoding="utf-8") for kind in (".css", ".js"))
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+{css}</style>
+</head>
+<body>
+<h1>{title}</h1>
+{body}
+<script>
+{script}</script>
+</body>
+</html>
+"""
 
 
 def page(
@@ -65,33 +89,16 @@ def page(
         conditions: lines that say what was measured on what.
         contributions: what the options of presets and schemes add, by these.
     """
-    title = f"{escape(model)}: schemes compared"
     command = "" if advice.command is None else f"\n<p><code>{escape(advice.command)}</code></p>"
-    css, script = (Path(__file__).with_suffix(kind).read_text(encoding="utf-8") for kind in (".css", ".js"))
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-{css}</style>
-</head>
-<body>
-<h1>{title}</h1>
-<div class="advice"><p>{escape(advice.sentences)}</p>{command}</div>
+    body = f"""<div class="advice"><p>{escape(advice.sentences)}</p>{command}</div>
 <div class="plots">
-{chr(10).join(map(_figure, plots_of(rows)))}
+{chr(10).join(map(figure, plots_of(rows)))}
 </div>
 <div class="card"><h2>All figures</h2>
 <p class="conditions">A click on a head sorts by its column.</p>
-{_table(table_of(rows), advice.choice)}</div>
+{sorted_table(table_of(rows), advice.choice)}</div>
 {_contributions(contributions or {}, longest(rows[0]))}
 <div class="conditions">
 {chr(10).join(f"<p>{escape(line)}</p>" for line in conditions)}
-</div>
-<script>
-{script}</script>
-</body>
-</html>
-"""
+</div>"""
+    return document(f"{escape(model)}: schemes compared", body)

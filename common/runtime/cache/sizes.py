@@ -31,6 +31,17 @@ def kv_bytes_per_token(config: PreTrainedConfig, scheme: Scheme, float_bytes: in
     return round(sum(_layer_token_bytes(config, scheme, float_bytes)))
 
 
+def kv_bytes_of_layers(config: PreTrainedConfig, scheme: Scheme, length: int, crop_room: int = 0) -> list[float]:
+    """Bytes that a sequence of `length` tokens takes in the cache of each layer, counted as in `kv_bytes`."""
+    head_dim, kv_heads = head_dim_of(config), kv_heads_of(config)
+    found = []
+    for index, window in enumerate(sliding_windows(config)):
+        kept = length if window is None else min(length, window - 1 + crop_room)
+        bits = bits_per_element(scheme.of_layer(index), kv_heads, head_dim, kept, crop_room)
+        found.append(bits * 2 * kept * kv_heads * head_dim / 8)
+    return found
+
+
 def kv_bytes(config: PreTrainedConfig, scheme: Scheme, length: int, crop_room: int = 0) -> int:
     """Bytes that a sequence of `length` tokens takes in the cache, floats in 16 bits; layers that slide forget.
 
@@ -40,13 +51,7 @@ def kv_bytes(config: PreTrainedConfig, scheme: Scheme, length: int, crop_room: i
     Args:
         crop_room: as in `bits_per_element`; a layer that slides keeps so many tokens more than its window.
     """
-    head_dim, kv_heads = head_dim_of(config), kv_heads_of(config)
-    total = 0.0
-    for index, window in enumerate(sliding_windows(config)):
-        kept = length if window is None else min(length, window - 1 + crop_room)
-        bits = bits_per_element(scheme.of_layer(index), kv_heads, head_dim, kept, crop_room)
-        total += bits * 2 * kept * kv_heads * head_dim / 8
-    return round(total)
+    return round(sum(kv_bytes_of_layers(config, scheme, length, crop_room)))
 
 
 def kept_kv_bytes(config: PreTrainedConfig, scheme: Scheme, length: int, float_bytes: int) -> int:

@@ -1,0 +1,94 @@
+"""A scheme that was found beside uniform ones of no more bits, on text that the choice has not seen."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from ..common.convert.measure.fidelity import Fidelity
+from ..common.errors import OctavoError
+from ..common.runtime.cache.quantized_cache import QuantizedCache
+from ..common.runtime.schemes.kv_scheme import PRESETS, Scheme, load_scheme
+from ..evaluation.text import compare_on_text
+from ..generate import Speaker
+from .sides import identity_of
+from .store import Store
+from .targets import Costs
+
+FEW = 2
+"""Presets, and schemes of the search's own options, that are measured beside what was found."""
+FOUND = "searched"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A scheme and what it loses.
+
+    Attributes:
+        name: of the scheme.
+        bits: of an element of K and V.
+        predicted: KL as the sum over its layers; None of schemes that are no choice of the search.
+        fidelity: on held-out text.
+        is_preset: whether it has a name of its own.
+    """
+
+    name: str
+    bits: float
+    predicted: float | None
+    fidelity: Fidelity
+    is_preset: bool = False
+
+
+def uniform_presets(costs: Costs, bits: float) -> list[Scheme]:
+    """The presets of the most bits that are no more than `bits`, of those that need no calibration."""
+    found = []
+    for scheme in map(load_scheme, PRESETS):
+        try:
+            fits = scheme.is_quantized and not scheme.is_static and costs.bits(scheme) <= bits
+        except OctavoError:  # groups that its heads do not fill
+            continue
+        if fits:
+            found.append(scheme)
+    return sorted(found, key=costs.bits)[-FEW:]
+
+
+def uniform_choices(costs: Costs, bits: float) -> list[int]:
+    """The options of no more than `bits` that lose least if every layer takes them."""
+    layers = len(costs.losses)
+    fit = [index for index, option in enumerate(costs.options) if costs.bits(option.scheme) <= bits]
+    return sorted(fit, key=lambda index: costs.predicted([index] * layers))[:FEW]
+
+
+def rows_of(
+    costs: Costs, chosen: Sequence[int], bits: float, reference: Speaker, samples: Sequence[torch.Tensor], store: Store
+) -> list[Row]:
+    """What was found, first, and uniform schemes of no more than `bits`.
+
+    Args:
+        reference: the float model.
+        samples: windows of held-out token ids `[S]`.
+        store: of what was measured before.
+    """
+    entries: dict[str, tuple[Scheme, str, float | None]] = {}
+    for index in uniform_choices(costs, bits):
+        scheme = costs.options[index].scheme
+        entries[identity_of(scheme)] = scheme, scheme.name, costs.predicted([index] * len(costs.losses))
+    presets = {identity_of(scheme): scheme for scheme in uniform_presets(costs, bits)}
+    for identity, scheme in presets.items():
+        _, _, predicted = entries.get(identity, (scheme, scheme.name, None))
+        entries[identity] = scheme, scheme.name, predicted
+    found = costs.scheme(chosen)
+    entries[identity_of(found)] = found, FOUND, costs.predicted(chosen)
+    rows = []
+    for identity, (scheme, name, predicted) in entries.items():
+        measured = store.figure("held out", identity, partial(_measured, reference, scheme, samples))
+        rows.append(Row(name, costs.bits(scheme), predicted, Fidelity(**measured), identity in presets))
+    return sorted(rows, key=lambda row: (row.name != FOUND, row.fidelity.kl))
+
+
+def _measured(reference: Speaker, scheme: Scheme, samples: Sequence[torch.Tensor]) -> Mapping[str, float | int]:
+    cache = partial(QuantizedCache, reference.model.config, scheme)
+    other = dataclasses.replace(reference, scheme=scheme, new_cache=cache)
+    return dataclasses.asdict(compare_on_text(reference, {FOUND: other}, samples)[FOUND])

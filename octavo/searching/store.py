@@ -1,0 +1,37 @@
+"""Figures that are kept in files as they are measured, so that a search goes on where it was cut off."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..comparing.measuring import file_of, kept, write_whole
+
+
+class Store:
+    """Figures of one run of measurements, by the name of a file and a key in it.
+
+    Args:
+        results: the directory of the files.
+        run: conditions of the measurement, as plain data; what was measured under others counts for nothing.
+    """
+
+    def __init__(self, results: Path, run: Mapping[str, Any]) -> None:
+        self._results, self._run = results, dict(run)
+        self._records: dict[str, dict[str, Any]] = {}
+
+    def figure(self, name: str, key: str, measure: Callable[[], Any]) -> Any:
+        """A figure, measured and written if there is none.
+
+        Raises:
+            OctavoError: it cannot be measured or written.
+        """
+        file = file_of(self._results, name)
+        if name not in self._records:
+            found = kept(file, name, self._run)
+            self._records[name] = found or {"name": name, "conditions": self._run, "figures": {}}
+        record = self._records[name]
+        if key not in record["figures"]:
+            record["figures"][key] = measure()
+            write_whole(file, json.dumps(record, indent=2) + "\n")
+        return record["figures"][key]

@@ -34,7 +34,7 @@ from octavo.ops.shared.registry import NAMESPACE
 COLUMNS = ("commit", "model", "what", "bits", "windows", "length", "kl", "perplexity", "float_perplexity", "top1")
 FLOAT_WEIGHTS = "float weights + "
 UNFOLDED = ", biases in the cache"
-UNFOLDED_SCHEMES = ("int8-token", "fp8-token", "int4-token", "octavo-4")
+UNFOLDED_SCHEMES = ("int8-token", "fp8-token", "int4-token", "octavo-4", "turboquant-4")
 
 
 def changed_codec(part: str, **fields: Any) -> Callable[[Scheme], Scheme]:
@@ -57,6 +57,17 @@ VARIANTS: dict[str, Callable[[Scheme], Scheme]] = {
     "K in groups of 128": changed_codec("key", group_size=128),
     "K per token, rotated": lambda scheme: dataclasses.replace(
         scheme, rotate_key=True, key=dataclasses.replace(scheme.key, granularity="token", group_size=0, rule="range")
+    ),
+    "in all layers": lambda scheme: dataclasses.replace(scheme, float_layers=()),
+    "a window of 32": lambda scheme: dataclasses.replace(scheme, window=32),
+    "V in 3 bits": changed_codec("value", dtype="int3"),
+    "V in 2 bits": changed_codec("value", dtype="int2"),
+    "affine": lambda scheme: dataclasses.replace(
+        scheme,
+        **{
+            part: dataclasses.replace(getattr(scheme, part), levels="uniform", symmetric=False)
+            for part in ("key", "value")
+        },
     ),
     "K less its mean": lambda scheme: dataclasses.replace(scheme, smooth_key=True),
 }

@@ -3,15 +3,18 @@
 from .common.runtime.schemes.kv_scheme import Scheme, bits_per_element
 from .common.runtime.schemes.tensor_codec import Codec
 
-KV_HEADS, HEAD_DIM, TOKENS = 8, 128, 2048
+LAYERS, KV_HEADS, HEAD_DIM, TOKENS = 32, 8, 128, 2048
 """The shape by which bits are told where there is no model."""
 WHEN = {
     "float": "to compare with: K and V as they are",
     "int8-token": "the usual one: as good as float, and fast",
     "octavo-8": "the best of 8 bits",
     "octavo-4": "half the bytes of 8; the best of 4 bits",
+    "octavo-4t": "the same of single tokens, as engines page",
     "octavo-3": "under 4 bits; recalls worse from afar",
+    "octavo-3t": "the same of single tokens, as engines page",
     "octavo-2": "the fewest bytes; recalls and copies worse",
+    "octavo-2t": "the same of single tokens; loses much",
     "ascend-c8": "MindIE, vllm-ascend, ONNX Runtime",
     "ascend-fa": "MindIE, attention in int8 (FAQuant)",
     "vllm-fp8": "vLLM and others, fp8 cache by one scale",
@@ -27,6 +30,14 @@ WHEN = {
     "int4-token": "simple 4 bits; octavo-4 loses far less",
     "k8v4": "8 bits where it counts more, 4 for V",
     "k4v2": "4 bits for K, 2 for V; loses much",
+    "saw-int4": "octavo-4t keeps sinks, and loses far less",
+    "turboquant-k8v4": "vLLM's turboquant_k8v4",
+    "turboquant-4": "vLLM's turboquant_4bit_nc",
+    "turboquant-k3v4": "vLLM's turboquant_k3v4_nc",
+    "turboquant-3": "vLLM's turboquant_3bit_nc",
+    "turboquant-mse-4": "the paper's; octavo-4t loses far less",
+    "turboquant-mse-3": "the paper's; octavo-3t loses far less",
+    "turboquant-mse-2": "the paper's; octavo-2t loses far less",
     "kivi-4": "to compare with; octavo-4 takes fewer bits",
     "kivi-2": "to compare with; octavo-2 loses less",
     "kvquant-4": "to compare with; slow, outliers apart",
@@ -34,6 +45,8 @@ WHEN = {
     "kvquant-2": "to compare with; slow, outliers apart",
 }
 """By the name of a preset, in the order in which they are listed within as many bits."""
+COMPARED = tuple(name for name in WHEN if name.startswith(("kivi-", "kvquant-", "saw-", "turboquant-")))
+"""Presets of methods that nobody needs to choose: they are here to be compared with."""
 
 
 def codec_words(codec: Codec | None) -> str:
@@ -56,4 +69,7 @@ def codec_short(codec: Codec | None) -> str:
 
 def usual_bits(scheme: Scheme) -> float:
     """Bits of an element of K and V, everything counted, of a model and a length that are usual."""
-    return bits_per_element(scheme, KV_HEADS, HEAD_DIM, TOKENS)
+    count = max(LAYERS, scheme.layers_named)
+    resolved = scheme.of_model(count)
+    bits = (bits_per_element(resolved.of_layer(index), KV_HEADS, HEAD_DIM, TOKENS) for index in range(count))
+    return sum(bits) / count

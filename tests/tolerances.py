@@ -55,8 +55,9 @@ TOLERANCES = {
     "kl of a tiny model, int8-token": 2e-3,
     "kl of a tiny model, octavo-4": 4e-2,
     "kl of a tiny model, W8A8 dynamic": 1.5e-2,
-    # KL(in float32 || in 16 bits), nats per token, of random models with caches of 2 to 8 bits: 0.10 measured.
-    "kl of a tiny model in 16 bits": 0.15,
+    # KL(in float32 || in 16 bits), nats per token, of random models with caches of 2 to 8 bits: 0.10 measured, and
+    # 0.15 where K and V of all tokens are in 2 bits.
+    "kl of a tiny model in 16 bits": 0.2,
     # KL(float || quantized), nats per token, SmolLM2-135M on a window of 2,048 tokens of Wikipedia.
     "kl int8-token": 8e-4,
     "kl ascend-c8": 2e-3,

@@ -101,6 +101,7 @@ class Job:
                 f"{named('max_kl')} {request.max_kl}: the held-back texts have one token each; give longer ones"
             )
         self.source = layerwise_source(self.directory, request.device, self.architecture)
+        self.scheme = self.scheme.of_model(self.source.config.num_hidden_layers)
         self.source_scales = self.source.static_scales(self.scheme) if request.kv_scales == "source" else ()
         self.coded = choose_codes(request, self.source.coded_linears(), self.source.facts.head)
         self.linear = scheme_of_codes(self.coded) if self.coded else request.linear or LinearScheme()

@@ -176,7 +176,7 @@ class QuantizedCausalLM:
         if self.octavo_decoder.experts is not None:
             list_experts(self)
             keep_stored_names(self.base_model)
-        self.scheme: Scheme = load_scheme(recipe.get("scheme", "float"))
+        self.scheme: Scheme = load_scheme(recipe.get("scheme", "float")).of_model(config.num_hidden_layers)
         attach_buffers(self, self.scheme, recipe)
         if self.scheme.is_quantized:
             fold_biases(self, self.scheme, ranks=None if shared is None else shared.ranks)

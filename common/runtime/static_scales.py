@@ -234,4 +234,5 @@ def scales_of_layer(scheme: Scheme, statistics: Statistics, index: int) -> Layer
 
 def scales_of(scheme: Scheme, statistics: Statistics) -> Scales:
     """Derive the static scales of a scheme for all layers; raises as `scales_of_layer`."""
+    scheme = scheme.of_model(statistics.layers)
     return [scales_of_layer(scheme, statistics, index) for index in range(statistics.layers)]

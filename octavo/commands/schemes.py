@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from ..common.runtime.schemes.kv_scheme import PRESETS, Scheme, load_scheme
 from ..common.runtime.schemes.tensor_codec import Codec
 from ..ops.attention import attention
 from ..ops.shared.registry import served_by
-from ..wording import HEAD_DIM, KV_HEADS, TOKENS, WHEN, codec_short, codec_words, usual_bits
+from ..wording import COMPARED, HEAD_DIM, KV_HEADS, LAYERS, TOKENS, WHEN, codec_short, codec_words, usual_bits
 
 HEADER = ("scheme", "K", "V", "bits", "texts", "kernel", "when to choose it")
 OPTIONS = ("sinks", "window", "rotate_key", "rotate_value", "smooth_key", "prefill", "layers", "float_layers")
@@ -21,6 +22,7 @@ OPTIONS = ("sinks", "window", "rotate_key", "rotate_value", "smooth_key", "prefi
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Let a parser take a scheme, or none."""
     parser.add_argument("name", nargs="?", metavar="NAME", help="a scheme, or a JSON file: its definition in full")
+    parser.add_argument("--all", action="store_true", help="list those too that are only there to be compared with")
     parser.add_argument("--json", action="store_true", help="print data instead of a table")
 
 
@@ -68,19 +70,26 @@ def _code_bits(scheme: Scheme) -> int:
     return sum(16 if codec is None else codec.bits for codec in (scheme.key, scheme.value))
 
 
-def table(device: str) -> list[str]:
-    """All schemes, those of the most bits first, in lines."""
-    schemes = sorted(map(load_scheme, WHEN), key=lambda scheme: -_code_bits(scheme))
-    shape = f"a model with {KV_HEADS} KV heads of {HEAD_DIM} channels, at {TOKENS:,} tokens"
+def table(device: str, names: Iterable[str] = WHEN) -> list[str]:
+    """Schemes, those of the most bits first, in lines; of all others, how to see them."""
+    schemes = sorted(map(load_scheme, names), key=lambda scheme: -_code_bits(scheme))
+    shape = f"a model of {LAYERS} layers with {KV_HEADS} KV heads of {HEAD_DIM} channels, at {TOKENS:,} tokens"
+    has_more = len(schemes) < len(WHEN)
     return [
         *aligned([HEADER, *(_row(scheme, device) for scheme in schemes)]),
+        *(["", f"--all lists what is there to be compared with as well: {_families(COMPARED)}."] if has_more else []),
         "",
-        f"bits: of an element of K and V of {shape}, everything counted.",
+        f"bits: of K and V, everything counted, of {shape}.",
         "K, V: the type of a code, and what shares a scale; /N: groups of N tokens (channel) or channels (token).",
         f"texts: scales come from calibration texts. kernel: of attention, on this machine's {device}; decoded: codes",
         "become floats, block by block, before it reads them.",
         "octavo schemes NAME prints a definition in full; octavo convert MODEL --scheme NAME takes it.",
     ]
+
+
+def _families(names: Iterable[str]) -> str:
+    """The names up to their last dash, each once."""
+    return ", ".join(dict.fromkeys(name.rpartition("-")[0] for name in names))
 
 
 def _details(codec: Codec | None) -> str:
@@ -130,4 +139,5 @@ def run(flags: argparse.Namespace) -> None:
         found = [facts_of(scheme, device) for scheme in schemes]
         print(json.dumps(found[0] if flags.name else found, indent=2))
         return
-    print("\n".join(description(schemes[0], device) if flags.name else table(device)))
+    listed = [name for name in WHEN if flags.all or name not in COMPARED]
+    print("\n".join(description(schemes[0], device) if flags.name else table(device, listed)))

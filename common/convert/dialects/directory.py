@@ -274,7 +274,7 @@ class OctavoDirectory:
         """
         if scheme.is_static and statistics is None:
             raise OctavoError(f"--scheme {scheme.name}: its scales come from calibration; give --statistics FILE")
-        other = copy.copy(self)
+        other, scheme = copy.copy(self), scheme.of_model(self.form.layers)
         if statistics is not None:
             statistics.check_model(self.form.config)
             scheme, other._statistics = as_engines_hold(scheme), statistics

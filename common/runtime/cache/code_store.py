@@ -12,7 +12,7 @@ from ....ops.shared.codes import LARGEST_ZERO
 from ....ops.shared.registry import eagerly
 from ..rotary import rotated_by_slot
 from .code_storage import CodeStorage
-from .dynamic_scales import group_scale, llamacpp_codes
+from .dynamic_scales import group_scale, llamacpp_codes, scale_of_norm
 from .views import Codes
 
 
@@ -96,7 +96,8 @@ class CodeStore(CodeStorage):
         else:
             groups = values.unflatten(-1, (codec.channel_groups(values.shape[-1]), -1))  # [B, G, S, W, n]
         scale, zero = group_scale(codec, groups)
-        self._of(self._scale, start, stop).copy_(scale)
+        stored = scale_of_norm(codec, groups, scale) if codec.rule == "norm" else scale
+        self._of(self._scale, start, stop).copy_(stored)
         if zero is not None:
             self._of(self._zero, start, stop).copy_(zero)
             zero = zero.float()

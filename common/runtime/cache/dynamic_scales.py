@@ -91,8 +91,20 @@ def _normal(codec: Codec, groups: torch.Tensor, stretch: float = 1.0) -> ScaleAn
     return scale, (-mean / scale.float()).to(dtype) if codec.has_zero else None
 
 
+def scale_of_norm(codec: Codec, groups: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Rule "norm": the scale by which codes that were chosen by `scale` `[...]` have the norm of the values.
+
+    Source: norm correction of vLLM's TurboQuant, which renormalizes what it decodes.
+    """
+    coded = _coded(codec, groups, scale, None)
+    return (scale.float() * groups.norm(dim=-1) / coded.norm(dim=-1)).to(codec.stored_scale_dtype)
+
+
 def group_scale(codec: Codec, groups: torch.Tensor) -> ScaleAndZero:
-    """Scale and zero of each group of float32 values `[..., n]`, `[...]` each, in the dtype they are stored in."""
+    """Scale and zero of each group of float32 values `[..., n]`, `[...]` each, in the dtype they are stored in.
+
+    Of rule "norm" it is the scale that codes are chosen by; `scale_of_norm` has the one that is stored.
+    """
     if codec.rule == "mse":
         return _least_error(codec, groups)
     return _normal(codec, groups) if codec.levels == "gaussian" else _ranged(codec, groups)

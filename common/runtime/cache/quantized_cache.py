@@ -89,10 +89,7 @@ class QuantizedCache(Cache):
             )
         check_cache_sizes(config)
         count = config.num_hidden_layers
-        if self.scheme.layers_named > count:
-            raise OctavoError(
-                f"scheme {self.scheme.name}: names layer {self.scheme.layers_named - 1} of a model of {count} layers"
-            )
+        self.scheme = self.scheme.of_model(count)
         if scales is None and self.scheme.is_static:
             if statistics is None:
                 raise OctavoError(

@@ -11,6 +11,11 @@ COUNTED_LENGTH = 2048
 """Tokens of a sequence over which sinks, windows and codebooks are spread when bits are counted."""
 
 
+def _layer_schemes(config: PreTrainedConfig, scheme: Scheme) -> list[Scheme]:
+    resolved = scheme.of_model(config.num_hidden_layers)
+    return [resolved.of_layer(index) for index in range(config.num_hidden_layers)]
+
+
 def _layer_token_bytes(config: PreTrainedConfig, scheme: Scheme, float_bytes: int) -> list[float]:
     """Bytes that one token takes in each layer."""
     head_dim, kv_heads = head_dim_of(config), kv_heads_of(config)
@@ -18,7 +23,7 @@ def _layer_token_bytes(config: PreTrainedConfig, scheme: Scheme, float_bytes: in
     def of_head(codec: Codec | None) -> float:
         return head_dim * float_bytes if codec is None else codec.token_bits(head_dim) / 8
 
-    layers = [scheme.of_layer(index) for index in range(config.num_hidden_layers)]
+    layers = _layer_schemes(config, scheme)
     return [kv_heads * (of_head(layer.key) + of_head(layer.value)) for layer in layers]
 
 
@@ -35,9 +40,9 @@ def kv_bytes_of_layers(config: PreTrainedConfig, scheme: Scheme, length: int, cr
     """Bytes that a sequence of `length` tokens takes in the cache of each layer, counted as in `kv_bytes`."""
     head_dim, kv_heads = head_dim_of(config), kv_heads_of(config)
     found = []
-    for index, window in enumerate(sliding_windows(config)):
+    for layer, window in zip(_layer_schemes(config, scheme), sliding_windows(config), strict=True):
         kept = length if window is None else min(length, window - 1 + crop_room)
-        bits = bits_per_element(scheme.of_layer(index), kv_heads, head_dim, kept, crop_room)
+        bits = bits_per_element(layer, kv_heads, head_dim, kept, crop_room)
         found.append(bits * 2 * kept * kv_heads * head_dim / 8)
     return found
 
@@ -74,6 +79,6 @@ def kv_bits_per_element(
     Args:
         crop_room: as in `bits_per_element`: 0 counts the scheme alone, that of a `QuantizedCache` what it stores.
     """
-    layers = [scheme.of_layer(index) for index in range(config.num_hidden_layers)]
+    layers = _layer_schemes(config, scheme)
     head_dim, kv_heads = head_dim_of(config), kv_heads_of(config)
     return sum(bits_per_element(layer, kv_heads, head_dim, length, crop_room) for layer in layers) / len(layers)

@@ -41,13 +41,32 @@ PRESETS = (
     "lmdeploy-int8",
     "lmdeploy-int8-ptq",
     "octavo-2",
+    "octavo-2t",
     "octavo-3",
+    "octavo-3t",
     "octavo-4",
+    "octavo-4t",
     "octavo-8",
+    "saw-int4",
+    "turboquant-3",
+    "turboquant-4",
+    "turboquant-k3v4",
+    "turboquant-k8v4",
+    "turboquant-mse-2",
+    "turboquant-mse-3",
+    "turboquant-mse-4",
     "vllm-fp8",
     "vllm-fp8-head",
 )
-KV_CACHE_DTYPES = {"auto": "float", "fp8": "vllm-fp8", "fp8_e4m3": "vllm-fp8"}
+KV_CACHE_DTYPES = {
+    "auto": "float",
+    "fp8": "vllm-fp8",
+    "fp8_e4m3": "vllm-fp8",
+    "turboquant_k8v4": "turboquant-k8v4",
+    "turboquant_4bit_nc": "turboquant-4",
+    "turboquant_k3v4_nc": "turboquant-k3v4",
+    "turboquant_3bit_nc": "turboquant-3",
+}
 """Values of vLLM's `kv_cache_dtype` that are not the name of a preset themselves, as fp8_e5m2 is."""
 SMALLEST_STEP = 16
 """Tokens leave a float window so many at a time at least, so that a prompt is not cut into single queries."""
@@ -78,7 +97,7 @@ class Scheme:
         query: codec of the queries; static per head or tensor, so that the attention itself runs in int8 or fp8.
         prefill: "codes": every query attends to what is stored, its own tokens included, so that logits do not depend
             on how a prompt is cut. "float": the first pass attends to the float k and v, as Ascend's runtime does.
-        float_layers: decoder layers whose attention and cache stay in float.
+        float_layers: decoder layers whose attention and cache stay in float; -1 is the last one of a model.
         layers: other schemes for some layers, by "3" or "0-1": name of a preset, or the fields that differ.
         sinks: tokens at the start of a sequence that stay in 16-bit floats; padding at the left counts as such.
         window: at least this many of the newest tokens stay in 16-bit floats (residual window).
@@ -111,7 +130,7 @@ class Scheme:
             raise OctavoError(f"scheme: name {self.name!r} is no text of {LONGEST_NAME} characters at most")
         check_types(f"scheme {self.name}", self)
         for index in self.float_layers:
-            if type(index) is not int or not 0 <= index < MOST_LAYERS:
+            if type(index) is not int or not -MOST_LAYERS <= index < MOST_LAYERS:
                 raise OctavoError(f"scheme {self.name}: float_layers {index!r} is no layer number")
         if self.prefill not in PREFILLS:
             raise OctavoError(f"scheme {self.name}: prefill {self.prefill!r} is none of {', '.join(PREFILLS)}")
@@ -167,7 +186,7 @@ class Scheme:
         """Whether something holds of a codec of any layer."""
         if any(codec is not None and holds(codec) for codec in (self.key, self.value, self.query)):
             return True
-        return any(self.of_layer(_layers_of(text)[0])._some_codec(holds) for text, _ in self.layers)
+        return any(layer._some_codec(holds) for layer in self._others())
 
     @property
     def is_quantized(self) -> bool:
@@ -192,12 +211,13 @@ class Scheme:
     @property
     def layers_named(self) -> int:
         """How many layers a model must have for `layers` and `float_layers` to mean something."""
-        return 1 + max([-1, *self.float_layers, *(_layers_of(text)[-1] for text, _ in self.layers)])
+        floats = [index if index >= 0 else -1 - index for index in self.float_layers]
+        return 1 + max([-1, *floats, *(_layers_of(text)[-1] for text, _ in self.layers)])
 
     @property
     def is_compileable(self) -> bool:
         """Whether single ops write and read what a layer stores, so that one graph serves every step."""
-        layers = [self, *(self.of_layer(_layers_of(text)[0]) for text, _ in self.layers)]
+        layers = [self, *self._others()]
         codecs = [codec for layer in layers for codec in (layer.key, layer.value) if codec is not None]
         is_whole = not any(layer.is_segmented or layer.smooth_key for layer in layers)
         return is_whole and all(codec.is_native and codec.rule == "range" for codec in codecs)
@@ -220,13 +240,41 @@ class Scheme:
     def _changed(self, fields: dict[str, Any]) -> "Scheme":
         return Scheme.from_dict({**self.to_dict(), "layers": {}, "float_layers": [], **fields})
 
+    def _other(self, stated: str | dict[str, Any]) -> "Scheme":
+        """What `layers` states of some layers."""
+        return _preset(stated) if isinstance(stated, str) else self._changed(stated)
+
+    def _others(self) -> list["Scheme"]:
+        return [self._other(stated) for _, stated in self.layers]
+
+    def of_model(self, layers: int) -> "Scheme":
+        """The same for a model of so many layers, of which none is counted from the end.
+
+        Raises:
+            OctavoError: it names a layer that the model has not.
+        """
+        if self.layers_named > layers:
+            raise OctavoError(
+                f"scheme {self.name}: names layers that only a model of {self.layers_named} or more has; this one has "
+                f"{layers}"
+            )
+        if all(index >= 0 for index in self.float_layers):
+            return self
+        return dataclasses.replace(self, float_layers=tuple(sorted({index % layers for index in self.float_layers})))
+
     def of_layer(self, layer: int) -> "Scheme":
-        """The scheme of one layer: this one, float where `float_layers` lists it, or what `layers` says of it."""
+        """The scheme of one layer: this one, float where `float_layers` lists it, or what `layers` says of it.
+
+        Raises:
+            ValueError: some layers are counted from the end: ask the scheme that `of_model` gives.
+        """
+        if any(index < 0 for index in self.float_layers):
+            raise ValueError(f"scheme {self.name}: float_layers {self.float_layers} are those of no model yet")
         if layer in self.float_layers:
             return Scheme(name="float")
-        for text, other in self.layers:
+        for text, stated in self.layers:
             if layer in _layers_of(text):
-                return _preset(other) if isinstance(other, str) else self._changed(other)
+                return self._other(stated)
         return self if not (self.layers or self.float_layers) else self._changed({})
 
     def with_scales_of_one(self) -> "Scheme":

@@ -21,7 +21,7 @@ CODE_DTYPES = {
 CODE_BITS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2, "fp8_e4m3": 8, "fp8_e5m2": 8}
 SCALE_DTYPES = {"float32": torch.float32, "float16": torch.float16}
 GRANULARITIES = ("channel", "head", "tensor", "token")
-RULES = ("range", "mse", "llamacpp")
+RULES = ("range", "mse", "norm", "llamacpp")
 LEVELS = ("uniform", "gaussian", "calibrated")
 OUTLIER_BITS = 16 + 8
 """An outlier is a float16 and the number of its channel."""
@@ -55,8 +55,9 @@ class Codec:
             the tokens that do.
         scale_dtype: what dynamic scales and zeros are stored in, "float32" or "float16".
         rule: how a dynamic scale follows from the values: "range" takes in all of them, or with gaussian levels their
-            standard deviation; "mse" looks near that for the least squared error; "llamacpp" is ggml's for blocks of 32
-            (Q8_0, Q4_0, Q4_1).
+            standard deviation; "mse" looks near that for the least squared error; "norm" codes as "range" does and then
+            takes the scale by which the codes have the norm of the values; "llamacpp" is ggml's for blocks of 32 (Q8_0,
+            Q4_0, Q4_1).
         levels: "uniform"; "gaussian", the best levels of a normal distribution (Lloyd-Max), with scale and zero from
             the standard deviation and mean of a group; "calibrated", a codebook per layer from calibration.
         outliers: values per token and head that are kept in float16 beside the codes, those farthest out.
@@ -104,6 +105,8 @@ class Codec:
             (has_levels and self.bits > 4, "'levels' are of 4 bits and fewer"),
             (self.levels == "calibrated" and self.rule != "range", "'rule' mse is of levels uniform and gaussian"),
             (has_levels and self.rule == "llamacpp", "'rule' llamacpp is of uniform levels"),
+            (self.rule == "norm" and not (self.levels == "gaussian" and self.symmetric),
+             "'rule' norm is of symmetric gaussian levels"),
             (self.levels == "gaussian" and not self.dynamic, "'levels' gaussian is of dynamic scales"),
             (self.levels == "calibrated" and self.symmetric, "'levels' calibrated has zeros; set 'symmetric' to false"),
             (self.outliers < 0 or bool(self.outliers and self.token_group > 1),

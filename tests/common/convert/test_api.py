@@ -51,6 +51,14 @@ def test_a_report_is_saved_as_json(report: ConversionReport, tmp_path: Path) -> 
     assert saved.keys() == report.to_dict().keys() == vars(report).keys()
 
 
+def test_layers_counted_from_the_end_are_those_of_the_model_that_is_converted(source: Path, tmp_path: Path) -> None:
+    scheme = {**load_scheme("turboquant-3").to_dict(), "name": "ends", "float_layers": [0, -1]}
+    report = convert(ConvertRequest(source, tmp_path / "out", scheme=scheme, linear=None, calibration=TEXTS))
+    assert report.scheme.float_layers == (0, 2) and report.kv_bits < 16
+    written = json.loads((tmp_path / "out" / "config.json").read_text())["octavo"]["scheme"]
+    assert load_scheme(written).float_layers == (0, 2)
+
+
 SAME: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "C8 and smoothing": (
         {"scheme": "ascend-c8", "anti_method": "m4", "float_costliest": 2},

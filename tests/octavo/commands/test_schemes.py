@@ -12,7 +12,7 @@ from octavo.common.convert.presets import RECIPES, RENAMED
 from octavo.common.runtime.schemes.kv_scheme import PRESETS
 from octavo.ops.shared.registry import served_by
 from octavo.ops.shared.triton_helpers import TESTED
-from octavo.wording import WHEN, codec_short, codec_words
+from octavo.wording import COMPARED, WHEN, codec_short, codec_words, usual_bits
 
 from ...support import assert_one_error_line
 
@@ -26,6 +26,25 @@ def test_every_scheme_is_listed_and_has_its_use() -> None:
     assert max(map(len, lines)) <= WIDEST
     bits = [schemes._code_bits(load_scheme(name)) for name in named]
     assert bits == sorted(bits, reverse=True)
+
+
+def test_what_is_only_compared_with_is_listed_when_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schemes"]) == 0
+    shown = capsys.readouterr().out
+    listed = [line.split()[0] for line in shown.splitlines()[1 : 1 + len(WHEN) - len(COMPARED)]]
+    assert sorted(listed) == sorted(set(WHEN) - set(COMPARED)) and max(map(len, shown.splitlines())) <= WIDEST
+    assert (
+        "--all lists what is there to be compared with as well: saw, turboquant, turboquant-mse, kivi, kvquant."
+        in shown
+    )
+    assert main(["schemes", "--all"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"\n{name} " in shown for name in PRESETS) and "--all" not in shown
+
+
+def test_bits_count_layers_in_float() -> None:
+    """Four of 32 layers are in 16 bits; the others of 4.125 and 4.25."""
+    assert usual_bits(load_scheme("turboquant-4")) == pytest.approx((28 * (4.125 + 4.25) / 2 + 4 * 16) / 32)
 
 
 def test_what_is_said_of_a_scheme(capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,6 +42,7 @@ def constant(scheme: Scheme, config: PreTrainedConfig) -> LayerScales:
 
 def filled(scheme: Scheme, config: PreTrainedConfig, batch: int, passes: list[int]) -> QuantizedCache:
     """A cache that holds random tokens."""
+    scheme = scheme.of_model(config.num_hidden_layers)
     scales = [constant(scheme.of_layer(index), config) for index in range(config.num_hidden_layers)]
     cache = QuantizedCache(config, scheme, scales=scales)
     cache.expect(sum(passes))

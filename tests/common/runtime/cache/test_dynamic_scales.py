@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 
 from octavo.common.runtime.cache.code_store import CodeStore
-from octavo.common.runtime.cache.dynamic_scales import GAUSSIAN_LEVELS, gaussian_levels, group_scale
+from octavo.common.runtime.cache.dynamic_scales import GAUSSIAN_LEVELS, gaussian_levels, group_scale, scale_of_norm
 from octavo.common.runtime.schemes.kv_scheme import load_scheme
 from octavo.common.runtime.schemes.tensor_codec import Codec
 from octavo.common.runtime.static_scales import static_scale
@@ -89,6 +89,22 @@ def test_degenerate_groups_are_finite_and_nan_is_seen(codec: Codec) -> None:
     assert torch.isfinite(through_codes(codec, outlier)).all()
     zeros[0, 3] = float("nan")
     assert through_codes(codec, zeros).isnan().any()
+
+
+@pytest.mark.parametrize("bits", GAUSSIAN_LEVELS)
+@pytest.mark.parametrize("scale_dtype", ["float32", "float16"])
+def test_rule_norm_keeps_the_norm_and_the_codes_of_the_range(bits: int, scale_dtype: str) -> None:
+    codec = Codec(f"int{bits}", "token", dynamic=True, levels="gaussian", rule="norm", scale_dtype=scale_dtype)
+    plain = Codec(**{**codec.to_dict(), "rule": "range"})
+    values = torch.randn((1, 2, 50, 64), generator=torch.Generator().manual_seed(0)) * 3
+    values[0, 0, 7] = 0
+    stores = CodeStore(codec), CodeStore(plain)
+    kept, ranged = (store.append(values) for store in stores)
+    assert torch.equal(kept.codes, ranged.codes)
+    found = stores[0].decoded(0, 50)
+    torch.testing.assert_close(found.norm(dim=-1), values.norm(dim=-1), atol=0, rtol=2.0**-11)
+    assert torch.equal(found[0, 0, 7], torch.zeros(64))
+    torch.testing.assert_close(kept.scale[..., 0], scale_of_norm(codec, values, ranged.scale[..., 0]))
 
 
 def test_lmdeploy_static() -> None:

@@ -49,6 +49,18 @@ def test_float_layers() -> None:
     assert Scheme.from_dict(scheme.to_dict()).float_layers == (0, 2)
 
 
+def test_layers_that_are_counted_from_the_end_are_those_of_a_model() -> None:
+    scheme = load_scheme("turboquant-3")
+    assert scheme.float_layers == (0, 1, -2, -1) and scheme.layers_named == 2
+    assert scheme.of_model(30).float_layers == (0, 1, 28, 29) and scheme.of_model(2).float_layers == (0, 1)
+    floats = [index for index in range(30) if not scheme.of_model(30).of_layer(index).is_quantized]
+    assert floats == [0, 1, 28, 29] and load_scheme("turboquant_3bit_nc") == scheme
+    with pytest.raises(OctavoError, match="model of 2 or more has; this one has 1"):
+        scheme.of_model(1)
+    with pytest.raises(ValueError, match="those of no model yet"):
+        scheme.of_layer(0)
+
+
 BAD: list[tuple[Any, str]] = [
     ("int7", ", ".join(PRESETS)),
     ({}, "name"),
@@ -59,6 +71,7 @@ BAD: list[tuple[Any, str]] = [
     ({"name": "x", "query": {"granularity": "head"}, "key": {"dtype": "fp8_e4m3"}}, "fp8 type of K"),
     ({"name": "x", "query": {"granularity": "head", "dtype": "fp8_e4m3"}, "key": {}}, "int8"),
     ({"name": "x", "key": {"granularity": "row"}}, "row"),
+    ({"name": "x", "key": {"granularity": "token", "dynamic": True, "dtype": "int4", "rule": "norm"}}, "gaussian"),
     ({"name": "x", "key": {"granularity": "token"}}, "dynamic"),
     ({"name": "x", "key": {"granularity": "head", "dynamic": True}}, "static"),
     ({"name": "x", "key": {"bits": 8}}, "bits"),
@@ -83,7 +96,7 @@ BAD: list[tuple[Any, str]] = [
     ({"name": "x", "layers": {"0-9999999999": "float"}}, "no layer number"),
     ({"name": "x", "float_layers": 5}, "'float_layers'"),
     ({"name": "x", "float_layers": "12"}, "'float_layers'"),
-    ({"name": "x", "float_layers": [-1]}, "float_layers -1"),
+    ({"name": "x", "float_layers": [-9999]}, "float_layers -9999"),
     ({"name": "x", "float_layers": [True]}, "float_layers True"),
     ({"name": "x", "key": ["int8"]}, "key"),
     ({"name": "x", "sinks": 10**18}, "sinks"),

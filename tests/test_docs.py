@@ -1,8 +1,8 @@
 """Every command and every program of README and docs/ runs, in order, in a directory with a space in its name.
 
 A page says MODEL for a model, which is a tiny random Llama here, or the one that `OCTAVO_DOCS_MODEL` names, and
-texts.txt for texts. What cannot run has `<!-- not run: REASON -->` above it, and skips with that reason; a JSON block below
-`<!-- file: NAME -->` is that file.
+texts.txt for texts. What cannot run has `<!-- not run: REASON -->` above it, and skips with that reason; a JSON block
+below `<!-- file: NAME -->` is that file.
 """
 
 import os

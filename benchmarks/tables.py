@@ -1,6 +1,6 @@
-"""Write the tables of the READMEs from the newest rows of `results/*.csv`, between their markers.
+"""Write the tables of READMEs and docs from the newest rows of `results/*.csv`, between their markers.
 
-python benchmarks/tables.py            rewrites README.md and benchmarks/README.md
+python benchmarks/tables.py            rewrites README.md, benchmarks/README.md and pages of docs/
 python benchmarks/tables.py --check    exit code 1 if they are not what the results say
 """
 
@@ -267,11 +267,10 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "results": results_table,
         "gpu": gpu_digest,
         "engines": engines_table,
-        "schemes": schemes_table,
-        "best weights": best_weights_table,
-        "sliding": lambda: markdown(sliding_rows(), 2),
-        "architectures": lambda: markdown(support_rows(), 5),
     },
+    "docs/schemes.md": {"schemes": schemes_table, "best weights": best_weights_table},
+    "docs/two-lines.md": {"sliding": lambda: markdown(sliding_rows(), 2)},
+    "docs/architecture.md": {"architectures": lambda: markdown(support_rows(), 5)},
     "benchmarks/README.md": {
         "options": options_table,
         "checkpoints": checkpoints_table,

@@ -5,10 +5,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from ..common.command import DefaultsHelp, OneLineParser
+from ..common.command import DefaultsHelp, OneLineParser, aligned
 from ..common.convert.api import converted
-from ..common.convert.dialects.directory import OctavoDirectory
-from ..common.convert.dialects.rewriting import refusals
 from ..common.convert.flag_groups import MOST_USED, add_conversion_flags
 from ..common.convert.flag_linears import LINEAR_FLAGS
 from ..common.convert.flags import SCHEME_FLAGS, complete_flags, given_flags, request_of
@@ -16,6 +14,7 @@ from ..common.convert.output.naming import beside
 from ..common.convert.presets import USUAL, load_recipe
 from ..common.convert.report import ConversionReport
 from ..common.convert.request import OWN_FORMAT
+from ..common.convert.source.checkpoint import load_tokenizer
 from ..common.convert.source.config import chosen_architecture
 from ..common.errors import OctavoError
 from ..place import Place, find_place
@@ -74,16 +73,17 @@ def _usual(place: Place, given: set[str]) -> tuple[list[str], str]:
     return ["--scheme", USUAL_SCHEME], f"--scheme {USUAL_SCHEME}: {why} (octavo schemes lists others)"
 
 
-def _next_commands(report: ConversionReport) -> list[str]:
-    """What can be done with an output, as commands to copy."""
-    output = shlex.quote(str(report.output))
-    directory = OctavoDirectory(report.output)
-    formats = [name for name, reason in refusals(directory.form).items() if reason is None]
-    commands = [f'octavo run {output} "The capital of France is"', f"octavo chat {output}"]
-    if formats:
-        named = f"   # or {', '.join(formats[1:])}" if formats[1:] else ""
-        return [*commands, f"octavo rewrite {output} --format {formats[0]}{named}"]
-    return [*commands, f"octavo info {output}"]
+def _next_commands(report: ConversionReport, model: str, with_code: bool) -> list[str]:
+    """What to do with an output first, as commands to copy: try it, measure it, offer it to others."""
+    output, source = shlex.quote(str(report.output)), shlex.quote(model)
+    talks = load_tokenizer(report.output, {}, with_code).chat_template is not None
+    measure = f"octavo evaluate {output} --reference {source}"
+    rows = [
+        (f"octavo chat {output}", "talk with it") if talks else (f'octavo run {output} "Once upon a time"', "try it"),
+        (measure, "what it costs") if report.source_codes is None else (f"octavo info {output}", "what it holds"),
+        (f"octavo serve {output}", "for clients of OpenAI's API"),
+    ]
+    return aligned([(command, f"# {why}") for command, why in rows])
 
 
 def run(flags: argparse.Namespace) -> None:
@@ -107,4 +107,5 @@ def run(flags: argparse.Namespace) -> None:
     report = converted(request_of(asked, architecture))
     print(report.summary())
     if report.format == OWN_FORMAT:
-        print("\n".join(["", "to go on:", *(f"  {command}" for command in _next_commands(report))]))
+        commands = _next_commands(report, flags.model_path, flags.trust_remote_code)
+        print("\n".join(["", "to go on:", *(f"  {command}" for command in commands)]))

@@ -76,3 +76,20 @@ def test_an_interrupt_ends_a_chat_without_a_traceback(converted: Callable[..., P
         chat.send_signal(signal.SIGINT)
         said = chat.communicate(timeout=60)
     assert chat.returncode == 0 and said[0] == "\n" and "Traceback" not in said[1]
+
+
+@pytest.mark.slow
+def test_the_demo_prints_bars_and_the_result(source: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "a demo"
+    command = [sys.executable, str(EXAMPLES / "demo.py"), "--model_path", str(source), "--directory", str(directory)]
+    for _ in range(2):  # the second removes what the first wrote
+        done = subprocess.run([*command, "--tokens", "520"], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    bars = {line.partition(":")[0] for line in done.stderr.replace("\r", "\n").splitlines() if line.strip()}
+    assert bars == {"converting", "float32 reads and writes", "Octavo reads and writes"}
+    table, _, last = done.stdout.partition("\nto go on:\n")
+    rows = {line.split("  ")[0]: line.split() for line in table.splitlines()}
+    assert rows["KV cache of 520 tokens, MB"][-2] == f"{(16 + 4) / (16 * 4):.2f}"  # 16 codes and a scale for 16 floats
+    assert float(rows["KL(float || Octavo), nats a token"][-1]) > 0
+    assert [line.split()[1] for line in last.splitlines()] == ["chat", "evaluate", "convert"]
+    assert f"'{directory}'" in last

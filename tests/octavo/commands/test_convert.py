@@ -1,15 +1,16 @@
 """`octavo convert`: what most should do without a flag, where it goes, and what to do next."""
 
-import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from transformers import AutoModelForCausalLM
 
 from octavo.__main__ import main
-from octavo.commands.convert import _usual, usual_output
+from octavo.commands.convert import _next_commands, _usual, usual_output
 from octavo.common.convert import presets
 from octavo.place import Place
 
@@ -49,13 +50,27 @@ def test_it_says_what_it_takes_and_what_to_do_next(
     shutil.copytree(source, place)
     assert main(["convert", str(place), "--calib_texts", *TEXTS]) == 0
     captured = capsys.readouterr()
-    assert "--preset eight-bit: as good as float" in captured.err
-    commands = captured.out.split("to go on:\n")[1].splitlines()
-    names = [re.match(r"  octavo (\w+) '?/", command)[1] for command in commands]
-    assert names == ["run", "chat", "rewrite"]
-    rewrite = commands[2].partition("   #")[0].split()[1:]
-    assert main(rewrite) == 0
-    assert (tmp_path / f"tiny-octavo-{rewrite[-1]}" / "config.json").is_file()
+    assert "--preset eight-bit: 8 bits throughout" in captured.err
+    lines = [shlex.split(line, comments=True) for line in captured.out.split("to go on:\n")[1].splitlines()]
+    output = str(tmp_path / "tiny-octavo")
+    assert [line[1:] for line in lines] == [
+        ["chat", output],
+        ["evaluate", output, "--reference", str(place)],
+        ["serve", output],
+    ]
+    assert main([*lines[1][1:], "--windows", "1", "--length", "8", "--written", "0", "--tasks"]) == 0
+
+
+def test_without_a_chat_template_a_text_goes_on_and_codes_of_others_are_no_reference(made: Path) -> None:
+    report = SimpleNamespace(output=made, source_codes="awq")
+    template = made / "chat_template.jinja"
+    text = template.read_text()
+    template.unlink()
+    try:
+        commands = [line.split()[1] for line in _next_commands(report, "tiny", False)]
+    finally:
+        template.write_text(text)
+    assert commands == ["run", "info", "serve"]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from ..common.convert.measure.fidelity import Fidelity, windows
 from ..common.errors import OctavoError
 from ..common.runtime.cache.sizes import kv_bits_per_element
 from ..generate import Speaker
-from .reading import Times
+from .reading import Times, longest_of
 from .recall import Score, prompts_of, recall
 from .text import compare_on_text
 from .writing import Divergence, compare_writing
@@ -27,7 +27,7 @@ class Plan:
     Attributes:
         text: to score on and to write behind; None for neither.
         windows, length: of the text, how many and of how many tokens.
-        last: score the last so many tokens of a window alone; 0 for all.
+        last: score the predictions of the last so many tokens of a window alone; 0 for all.
         tasks: of recall.
         lengths: of the prompts of recall, in tokens.
         trials: questions of each task and length.
@@ -92,8 +92,9 @@ def evaluate(
         with_float: whether it is among the results, with its own recall and times.
 
     Raises:
-        OctavoError: the text is too short, or a prompt is to be.
+        OctavoError: the text is too short, or a prompt is to be; something is longer than what the model is made for.
     """
+    _check_lengths(reference, plan)
     everyone = {FLOAT: reference, **others} if with_float else dict(others)
     longest = max((*plan.lengths, plan.length))
     results = {
@@ -112,6 +113,19 @@ def evaluate(
                 found = recall(speaker, prompts, f"{task} in {length:,}, {name}", result.times)
                 result.recall[task, length], result.cache_bytes[length] = found
     return results
+
+
+def _check_lengths(reference: Speaker, plan: Plan) -> None:
+    """Raise an `OctavoError` if something is longer than what the model is made for."""
+    most = longest_of(reference.model)
+    asked = [("--lengths", length) for length in plan.lengths if plan.tasks]
+    if plan.text is not None:
+        asked += [("--length", plan.length), ("--written", PROMPT + plan.written if plan.written else 0)]
+    for flag, tokens in asked:
+        if most is not None and tokens > most:
+            about = f" behind prompts of {PROMPT}" if flag == "--written" else ""
+            given, room = (plan.written, most - PROMPT) if about else (tokens, most)
+            raise OctavoError(f"{flag} {given}: the model is made for {most:,} tokens; give {room} at most{about}")
 
 
 def _on_text(reference: Speaker, others: Mapping[str, Speaker], plan: Plan, results: dict[str, Result]) -> None:

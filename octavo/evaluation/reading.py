@@ -18,6 +18,11 @@ CHUNK = 512
 """Tokens of a pass, of whose logits there are as many rows."""
 
 
+def longest_of(model: Any) -> int | None:
+    """Tokens that a model is made for; None if its config does not say."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
 @dataclass
 class Times:
     """How long passes took, in seconds.

@@ -22,7 +22,7 @@ ASKED = 10
 ROOM = 56
 """Tokens left for a question and its answer, fewer than what any cache can crop."""
 DIGITS = 5
-_Z = 1.959964
+Z = 1.959964
 """Of a normal distribution, 95 % of which lie nearer to the middle, in standard deviations."""
 _ADJECTIVES = (
     *("red", "old", "tall", "warm", "quiet", "small", "green", "sharp", "early", "round", "plain", "heavy", "blue"),
@@ -65,8 +65,8 @@ class Score:
     def interval(self) -> tuple[float, float]:
         """The 95 % interval of the share by Wilson's score, which holds near 0 and 1 as well."""
         n, p = self.asked, self.share
-        middle = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
-        half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
+        middle = (p + Z**2 / (2 * n)) / (1 + Z**2 / n)
+        half = Z / (1 + Z**2 / n) * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
         return max(0.0, middle - half), min(1.0, middle + half)
 
 

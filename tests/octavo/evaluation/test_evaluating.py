@@ -1,5 +1,6 @@
 """An evaluation: equal to what the pieces of the library compute, and sensitive to what it is to find."""
 
+import dataclasses
 import random
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def test_scores_on_text_are_those_of_whole_passes(reference: Speaker, others: di
 def test_the_last_tokens_alone_are_scored(reference: Speaker, others: dict[str, Speaker]) -> None:
     ids = random_ids(1, CHUNK + 40)[0]
     found = compare_on_text(reference, others, [ids], last=60)
-    assert {score.tokens for score in found.values()} == {59}  # behind the last of 60 nothing is known
+    assert {score.tokens for score in found.values()} == {60}
     with pytest.raises(OctavoError, match="text: nothing to compare"):
         compare_on_text(reference, others, [ids[:1]])
 
@@ -73,6 +74,16 @@ def test_writing_departs_where_greedy_texts_differ(reference: Speaker, others: d
         written.append(out[0, 30:])
     differs = (written[0] != written[1]).nonzero()
     assert found["octavo-2"].first[0] == (int(differs[0]) if len(differs) else 12)
+
+
+def test_what_is_longer_than_the_model_is_refused(reference: Speaker) -> None:
+    long = dataclasses.replace(PLAN, lengths=(5000,))
+    with pytest.raises(OctavoError, match="--lengths 5000: the model is made for 4,096 tokens; give 4096 at most"):
+        evaluate(reference, {}, long)
+    with pytest.raises(OctavoError, match="--length 4097: the model"):
+        evaluate(reference, {}, dataclasses.replace(PLAN, length=4097))
+    with pytest.raises(OctavoError, match=r"--written 4090: .* give 4032 at most behind prompts of 64"):
+        evaluate(reference, {}, dataclasses.replace(PLAN, written=4090))
 
 
 # Recall

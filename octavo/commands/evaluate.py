@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from ..common.errors import OctavoError
 from ..evaluation.evaluating import FLOAT, Plan, Result, evaluate
 from ..evaluation.flags import add_measurement_flags, conditions_of, plan_of
 from ..evaluation.harness import run_tasks, split_tasks, tasks_json, tasks_table
-from ..evaluation.report import cost_table, quality_table
+from ..evaluation.report import cost_table, quality_table, writing_table
 from ..generate import Speaker, check_statistics_used, load_stock, with_scheme
 from ..place import converted_speaker, find_place
 
@@ -77,6 +78,17 @@ def _save(results: dict[str, Result], plan: Plan, tasks: list[dict[str, Any]], f
         raise OctavoError(f"--json {file}: cannot be written ({error.strerror})") from None
 
 
+def _notes(results: dict[str, Result], scores: Mapping[str, Any]) -> list[str]:
+    lines = ["bits: of the scheme, without what a cache keeps to be cropped, which octavo plan and cache bytes count"]
+    if any(result.divergence is not None for result in results.values()):
+        lines.append("greedy, sampled: median of the tokens that are as float's before one differs; whole: all are")
+    if any(result.peak_bytes for result in results.values()):
+        lines.append("peak: memory of the process while recall runs; all models here share it and the float weights")
+    if scores:
+        lines.append("tasks: with 95 % intervals; those of a difference are of pairs, as all see the same questions")
+    return lines
+
+
 def run(flags: argparse.Namespace) -> None:
     """Print what was measured.
 
@@ -93,10 +105,10 @@ def run(flags: argparse.Namespace) -> None:
     scores = run_tasks({FLOAT: reference, **others}, tasks, flags.limit) if tasks else {}
     results = evaluate(reference, others, plan)
     print("\n".join(quality_table(results)))
-    if costs := cost_table(results):
-        print("\n" + "\n".join(costs))
-    if scores:
-        print("\n" + "\n".join(tasks_table(scores)))
-    print("\n" + "\n".join(conditions_of(plan, flags.eval_file is None)))
+    tables = [writing_table(results), cost_table(results), tasks_table(scores) if scores else []]
+    for table in tables:
+        if table:
+            print("\n" + "\n".join(table))
+    print("\n" + "\n".join([*conditions_of(plan, flags.eval_file is None), *_notes(results, scores)]))
     if flags.json is not None:
         _save(results, plan, tasks_json(scores) if scores else [], flags.json)

@@ -10,6 +10,7 @@ from ..common.convert.measure.fidelity import Fidelity, windows
 from ..common.errors import OctavoError
 from ..common.runtime.cache.sizes import kv_bits_per_element
 from ..generate import Speaker
+from .memory import Peak
 from .reading import Times, longest_of
 from .recall import Score, prompts_of, recall
 from .text import compare_on_text
@@ -32,6 +33,7 @@ class Plan:
         lengths: of the prompts of recall, in tokens.
         trials: questions of each task and length.
         written: tokens that are written behind each of `prompts` prompts; 0 for none.
+        sampled: whether texts are sampled as well.
     """
 
     text: str | None
@@ -43,6 +45,7 @@ class Plan:
     trials: int
     written: int
     prompts: int
+    sampled: bool = False
 
 
 @dataclass
@@ -56,6 +59,8 @@ class Result:
         divergence: of what it writes.
         cache_bytes: by length, of a cache that holds a prompt of it.
         times: of the prompts and steps of recall.
+        peak_bytes: by length, the most memory while recall was measured, with the weights; None if the system does not
+            tell. Where several models are compared in one process, they share the float weights.
     """
 
     bits: float
@@ -64,6 +69,7 @@ class Result:
     divergence: Divergence | None = None
     cache_bytes: dict[int, int] = field(default_factory=dict)
     times: Times = field(default_factory=Times)
+    peak_bytes: dict[int, int | None] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """The same, for a file."""
@@ -77,6 +83,7 @@ class Result:
             "recall": recalled,
             "writing": None if self.divergence is None else asdict(self.divergence),
             "cache_bytes": self.cache_bytes,
+            "peak_bytes": self.peak_bytes,
             "seconds_per_token": self.times.step,
             "prompt_tokens_per_second": self.times.prompt_speed,
         }
@@ -109,9 +116,12 @@ def evaluate(
         for length in plan.lengths:
             prompts = prompts_of(task, reference.tokenizer, length, plan.trials)
             for name, speaker in everyone.items():
-                result = results[name]
+                result, peak = results[name], Peak(speaker.model.device)
                 found = recall(speaker, prompts, f"{task} in {length:,}, {name}", result.times)
                 result.recall[task, length], result.cache_bytes[length] = found
+                most = peak.nbytes()
+                before = result.peak_bytes.get(length)
+                result.peak_bytes[length] = most if most is None or before is None else max(most, before)
     return results
 
 
@@ -136,7 +146,7 @@ def _on_text(reference: Speaker, others: Mapping[str, Speaker], plan: Plan, resu
         results[name].fidelity = found
     if plan.written:
         prompts = _windows(ids, PROMPT, plan.prompts)
-        for name, written in compare_writing(reference, others, prompts, plan.written).items():
+        for name, written in compare_writing(reference, others, prompts, plan.written, plan.sampled).items():
             results[name].divergence = written
 
 

@@ -45,6 +45,7 @@ def add_measurement_flags(parser: OneLineParser, with_harness: bool = False) -> 
     add("--trials", type=count, default=20, metavar="N", help="questions of each task and length (default 20)")
     add("--written", type=count, default=64, metavar="N", help="tokens to write greedily (default 64; 0: none)")
     add("--prompts", type=count, default=4, metavar="N", help="prompts to write behind (default 4)")
+    add("--sampled", action="store_true", help="sample as many texts, too, with the same random numbers for all models")
     add("--device_type", choices=DEVICES, default="cpu", help="where to run (default cpu)")
 
 

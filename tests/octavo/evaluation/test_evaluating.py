@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from octavo.common.convert.measure.fidelity import compare
 from octavo.common.errors import OctavoError
 from octavo.evaluation.evaluating import Plan, evaluate
-from octavo.evaluation.reading import CHUNK, Reader, Times
+from octavo.evaluation.reading import CHUNK, Reader, Times, _token
 from octavo.evaluation.recall import ASKED, ROOM, TASKS, Score, key_values, needles, prompts_of, recall
-from octavo.evaluation.report import cost_table, quality_table
+from octavo.evaluation.report import cost_table, quality_table, writing_table
 from octavo.evaluation.text import compare_on_text
 from octavo.evaluation.writing import compare_writing
 from octavo.generate import Speaker, load_stock, with_scheme
@@ -84,6 +84,21 @@ def test_what_is_longer_than_the_model_is_refused(reference: Speaker) -> None:
         evaluate(reference, {}, dataclasses.replace(PLAN, length=4097))
     with pytest.raises(OctavoError, match=r"--written 4090: .* give 4032 at most behind prompts of 64"):
         evaluate(reference, {}, dataclasses.replace(PLAN, written=4090))
+
+
+def test_sampled_texts_share_their_random_numbers(reference: Speaker, others: dict[str, Speaker]) -> None:
+    """The float scheme samples the same text; what is told of a model is against float's own text."""
+    prompts = [random_ids(1, 30, seed=seed)[0] for seed in range(2)]
+    same = {"float": with_scheme(reference, "float", None), **others}
+    found = compare_writing(reference, same, prompts, 12, with_sampled=True)
+    assert found["float"].sampled == (12, 12) and found["float"].kl == pytest.approx(0, abs=1e-6)
+    assert found["octavo-2"].kl > found["int8-token"].kl > 0 and len(found["octavo-2"].sampled) == 2
+
+
+def test_gumbel_noise_samples_the_softmax() -> None:
+    logits, chance = torch.tensor([0.0, 1.0, 2.0]), torch.Generator().manual_seed(0)
+    counts = torch.bincount(torch.tensor([_token(logits, chance) for _ in range(4000)])) / 4000
+    assert torch.allclose(counts.float(), logits.softmax(-1), atol=0.03)
 
 
 # Recall
@@ -169,6 +184,8 @@ def test_an_evaluation_has_a_row_for_each_model(reference: Speaker, others: dict
     assert lines[0].split() == ["bits", "KL", "perplexity", "top-1", "key-value", "300", "as", "float", "for"]
     assert len(lines) == 4 and lines[1].startswith("float")
     assert len({len(line) for line in lines[2:]}) == 1
+    assert writing_table(results)[1].split()[0] == "int8-token" and len(writing_table(results)) == 3
+    assert results["float"].peak_bytes[300] > results["float"].cache_bytes[300]
     assert "cache at 300, MB" in cost_table(results)[0] and len(cost_table(results)) == 4
 
 

@@ -110,7 +110,7 @@ def recall_table(model: str = "qwen2.5-coder-0.5b") -> str:
     for row in read_rows(FILE):
         if row["model"] == model:
             found.setdefault((row["scheme"], row["tokens"]), {})[row["list"]] = row["answers"]
-            bits[row["scheme"]] = float(row["bits"])
+            bits.setdefault(row["scheme"], float(row["bits"]))
     if not found:
         return "Recall is not measured yet."
     lengths = sorted({tokens for _, tokens in found}, key=int)
@@ -122,8 +122,9 @@ def recall_table(model: str = "qwen2.5-coder-0.5b") -> str:
     return (
         f"{markdown(rows)}\n\n"
         f"{model} in bfloat16: lists that fill a prompt, and forty questions on each, answered greedily; Wilson's "
-        "interval. `lost` and `won`: questions that float alone answers, and that the scheme alone does. Bits are "
-        f"those of the longer prompt that was measured, with what is kept so that {CROP_ROOM} tokens can be cropped."
+        "interval; empty where it is not measured. `lost` and `won`: questions that float alone answers, and that the "
+        f"scheme alone does. Bits are those of the shorter prompt, with what is kept so that {CROP_ROOM} tokens can be "
+        "cropped."
     )
 
 

@@ -13,6 +13,7 @@ from engine_tables import engines_table, other_engines_tables
 from gpu_tables import gpu_digest, gpu_table
 from memory_rows import memory_rows, start_rows
 from quality import FLOAT_WEIGHTS, UNFOLDED
+from recall import recall_table
 from rows import RESULTS, Row, markdown, read_rows, scores
 from schemes import SDPA
 from support import sliding_rows, support_rows
@@ -275,6 +276,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "options": options_table,
         "checkpoints": checkpoints_table,
         "peers": peers_table,
+        "recall": recall_table,
         "engines": other_engines_tables,
         "weights": weights_table,
         "memory": partial(_resources_table, "memory.csv", memory_rows, MEMORY),

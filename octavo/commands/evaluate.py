@@ -3,7 +3,9 @@
 import argparse
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ..common.command import OneLineParser
 from ..common.convert.output.bundle import put_file
@@ -11,7 +13,8 @@ from ..common.convert.source.checkpoint import check_device
 from ..common.errors import OctavoError
 from ..evaluation.evaluating import FLOAT, Plan, Result, evaluate
 from ..evaluation.flags import add_measurement_flags, conditions_of, plan_of
-from ..evaluation.report import cost_table, quality_table
+from ..evaluation.harness import run_tasks, split_tasks, tasks_json, tasks_table
+from ..evaluation.report import cost_table, quality_table, writing_table
 from ..generate import Speaker, check_statistics_used, load_stock, with_scheme
 from ..place import converted_speaker, find_place
 
@@ -27,7 +30,7 @@ def add_flags(parser: OneLineParser) -> None:
     )
     add("--statistics", type=Path, metavar="FILE", help="what --save_statistics wrote, for schemes that need it")
     add("--reference", metavar="MODEL", help="the float model that a converted directory is compared with")
-    add_measurement_flags(parser)
+    add_measurement_flags(parser, with_harness=True)
     add("--json", type=Path, metavar="FILE", help="write all that was measured to a file, too")
 
 
@@ -62,13 +65,28 @@ def _name(model_path: str) -> str:
     return f"{name} (converted)" if name == FLOAT else name
 
 
-def _save(results: dict[str, Result], plan: Plan, file: Path) -> None:
+def _save(results: dict[str, Result], plan: Plan, tasks: list[dict[str, Any]], file: Path) -> None:
     conditions = {**dataclasses.asdict(plan), "text": None}
-    found = {"conditions": conditions, "results": {name: result.as_json() for name, result in results.items()}}
+    found = {
+        "conditions": conditions,
+        "results": {name: result.as_json() for name, result in results.items()},
+        "tasks": tasks,
+    }
     try:
         put_file(file, json.dumps(found, indent=2) + "\n")
     except OSError as error:
         raise OctavoError(f"--json {file}: cannot be written ({error.strerror})") from None
+
+
+def _notes(results: dict[str, Result], scores: Mapping[str, Any]) -> list[str]:
+    lines = ["bits: of the scheme, without what a cache keeps to be cropped, which octavo plan and cache bytes count"]
+    if any(result.divergence is not None for result in results.values()):
+        lines.append("greedy, sampled: median of the tokens that are as float's before one differs; whole: all are")
+    if any(result.peak_bytes for result in results.values()):
+        lines.append("peak: memory of the process while recall runs; all models here share it and the float weights")
+    if scores:
+        lines.append("tasks: with 95 % intervals; those of a difference are of pairs, as all see the same questions")
+    return lines
 
 
 def run(flags: argparse.Namespace) -> None:
@@ -80,11 +98,17 @@ def run(flags: argparse.Namespace) -> None:
     plan = plan_of(flags)
     if flags.json is not None and not flags.json.parent.is_dir():
         raise OctavoError(f"--json {flags.json}: cannot be written (no such directory)")
+    _, tasks = split_tasks(flags.tasks)
+    if flags.limit is not None and not tasks:
+        raise OctavoError("--limit: is of tasks of lm-eval; name one with --tasks, or leave it out")
     reference, others = _speakers(flags)
+    scores = run_tasks({FLOAT: reference, **others}, tasks, flags.limit) if tasks else {}
     results = evaluate(reference, others, plan)
     print("\n".join(quality_table(results)))
-    if costs := cost_table(results):
-        print("\n" + "\n".join(costs))
-    print("\n" + "\n".join(conditions_of(plan, flags.eval_file is None)))
+    tables = [writing_table(results), cost_table(results), tasks_table(scores) if scores else []]
+    for table in tables:
+        if table:
+            print("\n" + "\n".join(table))
+    print("\n" + "\n".join([*conditions_of(plan, flags.eval_file is None), *_notes(results, scores)]))
     if flags.json is not None:
-        _save(results, plan, flags.json)
+        _save(results, plan, tasks_json(scores) if scores else [], flags.json)

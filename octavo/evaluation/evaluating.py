@@ -10,7 +10,8 @@ from ..common.convert.measure.fidelity import Fidelity, windows
 from ..common.errors import OctavoError
 from ..common.runtime.cache.sizes import kv_bits_per_element
 from ..generate import Speaker
-from .reading import Times
+from .memory import Peak
+from .reading import Times, longest_of
 from .recall import Score, prompts_of, recall
 from .text import compare_on_text
 from .writing import Divergence, compare_writing
@@ -27,11 +28,12 @@ class Plan:
     Attributes:
         text: to score on and to write behind; None for neither.
         windows, length: of the text, how many and of how many tokens.
-        last: score the last so many tokens of a window alone; 0 for all.
+        last: score the predictions of the last so many tokens of a window alone; 0 for all.
         tasks: of recall.
         lengths: of the prompts of recall, in tokens.
         trials: questions of each task and length.
         written: tokens that are written behind each of `prompts` prompts; 0 for none.
+        sampled: whether texts are sampled as well.
     """
 
     text: str | None
@@ -43,6 +45,7 @@ class Plan:
     trials: int
     written: int
     prompts: int
+    sampled: bool = False
 
 
 @dataclass
@@ -56,6 +59,8 @@ class Result:
         divergence: of what it writes.
         cache_bytes: by length, of a cache that holds a prompt of it.
         times: of the prompts and steps of recall.
+        peak_bytes: by length, the most memory while recall was measured, with the weights; None if the system does not
+            tell. Where several models are compared in one process, they share the float weights.
     """
 
     bits: float
@@ -64,6 +69,7 @@ class Result:
     divergence: Divergence | None = None
     cache_bytes: dict[int, int] = field(default_factory=dict)
     times: Times = field(default_factory=Times)
+    peak_bytes: dict[int, int | None] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """The same, for a file."""
@@ -77,6 +83,7 @@ class Result:
             "recall": recalled,
             "writing": None if self.divergence is None else asdict(self.divergence),
             "cache_bytes": self.cache_bytes,
+            "peak_bytes": self.peak_bytes,
             "seconds_per_token": self.times.step,
             "prompt_tokens_per_second": self.times.prompt_speed,
         }
@@ -92,8 +99,9 @@ def evaluate(
         with_float: whether it is among the results, with its own recall and times.
 
     Raises:
-        OctavoError: the text is too short, or a prompt is to be.
+        OctavoError: the text is too short, or a prompt is to be; something is longer than what the model is made for.
     """
+    _check_lengths(reference, plan)
     everyone = {FLOAT: reference, **others} if with_float else dict(others)
     longest = max((*plan.lengths, plan.length))
     results = {
@@ -108,10 +116,26 @@ def evaluate(
         for length in plan.lengths:
             prompts = prompts_of(task, reference.tokenizer, length, plan.trials)
             for name, speaker in everyone.items():
-                result = results[name]
+                result, peak = results[name], Peak(speaker.model.device)
                 found = recall(speaker, prompts, f"{task} in {length:,}, {name}", result.times)
                 result.recall[task, length], result.cache_bytes[length] = found
+                most = peak.nbytes()
+                before = result.peak_bytes.get(length)
+                result.peak_bytes[length] = most if most is None or before is None else max(most, before)
     return results
+
+
+def _check_lengths(reference: Speaker, plan: Plan) -> None:
+    """Raise an `OctavoError` if something is longer than what the model is made for."""
+    most = longest_of(reference.model)
+    asked = [("--lengths", length) for length in plan.lengths if plan.tasks]
+    if plan.text is not None:
+        asked += [("--length", plan.length), ("--written", PROMPT + plan.written if plan.written else 0)]
+    for flag, tokens in asked:
+        if most is not None and tokens > most:
+            about = f" behind prompts of {PROMPT}" if flag == "--written" else ""
+            given, room = (plan.written, most - PROMPT) if about else (tokens, most)
+            raise OctavoError(f"{flag} {given}: the model is made for {most:,} tokens; give {room} at most{about}")
 
 
 def _on_text(reference: Speaker, others: Mapping[str, Speaker], plan: Plan, results: dict[str, Result]) -> None:
@@ -122,7 +146,7 @@ def _on_text(reference: Speaker, others: Mapping[str, Speaker], plan: Plan, resu
         results[name].fidelity = found
     if plan.written:
         prompts = _windows(ids, PROMPT, plan.prompts)
-        for name, written in compare_writing(reference, others, prompts, plan.written).items():
+        for name, written in compare_writing(reference, others, prompts, plan.written, plan.sampled).items():
             results[name].divergence = written
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..common.command import DEVICES, OneLineParser
 from ..common.convert.calibration.texts import default_texts
-from ..common.convert.flag_values import count
+from ..common.convert.flag_values import count, positive
 from ..common.errors import OctavoError, first_line
 from .evaluating import Plan
 from .recall import TASKS
@@ -17,18 +17,35 @@ _OWN_TEXT = (
 )
 
 
-def add_measurement_flags(parser: OneLineParser) -> None:
-    """Let a parser take what is measured, and where."""
+def add_measurement_flags(parser: OneLineParser, with_harness: bool = False) -> None:
+    """Let a parser take what is measured, and where.
+
+    Args:
+        with_harness: whether tasks of lm-eval can be named, too.
+    """
     add = parser.add_argument
     add("--eval_file", type=Path, metavar="FILE", help="text to score on (default: one that comes with Octavo)")
     add("--windows", type=count, default=2, metavar="N", help="windows of the text (default 2; 0: no text)")
     add("--length", type=count, default=2048, metavar="N", help="tokens of a window (default 2048)")
-    add("--last", type=count, default=0, metavar="N", help="score the last N tokens of each window alone")
-    add("--tasks", nargs="*", choices=list(TASKS), default=["key-value"], help="what is recalled (default key-value)")
+    add(
+        "--last",
+        type=count,
+        default=0,
+        metavar="N",
+        help="score the predictions of the last N tokens of each window alone",
+    )
+    if with_harness:
+        about = f"{', '.join(TASKS)}: what is recalled (default key-value); FILE.yaml or names: tasks of lm-eval"
+        add("--tasks", nargs="*", metavar="TASK", default=["key-value"], help=about)
+        add("--limit", type=positive, metavar="N", help="ask the first N questions of each task of lm-eval")
+    else:
+        about = "what is recalled (default key-value)"
+        add("--tasks", nargs="*", choices=list(TASKS), default=["key-value"], help=about)
     add("--lengths", nargs="+", type=count, default=[1024], metavar="N", help="tokens of its prompts (default 1024)")
     add("--trials", type=count, default=20, metavar="N", help="questions of each task and length (default 20)")
     add("--written", type=count, default=64, metavar="N", help="tokens to write greedily (default 64; 0: none)")
     add("--prompts", type=count, default=4, metavar="N", help="prompts to write behind (default 4)")
+    add("--sampled", action="store_true", help="sample as many texts, too, with the same random numbers for all models")
     add("--device_type", choices=DEVICES, default="cpu", help="where to run (default cpu)")
 
 
@@ -52,12 +69,17 @@ def plan_of(flags: argparse.Namespace) -> Plan:
     for name in ("trials", "prompts"):
         if getattr(flags, name) < 1:
             raise OctavoError(f"--{name} 0: give 1 or more")
-    if flags.last == 1:
-        raise OctavoError("--last 1: behind the last token nothing is predicted; give 2 or more, or 0 for all")
     if flags.windows and flags.length < 2:
         raise OctavoError(f"--length {flags.length}: nothing is predicted; give 2 or more")
+    if flags.windows and flags.last >= flags.length:
+        raise OctavoError(f"--last {flags.last}: of --length {flags.length} at most {flags.length - 1} are predicted")
+    if not flags.windows and flags.eval_file is not None:
+        raise OctavoError(f"--eval_file {flags.eval_file}: is not read with --windows 0; leave one of them out")
     fields = {field.name for field in dataclasses.fields(Plan)} - {"text", "tasks", "lengths"}
-    tasks, lengths = tuple(dict.fromkeys(flags.tasks)), tuple(sorted(set(flags.lengths)))
+    tasks, lengths = (
+        tuple(name for name in dict.fromkeys(flags.tasks) if name in TASKS),
+        tuple(sorted(set(flags.lengths))),
+    )
     return Plan(_text(flags), tasks=tasks, lengths=lengths, **{name: getattr(flags, name) for name in fields})
 
 

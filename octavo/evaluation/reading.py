@@ -18,6 +18,11 @@ CHUNK = 512
 """Tokens of a pass, of whose logits there are as many rows."""
 
 
+def longest_of(model: Any) -> int | None:
+    """Tokens that a model is made for; None if its config does not say."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
 @dataclass
 class Times:
     """How long passes took, in seconds.
@@ -81,17 +86,29 @@ class Reader:
         return found
 
     @torch.inference_mode()
-    def write(self, logits: torch.Tensor, count: int) -> list[int]:
-        """The likeliest token behind `logits` `[V]`, and those behind it: so many ids."""
-        found = [int(logits.argmax())]
+    def write(self, logits: torch.Tensor, count: int, chance: torch.Generator | None = None) -> list[int]:
+        """The likeliest token behind `logits` `[V]`, and those behind it: so many ids.
+
+        Args:
+            chance: sample them, by the largest logit plus Gumbel noise (Gumbel 1954), so that two models with the same
+                generator differ by their logits alone.
+        """
+        found = [_token(logits, chance)]
         while len(found) < count:
             started = time.perf_counter()
             logits = self._pass(torch.tensor(found[-1:], device=self._model.device))[-1]
             if self._times is not None:
                 self._times.steps.append(time.perf_counter() - started)
-            found.append(int(logits.argmax()))
+            found.append(_token(logits, chance))
         return found
 
     def forget(self, length: int) -> None:
         """Keep the first `length` tokens."""
         self.cache.crop(length - self.cache.get_seq_length())
+
+
+def _token(logits: torch.Tensor, chance: torch.Generator | None) -> int:
+    if chance is None:
+        return int(logits.argmax())
+    noise = -(-torch.rand(logits.shape, generator=chance, dtype=torch.float64).clamp_min(1e-300).log()).log()
+    return int((logits.double().cpu() + noise).argmax())

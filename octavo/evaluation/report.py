@@ -1,6 +1,7 @@
 """What an evaluation found, as tables for a terminal."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from statistics import median
 
 from ..common.command import aligned
 from .evaluating import FLOAT, Result
@@ -43,14 +44,31 @@ def _float_perplexity(results: Mapping[str, Result]) -> str:
 def cost_table(results: Mapping[str, Result]) -> list[str]:
     """Lines of a table of bytes and times, a row for each model; none if nothing was timed."""
     lengths = list(results[FLOAT].cache_bytes)
-    rows = [["", *(f"cache at {length:,}, MB" for length in lengths), "ms a token", "prompt, tokens/s"]]
+    peaks = [f"peak at {length:,}, MB" for length in lengths]
+    rows = [["", *(f"cache at {length:,}, MB" for length in lengths), *peaks, "ms a token", "prompt, tokens/s"]]
     for name, result in results.items():
         step, speed = result.times.step, result.times.prompt_speed
         sizes = [f"{result.cache_bytes[length] / 1e6:,.1f}" for length in lengths]
+        sizes += [_NONE if most is None else f"{most / 1e6:,.0f}" for most in result.peak_bytes.values()]
         rows.append(
             [name, *sizes, _NONE if step is None else f"{step * 1e3:.1f}", _NONE if speed is None else f"{speed:,.0f}"]
         )
     return aligned(_without_empty(rows), texts=1) if lengths else []
+
+
+def writing_table(results: Mapping[str, Result]) -> list[str]:
+    """Lines of a table of where texts depart from float's, a row for each model; none if nothing was written."""
+    found = {name: result.divergence for name, result in results.items() if result.divergence is not None}
+    rows = [["", "greedy", "least to most", "whole", "sampled", "least to most", "KL on float's text"]]
+    for name, written in found.items():
+        greedy, sampled = (_spread(counts, written.tokens) for counts in (written.first, written.sampled))
+        rows.append([name, *greedy, f"{written.same} of {len(written.first)}", *sampled, f"{written.kl:.5f}"])
+    return aligned(_without_empty(rows), texts=1) if found else []
+
+
+def _spread(counts: Sequence[int], tokens: int) -> list[str]:
+    """The median, and between what it lies."""
+    return [f"{median(counts):g} of {tokens}", f"{min(counts)} to {max(counts)}"] if counts else [_NONE, _NONE]
 
 
 def _without_empty(rows: list[list[str]]) -> list[list[str]]:

@@ -18,14 +18,14 @@ def compare_on_text(
 
     Args:
         samples: windows of token ids, `[S]` each.
-        last: score the predictions from the last so many tokens of a window alone; 0 scores all.
+        last: score the predictions of the last so many tokens of a window alone; 0 scores all.
 
     Raises:
         OctavoError: there is nothing to score.
     """
     scores = {name: Comparison() for name in others}
     for ids in tqdm(samples, desc="text", unit="window"):
-        _compare_window(reference, others, ids, max(0, len(ids) - last) if last else 0, scores)
+        _compare_window(reference, others, ids, max(0, len(ids) - 1 - last) if last else 0, scores)
     try:
         return {name: score.fidelity() for name, score in scores.items()}
     except ValueError as error:

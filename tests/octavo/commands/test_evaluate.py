@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from octavo.__main__ import main
+from octavo.evaluation import harness
 
 from ...support import TEXTS, assert_one_error_line
 
@@ -66,10 +67,14 @@ def test_only_the_reference_is_called_float(
         (["--schemes", "ascend-c8"], ("--scheme ascend-c8", "--statistics FILE")),
         (["--reference", "x"], ("--reference", "leave it out")),
         (["--eval_file", "/nowhere.txt"], ("--eval_file /nowhere.txt: cannot be read",)),
-        (["--length", "100000"], ("--eval_file", "tokens", "smaller --windows and --length")),
+        (["--windows", "9999"], ("--eval_file", "tokens", "smaller --windows and --length")),
+        (["--length", "100000"], ("--length 100000: the model is made for 4,096 tokens",)),
         (["--trials", "0"], ("--trials 0",)),
         (["--length", "1"], ("--length 1",)),
-        (["--last", "1"], ("--last 1: behind the last token nothing is predicted",)),
+        (["--last", "60", "--length", "60"], ("--last 60: of --length 60 at most 59 are predicted",)),
+        (["--windows", "0", "--eval_file", "x"], ("--eval_file x: is not read with --windows 0",)),
+        (["--tasks", "nowhere.yaml"], ("--tasks nowhere.yaml: no such file", "key-value, needles")),
+        (["--limit", "3"], ("--limit: is of tasks of lm-eval",)),
         (["--json", "/nowhere/found.json"], ("--json /nowhere/found.json: cannot be written",)),
         (["--statistics", "x.safetensors"], ("--statistics x.safetensors: int8-token, octavo-4 needs no calib",)),
     ],
@@ -95,4 +100,13 @@ def test_what_cannot_be_measured_of_a_converted_directory(
     directory = str(converted(*C8))
     capsys.readouterr()
     assert main(["evaluate", directory, *(flag.format(itself=directory) for flag in flags)]) == 1
+    assert_one_error_line(capsys.readouterr().err, *parts)
+
+
+def test_tasks_without_lm_eval(
+    source: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(harness, "find_spec", lambda name: None)
+    assert main(["evaluate", str(source), "--tasks", "key-valeu"]) == 1
+    parts = ("--tasks key-valeu: needs lm-eval;", 'pip install "octavo[tasks]"', "did you mean key-value?")
     assert_one_error_line(capsys.readouterr().err, *parts)

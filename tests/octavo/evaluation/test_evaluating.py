@@ -1,5 +1,6 @@
 """An evaluation: equal to what the pieces of the library compute, and sensitive to what it is to find."""
 
+import dataclasses
 import random
 from pathlib import Path
 
@@ -10,9 +11,9 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from octavo.common.convert.measure.fidelity import compare
 from octavo.common.errors import OctavoError
 from octavo.evaluation.evaluating import Plan, evaluate
-from octavo.evaluation.reading import CHUNK, Reader, Times
+from octavo.evaluation.reading import CHUNK, Reader, Times, _token
 from octavo.evaluation.recall import ASKED, ROOM, TASKS, Score, key_values, needles, prompts_of, recall
-from octavo.evaluation.report import cost_table, quality_table
+from octavo.evaluation.report import cost_table, quality_table, writing_table
 from octavo.evaluation.text import compare_on_text
 from octavo.evaluation.writing import compare_writing
 from octavo.generate import Speaker, load_stock, with_scheme
@@ -54,7 +55,7 @@ def test_scores_on_text_are_those_of_whole_passes(reference: Speaker, others: di
 def test_the_last_tokens_alone_are_scored(reference: Speaker, others: dict[str, Speaker]) -> None:
     ids = random_ids(1, CHUNK + 40)[0]
     found = compare_on_text(reference, others, [ids], last=60)
-    assert {score.tokens for score in found.values()} == {59}  # behind the last of 60 nothing is known
+    assert {score.tokens for score in found.values()} == {60}
     with pytest.raises(OctavoError, match="text: nothing to compare"):
         compare_on_text(reference, others, [ids[:1]])
 
@@ -73,6 +74,31 @@ def test_writing_departs_where_greedy_texts_differ(reference: Speaker, others: d
         written.append(out[0, 30:])
     differs = (written[0] != written[1]).nonzero()
     assert found["octavo-2"].first[0] == (int(differs[0]) if len(differs) else 12)
+
+
+def test_what_is_longer_than_the_model_is_refused(reference: Speaker) -> None:
+    long = dataclasses.replace(PLAN, lengths=(5000,))
+    with pytest.raises(OctavoError, match="--lengths 5000: the model is made for 4,096 tokens; give 4096 at most"):
+        evaluate(reference, {}, long)
+    with pytest.raises(OctavoError, match="--length 4097: the model"):
+        evaluate(reference, {}, dataclasses.replace(PLAN, length=4097))
+    with pytest.raises(OctavoError, match=r"--written 4090: .* give 4032 at most behind prompts of 64"):
+        evaluate(reference, {}, dataclasses.replace(PLAN, written=4090))
+
+
+def test_sampled_texts_share_their_random_numbers(reference: Speaker, others: dict[str, Speaker]) -> None:
+    """The float scheme samples the same text; what is told of a model is against float's own text."""
+    prompts = [random_ids(1, 30, seed=seed)[0] for seed in range(2)]
+    same = {"float": with_scheme(reference, "float", None), **others}
+    found = compare_writing(reference, same, prompts, 12, with_sampled=True)
+    assert found["float"].sampled == (12, 12) and found["float"].kl == pytest.approx(0, abs=1e-6)
+    assert found["octavo-2"].kl > found["int8-token"].kl > 0 and len(found["octavo-2"].sampled) == 2
+
+
+def test_gumbel_noise_samples_the_softmax() -> None:
+    logits, chance = torch.tensor([0.0, 1.0, 2.0]), torch.Generator().manual_seed(0)
+    counts = torch.bincount(torch.tensor([_token(logits, chance) for _ in range(4000)])) / 4000
+    assert torch.allclose(counts.float(), logits.softmax(-1), atol=0.03)
 
 
 # Recall
@@ -158,6 +184,8 @@ def test_an_evaluation_has_a_row_for_each_model(reference: Speaker, others: dict
     assert lines[0].split() == ["bits", "KL", "perplexity", "top-1", "key-value", "300", "as", "float", "for"]
     assert len(lines) == 4 and lines[1].startswith("float")
     assert len({len(line) for line in lines[2:]}) == 1
+    assert writing_table(results)[1].split()[0] == "int8-token" and len(writing_table(results)) == 3
+    assert results["float"].peak_bytes[300] > results["float"].cache_bytes[300]
     assert "cache at 300, MB" in cost_table(results)[0] and len(cost_table(results)) == 4
 
 

@@ -12,7 +12,7 @@ WAYS = ("eager", "graph", "compiled")
 DIGEST = {
     "decode, batch 8, 32,768 keys, 32/8 heads of 128": "attention of a token",
     "prefill, 8,192 tokens, 32/8 heads of 128": "attention of a prompt",
-    "Llama 1B shape, batch 8, decode at 16,384 tokens": "a step of a whole model",
+    "Llama 1B shape, batch 1, decode at 2,048 tokens": "a step of a whole model",
     "Llama 8B shape, batch 1, decode at 8,192 tokens": "a step of a whole model",
 }
 """Cases that README shows, and what they are."""

@@ -17,7 +17,7 @@ from ..common.errors import OctavoError, did_you_mean, first_line
 from ..generate import Speaker
 from .recall import TASKS, Score, Z
 
-INSTALL = 'pip install "octavo[tasks]"'
+INSTALL = "pip install lm_eval"
 SUFFIXES = (".yaml", ".yml")
 
 

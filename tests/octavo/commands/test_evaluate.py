@@ -108,5 +108,5 @@ def test_tasks_without_lm_eval(
 ) -> None:
     monkeypatch.setattr(harness, "find_spec", lambda name: None)
     assert main(["evaluate", str(source), "--tasks", "key-valeu"]) == 1
-    parts = ("--tasks key-valeu: needs lm-eval;", 'pip install "octavo[tasks]"', "did you mean key-value?")
+    parts = ("--tasks key-valeu: needs lm-eval;", "pip install lm_eval", "did you mean key-value?")
     assert_one_error_line(capsys.readouterr().err, *parts)

@@ -43,7 +43,7 @@ metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}
 @pytest.fixture(scope="module")
 def lm_eval() -> Any:
     pytest.importorskip("accelerate", reason="lm-eval's own model needs accelerate")
-    return pytest.importorskip("lm_eval", reason='needs lm-eval: pip install lm_eval')
+    return pytest.importorskip("lm_eval", reason="needs lm-eval: pip install lm_eval")
 
 
 @pytest.fixture(scope="module")

@@ -18,11 +18,11 @@ from engine_cases import CONTENDERS, Contender
 from engine_files import Model, prepared, slug, start
 from engine_process import EngineFailure
 from rows import RESULTS, Row, append_rows
-from timing import device_name
 from transformers import AutoTokenizer
 
 from octavo.common.convert.measure.fidelity import ROWS, Comparison, windows
 from octavo.common.convert.output.bundle import code_digest, commit
+from octavo.machine import device_name
 
 FILE = "engines.csv"
 COLUMNS = ("commit", "machine", "threads", "isa", "model", "batch", "context", "kind", "contender", "system", "rounds",

@@ -24,10 +24,11 @@ import transformers
 from gpu_cases import DECODE, LINEARS, PREFILL, GpuCase, Measured, attention_case
 from gpu_models import LARGE, SMALL, TINY, model_case
 from rows import RESULTS, Row, append_rows, read_rows
-from timing import Stopwatch, copy_bandwidth, device_name, in_turns, read_bandwidth
+from timing import Stopwatch, copy_bandwidth, in_turns, read_bandwidth
 
 from octavo.common.convert.output.bundle import code_digest, commit
 from octavo.common.errors import first_line
+from octavo.machine import device_name
 
 COLUMNS = (
     "commit", "code", "torch", "transformers", "machine", "op", "case", "what", "p50_ms", "p20_ms", "p80_ms",

@@ -25,7 +25,6 @@ import torch
 import transformers
 from conversions import convert_quietly
 from rows import RESULTS, Row, append_rows
-from timing import device_name
 from transformers import AutoConfig, AutoTokenizer
 
 from octavo import ConvertRequest
@@ -33,6 +32,7 @@ from octavo.common.architecture import architecture_names, load_architecture
 from octavo.common.convert.flags import recipe_fields
 from octavo.common.convert.output.bundle import commit, write_bundle
 from octavo.common.convert.presets import RECIPES
+from octavo.machine import device_name
 
 CASE = Path(__file__).parent / "memory_case.py"
 FLOAT, TWO_LINES, QUICKSTART = "float", "two lines, ", "quickstart"

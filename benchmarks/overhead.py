@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from cases import check_close
 from rows import RESULTS, append_rows
-from timing import device_name
 
 from octavo.common.architecture import load_architecture
 from octavo.common.convert.output.bundle import RUNTIME, write_bundle
+from octavo.machine import device_name
 
 HEADS, GROUPS, WIDTH, KEYS, CAPACITY = 9, 3, 64, 128, 512
 ROUNDS, CALLS = 100, 100

@@ -17,13 +17,14 @@ import transformers
 from cases import Case
 from rows import RESULTS, Row, append_rows
 from shapes import OP_CASES
-from timing import Stopwatch, device_name, in_turns, read_bandwidth
+from timing import Stopwatch, in_turns, read_bandwidth
 from tqdm import tqdm
 
 from models import MODEL_CASES
 from octavo import ops
 from octavo.common.command import aligned
 from octavo.common.convert.output.bundle import commit
+from octavo.machine import device_name
 
 CASES = {kind: [*OP_CASES[kind], *MODEL_CASES[kind]] for kind in OP_CASES}
 COLUMNS = (

@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator
 import torch
 from cases import check_close
 from rows import RESULTS, Row, append_rows
-from timing import device_name
 from torch.nn import functional
 
 from octavo.common.convert.output.bundle import commit
@@ -29,6 +28,7 @@ from octavo.common.runtime.cache.quantized_layer import QuantizedLayer
 from octavo.common.runtime.schemes.kv_scheme import PRESETS, Scheme, load_scheme
 from octavo.common.runtime.schemes.tensor_codec import Codec
 from octavo.common.runtime.static_scales import LayerScales
+from octavo.machine import device_name
 
 COLUMNS = ("commit", "torch", "machine", "threads", "heads", "kv_heads", "head_dim", "tokens", "scheme", "attention_us",
            "update_us", "ns_per_key", "bytes_per_key")  # fmt: skip

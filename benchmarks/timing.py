@@ -1,11 +1,9 @@
 """How the benchmarks time: variants of one case in turns, on the device's own clock, beside its measured bandwidth."""
 
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -24,17 +22,6 @@ class Timing:
     p20: float
     p50: float
     p80: float
-
-
-def device_name(device: torch.device) -> str:
-    """Name of the processor, as the system gives it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 class Stopwatch:

@@ -54,28 +54,36 @@ def uniform_presets(costs: Costs, bits: float) -> list[Scheme]:
     return sorted(found, key=costs.bits)[-FEW:]
 
 
-def uniform_choices(costs: Costs, bits: float) -> list[int]:
-    """The options of no more than `bits` that lose least if every layer takes them."""
+def uniform_choices(costs: Costs, bits: float, seconds: float | None = None) -> list[int]:
+    """The options that lose least if every layer takes them, of no more than `bits`, or instead no more time."""
     layers = len(costs.losses)
-    fit = [index for index, option in enumerate(costs.options) if costs.bits(option.scheme) <= bits]
+
+    def fits(index: int) -> bool:
+        if seconds is not None:
+            return costs.predicted_seconds([index] * layers) <= seconds
+        return costs.bits(costs.options[index].scheme) <= bits
+
+    fit = filter(fits, range(len(costs.options)))
     return sorted(fit, key=lambda index: costs.predicted([index] * layers))[:FEW]
 
 
 def rows_of(
-    costs: Costs, chosen: Sequence[int], bits: float, reference: Speaker, samples: Sequence[torch.Tensor], store: Store
-) -> list[Row]:
+    costs: Costs, chosen: Sequence[int], bits: float, reference: Speaker, samples: Sequence[torch.Tensor],
+    store: Store, seconds: float | None = None,
+) -> list[Row]:  # fmt: skip
     """What was found, first, and uniform schemes of no more than `bits`.
 
     Args:
+        seconds: of a decode step: then schemes that take no more, instead, and no presets, which were not timed.
         reference: the float model.
         samples: windows of held-out token ids `[S]`.
         store: of what was measured before.
     """
     entries: dict[str, tuple[Scheme, str, float | None]] = {}
-    for index in uniform_choices(costs, bits):
+    for index in uniform_choices(costs, bits, seconds):
         scheme = costs.options[index].scheme
         entries[identity_of(scheme)] = scheme, scheme.name, costs.predicted([index] * len(costs.losses))
-    presets = {identity_of(scheme): scheme for scheme in uniform_presets(costs, bits)}
+    presets = {identity_of(scheme): scheme for scheme in (uniform_presets(costs, bits) if seconds is None else ())}
     for identity, scheme in presets.items():
         _, _, predicted = entries.get(identity, (scheme, scheme.name, None))
         entries[identity] = scheme, scheme.name, predicted

@@ -42,31 +42,38 @@ def layer_table(costs: Costs, chosen: Sequence[int]) -> Table:
         scheme, loss = costs.options[option].scheme, costs.losses[layer][option]
         bits = costs.bits(scheme)
         stored = (codec_words(scheme.key), codec_words(scheme.value))
+        times = () if costs.seconds is None else (costs.seconds[layer][option] * 1e3,)
         rows.append(
             (
                 Cell(str(layer), layer),
                 *(Cell(text, text) for text in stored),
                 Cell(str(scheme.window), scheme.window),
                 Cell(f"{bits:.2f}", bits),
+                *(Cell(f"{time:.3f}", time) for time in times),
                 Cell(f"{loss:.2g}", loss),
             )
         )
-    return Table(("layer", "K", "V", "float window", "bits", "KL alone"), tuple(rows))
+    heads = ("layer", "K", "V", "float window", "bits", *(() if costs.seconds is None else ("ms",)), "KL alone")
+    return Table(heads, tuple(rows))
 
 
-def sentence(rows: Sequence[Row], bits: float) -> str:
-    """By how much what was found beats the best uniform scheme, and the best preset if that is another."""
+def sentence(rows: Sequence[Row], limit: str) -> str:
+    """By how much what was found beats the best uniform scheme, and the best preset if that is another.
+
+    Args:
+        limit: that all of them keep, with its unit.
+    """
     found, *others = rows
     said = f"{found.name}: {found.bits:.3f} bits, KL {found.fidelity.kl:.4f} on held-out text."
     if not others:
-        return f"{said} No uniform scheme takes so few bits."
+        return f"{said} No uniform scheme takes at most {limit}."
     best = others[0]
     presets = [row for row in others if row.is_preset and row is not best]
     for row in (best, *presets[:1]):
         kind = "uniform scheme" if row is best else "preset"
         change = 1 - found.fidelity.kl / row.fidelity.kl
         said += (
-            f" The best {kind} of at most {bits:.3f} bits is {row.name}: {row.bits:.3f} bits, "
+            f" The best {kind} of at most {limit} is {row.name}: {row.bits:.3f} bits, "
             f"KL {row.fidelity.kl:.4f}; what was found has {abs(change):.0%} {'less' if change >= 0 else 'more'}."
         )
     return said

@@ -22,15 +22,17 @@ from ..common.runtime.schemes.kv_scheme import Scheme, load_scheme
 from ..common.runtime.version import VERSION
 from ..comparing.measuring import model_digest, write_whole
 from ..generate import Speaker, load_stock
+from ..machine import device_name
 from ..place import Place, find_place
 from ..planning.sizes import size_of
 from .held_out import Row, rows_of
+from .latency import Stopwatch, Times, check_milliseconds
 from .probe import Probe
 from .report import layer_table, page, sentence, table_of
 from .sensitivity import Sensitivity
-from .sides import options_of, sides_of
+from .sides import Option, options_of, sides_of
 from .store import Store
-from .targets import Costs, below_kl, within_bits, within_bytes
+from .targets import Costs, below_kl, within_bits, within_bytes, within_milliseconds
 
 SCHEMES = ("octavo-2", "octavo-3", "octavo-4")
 WINDOWS = (8, 64)
@@ -43,6 +45,8 @@ def add_flags(parser: OneLineParser) -> None:
     add, budget = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--bits", type=limit, metavar="N", help="most bits of an element of K and V, all counted")
     budget.add_argument("--memory", metavar="SIZE", help="most memory of the cache of one sequence, such as 200MB")
+    about = "most time of attention in a decode step at --context tokens on this machine, all layers together"
+    budget.add_argument("--milliseconds", type=limit, metavar="N", help=about)
     budget.add_argument("--kl", type=limit, metavar="NATS", help="most KL to the float model")
     about = "to write into; the same command goes on where one was cut off"
     add("--out", type=Path, required=True, metavar="DIR", help=about)
@@ -51,7 +55,7 @@ def add_flags(parser: OneLineParser) -> None:
         type=positive,
         default=COUNTED_LENGTH,
         metavar="N",
-        help="tokens at which bits and memory are counted (default 2048)",
+        help="tokens at which bits and memory are counted and times taken (default 2048)",
     )
     about = f"whose K and V a layer may take (default {' '.join(SCHEMES)})"
     add("--schemes", nargs="+", default=SCHEMES, metavar="NAME", help=about)
@@ -137,13 +141,27 @@ class _Search:
         scored = {"scored": calib.length // 2}
         self._measured = Store(flags.out / "measured", {**calib.conditions(run), **scored})
         self._verified = Store(flags.out / "verified", held.conditions(run))
+        self._run = run
 
     @cached_property
+    def _loaded(self) -> tuple[Speaker, torch.dtype]:
+        speaker = load_stock(self._place.directory, "float", None, self._flags.device_type)
+        dtype = speaker.model.dtype
+        speaker.model.float()
+        return speaker, dtype
+
+    @property
     def speaker(self) -> Speaker:
         """The float model; in float32, since rounding to 16 bits costs more than coding some of the layers."""
-        speaker = load_stock(self._place.directory, "float", None, self._flags.device_type)
-        speaker.model.float()
-        return speaker
+        return self._loaded[0]
+
+    @cached_property
+    def stopwatch(self) -> Stopwatch:
+        """What times, in the dtype that the model is stored and runs in."""
+        speaker, dtype = self._loaded
+        machine = {"machine": device_name(speaker.model.device), "torch": torch.__version__}
+        run = {**self._run, **machine, "dtype": str(dtype), "context": self._flags.context}
+        return Stopwatch(speaker, dtype, self._flags.context, Store(self._flags.out / "timed", run))
 
     @cached_property
     def samples(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -157,14 +175,34 @@ class _Search:
         """What each layer may store, and what that loses."""
         sides, _ = sides_of(schemes, self._flags.float_windows), self.samples
         options, config = options_of(sides), self.speaker.model.config.get_text_config(decoder=True)
+        seconds = self._seconds(options)
         sensitivity = Sensitivity(self._probe, config.num_hidden_layers, self._measured)
         rows = sensitivity.of_sides(sides)
         losses = [[row[option.key] + row[option.value] for option in options] for row in rows]
-        return Costs(config, self.speaker.model.dtype, options, losses, self._flags.context), sensitivity
+        return Costs(config, self.speaker.model.dtype, options, losses, self._flags.context, seconds), sensitivity
+
+    def _seconds(self, options: list[Option]) -> list[list[float]] | None:
+        """Times of layers under a budget of time, which is refused before hours are spent."""
+        if self._flags.milliseconds is None:
+            return None
+        seconds = self.stopwatch.of_options(options)
+        check_milliseconds(self._flags.milliseconds, options, seconds, self._flags.context)
+        return seconds
 
     def rows(self, costs: Costs, chosen: list[int], bits: float) -> list[Row]:
         """What was found and uniform schemes, on held-out text."""
-        return rows_of(costs, chosen, bits, self.speaker, self.samples[1], self._verified)
+        budget = self._flags.milliseconds
+        seconds = None if budget is None else budget / 1e3
+        return rows_of(costs, chosen, bits, self.speaker, self.samples[1], self._verified, seconds)
+
+    def times(self, costs: Costs, chosen: list[int]) -> Times | None:
+        """Of what was found, under a budget of time."""
+        budget, context = self._flags.milliseconds, self._flags.context
+        if budget is None:
+            return None
+        predicted = costs.predicted_seconds(chosen)
+        found = (1e3 * seconds for seconds in (predicted, *self.stopwatch.of_whole(costs.scheme(chosen))))
+        return Times(budget, *found, context, device_name(self.speaker.model.device))
 
 
 def _chosen(flags: argparse.Namespace, costs: Costs, sensitivity: Sensitivity) -> list[int]:
@@ -172,6 +210,8 @@ def _chosen(flags: argparse.Namespace, costs: Costs, sensitivity: Sensitivity) -
         return within_bits(costs, flags.bits)
     if flags.memory is not None:
         return within_bytes(costs, size_of(flags.memory))
+    if flags.milliseconds is not None:
+        return within_milliseconds(costs, flags.milliseconds)
     return below_kl(costs, flags.kl, sensitivity.of_whole)
 
 
@@ -191,6 +231,8 @@ def _conditions(flags: argparse.Namespace, calib: _Text, held: _Text, whole: flo
 def _budget(flags: argparse.Namespace) -> str:
     if flags.bits is not None:
         return f"{flags.bits:g} bits"
+    if flags.milliseconds is not None:
+        return f"{flags.milliseconds:g} ms at {flags.context} tokens"
     return f"KL {flags.kl:g}" if flags.kl is not None else f"{flags.memory} at {flags.context} tokens"
 
 
@@ -219,37 +261,44 @@ def run(flags: argparse.Namespace) -> None:
     bits = max(costs.bits(scheme), flags.bits or 0.0)
     rows = search.rows(costs, chosen, bits)
     conditions = _conditions(flags, calib, held, sensitivity.of_whole(scheme), costs.predicted(chosen))
-    _write(flags, name, rows, costs, chosen, conditions, bits)
-    _print(flags, rows, costs, chosen, conditions, bits)
+    times = search.times(costs, chosen)
+    if times is not None:
+        conditions.append(times.sentence())
+    limit = f"{bits:.3f} bits" if times is None else f"{flags.milliseconds:g} ms"
+    said = sentence(rows, limit)
+    _write(flags, name, rows, costs, chosen, conditions, said, times)
+    _print(flags, rows, costs, chosen, conditions, said)
 
 
 def _write(
     flags: argparse.Namespace, name: str, rows: list[Row], costs: Costs, chosen: list[int], conditions: list[str],
-    bits: float,
+    said: str, times: Times | None,
 ) -> None:  # fmt: skip
     data = {
         "model": flags.model_path,
         "budget": _budget(flags),
-        "advice": sentence(rows, bits),
+        "advice": said,
         "conditions": conditions,
         "bytes": costs.nbytes(costs.scheme(chosen)),
         "results": [asdict(row) for row in rows],
         "options": [option.scheme.to_dict() for option in costs.options],
         "losses": costs.losses,
+        "seconds": costs.seconds,
+        "milliseconds": None if times is None else asdict(times),
         "chosen": chosen,
     }
     write_whole(flags.out / "results.json", json.dumps(data, indent=2) + "\n")
-    write_whole(flags.out / "index.html", page(name, sentence(rows, bits), rows, costs, chosen, conditions))
+    write_whole(flags.out / "index.html", page(name, said, rows, costs, chosen, conditions))
 
 
 def _print(
-    flags: argparse.Namespace, rows: list[Row], costs: Costs, chosen: list[int], conditions: list[str], bits: float
+    flags: argparse.Namespace, rows: list[Row], costs: Costs, chosen: list[int], conditions: list[str], said: str
 ) -> None:
     for table, texts in ((layer_table(costs, chosen), 3), (table_of(rows), 1)):
         cells = [table.heads, *([cell.text for cell in row] for row in table.rows)]
         print("\n".join(aligned(cells, texts=texts)) + "\n")
     size = costs.nbytes(costs.scheme(chosen))
-    print(f"{sentence(rows, bits)} At {flags.context:,} tokens the cache takes {size / 1e6:,.4g} MB.")
+    print(f"{said} At {flags.context:,} tokens the cache takes {size / 1e6:,.4g} MB.")
     print("\n".join(conditions))
     print(f"\n  octavo run {shlex.quote(flags.model_path)} --scheme {shlex.quote(str(flags.out / SCHEME_FILE))}\n")
     print(flags.out / "index.html")

@@ -1,4 +1,4 @@
-"""From costs of layers to a scheme that keeps a budget: of bits, of memory, or of KL.
+"""From costs of layers to a scheme that keeps a budget: of bits, of memory, of time, or of KL.
 
 L layers, O options.
 """
@@ -14,6 +14,7 @@ from ..common.runtime.cache.sizes import kv_bits_per_element, kv_bytes_of_layers
 from ..common.runtime.schemes.kv_scheme import CROP_ROOM, Scheme
 from ..planning.cache import cache_size
 from .choosing import Choices
+from .latency import check_milliseconds
 from .sides import Option, layered
 
 ROUNDS = 8
@@ -32,6 +33,7 @@ class Costs:
         options: that each layer has.
         losses: KL of each option in each layer, `[L][O]`.
         context: tokens over which sinks and windows are spread when bits are counted.
+        seconds: of a decode step by each option in each layer, `[L][O]`, where the budget is of time.
     """
 
     config: PreTrainedConfig
@@ -39,6 +41,7 @@ class Costs:
     options: Sequence[Option]
     losses: Sequence[Sequence[float]]
     context: int
+    seconds: Sequence[Sequence[float]] | None = None
 
     def bits(self, scheme: Scheme) -> float:
         """Bits of an element of K and V, as the table of schemes counts them."""
@@ -57,6 +60,14 @@ class Costs:
         """Choices that cost bytes of a cache."""
         columns = [kv_bytes_of_layers(self.config, option.scheme, self.context, CROP_ROOM) for option in self.options]
         return Choices([list(row) for row in zip(*columns, strict=True)], self.losses)
+
+    def choices_by_seconds(self) -> Choices:
+        """Choices that cost time; K and V of a layer are read by one kernel, so that pairs cost and not sides."""
+        return Choices(self.seconds, self.losses)
+
+    def predicted_seconds(self, chosen: Sequence[int]) -> float:
+        """The time of a choice if those of its layers add up."""
+        return sum(row[option] for row, option in zip(self.seconds, chosen, strict=True))
 
     def scheme(self, chosen: Sequence[int], name: str = "searched", origin: str = "") -> Scheme:
         """The scheme of a choice."""
@@ -100,6 +111,16 @@ def within_bytes(costs: Costs, memory: int) -> list[int]:
         f"--memory: {memory / 1e6:,.4g} MB; at {costs.context:,} tokens the cache takes from {least / 1e6:,.4g} to "
         f"{most / 1e6:,.4g} MB with these schemes; give more, or a smaller --context"
     )
+
+
+def within_milliseconds(costs: Costs, milliseconds: float) -> list[int]:
+    """The choice that loses least of those whose layers take no more time in sum.
+
+    Raises:
+        OctavoError: there is none.
+    """
+    check_milliseconds(milliseconds, costs.options, costs.seconds, costs.context)
+    return costs.choices_by_seconds().within(milliseconds / 1e3)
 
 
 def below_kl(costs: Costs, kl: float, whole: Callable[[Scheme], float]) -> list[int]:

@@ -1,6 +1,8 @@
 """`octavo search`: budgets that are kept, results that are taken up again, a scheme file that others read, refusals."""
 
+import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from octavo.common.runtime.cache.quantized_cache import QuantizedCache
 from octavo.common.runtime.cache.sizes import kv_bits_per_element
 from octavo.common.runtime.schemes.kv_scheme import Scheme, load_scheme
 from octavo.planning.cache import cache_size
+from octavo.searching.latency import DecodeStep
 from octavo.searching.probe import Probe
 
 from ...support import TEXTS, assert_one_error_line
@@ -103,6 +106,56 @@ def test_kl_is_kept_by_the_whole_scheme_on_the_text_that_chose(command: list[str
     assert verified[json.dumps(fields, sort_keys=True)] <= budget
 
 
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Lets steps take times of our own, by layers and bits of K times those of V; names of schemes timed from here."""
+    found: list[str] = []
+
+    def made(self: DecodeStep, model: object, scheme: Scheme, layers: Sequence[int], *_: object) -> None:
+        found.append(scheme.name)
+        parts = [scheme.of_layer(layer) for layer in layers]
+        sizes = [16 * 16 if part.key is None else part.key.bits * part.value.bits for part in parts]
+        self.taken = 1e-4 * sum(sizes)
+
+    monkeypatch.setattr(DecodeStep, "__init__", made)
+    monkeypatch.setattr(DecodeStep, "seconds", lambda self: self.taken)
+    return found
+
+
+def test_time_is_kept_and_the_whole_is_timed_beside_floats(
+    command: list[str], timed: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command, "--milliseconds", "2.5", "--context", "512"]) == 0
+    said = capsys.readouterr().out
+    results = json.loads((Path(command[3]) / "results.json").read_text())
+    seconds, losses, chosen = (results[name] for name in ("seconds", "losses", "chosen"))
+
+    def total(rows: list[list[float]], choice: Sequence[int]) -> float:
+        return sum(row[option] for row, option in zip(rows, choice, strict=True))
+
+    every = itertools.product(range(len(seconds[0])), repeat=3)
+    best = min(total(losses, choice) for choice in every if total(seconds, choice) <= 2.5e-3)
+    assert total(seconds, chosen) <= 2.5e-3 and total(losses, chosen) == pytest.approx(best, abs=1e-12)
+    times = results["milliseconds"]
+    assert times["predicted"] == pytest.approx(times["measured"]) == pytest.approx(1e3 * total(seconds, chosen))
+    assert times["floats"] == pytest.approx(3 * 25.6)
+    assert "ms measured as a whole; 76.8 ms with floats." in said and "best uniform scheme of at most 2.5 ms is" in said
+    assert timed[-1] == "float" and len(timed) == len(seconds[0]) + 2
+    assert all(row["name"] == "searched" or not row["is_preset"] for row in results["results"])
+    timed.clear()
+    assert main([*command, "--milliseconds", "2.5", "--context", "512"]) == 0
+    assert timed == [] and capsys.readouterr().out == said
+
+
+def test_less_time_than_the_fastest_takes_is_refused_before_anything_is_coded(
+    command: list[str], timed: list[str], measured: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command, "--milliseconds", "1.1"]) == 1
+    parts = ("--milliseconds 1.1: on this machine the fastest of these schemes (octavo-2, window 8) takes 1.2 ms",)
+    assert_one_error_line(capsys.readouterr().err, *parts, "at 2,048 tokens")
+    assert timed and measured == []
+
+
 def test_what_was_measured_is_not_measured_again(
     command: list[str], measured: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -151,4 +204,6 @@ def test_the_text_that_chooses_does_not_verify(command: list[str], capsys: pytes
 def test_one_budget_is_needed(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(command)
-    assert_one_error_line(capsys.readouterr().err, "one of the arguments --bits --memory --kl is required")
+    assert_one_error_line(
+        capsys.readouterr().err, "one of the arguments --bits --memory --milliseconds --kl is required"
+    )

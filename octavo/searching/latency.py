@@ -79,7 +79,10 @@ class Times:
             f"{self.floats:.4g} ms with floats."
         )
         if self.measured > self.budget:
-            said += f" As a whole that is above the budget of {self.budget:g} ms: give less."
+            said += (
+                f" As a whole that is above the budget of {self.budget:g} ms: give less; or, if the machine had other "
+                "work, remove the directory timed beside the scheme and time again."
+            )
         return said
 
 

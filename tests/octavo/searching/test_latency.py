@@ -158,4 +158,4 @@ def test_a_whole_above_its_budget_is_said() -> None:
     assert "at 4,096 tokens on a machine: 1.9 ms as the sum over layers, 1.95 ms measured as a whole; 3 ms with" in said
     assert "above" not in said
     above = Times(2.0, 1.9, 2.1, 3.0, 4096, "a machine").sentence()
-    assert "As a whole that is above the budget of 2 ms: give less; or" in above and "remove the directory timed" in above
+    assert above.count("As a whole that is above the budget of 2 ms: give less; or, if the machine had other work") == 1

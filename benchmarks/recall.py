@@ -142,14 +142,14 @@ def _cells(answered: dict[str, str] | None, plain: dict[str, str] | None) -> tup
 
 
 def main() -> int:
-    """Calibrate if there are no statistics yet, measure and append."""
+    """Calibrate if there are no statistics yet; else measure and append."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model_path", required=True, help="float checkpoint")
     parser.add_argument("--calib_file", type=Path, help="calibration texts, if there are no statistics yet")
     parser.add_argument("--statistics", required=True, type=Path, help="a calibration: read, or written if missing")
     parser.add_argument("--scheme", nargs="*", default=PRESETS, help="presets to measure; all if not given")
     parser.add_argument("--tokens", nargs="+", type=int, default=[4096, 8192], help="lengths of prompts")
-    parser.add_argument("--lists", type=int, default=1, help="lists of each length, ten questions each")
+    parser.add_argument("--lists", type=int, default=1, help="lists of each length, forty questions each")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no list later than that")
     flags = parser.parse_args()
     if not flags.statistics.exists():

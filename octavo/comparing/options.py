@@ -8,7 +8,7 @@ from typing import Any
 from ..common.convert.flags import SCHEME_FLAGS
 from ..common.convert.presets import RECIPES, RENAMED, check_preset, load_recipe
 from ..common.errors import OctavoError, did_you_mean
-from ..common.runtime.schemes.kv_scheme import PRESETS, Scheme, load_scheme
+from ..common.runtime.schemes.kv_scheme import KV_CACHE_DTYPES, PRESETS, Scheme, load_scheme
 
 CACHE, LINEARS, CODES = "cache", "linears", "codes"
 _FLAGS = {
@@ -81,7 +81,14 @@ def preset_steps(name: str) -> list[Step]:
 
 
 def scheme_steps(scheme: Scheme) -> list[Step]:
-    """A scheme up to each of its options, the codes first and the scheme itself last."""
+    """A scheme up to each of its options, the codes first and the scheme itself last.
+
+    Raises:
+        OctavoError: it codes nothing, or layers differ, of which each has options of its own.
+    """
+    if not scheme.is_quantized or scheme.layers:
+        reason = "its layers differ" if scheme.layers else "it codes nothing"
+        raise OctavoError(f"--options {scheme.name}: {reason}; take a scheme whose layers have the same options")
     options = {
         option: fields
         for option, fields in _FIELDS.items()
@@ -106,7 +113,7 @@ def steps_of(name: str) -> list[Step]:
     """
     if name in (*RECIPES, *RENAMED):
         return preset_steps(RENAMED.get(check_preset(name), name))
-    if name in PRESETS or name.endswith(".json"):
+    if name in (*PRESETS, *KV_CACHE_DTYPES) or name.endswith(".json"):
         return scheme_steps(load_scheme(name))
     known = (*RECIPES, *PRESETS)
     raise OctavoError(f"--options {name}: is neither a preset nor a scheme{did_you_mean(name, known)}")

@@ -93,7 +93,8 @@ class HarnessModel(TemplateLM):
             settings.pop("temperature", None)
         ids = self._ids(self.tok_encode(context)[-max(1, self._longest - tokens) :])[None]
         with torch.random.fork_rng(enabled=settings["do_sample"]):
-            torch.manual_seed(SEED)
+            if settings["do_sample"]:
+                torch.manual_seed(SEED)
             written = model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),

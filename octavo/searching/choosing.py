@@ -46,6 +46,10 @@ class Choices:
         room = math.floor((budget - self.least) / self._step + _SLACK)
         return None if room < 0 else self._traced(min(room, len(self._best) - 1))
 
+    def budget_under(self, chosen: Sequence[int]) -> float:
+        """The largest budget that a choice does not keep."""
+        return self.least + self._step * (sum(row[option] for row, option in zip(self._costs, chosen, strict=True)) - 1)
+
     def below(self, loss: float) -> list[int] | None:
         """The cheapest ones whose losses make `loss` at most; None if there are none."""
         fit = (self._best <= loss).nonzero()

@@ -13,6 +13,7 @@ from ..common.runtime.cache.quantized_cache import QuantizedCache
 from ..common.runtime.schemes.kv_scheme import PRESETS, Scheme, load_scheme
 from ..evaluation.text import compare_on_text
 from ..generate import Speaker
+from ..wording import COMPARED
 from .sides import identity_of
 from .store import Store
 from .targets import Costs
@@ -42,9 +43,12 @@ class Row:
 
 
 def uniform_presets(costs: Costs, bits: float) -> list[Scheme]:
-    """The presets of the most bits that are no more than `bits`, of those that need no calibration."""
+    """The presets of the most bits that are no more than `bits`, of those that need no calibration.
+
+    What is there to be compared with is left out: much of it has its bits from layers in float.
+    """
     found = []
-    for scheme in map(load_scheme, PRESETS):
+    for scheme in map(load_scheme, (name for name in PRESETS if name not in COMPARED)):
         try:
             fits = scheme.is_quantized and not scheme.is_static and costs.bits(scheme) <= bits
         except OctavoError:  # groups that its heads do not fill

@@ -70,10 +70,10 @@ def sentence(rows: Sequence[Row], limit: str) -> str:
     best = others[0]
     presets = [row for row in others if row.is_preset and row is not best]
     for row in (best, *presets[:1]):
-        kind = "uniform scheme" if row is best else "preset"
+        kind = "uniform scheme" if row is best else "preset"  # of those that were scored, which the table names
         change = 1 - found.fidelity.kl / row.fidelity.kl
         said += (
-            f" The best {kind} of at most {limit} is {row.name}: {row.bits:.3f} bits, "
+            f" The best {kind} scored, of at most {limit}, is {row.name}: {row.bits:.3f} bits, "
             f"KL {row.fidelity.kl:.4f}; what was found has {abs(change):.0%} {'less' if change >= 0 else 'more'}."
         )
     return said

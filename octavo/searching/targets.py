@@ -105,7 +105,7 @@ def within_bytes(costs: Costs, memory: int) -> list[int]:
         excess = costs.nbytes(costs.scheme(chosen)) - memory
         if excess <= 0:
             return chosen
-        budget -= excess  # windows were counted at their mean size
+        budget = min(budget - excess, choices.budget_under(chosen))  # windows were counted at their mean size
     least, most = (costs.nbytes(costs.scheme(choices.within(end))) for end in (choices.least, choices.most))
     raise OctavoError(
         f"--memory: {memory / 1e6:,.4g} MB; at {costs.context:,} tokens the cache takes from {least / 1e6:,.4g} to "
@@ -148,7 +148,13 @@ def below_kl(costs: Costs, kl: float, whole: Callable[[Scheme], float]) -> list[
         if measured > kl and aim <= choices.least_loss():
             break
         aim *= kl / max(measured, kl / 4)
+        if measured > kl:  # or the same choice would come again
+            aim = min(aim, costs.predicted(chosen) * (1 - 1e-9))
     if found is None:
+        chosen = choices.below(choices.least_loss())
+        measured = whole(costs.scheme(chosen))
+        if measured <= kl:
+            return chosen
         raise OctavoError(
             f"--kl {kl:g}: the least that these schemes lose is {measured:.2g}; give more, or --schemes of more bits "
             "(octavo-8)"

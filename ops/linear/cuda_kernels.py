@@ -85,11 +85,11 @@ def token_linear_kernel(
         ahead = start + BLOCK_K + k < in_features
         following = tl.load(weight_pointer + places, mask=is_column[:, None] & ahead[None, :], other=0)
         values = tl.load(x_pointer + (start + k) * x_column, mask=start + k < in_features, other=0).to(tl.float32)
-        if input_scale is not None:
-            nans += (values != values).to(tl.int32)
         values = tl.div_rn(values, tl.zeros_like(values) + step)
         if input_offset is not None:
             values += tl.load(input_offset).to(tl.float32)
+        if input_scale is not None:
+            nans += ((start + k < in_features) & (values != values)).to(tl.int32)
         total += codes.to(tl.int32) * to_code(values, "int8").to(tl.int32)[None, :]
     result = tl.sum(total, 1)
     if quant_bias is not None:

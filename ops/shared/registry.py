@@ -95,10 +95,10 @@ def implement(name: str, dispatch_key: str, kernel: Callable, description: str |
 
 
 def is_unobserved(x: torch.Tensor) -> bool:
-    """Whether nobody listens to torch's dispatcher when an op is called with x: no graph, no trace, no mode."""
-    if type(x) is not torch.Tensor or torch.is_grad_enabled():
+    """Whether nobody listens to torch's dispatcher when an op is called with x: no graph, trace, mode, or vmap."""
+    if type(x) is not torch.Tensor or torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack():
         return False
-    return not torch._C._len_torch_dispatch_stack() and torch._C._get_tracing_state() is None
+    return torch._C._get_tracing_state() is None and torch._C._functorch.peek_interpreter_stack() is None
 
 
 def eagerly(op: Callable, x: torch.Tensor, *others: Any, **named: Any) -> Any:

@@ -60,7 +60,7 @@ def test_ours_stand_beside_the_best_of_bfloat16(tables: ModuleType, tmp_path: Pa
 
 
 def test_ways_of_a_model_stand_in_a_line_and_its_fastest_counts(tables: ModuleType, tmp_path: Path) -> None:
-    case = "Llama 1B shape, batch 8, decode at 16,384 tokens"
+    case = "Llama 8B shape, batch 1, decode at 8,192 tokens"
     record(
         tmp_path,
         ("H100", "model", case, "bf16 + static cache, eager", "30.0"),

@@ -86,7 +86,7 @@ def test_integer_sums_equal_the_reference(
 @pytest.mark.parametrize("out_features", [3, 70])
 @pytest.mark.parametrize("is_static", [True, False])
 def test_one_token_equals_the_reference(in_features: int, out_features: int, is_static: bool) -> None:
-    """Which one kernel serves, in tiles of up to 2048 channels, and 4 or 8 outputs."""
+    """Which one kernel serves, in tiles of up to 1024 channels and 16 outputs."""
     torch.manual_seed(0)
     x = torch.randn(1, 1, 2 * in_features).bfloat16()[..., ::2]
     weight, *static = static_layer(in_features, out_features)

@@ -168,7 +168,11 @@ class Scheme:
         for text, other in self.layers:
             _layers_of(text)
             if isinstance(other, str):
-                _preset(other)
+                if _preset(other).float_layers:
+                    raise OctavoError(
+                        f"scheme {self.name}: layers {text}: {other} leaves layers of its own in float; give its other "
+                        "fields as an object"
+                    )
             elif isinstance(other, dict) and not {"layers", "float_layers"} & other.keys():
                 self._changed(other)
             else:
@@ -245,7 +249,9 @@ class Scheme:
         return _preset(stated) if isinstance(stated, str) else self._changed(stated)
 
     def _others(self) -> list["Scheme"]:
-        return [self._other(stated) for _, stated in self.layers]
+        """What `layers` states of layers that are not float anyway."""
+        floats = set(self.float_layers)
+        return [self._other(stated) for text, stated in self.layers if not floats.issuperset(_layers_of(text))]
 
     def of_model(self, layers: int) -> "Scheme":
         """The same for a model of so many layers, of which none is counted from the end.

@@ -76,7 +76,7 @@ def test_bits_are_kept_and_others_read_the_scheme(
     results = json.loads((out / "results.json").read_text())
     assert results["results"][0]["name"] == "searched" and results["results"][0]["bits"] == bits
     assert all(row["bits"] <= 5 and row["fidelity"]["kl"] > 0 for row in results["results"])
-    assert f"searched: {bits:.3f} bits, KL" in said and "best uniform scheme of at most 5.000 bits is" in said
+    assert f"searched: {bits:.3f} bits, KL" in said and "best uniform scheme scored, of at most 5.000 bits, is" in said
     assert said.endswith("index.html\n") and "KL alone" in (out / "index.html").read_text()
 
     file = str(out / "scheme.json")

@@ -185,7 +185,8 @@ def test_an_evaluation_has_a_row_for_each_model(reference: Speaker, others: dict
     assert len(lines) == 4 and lines[1].startswith("float")
     assert len({len(line) for line in lines[2:]}) == 1
     assert writing_table(results)[1].split()[0] == "int8-token" and len(writing_table(results)) == 3
-    assert results["float"].peak_bytes[300] > results["float"].cache_bytes[300]
+    peak = results["float"].peak_bytes[300]  # None where the system does not tell
+    assert peak is None or peak > results["float"].cache_bytes[300]
     assert "cache at 300, MB" in cost_table(results)[0] and len(cost_table(results)) == 4
 
 

@@ -100,6 +100,13 @@ def test_the_reference_serves_what_kernels_do_not(gpu: None, monkeypatch: pytest
         assert by_plan("an op", torch.sum, pytest.fail, (x,)) == 3
 
 
+def test_nobody_listens_but_under_modes_and_transforms() -> None:
+    seen = []
+    with torch.no_grad():
+        torch.vmap(lambda x: seen.append(registry.is_unobserved(x)) or x)(torch.ones(2, 3))
+    assert seen == [False]
+
+
 def test_an_op_is_called_past_the_dispatcher_only_where_nobody_listens() -> None:
     x, weight, scale = torch.randn(2, 16), torch.ones((4, 16), dtype=torch.int8), torch.ones(4)
     with torch.no_grad():

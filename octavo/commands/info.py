@@ -23,7 +23,7 @@ from ..common.runtime.cache.sizes import kv_bytes_per_token
 from ..common.runtime.checkpoint.loading import CONFIG_KEY
 from ..common.runtime.model_sizes import attention_sizes
 from ..common.runtime.schemes.kv_scheme import Scheme, load_scheme
-from ..place import Place, find_place
+from ..place import Place, find_place, rewrite_command
 from ..wording import codec_words
 
 
@@ -102,6 +102,7 @@ def _converted(place: Place) -> dict[str, Any]:
         "embedding": "int8" if form.has_coded_embedding else "float",
         **_cache(form.config, form.scheme, SAFETENSORS_DTYPES[form.dtype].itemsize),
         "bytes_on_disk": _bytes_on_disk(place.directory),
+        "directory": str(place.directory),
         "formats": [name for name, reason in refused.items() if reason is None],
         "refused_formats": {name: reason for name, reason in refused.items() if reason is not None},
     }
@@ -187,7 +188,7 @@ def lines_of(facts: dict[str, Any]) -> list[str]:
     if "formats" in facts:
         rows.append(("formats it fits", ", ".join(facts["formats"]) or "its own alone"))
         ways = [f'octavo run {quoted} "The capital of France is"']
-        ways += [f"octavo rewrite {quoted} --format {name}" for name in facts["formats"][:1]]
+        ways += [rewrite_command(facts["model"], facts["directory"], name, f"-{name}") for name in facts["formats"][:1]]
     elif facts["refusal"]:
         rows.append(("not served", facts["refusal"]))
         ways = []

@@ -20,11 +20,16 @@ from ...support import assert_one_error_line, edit_json, tiny_config
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+def json_of(model: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    """What is said as data."""
+    capsys.readouterr()
+    assert main(["info", model, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
 def told(directory: Path, capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, Any], list[str]]:
     """What is said as data, and in lines."""
-    capsys.readouterr()
-    assert main(["info", str(directory), "--json"]) == 0
-    data = json.loads(capsys.readouterr().out)
+    data = json_of(str(directory), capsys)
     assert main(["info", str(directory)]) == 0
     return data, capsys.readouterr().out.splitlines()
 
@@ -151,4 +156,8 @@ def test_a_converted_hub_id_needs_its_weights(
     assert_one_error_line(capsys.readouterr().err, "someone/tiny: is converted", "its weights, too; hf download some")
     for file in directory.iterdir():
         shutil.copy(file, hub[0])
-    assert main(["info", "someone/tiny"]) == 0 and "not on the disk" not in capsys.readouterr().out
+    assert main(["info", "someone/tiny"]) == 0
+    said = capsys.readouterr().out
+    assert "not on the disk" not in said
+    name = json_of("someone/tiny", capsys)["formats"][0]
+    assert f"octavo rewrite {hub[0]} --format {name} --save_directory tiny-{name}\n" in said

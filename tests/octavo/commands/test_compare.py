@@ -31,9 +31,11 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of what is measured from here on."""
     found: list[str] = []
 
-    def counted(reference: object, others: dict[str, object], plan: object, with_float: bool) -> object:
+    def counted(
+        reference: object, others: dict[str, object], plan: object, with_float: bool, expected: object
+    ) -> object:
         found.extend(["float"] if with_float else others)
-        return evaluate(reference, others, plan, with_float)
+        return evaluate(reference, others, plan, with_float, expected)
 
     monkeypatch.setattr(measuring, "evaluate", counted)
     return found

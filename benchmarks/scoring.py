@@ -1,7 +1,7 @@
 """A float model, the windows of a text that others are scored on, and the scores."""
 
 import argparse
-from collections.abc import Callable
+import math
 from pathlib import Path
 
 import torch
@@ -9,7 +9,8 @@ from rows import Row
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from octavo.common.convert.measure.fidelity import compare, windows
+from octavo.common.convert.measure.fidelity import LogitsOf, windows
+from octavo.evaluation.text import Kept, compare_reads, whole
 
 
 def add_scoring_flags(parser: argparse.ArgumentParser) -> None:
@@ -33,17 +34,18 @@ def read_windows(flags: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) 
 
 
 class Reference:
-    """Windows of a text, and the logits of the float model on them, computed once."""
+    """Windows of a text, and the logits of the float model on them, computed at once: the model may change later."""
 
     def __init__(self, model: PreTrainedModel, samples: list[torch.Tensor]) -> None:
         self.samples = samples
-        with torch.inference_mode():
-            self._expected = [model(sample).logits for sample in tqdm(samples, desc="float", unit="window")]
+        self._expected = Kept(whole(lambda ids: model(ids).logits), most=math.inf)
+        for sample in tqdm(samples, desc="float", unit="window"):
+            list(self._expected(sample[0]))
 
-    def score(self, what: str, logits_of: Callable[[torch.Tensor], torch.Tensor]) -> Row:
+    def score(self, what: str, logits_of: LogitsOf) -> Row:
         """How far a model, `[1, S]` ids to `[1, S, vocabulary]` logits, is from the float one."""
-        expected = iter(self._expected)
-        found = compare(lambda _: next(expected), logits_of, tqdm(self.samples, desc=what, unit="window", leave=False))
+        windows_read = [sample[0] for sample in self.samples]
+        found = compare_reads(self._expected, {what: whole(logits_of)}, windows_read, what=what)[what]
         return {
             "windows": str(len(self.samples)),
             "length": str(self.samples[0].shape[1]),

@@ -3,13 +3,15 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, NoReturn
 
 from .errors import OctavoError, did_you_mean, first_line
 
 DEVICES = ("cpu", "cuda", "npu")
+PIPE_CLOSED = 141
+"""Exit code where nobody reads what is printed any more: what shells tell of a process that SIGPIPE ends."""
 
 
 class DefaultsHelp(argparse.ArgumentDefaultsHelpFormatter):
@@ -101,12 +103,43 @@ def gives(words: Sequence[str], flag: str) -> bool:
     return any(word == flag or word.startswith(f"{flag}=") for word in words)
 
 
+def until_pipe_closes(work: Callable[[], int]) -> int:
+    """The exit code of some work, which ends quietly with `PIPE_CLOSED` once nobody reads what it prints."""
+    try:
+        code = work()
+    except BrokenPipeError:  # stdout or stderr: no other pipes are written to
+        _is_unread()
+        return PIPE_CLOSED
+    except SystemExit:  # behind help
+        if _is_unread():
+            return PIPE_CLOSED
+        raise
+    return PIPE_CLOSED if _is_unread() else code
+
+
+def _is_unread() -> bool:
+    """Whether nobody reads stdout or stderr any more; what is left for it goes nowhere then, also when Python exits."""
+    found = False
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            found = True
+    return found
+
+
 def run_script(work: Any, argv: list[str] | None) -> int:
     """Run a script's `work(argv)`; an error the user can mend is one line on stderr and exit code 1."""
+
+    def done() -> int:
+        work(argv)
+        return 0
+
     try:
         # transformers' report of a failed load fills a screen; the one line of the error names the tensor
         import_module("transformers.utils.logging").set_verbosity_error()
-        work(argv)
+        return until_pipe_closes(done)
     except OctavoError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -118,7 +151,6 @@ def run_script(work: Any, argv: list[str] | None) -> int:
             raise
         print(f"error: {type(error).__name__}: {first_line(error)} (OCTAVO_TRACEBACK=1 shows where)", file=sys.stderr)
         return 1
-    return 0
 
 
 def aligned(rows: Sequence[Sequence[str]], texts: int | None = None) -> list[str]:

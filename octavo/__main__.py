@@ -5,7 +5,7 @@ import sys
 from importlib import import_module
 
 from .commands import COMMANDS
-from .common.command import OneLineParser, aligned, gives, run_script
+from .common.command import OneLineParser, aligned, gives, run_script, until_pipe_closes
 from .common.errors import OctavoError, did_you_mean
 
 _PLACE = "--model_path"
@@ -47,6 +47,10 @@ def _sentence(text: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
+    return until_pipe_closes(lambda: _main(argv))
+
+
+def _main(argv: list[str] | None) -> int:
     name, *words = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
         print(overview())

@@ -1,4 +1,4 @@
-"""`--adapter` of `octavo run`, `chat` and `serve`: a LoRA adapter of PEFT on the model that is to speak."""
+"""`--adapter` of `octavo run`, `chat`, `serve` and `evaluate`: a LoRA adapter of PEFT on the model of a command."""
 
 from importlib.util import find_spec
 from pathlib import Path

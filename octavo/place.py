@@ -8,6 +8,7 @@ from typing import Any
 
 from .adapters import put_adapter
 from .common.command import OneLineParser
+from .common.convert.output.naming import beside
 from .common.convert.source.checkpoint import PATTERNS, check_device, find_source
 from .common.convert.source.config import chosen_architecture
 from .common.errors import OctavoError
@@ -55,6 +56,22 @@ def find_place(model_path: str, with_code: bool = False, with_weights: bool = Tr
     if not (directory / CONFIG_FILE).is_file():
         raise OctavoError(f"{model_path}: holds no {CONFIG_FILE}, so it is no checkpoint; give one that has it")
     return Place(directory, read_json(directory / CONFIG_FILE))
+
+
+def usual_output(model_path: str, suffix: str) -> Path:
+    """Where what is made of a model goes unless it is said: beside a directory, or, of a hub id, where one stands."""
+    return beside(Path(model_path) if Path(model_path).is_dir() else Path(model_path.rpartition("/")[2]), suffix)
+
+
+def rewrite_command(model_path: str, directory: str | Path, format_name: str, suffix: str) -> str:
+    """The command that writes a converted model in another format.
+
+    Args:
+        directory: where it lies, which the command takes in the place of a hub id.
+        suffix: of the directory that is written.
+    """
+    source, output = model_path if Path(model_path).is_dir() else str(directory), usual_output(model_path, suffix)
+    return shlex.join(["octavo", "rewrite", source, "--format", format_name, "--save_directory", str(output)])
 
 
 def add_model_flags(parser: OneLineParser) -> None:

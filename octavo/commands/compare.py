@@ -27,7 +27,7 @@ from ..comparing.candidates import (
     scheme_names,
     with_steps,
 )
-from ..comparing.contributions import contribution_table, contributions_of, longest, note
+from ..comparing.contributions import contribution_table, contributions_of, note
 from ..comparing.measuring import conditions_of_run, measure_all, write_whole
 from ..comparing.options import Step, steps_of
 from ..comparing.page import page
@@ -108,14 +108,17 @@ def _named(flags: argparse.Namespace) -> tuple[list[str], list[str], list[list[S
     return names, presets, options
 
 
-def _lines(flags: argparse.Namespace, shared: Mapping[str, Any], told: Sequence[str], dtype: str) -> list[str]:
+def _lines(
+    flags: argparse.Namespace, shared: Mapping[str, Any], told: Sequence[str], dtype: str, context: int
+) -> list[str]:
     machine = f"{platform.machine()}, {flags.device_type}, {shared['threads']} thread{'s' * (shared['threads'] > 1)}"
     text = [f"text: {flags.eval_file.name}."] if flags.eval_file is not None and shared["text"] else []
     return [
         *(f"{line}." for line in told),
         *text,
         f"The float model is {dtype}. Measured on {machine}, by Octavo {shared['version']}.",
-        f"The choice: fewest bits with a KL of {flags.max_kl:g} at most, and recall within float's 95 % interval.",
+        f"The choice: fewest bytes of weights and a cache of {context:,} tokens, with a KL of {flags.max_kl:g} at most "
+        "and recall within float's 95 % interval.",
     ]
 
 
@@ -139,7 +142,7 @@ def _write(
     parts = [f"# {name}: schemes compared", advice.sentences, markdown(table_of(rows))]
     for of, found in contributions.items():
         parts += [f"## What each option of {of} adds", markdown(contribution_table(found))]
-    parts += [note(longest(rows[0]))] if contributions else []
+    parts += [note(rows[0].context)] if contributions else []
     write_whole(out / "results.md", "\n\n".join([*parts, *lines]) + "\n")
     write_whole(out / "index.html", page(name, rows, advice, lines, contributions))
     return rows, advice
@@ -161,7 +164,7 @@ def run(flags: argparse.Namespace) -> None:
         shared = conditions_of_run(plan, place.directory, flags.device_type)
         records = measure_all(reference, candidates, plan, shared, flags.out / "results")
         dtype = str(reference.model.dtype).removeprefix("torch.")
-    lines = _lines(flags, shared, conditions_of(plan, flags.eval_file is None), dtype)
+    lines = _lines(flags, shared, conditions_of(plan, flags.eval_file is None), dtype, row_of(records[0]).context)
     rows, advice = _write(flags, records, lines)
     table = table_of(rows)
     shown = [index for index, head in enumerate(table.heads) if head != "what it is"]

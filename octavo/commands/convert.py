@@ -10,14 +10,13 @@ from ..common.convert.api import converted
 from ..common.convert.flag_groups import MOST_USED, add_conversion_flags
 from ..common.convert.flag_linears import LINEAR_FLAGS
 from ..common.convert.flags import SCHEME_FLAGS, complete_flags, given_flags, request_of
-from ..common.convert.output.naming import beside
 from ..common.convert.presets import USUAL, load_recipe
 from ..common.convert.report import ConversionReport
 from ..common.convert.request import OWN_FORMAT
 from ..common.convert.source.checkpoint import load_tokenizer
 from ..common.convert.source.config import chosen_architecture
 from ..common.errors import OctavoError
-from ..place import Place, find_place
+from ..place import Place, find_place, usual_output
 
 SUFFIX = "-octavo"
 DECIDING = LINEAR_FLAGS | {"preset", "format", "target", "anti_method", "use_kvcache_quant", "use_fa_quant"}
@@ -41,11 +40,6 @@ def _parser() -> OneLineParser:
     parser = OneLineParser(prog="octavo convert", allow_abbrev=False)
     add_flags(parser)
     return parser
-
-
-def usual_output(model: str) -> Path:
-    """Where a conversion goes unless it is said: beside a directory, or, of a hub id, where one stands."""
-    return beside(Path(model) if Path(model).is_dir() else Path(model.rpartition("/")[2]), SUFFIX)
 
 
 def _check_new(output: Path, model: str) -> None:
@@ -95,7 +89,7 @@ def run(flags: argparse.Namespace) -> None:
     given = given_flags(_parser(), flags.words)
     words, output = list(flags.words), flags.save_directory
     if output is None:
-        output = usual_output(flags.model_path)
+        output = usual_output(flags.model_path, SUFFIX)
         _check_new(output, flags.model_path)
         words += ["--save_directory", str(output)]
     place = find_place(flags.model_path, flags.trust_remote_code)

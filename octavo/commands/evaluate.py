@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..adapters import put_adapter
 from ..common.command import OneLineParser
 from ..common.convert.output.bundle import put_file
 from ..common.convert.source.checkpoint import check_device
@@ -30,6 +31,7 @@ def add_flags(parser: OneLineParser) -> None:
     )
     add("--statistics", type=Path, metavar="FILE", help="what --save_statistics wrote, for schemes that need it")
     add("--reference", metavar="MODEL", help="the float model that a converted directory is compared with")
+    add("--adapter", metavar="DIR", help="LoRA adapter on all that is compared: a directory that PEFT wrote, or hub id")
     add_measurement_flags(parser, with_harness=True)
     add("--json", type=Path, metavar="FILE", help="write all that was measured to a file, too")
 
@@ -102,6 +104,11 @@ def run(flags: argparse.Namespace) -> None:
     if flags.limit is not None and not tasks:
         raise OctavoError("--limit: is of tasks of lm-eval; name one with --tasks, or leave it out")
     reference, others = _speakers(flags)
+    if flags.adapter is not None:
+        for model in {
+            id(each.model): each.model for each in (reference, *others.values())
+        }.values():  # schemes share one
+            put_adapter(model, flags.adapter)
     scores = run_tasks({FLOAT: reference, **others}, tasks, flags.limit) if tasks else {}
     results = evaluate(reference, others, plan)
     print("\n".join(quality_table(results)))

@@ -4,14 +4,18 @@ import argparse
 import json
 import shlex
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..common.command import OneLineParser, aligned
 from ..common.convert.dialects.directory import OctavoDirectory
 from ..common.convert.dialects.form import Form
 from ..common.convert.dialects.rewriting import refusals
 from ..common.convert.output.shards import SAFETENSORS_DTYPES
+from ..common.convert.source.checkpoint import listed_files
 from ..common.convert.source.config import chosen_architecture, load_source_config
 from ..common.convert.source.quantized.files import READERS
 from ..common.errors import OctavoError
@@ -19,7 +23,7 @@ from ..common.runtime.cache.sizes import kv_bytes_per_token
 from ..common.runtime.checkpoint.loading import CONFIG_KEY
 from ..common.runtime.model_sizes import attention_sizes
 from ..common.runtime.schemes.kv_scheme import Scheme, load_scheme
-from ..place import Place, find_place
+from ..place import Place, find_place, rewrite_command
 from ..wording import codec_words
 
 
@@ -63,6 +67,21 @@ def _bytes_on_disk(directory: Path) -> int:
     return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
 
 
+def _missing(directory: Path) -> list[str]:
+    """Names of the weight files of a checkpoint that are not on the disk, as of a hub id that nobody has loaded yet."""
+    try:
+        return [file.name for file in listed_files(directory) if not file.is_file()]
+    except OctavoError:  # no index says which there are, so it is one
+        return [SAFE_WEIGHTS_NAME]
+
+
+def _fetched(model_path: str) -> str:
+    """How missing files of a model are had."""
+    if Path(model_path).is_dir():
+        return "copy the checkpoint again, or save the model as safetensors"
+    return f"hf download {shlex.quote(model_path)} fetches what is not in transformers' cache"
+
+
 def _converted(place: Place) -> dict[str, Any]:
     """Of a directory that Octavo's own classes load."""
     form = OctavoDirectory(place.directory).form
@@ -83,6 +102,7 @@ def _converted(place: Place) -> dict[str, Any]:
         "embedding": "int8" if form.has_coded_embedding else "float",
         **_cache(form.config, form.scheme, SAFETENSORS_DTYPES[form.dtype].itemsize),
         "bytes_on_disk": _bytes_on_disk(place.directory),
+        "directory": str(place.directory),
         "formats": [name for name, reason in refused.items() if reason is None],
         "refused_formats": {name: reason for name, reason in refused.items() if reason is not None},
     }
@@ -129,7 +149,16 @@ def facts_of(model_path: str) -> dict[str, Any]:
         OctavoError: there is no such model, or what was converted is damaged.
     """
     place = find_place(model_path, with_weights=False)
-    return {"model": model_path, **(_converted(place) if place.is_converted else _unconverted(place))}
+    if not place.is_converted:
+        return {"model": model_path, **_unconverted(place), "missing_files": _missing(place.directory)}
+    if not (Path(model_path).is_dir() or any(place.directory.glob("*.safetensors"))):
+        raise OctavoError(f"{model_path}: is converted, and info reads its weights, too; {_fetched(model_path)}")
+    return {"model": model_path, **_converted(place)}
+
+
+def _some(names: Sequence[str]) -> str:
+    others = len(names) - 1
+    return names[0] + (f" (with {others} other{'s' * (others > 1)})" if others else "")
 
 
 def _times(facts: dict[str, Any]) -> str:
@@ -154,10 +183,12 @@ def lines_of(facts: dict[str, Any]) -> list[str]:
     if served:
         rows.append(("KV cache, per token", _times(facts)))
     rows.append(("on the disk", f"{facts['bytes_on_disk'] / 1e6:,.1f} MB"))
+    if facts.get("missing_files"):
+        rows.append(("not on the disk", f"{_some(facts['missing_files'])}; {_fetched(facts['model'])}"))
     if "formats" in facts:
         rows.append(("formats it fits", ", ".join(facts["formats"]) or "its own alone"))
         ways = [f'octavo run {quoted} "The capital of France is"']
-        ways += [f"octavo rewrite {quoted} --format {name}" for name in facts["formats"][:1]]
+        ways += [rewrite_command(facts["model"], facts["directory"], name, f"-{name}") for name in facts["formats"][:1]]
     elif facts["refusal"]:
         rows.append(("not served", facts["refusal"]))
         ways = []

@@ -13,7 +13,7 @@ from ..common.errors import OctavoError
 from ..common.runtime.cache.sizes import kv_bytes_per_token
 from ..common.runtime.schemes.kv_scheme import load_scheme
 from ..generate import Speaker
-from ..place import add_model_flags, find_place, speaker_of
+from ..place import add_model_flags, find_place, rewrite_command, speaker_of, usual_output
 from ..serving import check_port, check_server, serve
 
 _BATCHES = "vllm"
@@ -35,14 +35,14 @@ def add_flags(parser: OneLineParser) -> None:
 
 def _engine(flags: argparse.Namespace) -> str | None:
     """The command that writes a model for an engine which batches requests; None if no format of it holds the model."""
-    source, target = (shlex.quote(flags.model_path.rstrip("/") + end) for end in ("", "-vllm"))
-    place = find_place(flags.model_path)
+    place, suffix = find_place(flags.model_path), f"-{_BATCHES}"
     if not place.is_converted:
-        rest = "--quantization w8a8_dynamic --format compressed-tensors"
-        return f"octavo convert {source} {rest} --save_directory {target}"
+        rest = "--quantization w8a8_dynamic --format compressed-tensors --save_directory"
+        source, target = flags.model_path, usual_output(flags.model_path, suffix)
+        return f"octavo convert {shlex.quote(source)} {rest} {shlex.quote(str(target))}"
     refused = refusals(OctavoDirectory(place.directory).form)
     found = next((name for name in formats_of(_BATCHES) if refused[name] is None), None)
-    return None if found is None else f"octavo rewrite {source} --format {found} --save_directory {target}"
+    return None if found is None else rewrite_command(flags.model_path, place.directory, found, suffix)
 
 
 def _say(line: str) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .rows import Row
+from .table import MB
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def front(rows: Sequence[Row]) -> list[Row]:
 
 
 def advise(rows: Sequence[Row], max_kl: float) -> Advice:
-    """The candidate of the fewest bits under a KL and with the recall of float; of as many bits, of the smallest KL."""
+    """The candidate of the fewest bytes under a KL and with the recall of float; of as many, of the smallest KL."""
     plain, others = next(row for row in rows if row.is_float), [row for row in rows if not row.is_float]
     if not others:
         return Advice(None, "There is nothing beside float to choose from.")
@@ -46,7 +47,7 @@ def advise(rows: Sequence[Row], max_kl: float) -> Advice:
     near = [row for row in others if row.kl is None or row.kl <= max_kl]
     fit = [row for row in near if recalls_as_float(row, plain)]
     if fit:
-        best = min(fit, key=lambda row: (row.bits, row.kl or 0.0, row.weight_bytes))
+        best = min(fit, key=lambda row: (row.nbytes, row.kl or 0.0))
         return Advice(best.name, _praise(best, plain, max_kl), best.command)
     return Advice(None, _none_fits(others, near, max_kl))
 
@@ -54,23 +55,26 @@ def advise(rows: Sequence[Row], max_kl: float) -> Advice:
 def _praise(best: Row, plain: Row, max_kl: float) -> str:
     bounds = [f"a KL of {max_kl:g} at most"] if best.kl is not None else []
     bounds += ["recall within the interval of float's"] if plain.recall else []
+    near = f", at a KL of {best.kl:.2g}" if best.kl is not None else ""
+    weights = f"weights of {_megabytes(best.weight_bytes, plain.weight_bytes)}"
     said = [
-        f"Choose {best.name}: of all with {' and '.join(bounds)}, it takes the fewest bits, {best.bits:.2f} an element "
-        f"of K and V instead of {plain.bits:.0f}"
+        f"Choose {best.name}: of all with {' and '.join(bounds)}, its weights and cache take the fewest bytes, "
+        f"{_megabytes(best.nbytes, plain.nbytes)}{near}",
+        f"That is {weights}, and at {best.context:,} tokens a cache of "
+        f"{_megabytes(best.cache_bytes, plain.cache_bytes)}, which takes {best.bits:.2f} bits an element of K and V "
+        f"instead of {plain.bits:.0f}",
     ]
-    if best.kl is not None:
-        said[0] += f", at a KL of {best.kl:.2g}"
     if best.lengths:
-        length = max(best.lengths)
-        one, other = best.lengths[length], plain.lengths[length]
-        costs = f"At {length:,} tokens its cache has {one.cache_bytes / 1e6:.3g} MB instead of "
-        costs += f"{other.cache_bytes / 1e6:.3g} MB"
-        if one.step is not None and other.step is not None:
-            costs += f", and a token takes {one.step:.3g} ms instead of {other.step:.3g} ms"
-        said.append(costs)
+        one, other = (row.lengths[row.context].step for row in (best, plain))
+        if one is not None and other is not None:
+            said.append(f"A token takes {one:.3g} ms instead of {other:.3g} ms")
     if plain.recall:
         said.append(_recall_words(best, plain))
     return ". ".join(said) + "."
+
+
+def _megabytes(own: int, plain: int) -> str:
+    return f"{own / MB:.3g} MB " + ("as in float" if own == plain else f"instead of {plain / MB:.3g} MB")
 
 
 def _recall_words(best: Row, plain: Row) -> str:

@@ -38,19 +38,8 @@ class Contribution:
         return dict(vars(self))
 
 
-def longest(row: Row) -> int:
-    """Tokens at which caches are compared: of the longest prompt that was measured, or the most that were planned."""
-    return max(row.lengths or row.planned)
-
-
-def _megabytes(row: Row) -> float:
-    tokens = longest(row)
-    cache = row.lengths[tokens].cache_bytes if row.lengths else row.planned[tokens]
-    return (row.weight_bytes + cache) / MB
-
-
 def _step(row: Row) -> float | None:
-    return row.lengths[longest(row)].step if row.lengths else None
+    return row.lengths[row.context].step if row.lengths else None
 
 
 def _less(one: float | None, other: float | None) -> float | None:
@@ -68,8 +57,8 @@ def contributions_of(plain: Row, rows: Sequence[Row]) -> dict[str, list[Contribu
         done = found.setdefault(row.of, [])
         before = done[-1] if done else None
         kl = 0.0 if before is None else before.kl
-        size, step = (_megabytes(plain), _step(plain)) if before is None else (before.megabytes, before.step)
-        own_size, own_step = _megabytes(row), _step(row)
+        size, step = (plain.nbytes / MB, _step(plain)) if before is None else (before.megabytes, before.step)
+        own_size, own_step = row.nbytes / MB, _step(row)
         done.append(
             Contribution(
                 row.of, row.option, row.stated, row.kl, _less(row.kl, kl), own_size, size - own_size, own_step,

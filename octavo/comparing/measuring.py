@@ -16,6 +16,7 @@ from ..common.convert.output.bundle import put_file
 from ..common.errors import OctavoError
 from ..common.runtime.version import VERSION
 from ..evaluation.evaluating import FLOAT, Plan, evaluate
+from ..evaluation.text import Kept, Read, in_chunks
 from ..generate import Speaker
 from ..planning.cache import cache_size
 from .candidates import Candidate
@@ -85,7 +86,7 @@ def measure_all(
     Raises:
         OctavoError: something cannot be measured or written; what was measured before stays.
     """
-    records = []
+    records, expected = [], Kept(in_chunks(reference))
     progress = tqdm(candidates, desc="compare", unit="candidate")
     for candidate in progress:
         progress.set_postfix_str(candidate.name)
@@ -93,7 +94,7 @@ def measure_all(
         file = file_of(results, candidate.name)
         record = kept(file, candidate.name, conditions)
         if record is None:
-            record = _measured(reference, candidate, plan, conditions)
+            record = _measured(reference, candidate, plan, conditions, expected)
             write_whole(file, json.dumps(record, indent=2) + "\n")
             record = json.loads(file.read_text(encoding="utf-8"))
         told = {"about": candidate.about, "command": candidate.command}
@@ -101,13 +102,15 @@ def measure_all(
     return records
 
 
-def _measured(reference: Speaker, candidate: Candidate, plan: Plan, conditions: Mapping[str, Any]) -> dict[str, Any]:
+def _measured(
+    reference: Speaker, candidate: Candidate, plan: Plan, conditions: Mapping[str, Any], expected: Read
+) -> dict[str, Any]:
     with candidate.speaker() as (speaker, weights):
         is_float = candidate.kind == FLOAT
         others = {} if is_float else {candidate.name: speaker}
 
         def found(part: Plan) -> dict[str, Any]:
-            return evaluate(reference, others, part, with_float=is_float)[candidate.name].as_json()
+            return evaluate(reference, others, part, is_float, expected)[candidate.name].as_json()
 
         whole = found(replace(plan, tasks=()))
         at_lengths = {}

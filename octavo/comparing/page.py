@@ -5,7 +5,7 @@ from html import escape
 from pathlib import Path
 
 from .advice import Advice
-from .contributions import Contribution, contribution_table, longest, note
+from .contributions import Contribution, contribution_table, note
 from .plots import Plot, contribution_plot, plots_of
 from .rows import Row
 from .svg import colour_class
@@ -97,7 +97,7 @@ def page(
 <div class="card"><h2>All figures</h2>
 <p class="conditions">A click on a head sorts by its column.</p>
 {sorted_table(table_of(rows), advice.choice)}</div>
-{_contributions(contributions or {}, longest(rows[0]))}
+{_contributions(contributions or {}, rows[0].context)}
 <div class="conditions">
 {chr(10).join(f"<p>{escape(line)}</p>" for line in conditions)}
 </div>"""

@@ -64,6 +64,21 @@ class Row:
     def is_float(self) -> bool:
         return self.kind == FLOAT
 
+    @property
+    def context(self) -> int:
+        """Tokens at which caches are compared: the longest prompt that was measured, or the most that were planned."""
+        return max(self.lengths or self.planned)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of the cache of so many."""
+        return self.lengths[self.context].cache_bytes if self.lengths else self.planned[self.context]
+
+    @property
+    def nbytes(self) -> int:
+        """Of the weights and the cache together."""
+        return self.weight_bytes + self.cache_bytes
+
 
 def row_of(record: Mapping[str, Any]) -> Row:
     """The row of a record that `measure_all` wrote."""

@@ -13,7 +13,7 @@ from ..generate import Speaker
 from .memory import Peak
 from .reading import Times, longest_of
 from .recall import Score, prompts_of, recall
-from .text import compare_on_text
+from .text import Read, compare_on_text
 from .writing import Divergence, compare_writing
 
 FLOAT = "float"
@@ -90,13 +90,14 @@ class Result:
 
 
 def evaluate(
-    reference: Speaker, others: Mapping[str, Speaker], plan: Plan, with_float: bool = True
+    reference: Speaker, others: Mapping[str, Speaker], plan: Plan, with_float: bool = True, expected: Read | None = None
 ) -> dict[str, Result]:
     """Measure models beside the float one.
 
     Args:
         reference: the float model, with a cache that stores floats.
         with_float: whether it is among the results, with its own recall and times.
+        expected: how it reads the windows, where that is kept; see `compare_on_text`.
 
     Raises:
         OctavoError: the text is too short, or a prompt is to be; something is longer than what the model is made for.
@@ -111,7 +112,7 @@ def evaluate(
     if with_float:
         results[FLOAT].bits = 8.0 * reference.model.dtype.itemsize
     if plan.text is not None and others:
-        _on_text(reference, others, plan, results)
+        _on_text(reference, others, plan, results, expected)
     for task in plan.tasks:
         for length in plan.lengths:
             prompts = prompts_of(task, reference.tokenizer, length, plan.trials)
@@ -138,11 +139,13 @@ def _check_lengths(reference: Speaker, plan: Plan) -> None:
             raise OctavoError(f"{flag} {given}: the model is made for {most:,} tokens; give {room} at most{about}")
 
 
-def _on_text(reference: Speaker, others: Mapping[str, Speaker], plan: Plan, results: dict[str, Result]) -> None:
+def _on_text(
+    reference: Speaker, others: Mapping[str, Speaker], plan: Plan, results: dict[str, Result], expected: Read | None
+) -> None:
     ids = reference.tokenizer(plan.text, return_tensors="pt", verbose=False)["input_ids"][0].long()
     ids = ids.to(reference.model.device)
     samples = _windows(ids, plan.length, plan.windows)
-    for name, found in compare_on_text(reference, others, samples, plan.last).items():
+    for name, found in compare_on_text(reference, others, samples, plan.last, expected).items():
         results[name].fidelity = found
     if plan.written:
         prompts = _windows(ids, PROMPT, plan.prompts)

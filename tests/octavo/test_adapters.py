@@ -1,5 +1,6 @@
 """`--adapter` of the commands that speak: what it adds, and what is refused."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,6 +52,25 @@ def test_a_converted_directory_runs_with_an_adapter(
 def test_a_stock_model_does_too(source: Path, adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [str(source), TEXT, "--scheme", "int8-token"]
     assert said([*words, "--adapter", str(adapter)], capsys) != said(words, capsys)
+
+
+def test_an_evaluation_puts_it_on_all_that_it_compares(
+    source: Path, converted: Callable[..., Path], adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the adapter changes is the same on both sides, so that what is measured is the quantization alone."""
+    file = tmp_path / "found.json"
+    rest = ["--windows", "1", "--length", "60", "--tasks", "--written", "0", "--json", str(file)]
+    for words in ([str(source), "--schemes", "int8-token"], [str(converted(*FLAGS)), "--reference", str(source)]):
+        found = []
+        for more in ([], ["--adapter", str(adapter)]):
+            assert main(["evaluate", *words, *rest, *more]) == 0
+            found.append(list(json.loads(file.read_text())["results"].values())[1]["text"])
+        plain, adapted = found
+        assert adapted["float_perplexity"] != plain["float_perplexity"]
+        assert 0 < adapted["kl"] < 10 * plain["kl"]
+    capsys.readouterr()
+    assert main(["evaluate", str(source), *rest, "--adapter", str(tmp_path / "none")]) == 1
+    assert_one_error_line(capsys.readouterr().err, "--adapter", "no such directory")
 
 
 def _no_weights(adapter: Path) -> None:

@@ -1,6 +1,7 @@
 """The command `octavo`: its list, its errors, and that it waits for nothing it does not need."""
 
 import argparse
+import os
 import subprocess
 import sys
 from importlib import import_module
@@ -9,7 +10,7 @@ import pytest
 
 from octavo.__main__ import main, overview
 from octavo.commands import COMMANDS
-from octavo.common.command import OneLineParser
+from octavo.common.command import PIPE_CLOSED, OneLineParser
 from octavo.common.runtime.version import VERSION
 
 from ..support import REPOSITORY, assert_one_error_line
@@ -53,6 +54,17 @@ def test_the_list_waits_for_no_library() -> None:
 def test_it_runs_as_a_module_and_tells_its_version() -> None:
     done = subprocess.run([sys.executable, "-m", "octavo", "--version"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, f"octavo {VERSION}\n"), done.stderr
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["schemes"], ["plan", "--help"], ["docter"]])
+def test_where_nobody_reads_it_ends_quietly(argv: list[str]) -> None:
+    """As `octavo ... 2>&1 | head -0` does, with the exit code of what SIGPIPE ends."""
+    env, (read, write) = {**os.environ, "PYTHONUNBUFFERED": ""}, os.pipe()
+    os.close(read)
+    with os.fdopen(write, "wb") as closed:
+        stderr = closed if argv == ["docter"] else subprocess.PIPE
+        done = subprocess.run([sys.executable, "-m", "octavo", *argv], stdout=closed, stderr=stderr, env=env)
+    assert (done.returncode, done.stderr or b"") == (PIPE_CLOSED, b"")
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))

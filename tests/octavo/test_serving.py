@@ -1,6 +1,7 @@
 """The server: requests that go on from the one before, and OpenAI's own client over loopback."""
 
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -227,3 +228,27 @@ def test_a_format_is_named_only_if_it_holds_the_model(
         said.append(capsys.readouterr().err)
     assert "rewrite" not in said[0] and said[0].rstrip().endswith("leave it out")
     assert "octavo rewrite " in said[1] and "--format compressed-tensors" in said[1]
+
+
+def test_a_hub_id_is_proposed_what_works(
+    source: Path,
+    converted: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rewriting takes its snapshot, and what is written lies where one stands."""
+    directory = converted("--scheme", "int8-token", "--w_bit", "8", "--a_bit", "16")
+    monkeypatch.chdir(tmp_path)
+    for found, command in (
+        (source, "octavo convert someone/tiny --quantization w8a8_dynamic"),
+        (directory, f"octavo rewrite '{directory}'"),
+    ):
+        monkeypatch.setattr(
+            "octavo.common.convert.source.checkpoint.snapshot_download", lambda *_, found=found, **__: str(found)
+        )
+        capsys.readouterr()
+        assert main(["serve", "someone/tiny", "--continuous_batching"]) == 1
+        rest = "--format compressed-tensors --save_directory tiny-vllm"
+        assert_one_error_line(capsys.readouterr().err, f"{command} {rest}")
+    assert main(shlex.split(f"{command} {rest}")[1:]) == 0 and (tmp_path / "tiny-vllm" / "config.json").is_file()

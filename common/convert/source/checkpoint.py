@@ -109,6 +109,22 @@ def _check_alone(directory: Path) -> None:
         )
 
 
+def listed_files(directory: Path) -> list[Path]:
+    """The safetensors files of a checkpoint that transformers reads, in its order, whether or not they are there.
+
+    Raises:
+        OctavoError: there is neither a single file nor an index, or the index names no files or such as lie elsewhere.
+    """
+    first = _weight_file(directory)
+    if not first.name.endswith(".index.json"):
+        return [first]
+    weight_map = read_json(first).get("weight_map")
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not names or not all(isinstance(name, str) and len(name) <= LONGEST_FILE_NAME for name in names):
+        raise OctavoError(f"{first}: maps no tensors to files; copy the checkpoint again")
+    return [_inside(directory, name, first) for name in sorted(set(names))]
+
+
 def source_files(directory: Path) -> list[Path]:
     """The safetensors files of a float checkpoint that transformers reads, in its order.
 
@@ -117,14 +133,7 @@ def source_files(directory: Path) -> list[Path]:
             loads in their place.
     """
     _check_alone(directory)
-    first = _weight_file(directory)
-    files = [first]
-    if first.name.endswith(".index.json"):
-        weight_map = read_json(first).get("weight_map")
-        names = list(weight_map.values()) if isinstance(weight_map, dict) else []
-        if not names or not all(isinstance(name, str) and len(name) <= LONGEST_FILE_NAME for name in names):
-            raise OctavoError(f"{first}: maps no tensors to files; copy the checkpoint again")
-        files = [_inside(directory, name, first) for name in sorted(set(names))]
+    files = listed_files(directory)
     for file in files:
         if not file.is_file():
             raise OctavoError(f"{named('model')} {directory}: {file.name} is missing; copy the checkpoint again")

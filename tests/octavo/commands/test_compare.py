@@ -31,9 +31,11 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of what is measured from here on."""
     found: list[str] = []
 
-    def counted(reference: object, others: dict[str, object], plan: object, with_float: bool) -> object:
+    def counted(
+        reference: object, others: dict[str, object], plan: object, with_float: bool, expected: object
+    ) -> object:
         found.extend(["float"] if with_float else others)
-        return evaluate(reference, others, plan, with_float)
+        return evaluate(reference, others, plan, with_float, expected)
 
     monkeypatch.setattr(measuring, "evaluate", counted)
     return found
@@ -59,15 +61,16 @@ def test_results_are_laid_out_and_the_same_command_measures_nothing_again(
     said = capsys.readouterr().out
     assert measured == ["float", "float", "int8-token", "int8-token", "octavo-2", "octavo-2"]
     data = json.loads((out / "results.json").read_text())
-    assert [found["name"] for found in data["results"]] == ["float", *NAMES] and data["choice"] == "octavo-2"
-    float_found, int8, _ = data["results"]
+    assert [found["name"] for found in data["results"]] == ["float", *NAMES] and data["choice"] == "int8-token"
+    float_found, int8, int2 = data["results"]
     assert int8["text"]["kl"] > 0 and int8["lengths"]["300"]["recall"][0]["asked"] == 2
     assert float_found["lengths"]["300"]["cache_bytes"] > int8["lengths"]["300"]["cache_bytes"] > 0
+    assert int2["lengths"]["300"]["cache_bytes"] > int8["lengths"]["300"]["cache_bytes"], "it keeps tokens in float"
     assert float_found["bits"] == 32 and float_found["planned_cache_bytes"]["256"] > int8["planned_cache_bytes"]["256"]
-    assert f"{int8['text']['kl']:.5f}" in said and "Choose octavo-2" in said and said.endswith("index.html\n")
+    assert f"{int8['text']['kl']:.5f}" in said and "Choose int8-token" in said and said.endswith("index.html\n")
     written = (out / "index.html").read_text()
     assert (
-        "Choose octavo-2" in written
+        "Choose int8-token" in written
         and "1 window of 60 tokens" in written
         and "text: text.txt" in written
         and "Choose" in (out / "results.md").read_text()

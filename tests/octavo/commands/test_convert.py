@@ -10,9 +10,9 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from octavo.__main__ import main
-from octavo.commands.convert import _next_commands, _usual, usual_output
+from octavo.commands.convert import SUFFIX, _next_commands, _usual
 from octavo.common.convert import presets
-from octavo.place import Place
+from octavo.place import Place, usual_output
 
 from ...support import TEXTS, assert_one_error_line, edit_json, quantized_tensors
 
@@ -108,9 +108,9 @@ def test_where_an_output_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     model = tmp_path / "a model"
     model.mkdir()
     monkeypatch.chdir(model)
-    assert usual_output(str(model)) == usual_output(".") == tmp_path / "a model-octavo"
-    assert usual_output(f"{model}/") == tmp_path / "a model-octavo"
-    assert usual_output("someone/their-model") == Path("their-model-octavo")
+    assert usual_output(str(model), SUFFIX) == usual_output(".", SUFFIX) == tmp_path / "a model-octavo"
+    assert usual_output(f"{model}/", SUFFIX) == tmp_path / "a model-octavo"
+    assert usual_output("someone/their-model", SUFFIX) == Path("their-model-octavo")
 
 
 @pytest.mark.parametrize(

@@ -20,11 +20,16 @@ from ...support import assert_one_error_line, edit_json, tiny_config
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+def json_of(model: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    """What is said as data."""
+    capsys.readouterr()
+    assert main(["info", model, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
 def told(directory: Path, capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, Any], list[str]]:
     """What is said as data, and in lines."""
-    capsys.readouterr()
-    assert main(["info", str(directory), "--json"]) == 0
-    data = json.loads(capsys.readouterr().out)
+    data = json_of(str(directory), capsys)
     assert main(["info", str(directory)]) == 0
     return data, capsys.readouterr().out.splitlines()
 
@@ -103,16 +108,56 @@ def test_a_damaged_conversion(
     assert_one_error_line(capsys.readouterr().err, "foo", "not stored")
 
 
-def test_a_hub_id_is_looked_up_by_its_json_alone(
-    source: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def hub(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, list[list[str]]]:
+    """A snapshot of someone/tiny in transformers' cache, of its JSON alone, and what is asked of the hub."""
     asked: list[list[str]] = []
+    snapshot = tmp_path / "snapshot"
+    shutil.copytree(source, snapshot, ignore=shutil.ignore_patterns("*.safetensors"))
 
-    def snapshot(name: str, allow_patterns: list[str]) -> str:
+    def download(name: str, allow_patterns: list[str]) -> str:
         asked.append([name, *allow_patterns])
-        return str(source)
+        return str(snapshot)
 
-    monkeypatch.setattr("octavo.common.convert.source.checkpoint.snapshot_download", snapshot)
+    monkeypatch.setattr("octavo.common.convert.source.checkpoint.snapshot_download", download)
+    return snapshot, asked
+
+
+def test_a_hub_id_is_looked_up_by_its_json_alone(
+    hub: tuple[Path, list[list[str]]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is not in the cache yet is named, with what fetches it."""
+    snapshot, asked = hub
     assert main(["info", "someone/tiny"]) == 0
     assert asked == [["someone/tiny", "*.json"]]
-    assert "octavo convert someone/tiny" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "octavo convert someone/tiny" in said and "not on the disk      model.safetensors; hf download" in said
+    parts = [f"model-0000{part}-of-00003.safetensors" for part in (1, 2, 3)]
+    index = {"weight_map": {f"layer.{number}.weight": part for number, part in enumerate(parts)}}
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
+    (snapshot / parts[1]).touch()
+    assert main(["info", "someone/tiny"]) == 0
+    way_out = "hf download someone/tiny fetches what is not in transformers' cache"
+    assert f"{parts[0]} (with 1 other); {way_out}\n" in capsys.readouterr().out
+    data, lines = told(snapshot, capsys)
+    assert data["missing_files"] == [parts[0], parts[2]]
+    assert any(line.endswith("; copy the checkpoint again, or save the model as safetensors") for line in lines)
+
+
+def test_a_converted_hub_id_needs_its_weights(
+    hub: tuple[Path, list[list[str]]], converted: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their headers say what it is."""
+    directory = converted("--use_kvcache_quant", "True")
+    for file in directory.glob("*.json"):
+        shutil.copy(file, hub[0])
+    capsys.readouterr()
+    assert main(["info", "someone/tiny"]) == 1
+    assert_one_error_line(capsys.readouterr().err, "someone/tiny: is converted", "its weights, too; hf download some")
+    for file in directory.iterdir():
+        shutil.copy(file, hub[0])
+    assert main(["info", "someone/tiny"]) == 0
+    said = capsys.readouterr().out
+    assert "not on the disk" not in said
+    name = json_of("someone/tiny", capsys)["formats"][0]
+    assert f"octavo rewrite {hub[0]} --format {name} --save_directory tiny-{name}\n" in said

@@ -8,12 +8,30 @@ from octavo.comparing.rows import row_of
 from .fabricated import float_record, record, some_records
 
 
-def test_the_fewest_bits_within_both_bounds_are_chosen() -> None:
+def test_the_fewest_bytes_within_both_bounds_are_chosen() -> None:
     advice = advise([row_of(found) for found in some_records()], 0.01)
     assert advice.choice == "octavo-4" and advice.command == "octavo run model --scheme octavo-4"
-    assert "4.60 an element of K and V instead of 32" in advice.sentences and "at a KL of 0.006" in advice.sentences
-    assert "At 512 tokens its cache has 0.236 MB instead of 1.64 MB" in advice.sentences
+    assert (
+        "its weights and cache take the fewest bytes, 10.2 MB instead of 11.6 MB, at a KL of 0.006. "
+        in advice.sentences
+    )
+    assert "weights of 10 MB as in float, and at 512 tokens a cache of 0.236 MB instead" in advice.sentences
+    assert "4.60 bits an element of K and V instead of 32" in advice.sentences
     assert "It recalls 9 of 10, float 10" in advice.sentences
+
+
+def test_the_weights_of_a_conversion_count_beside_the_cache() -> None:
+    """Half the weights are more than a few bits of a cache of 512 tokens, and less than those of one without end."""
+    small = {**record("preset eight-bit", 8.5, 0.004, kind="preset"), "weight_bytes": 5_000_000}
+    found = [float_record(), record("octavo-4", 4.6, 0.002), small]
+    advice = advise([row_of(each) for each in found], 0.01)
+    assert advice.choice == "preset eight-bit"
+    assert "weights of 5 MB instead of 10 MB" in advice.sentences
+    assert "5.44 MB instead of 11.6 MB, at a KL of 0.004" in advice.sentences
+    found = [{**each, "lengths": {}, "planned_cache_bytes": {"90000": each["bits"] * 9_000_000}} for each in found]
+    advice = advise([row_of(each) for each in found], 0.01)
+    assert advice.choice == "octavo-4" and "at 90,000 tokens a cache of 41.4 MB" in advice.sentences
+    assert advise([row_of(each) for each in found], 0.001).choice is None
 
 
 @pytest.mark.parametrize(
@@ -25,7 +43,7 @@ def test_the_bound_of_kl_counts_and_so_does_recall(max_kl: float, choice: str | 
     assert advise([row_of(found) for found in some_records()], max_kl).choice == choice
 
 
-def test_of_as_many_bits_the_smaller_kl_is_chosen() -> None:
+def test_of_as_many_bytes_the_smaller_kl_is_chosen() -> None:
     rows = [row_of(found) for found in (float_record(), record("a", 4.0, 0.005), record("b", 4.0, 0.002))]
     assert advise(rows, 0.01).choice == "b"
 

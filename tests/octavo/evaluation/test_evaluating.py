@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from octavo.evaluation.evaluating import Plan, evaluate
 from octavo.evaluation.reading import CHUNK, Reader, Times, _token
 from octavo.evaluation.recall import ASKED, ROOM, TASKS, Score, key_values, needles, prompts_of, recall
 from octavo.evaluation.report import cost_table, quality_table, writing_table
-from octavo.evaluation.text import compare_on_text
+from octavo.evaluation.text import Kept, compare_on_text, in_chunks
 from octavo.evaluation.writing import compare_writing
 from octavo.generate import Speaker, load_stock, with_scheme
 
@@ -58,6 +59,27 @@ def test_the_last_tokens_alone_are_scored(reference: Speaker, others: dict[str, 
     assert {score.tokens for score in found.values()} == {60}
     with pytest.raises(OctavoError, match="text: nothing to compare"):
         compare_on_text(reference, others, [ids[:1]])
+
+
+def test_what_the_float_model_says_is_kept_as_far_as_there_is_room(
+    reference: Speaker, others: dict[str, Speaker]
+) -> None:
+    windows = [random_ids(1, CHUNK + 40, seed=seed)[0] for seed in (1, 2)]
+    read: list[int] = []
+
+    def counted(ids: torch.Tensor) -> Iterator[torch.Tensor]:
+        read.append(len(ids))
+        return in_chunks(reference)(ids)
+
+    size = sum(part.nbytes for part in counted(windows[0]))
+    wanted = compare_on_text(reference, others, windows)
+    for most, passes in ((2 * size, 2), (2 * size - 1, 3), (0, 4)):
+        read.clear()
+        expected = Kept(counted, most)
+        for name, speaker in others.items():
+            found = compare_on_text(reference, {name: speaker}, windows, expected=expected)
+            assert found == {name: wanted[name]}
+        assert len(read) == passes
 
 
 def test_writing_departs_where_greedy_texts_differ(reference: Speaker, others: dict[str, Speaker]) -> None:

@@ -1,5 +1,6 @@
 """Tiny models and the presets that are tried on them."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,9 @@ KINDS = ("llama", "qwen2", "qwen2 folded")
 REPRESENTATIVES = ("float", "int8-token", "llamacpp-q4_1", "vllm-fp8-head", "kivi-2", "kvquant-3", "octavo-4")
 """One preset of each way to store K and V; the others of the models' tests are marked as slow."""
 SMALL_STEPS = ("float", "ascend-c8", "ascend-fa", "int8-token", "llamacpp-q8_0", "lmdeploy-int8", "octavo-8")
+COARSE = ("octavo-2", "octavo-2t", "kivi-2", "k4v2", "kvquant-2", "turboquant-mse-2", "turboquant-mse-3", "turboquant-3",
+          "turboquant-k3v4")  # fmt: skip
+"""What loses much: 2 bits, and 3 bits of single tokens without sinks."""
 
 
 def presets(*others: str) -> list[Any]:
@@ -45,8 +49,8 @@ Make = Callable[..., QuantizedCache]
 
 
 def scheme_for(kind: str, preset: str) -> Scheme:
-    """The preset, with biases in the cache where the model has them there."""
-    scheme = load_scheme(preset)
+    """The preset in codes in all layers, with biases in the cache where the model has them there."""
+    scheme = dataclasses.replace(load_scheme(preset), float_layers=())
     if kind == "qwen2" and scheme.has_codebooks:
         pytest.skip("codebooks are for K without its bias")
     return scheme if kind == "llama" else load_scheme({**scheme.to_dict(), "fold_bias": kind == "qwen2 folded"})

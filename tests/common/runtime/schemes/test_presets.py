@@ -264,7 +264,8 @@ def cache_with(cache: Make, preset: str) -> QuantizedCache:
 def test_counted_bits_are_what_is_stored(preset: str, tokens: int, cache: Make) -> None:
     """Of tokens in use: not less than is counted for, but for the float window, which is counted at its mean size."""
     half = torch.float16
-    used, scheme = cache(preset), load_scheme(preset)
+    used = cache(preset)
+    scheme = used.scheme
     for layer in range(LAYERS):
         used.update(*(part.to(half) for part in states(tokens, seed=layer)), layer)
     total = slack = 0

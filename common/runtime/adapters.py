@@ -220,11 +220,11 @@ def look_at_adapters(model: nn.Module) -> None:
     Raises:
         OctavoError: it has one already that it does not bear; the model is as it was.
     """
+    adapters = Adapters(model, getattr(model, "peft_config", None))
     if not isinstance(model, HasAdapters):
-        adapters = Adapters(model, getattr(model, "peft_config", None))
         vars(model).pop("peft_config", None)
         model.__class__ = _class_with_adapters(type(model))
-        model.peft_config = adapters
+    model.peft_config = adapters
 
 
 @cache

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from ..ops.shared.registry import NAMESPACE
 from .architecture import known_decoders, stated_architectures, stated_or_known
 from .errors import OctavoError, first_line
-from .runtime.adapters import Adapters, expect_adapters
+from .runtime.adapters import look_at_adapters
 from .runtime.attention import register_attention
 from .runtime.bias_fold import fold_biases
 from .runtime.decoder import (
@@ -89,7 +89,9 @@ def prepare(model: nn.Module) -> nn.Module:
             folded (DoRA); see `fold_biases`.
     """
     if hasattr(model, "get_base_model"):  # PEFT's, around a model with adapters
-        model.peft_config = prepare(model.get_base_model()).peft_config
+        base = prepare(model.get_base_model())
+        if model.base_model is not base:  # else what it learns are prompts, whose configs are in PEFT's model alone
+            model.peft_config = base.peft_config
         return model
     if (getattr(model, "_tp_size", None) or 1) > 1:
         raise OctavoError(
@@ -111,8 +113,7 @@ def prepare(model: nn.Module) -> nn.Module:
     model.__class__ = keeping_class(type(model))
     if facts is not None:
         state_decoder(model, facts)
-        expect_adapters()
-        model.peft_config = Adapters(model, getattr(model, "peft_config", None))
+        look_at_adapters(model)
         fold_biases(model, has_keys=_turns_halves(model, facts))
     setattr(decoder, IS_ZOO, facts is not None and decoder.config.model_type in stated_architectures())
     chunk_passes(decoder)

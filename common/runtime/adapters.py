@@ -10,7 +10,8 @@ Nothing here is asked for before PEFT is there, and PEFT is never imported befor
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -113,19 +114,22 @@ class Adapters(dict):
     """The configs of a model's adapters by their names, each of which is looked at before it is taken.
 
     Args:
-        model: whose `peft_config` this is.
+        model: whose `peft_config` this is; known weakly, since it holds this in turn.
         adapters: configs that it has already.
 
     Raises:
         OctavoError: when a config is set that the model does not bear.
     """
 
+    _model: Callable[[], nn.Module | None] = type(None)
+
     def __init__(self, model: nn.Module, adapters: Mapping[str, Any] | None = None) -> None:
         super().__init__()
-        self._model = model
+        self._model = weakref.ref(model)
         self.update(adapters or {})
 
     def __setitem__(self, name: str, config: Any) -> None:
+        _hear_peft()
         self.admit(config)
         super().__setitem__(name, config)
 
@@ -140,13 +144,16 @@ class Adapters(dict):
         Raises:
             OctavoError: the model does not bear what it asks for.
         """
-        if getattr(self._model, "octavo_shared", None) is not None:
+        model = self._model()
+        if model is None:
+            raise OctavoError("this adapter: the model that it is for is gone; load the model anew")
+        if getattr(model, "octavo_shared", None) is not None:
             raise OctavoError("this adapter: the model is shared among ranks, whose parts of it an adapter has not")
-        is_coded = any(True for _ in _in_codes(self._model))
-        refusal = _fused_refusal(self._model, config)
+        is_coded = any(True for _ in _in_codes(model))
+        refusal = _fused_refusal(model, config)
         if is_coded:
-            refusal = refusal or _kind_refusal(config) or _place_refusal(self._model, config)
-        elif getattr(config, "use_dora", False) and _has_folds(self._model):
+            refusal = refusal or _kind_refusal(config) or _place_refusal(model, config)
+        elif getattr(config, "use_dora", False) and _has_folds(model):
             refusal = "use_dora reads biases that prepare folds; call merge_and_unload before prepare"
         if refusal is not None:
             raise OctavoError(
@@ -157,7 +164,10 @@ class Adapters(dict):
             config._register_custom_module({QuantizedLinear: layer, TiedLinear: layer})
 
     def __reduce__(self) -> tuple:
-        return _restored, (dict(self),), {"_model": self._model}
+        return _restored, (dict(self),), self._model()
+
+    def __setstate__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
 
 
 def _restored(configs: dict[str, Any]) -> Adapters:
@@ -167,9 +177,71 @@ def _restored(configs: dict[str, Any]) -> Adapters:
     return found
 
 
-def expect_adapters() -> None:
+_FALSE_ALARM = ("ignore", re.compile(_PEFT_WARNS, re.IGNORECASE), UserWarning, None, 0)
+"""The filter as `warnings` keeps it."""
+
+
+def _quiet_peft() -> None:
     """Keep PEFT from warning of adapters that a model has already: one with a dict for them, it takes to have some."""
-    warnings.filterwarnings("ignore", message=_PEFT_WARNS)
+    warnings.filterwarnings("ignore", message=_PEFT_WARNS, category=UserWarning)
+
+
+def _hear_peft() -> None:
+    """Let PEFT warn again, which has by now: it asks for the dict, warns, and sets a config in it."""
+    if _FALSE_ALARM in warnings.filters:
+        warnings.filters.remove(_FALSE_ALARM)
+
+
+class HasAdapters:
+    """Mixin of a model whose `peft_config`, where PEFT looks for configs and which it deletes, is `Adapters` always."""
+
+    @property
+    def peft_config(self) -> Adapters:
+        """Configs of adapters by their names."""
+        if "octavo_adapters" not in vars(self):
+            vars(self)["octavo_adapters"] = Adapters(self)
+        found = vars(self)["octavo_adapters"]
+        if not found:
+            _quiet_peft()
+        return found
+
+    @peft_config.setter
+    def peft_config(self, adapters: Any) -> None:
+        vars(self)["octavo_adapters"] = adapters if isinstance(adapters, Adapters) else Adapters(self, adapters)
+
+    @peft_config.deleter
+    def peft_config(self) -> None:
+        vars(self).pop("octavo_adapters", None)
+
+
+def look_at_adapters(model: nn.Module) -> None:
+    """Make a model of transformers one that `HasAdapters`, in place.
+
+    Raises:
+        OctavoError: it has one already that it does not bear; the model is as it was.
+    """
+    adapters = Adapters(model, getattr(model, "peft_config", None))
+    if not isinstance(model, HasAdapters):
+        vars(model).pop("peft_config", None)
+        model.__class__ = _class_with_adapters(type(model))
+    model.peft_config = adapters
+
+
+@cache
+def _class_with_adapters(model_class: type[nn.Module]) -> type[nn.Module]:
+    """A class of the same name beside one of transformers, which pickles name instead."""
+
+    def reduce(model: nn.Module) -> tuple:
+        return _empty_model, (model_class,), vars(model)
+
+    members = {"__module__": model_class.__module__, "__reduce__": reduce}
+    return type(model_class.__name__, (HasAdapters, model_class), members)
+
+
+def _empty_model(model_class: type[nn.Module]) -> nn.Module:
+    """For copies and pickles, which fill it."""
+    found = _class_with_adapters(model_class)
+    return found.__new__(found)
 
 
 @cache

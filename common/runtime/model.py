@@ -10,14 +10,14 @@ from transformers import PreTrainedModel
 
 from ...ops.shared.registry import NAMESPACE
 from ..errors import OctavoError, first_line
-from .adapters import Adapters, check_adapter_file, expect_adapters
+from .adapters import ADAPTER_WEIGHTS, HasAdapters, check_adapter_file
 from .attention import register_attention
 from .bias_fold import fold_biases
 from .cache.quantized_cache import QuantizedCache
 from .cache.sizes import kept_kv_bytes
 from .checkpoint.buffers import attach_buffers, read_scales
 from .checkpoint.files import TensorHeader
-from .checkpoint.loading import CONFIG_KEY, check_shapes, describe_checkpoint, read_config
+from .checkpoint.loading import CONFIG_KEY, check_shapes, describe_checkpoint, finder, read_config
 from .checkpoint.values import check_values
 from .compatibility import (
     cache_argument,
@@ -122,7 +122,7 @@ def check_transformers(model_class: type) -> None:
     check_stand_in(lambda: model_class(config), layers, tokens)
 
 
-class QuantizedCausalLM:
+class QuantizedCausalLM(HasAdapters):
     """Mixin placed before a `...ForCausalLM` of transformers.
 
     Attributes:
@@ -322,22 +322,6 @@ class QuantizedCausalLM:
                     "does; leave out the assistant and prompt lookup, or convert with another scheme"
                 )
 
-    @property
-    def peft_config(self) -> Adapters:
-        """Configs of adapters by their names, where PEFT looks for it; see `adapters.py`."""
-        if "octavo_adapters" not in vars(self):
-            vars(self)["octavo_adapters"] = Adapters(self)
-        expect_adapters()
-        return vars(self)["octavo_adapters"]
-
-    @peft_config.setter
-    def peft_config(self, adapters: Any) -> None:
-        vars(self)["octavo_adapters"] = adapters if isinstance(adapters, Adapters) else Adapters(self, adapters)
-
-    @peft_config.deleter
-    def peft_config(self) -> None:
-        vars(self).pop("octavo_adapters", None)
-
     def add_adapter(self, adapter_config: Any, adapter_name: str | None = None) -> None:
         """As in transformers, of an adapter that is not to be trained.
 
@@ -353,8 +337,13 @@ class QuantizedCausalLM:
         Raises:
             OctavoError: linears in codes do not bear the adapter, or it is of another model.
         """
-        if peft_model_id is not None and Path(peft_model_id).is_dir():
-            check_adapter_file(self, Path(peft_model_id))
+        if peft_model_id is not None:
+            given = {**(getattr(kwargs.get("load_config"), "download_kwargs", None) or {}), **kwargs}
+            given |= kwargs.get("adapter_kwargs") or {}
+            hub_arguments = {name: given[name] for name in _HUB_ARGUMENTS if name in given}
+            file = finder(str(peft_model_id), hub_arguments)(ADAPTER_WEIGHTS)
+            if file is not None:
+                check_adapter_file(self, file.parent)
         return super().load_adapter(peft_model_id, *args, **kwargs)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,7 +1,11 @@
 """LoRA adapters on linears in codes and beside a quantized cache: as PEFT loads them, against the sum by hand."""
 
 import copy
+import gc
 import pickle
+import shutil
+import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -160,6 +164,86 @@ def test_copies_have_their_own(own: Callable[[], nn.Module], adapter: Path) -> N
         assert torch.equal(logits(other), before)
         other.load_adapter(str(adapter))
         assert torch.equal(logits(other), logits(model))
+
+
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_collection")
+@pytest.mark.parametrize("kind", ["own", "prepared", "copied", "pickled"])
+def test_a_model_that_is_dropped_is_freed_at_once(kind: str, own: Callable[[], nn.Module]) -> None:
+    model = own() if kind == "own" else prepare(tiny_llama())
+    if kind == "copied":
+        model = copy.deepcopy(model)
+    elif kind == "pickled":
+        model = pickle.loads(pickle.dumps(model))
+    model.peft_config.admit(peft.LoraConfig(target_modules=["q_proj"], inference_mode=True))
+    known = weakref.ref(model)
+    del model
+    assert known() is None
+
+
+def test_configs_whose_model_is_gone_take_no_more() -> None:
+    adapters = prepare(tiny_llama()).peft_config
+    gc.collect()
+    for configs in (adapters, pickle.loads(pickle.dumps(adapters))):
+        with pytest.raises(OctavoError, match="the model that it is for is gone"):
+            configs["default"] = peft.LoraConfig(target_modules=["q_proj"])
+
+
+class _Hub:
+    """Stands in for the hub: the cache of one that holds one adapter, and no way to anything else."""
+
+    def __init__(self, cache: Path, adapter: Path) -> None:
+        self.cache, commit = cache, "0" * 40
+        repository = cache / "models--org--adapter"
+        shutil.copytree(adapter, repository / "snapshots" / commit)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text(commit)
+
+    def load(self, model: nn.Module) -> None:
+        model.load_adapter("org/adapter", adapter_kwargs={"cache_dir": self.cache, "local_files_only": True})
+
+
+def test_an_adapter_of_the_hub(own: Callable[[], nn.Module], adapter: Path, tmp_path: Path) -> None:
+    hub, model = _Hub(tmp_path / "hub", adapter), own()
+    hub.load(model)
+    assert_same(logits(model), logits(add_by_hand(own(), adapter)))
+
+
+def test_an_adapter_of_the_hub_that_is_of_another_model(own: Callable[[], nn.Module], tmp_path: Path) -> None:
+    other = adapter_of(tiny_llama(intermediate_size=96), tmp_path / "other", targets=["down_proj"])
+    hub, model = _Hub(tmp_path / "hub", other), own()
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(OctavoError, match="the linear has 128 input channels; the adapter is of another model"):
+        hub.load(model)
+    assert [name for name, _ in model.named_modules()] == names and model.peft_config == {}
+
+
+def _warnings_of(add: Callable[[], Any]) -> list[str]:
+    """What PEFT says of adapters that are there already."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        add()
+    return [text for text in (str(warning.message) for warning in caught) if "Already found" in text]
+
+
+def test_a_first_adapter_is_no_second(own: Callable[[], nn.Module], adapter: Path) -> None:
+    model, stock = own(), tiny_llama()
+
+    def load_both() -> None:
+        model.load_adapter(str(adapter))
+        stock.load_adapter(str(adapter))
+        stock.load_adapter(str(adapter), "second")
+
+    assert not _warnings_of(lambda: own().load_adapter(str(adapter)))
+    assert not _warnings_of(lambda: peft.PeftModel.from_pretrained(own(), adapter))
+    assert len(_warnings_of(load_both)) == 1  # of the stock model, whose second it is
 
 
 @pytest.mark.skipif(DECODER_KERNEL.supports() is not None, reason="there is no C compiler")
@@ -321,6 +405,36 @@ def test_what_reads_biases_that_are_folded(order: str) -> None:
     adapted = peft.get_peft_model(stock, config)
     with pytest.raises(OctavoError, match="use_dora reads biases that prepare folds"):
         prepare(adapted)
+
+
+def _unload(model: nn.Module, adapter: Path) -> nn.Module:
+    return peft.PeftModel.from_pretrained(model, adapter).unload()
+
+
+def _merge(model: nn.Module, adapter: Path) -> nn.Module:
+    return peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
+
+
+@pytest.mark.parametrize("leave", [_unload, _merge])
+def test_biases_stay_guarded_when_an_adapter_has_left(
+    leave: Callable[[nn.Module, Path], nn.Module], tmp_path: Path
+) -> None:
+    adapter = adapter_of(MODELS["qwen2"][0](), tmp_path / "adapter", targets=["k_proj"])
+    model = leave(prepare(MODELS["qwen2"][0]()), adapter)
+    config = peft.LoraConfig(target_modules=["k_proj"], use_dora=True, inference_mode=True, task_type="CAUSAL_LM")
+    with pytest.raises(OctavoError, match="use_dora reads biases that prepare folds"):
+        peft.get_peft_model(model, config)
+
+
+def test_prompts_that_are_learnt_stay_where_they_are() -> None:
+    model = tiny_llama()
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, inference_mode=True)
+    adapted = prepare(peft.get_peft_model(model, config)).eval()
+    with torch.no_grad():
+        prompts = adapted.get_prompt(batch_size=1)
+        embeds = torch.cat([prompts, model.get_input_embeddings()(IDS)], dim=1)
+        wanted = model(inputs_embeds=embeds, **with_cache(QuantizedCache(model.config, "int8-token"))).logits
+        assert_same(adapted(IDS, **with_cache(QuantizedCache(model.config, "int8-token"))).logits, wanted)
 
 
 def test_no_layer_of_ours_is_left_where_nothing_is_in_codes() -> None:

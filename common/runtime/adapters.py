@@ -48,6 +48,8 @@ def _in_codes(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _has_folds(model: nn.Module) -> bool:
     """Whether biases are left out of linears, or are about to be."""
+    if getattr(model, STATED, None) is None:  # of a prepared model's class, and not prepared itself
+        return False
     has_biases = (has_foldable_bias(stated_decoder(model), attention) for _, attention in attention_modules(model))
     return any(has_biases)
 

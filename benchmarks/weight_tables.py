@@ -47,10 +47,9 @@ def _matrix(rows: list[Row]) -> str:
 
 
 def _weights_row(row: Row) -> tuple[str, ...]:
-    recipe = f"`--preset {row['case'].removeprefix(RECIPE)}`: " if row["case"].startswith(RECIPE) else ""
     methods = (row["anti_method"] or "none", row["act_method"], row["w_method"])
     in_float = row["linears"].replace("*.", "")
-    return f"{recipe}{row['kind']}", row["cache"], in_float, *methods, row["megabytes"], *scores(row)
+    return row["kind"], row["cache"], in_float, *methods, row["megabytes"], *scores(row)
 
 
 def _weights_conditions(row: Row) -> str:

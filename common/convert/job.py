@@ -119,7 +119,8 @@ class Job:
             )
         check_target(request.target, plan, self.source)
         made, is_static = [] if self.coded else self.linears, self.scheme.is_static and not self._keeps_all_scales
-        self.samples = samples if needs_texts(request, is_static, made) else samples[:1]
+        self.calibrates = needs_texts(request, is_static, made)
+        self.samples = samples if self.calibrates else samples[:1]
 
     def _float_linears(self) -> list[str]:
         """Names of the linears to quantize, all of them in float in the source."""
@@ -134,7 +135,8 @@ class Job:
     def announce(self) -> None:
         """Say what nothing in the request asks for, once all of it is found to be possible."""
         if self.request.calibration is None:
-            say(f"{named('no calibration')}: calibrating on the small text that comes with Octavo")
+            purpose = "calibrating" if self.calibrates else "nothing here needs one; measuring what is lost"
+            say(f"{named('no calibration')}: {purpose} on the small text that comes with Octavo")
         files, scheme = self.source.files, self.scheme
         names = files.cache_scales.names if isinstance(files, CodedFiles) else ()
         if names and not self.source_scales:

@@ -169,8 +169,10 @@ def test_files_of_any_size(source: Path, tmp_path: Path) -> None:
 def test_texts_of_octavo_are_calibrated_on_if_none_are_given(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    convert(ConvertRequest(source, tmp_path / "out"))
+    convert(ConvertRequest(source, tmp_path / "out", scheme="ascend-c8"))
     assert "no calibration: calibrating on the small text that comes with Octavo" in capsys.readouterr().err
+    convert(ConvertRequest(source, tmp_path / "dynamic", scheme="int8-token", linear="W8A16"))
+    assert "no calibration: nothing here needs one; measuring what is lost on the small" in capsys.readouterr().err
 
 
 def test_a_converted_directory_is_the_one_that_the_script_makes(

@@ -9,7 +9,7 @@ import importlib
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -124,7 +124,7 @@ def check_port(host: str, port: int) -> None:
 
 
 def serve(speaker: Speaker, name: str, host: str, port: int, say: Callable[[str], None] = print) -> None:
-    """Answer requests until somebody ends it.
+    """Answer requests until somebody ends it, as Ctrl-C does.
 
     Args:
         name: what clients call the model.
@@ -136,5 +136,5 @@ def serve(speaker: Speaker, name: str, host: str, port: int, say: Callable[[str]
     check_server()
     check_port(host, port)
     speaker.model.generate = Answers(speaker, say)
-    with _handing_out(speaker):
+    with _handing_out(speaker), suppress(KeyboardInterrupt):  # uvicorn raises it again once it has shut down
         importlib.import_module(_SERVER).Serve(force_model=name, host=host, port=port)

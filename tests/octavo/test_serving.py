@@ -259,6 +259,22 @@ def test_what_cannot_be_served_is_refused(
     assert_one_error_line(capsys.readouterr().err, *parts)
 
 
+def test_an_interrupted_server_ends_without_an_error(
+    converted: Callable[..., Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As uvicorn does: it shuts down, says so, and raises the signal again."""
+    pytest.importorskip("uvicorn")
+
+    def interrupted(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("uvicorn.Server.run", interrupted)
+    directory = converted(*C8)
+    capsys.readouterr()
+    assert main(["serve", str(directory), "--port", str(free_port())]) == 0
+    assert "error" not in capsys.readouterr().err
+
+
 def test_a_server_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: False)
     with pytest.raises(OctavoError, match=r"pip install 'transformers\[serving\]'"):

@@ -165,9 +165,7 @@ def test_a_hub_id_that_is_not_there(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     assert main(["convert", "nobody/no-such-model"]) == 1
-    assert_one_error_line(
-        capsys.readouterr().err, "no-such-model: no such directory, and the hub could not be asked: "
-    )
+    assert_one_error_line(capsys.readouterr().err, "no-such-model: no such directory, and the hub could not be asked: ")
 
 
 def test_the_hub_says_that_it_is_not_there(

@@ -30,6 +30,9 @@ def first_line(error: BaseException) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The known name that comes nearest to a mistyped one, as the end of a message; nothing if none comes near."""
-    found = get_close_matches(str(name), list(known), n=1)
+    """The known name that comes nearest to a mistyped or cut-off one, as the end of a message, or nothing."""
+    names = list(known)
+    found = get_close_matches(str(name), names, n=1)
+    if not found and len(str(name)) > 2:
+        found = [each for each in names if each.startswith(str(name))]
     return f"; did you mean {found[0]}?" if found else ""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .adapters import put_adapter
+from .adapters import find_adapter, put_adapter
 from .common.command import OneLineParser
 from .common.convert.output.naming import beside
 from .common.convert.source.checkpoint import PATTERNS, check_device, find_source
@@ -92,9 +92,10 @@ def speaker_of(flags: argparse.Namespace) -> Speaker:
         OctavoError: there is none, or it was not converted and there is no scheme, or it was and there is one; its
             adapter is none for it.
     """
+    adapter = None if flags.adapter is None else find_adapter(flags.adapter)  # before what takes long
     speaker = _plain_speaker(flags)
-    if flags.adapter is not None:
-        put_adapter(speaker.model, flags.adapter)
+    if adapter is not None:
+        put_adapter(speaker.model, flags.adapter, adapter)
     return speaker
 
 

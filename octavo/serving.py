@@ -9,7 +9,7 @@ import importlib
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -17,9 +17,15 @@ import torch
 from .common.errors import OctavoError
 from .common.runtime.compatibility import cache_argument
 from .generate import Speaker, common_length, keep, what_it_took
+from .requesting import as_openai_means, tell_errors
 
-_MANAGERS = "transformers.cli.serving.model_manager"
 _SERVER = "transformers.cli.serve"
+_PARTS = "transformers.cli.serving"
+_HANDLERS = {
+    "chat_completion": "ChatCompletionHandler",
+    "completion": "CompletionHandler",
+    "response": "ResponseHandler",
+}
 
 
 class Answers:
@@ -53,7 +59,11 @@ class Answers:
         is_plain = len(ids) == 1 and all(
             getattr(config, field, None) in (None, 1) for field in ("num_beams", "num_return_sequences")
         )
-        cache = self._cache_for(ids) if is_plain else self._speaker.new_cache()
+        seed = getattr(config, "seed", None) if getattr(config, "do_sample", False) else None
+        if seed is not None:
+            torch.manual_seed(seed)
+        # who gives a seed wants the same text again, so that it does not depend on the request before
+        cache = self._cache_for(ids) if is_plain and seed is None else self._speaker.new_cache()
         kept, started = cache.get_seq_length(), time.perf_counter()
         self._forget()  # a request that is cancelled leaves a cache of which nobody knows what it holds
         found = self._generate(**arguments, **{self._cache_name: cache})
@@ -67,22 +77,29 @@ class Answers:
 
 @contextmanager
 def _handing_out(speaker: Speaker) -> Iterator[None]:
-    """Let transformers' server, which is made meanwhile, hand out this model whatever it is asked for."""
-    module = importlib.import_module(_MANAGERS)
-    stock = module.ModelManager
+    """Let transformers' server, which is made meanwhile, hand out this model, and answer as OpenAI's API does."""
+    managers, servers = (importlib.import_module(f"{_PARTS}.{name}") for name in ("model_manager", "server"))
 
-    class Manager(stock):
+    class Manager(managers.ModelManager):
         def _load_processor(self, *args: Any, **kwargs: Any) -> Any:
             return speaker.tokenizer
 
         def _load_model(self, *args: Any, **kwargs: Any) -> Any:
             return speaker.model
 
-    module.ModelManager = Manager
-    try:
+    build = servers.build_server
+    changes = [
+        (managers, "ModelManager", Manager),
+        (servers, "build_server", lambda *args, **kwargs: tell_errors(build(*args, **kwargs))),
+    ]
+    for part, name in _HANDLERS.items():
+        module = importlib.import_module(f"{_PARTS}.{part}")
+        changes.append((module, name, as_openai_means(getattr(module, name))))
+    with ExitStack() as stack:
+        for module, name, made in changes:
+            stack.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, made)
         yield
-    finally:
-        module.ModelManager = stock
 
 
 def check_server() -> None:
@@ -107,7 +124,7 @@ def check_port(host: str, port: int) -> None:
 
 
 def serve(speaker: Speaker, name: str, host: str, port: int, say: Callable[[str], None] = print) -> None:
-    """Answer requests until somebody ends it.
+    """Answer requests until somebody ends it, as Ctrl-C does.
 
     Args:
         name: what clients call the model.
@@ -119,5 +136,5 @@ def serve(speaker: Speaker, name: str, host: str, port: int, say: Callable[[str]
     check_server()
     check_port(host, port)
     speaker.model.generate = Answers(speaker, say)
-    with _handing_out(speaker):
+    with _handing_out(speaker), suppress(KeyboardInterrupt):  # uvicorn raises it again once it has shut down
         importlib.import_module(_SERVER).Serve(force_model=name, host=host, port=port)

@@ -17,3 +17,8 @@ def test_what_is_quoted_at_length_is_cut_and_the_way_out_is_kept() -> None:
 def test_the_nearest_name_is_told_if_there_is_one() -> None:
     assert did_you_mean("octavo4", ["octavo-4", "int8-token"]) == "; did you mean octavo-4?"
     assert did_you_mean("zzz", ["octavo-4"]) == did_you_mean("", []) == ""
+
+
+def test_a_shortened_name_is_told_whole() -> None:
+    assert did_you_mean("int8", ["int4-token", "int8-token"]) == "; did you mean int8-token?"
+    assert did_you_mean("o", ["octavo-4"]) == did_you_mean("", ["octavo-4"]) == ""

@@ -123,6 +123,7 @@ def test_no_adapter_and_no_peft(
 ) -> None:
     words = ["run", str(converted(*FLAGS)), TEXT, "--adapter", str(tmp_path / "none")]
     capsys.readouterr()
+    monkeypatch.setattr("octavo.place._plain_speaker", lambda _: pytest.fail("the model is loaded"))
     assert main(words) == 1
     assert_one_error_line(capsys.readouterr().err, "--adapter", "no such directory")
     monkeypatch.setattr("octavo.adapters.find_spec", lambda _: None)

@@ -100,6 +100,21 @@ def test_what_a_cancelled_request_left_is_forgotten(speaker: Speaker) -> None:
     assert told[-1].startswith("20 tokens read, 0 kept")
 
 
+def test_the_same_seed_says_the_same_whatever_was_asked_before(speaker: Speaker) -> None:
+    told: list[str] = []
+    answers, ids = Answers(speaker, told.append), random_ids(1, 20)
+
+    def sampled(seed: int) -> torch.Tensor:
+        asked = request(ids)
+        asked["generation_config"].update(do_sample=True, temperature=2.0, top_k=0)
+        asked["generation_config"].seed = seed
+        return answers(**asked)
+
+    first = sampled(1)
+    assert not torch.equal(first, sampled(2)) and torch.equal(first, sampled(1))
+    assert all(line.startswith("20 tokens read, 0 kept") for line in told)
+
+
 def test_what_cannot_be_cropped_is_computed_anew_and_said(source: Path) -> None:
     """octavo-4 keeps 64 tokens in float, and gives back no more than these."""
     told: list[str] = []
@@ -178,6 +193,41 @@ def test_the_openai_client_talks_streams_and_names_tools(served: tuple[str, list
     assert ", 0 kept" in told[0] and ", 0 kept" not in told[1] + told[2]
 
 
+@pytest.mark.slow
+def test_a_request_samples_ends_and_is_refused_as_openai_does(served: tuple[str, list[str]]) -> None:
+    openai = pytest.importorskip("openai")
+    address, lines = served
+    client = openai.OpenAI(base_url=address, api_key="none", timeout=SECONDS, max_retries=0)
+    chat = {"model": "tiny quantized", "messages": [{"role": "user", "content": "Rain fell."}], "max_tokens": 8}
+    text = {"model": "tiny quantized", "prompt": "Rain fell", "max_tokens": 8}
+
+    def said(stream: bool = False, **fields: Any) -> tuple[str, str]:
+        """What a chat and a completion say."""
+        talk = client.chat.completions.create(**chat, **fields, stream=stream)
+        more = client.completions.create(**text, **fields, stream=stream)
+        if not stream:
+            return talk.choices[0].message.content, more.choices[0].text
+        return ("".join(part.choices[0].delta.content or "" for part in talk if part.choices),
+                "".join(part.choices[0].text for part in more))  # fmt: skip
+
+    first = said(temperature=1.5, seed=1)
+    assert first == said(temperature=1.5, seed=1) and first != said(temperature=1.5, seed=2)
+    assert said(temperature=0, seed=1) == said(temperature=0, seed=2) != first
+    streams = [said(stream=True, temperature=1.5, seed=seed) for seed in (1, 1, 2)]
+    assert streams[0] == streams[1] != streams[2]
+    stop = first[1][2]
+    for stream in (False, True):
+        ended = said(stream=stream, temperature=1.5, seed=1, stop=[stop])
+        assert ended == tuple(each.partition(stop)[0] for each in first)
+    for fields in ({"n": 2}, {"presence_penalty": 1}, {"frequency_penalty": 1}, {"model": "another"}):
+        for ask, body in ((client.chat.completions.create, chat), (client.completions.create, text)):
+            with pytest.raises(openai.BadRequestError) as refused:
+                ask(**{**body, **fields})
+            told = refused.value.body
+            assert (told["type"], told["param"]) == ("invalid_request_error", *fields) and told["message"]
+    assert not any("generation flags are not valid" in line for line in lines)
+
+
 @pytest.mark.parametrize("port", [-1, 0, 65536, 99999])
 def test_a_number_that_is_no_port_is_refused(port: int) -> None:
     """The system would listen at another, as 99999 - 65536."""
@@ -208,6 +258,22 @@ def test_what_cannot_be_served_is_refused(
     capsys.readouterr()
     assert main(["serve", str(directory), "--port", str(free_port()), *flags]) == 1
     assert_one_error_line(capsys.readouterr().err, *parts)
+
+
+def test_an_interrupted_server_ends_without_an_error(
+    converted: Callable[..., Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As uvicorn does: it shuts down, says so, and raises the signal again."""
+    pytest.importorskip("uvicorn")
+
+    def interrupted(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("uvicorn.Server.run", interrupted)
+    directory = converted(*C8)
+    capsys.readouterr()
+    assert main(["serve", str(directory), "--port", str(free_port())]) == 0
+    assert "error" not in capsys.readouterr().err
 
 
 def test_a_server_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,9 +63,14 @@ def find_source(model_path: str, with_code: bool = False, patterns: Sequence[str
         wanted = [*patterns, *(CODE_PATTERNS if with_code else ())]
         return Path(snapshot_download(model_path, allow_patterns=wanted))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise OctavoError(
-            f"{named('model')} {model_path}: no such directory, and no hub model ({first_line(error)})"
-        ) from None
+        raise OctavoError(f"{named('model')} {model_path}: no such directory, and {not_had('model', error)}") from None
+
+
+def not_had(what: str, error: Exception) -> str:
+    """Why something is not had of the hub: there is none, or nobody could ask."""
+    if isinstance(error, (LocalEntryNotFoundError, ConnectionError)):
+        return f"the hub could not be asked: {first_line(error)}"
+    return f"no hub {what} ({first_line(error)})"
 
 
 def _weight_file(directory: Path) -> Path:

@@ -346,7 +346,7 @@ def _preset(name: Any) -> Scheme:
     known = KV_CACHE_DTYPES.get(name, name) if isinstance(name, str) else None
     if known not in PRESETS:
         nearest = did_you_mean(name, PRESETS)
-        raise OctavoError(f"scheme {name!r} is no preset (one of {', '.join(PRESETS)}, or FILE.json){nearest}")
+        raise OctavoError(f"no scheme {name!r}{nearest or ';'} (there are {', '.join(PRESETS)}, or FILE.json)")
     return Scheme.from_dict(json.loads(resource(f"common/runtime/schemes/presets/{known}.json")))
 
 
@@ -365,7 +365,7 @@ def load_scheme(scheme: "str | Path | dict[str, Any] | Scheme") -> Scheme:
     """A scheme from the name of a preset, a `kv_cache_dtype` of vLLM or a JSON file, from plain data, or as it is.
 
     Raises:
-        OctavoError: the name is no preset; the message lists them. The file holds no scheme.
+        OctavoError: there is no scheme of that name; the message lists them. The file holds no scheme.
     """
     if isinstance(scheme, Scheme):
         return scheme

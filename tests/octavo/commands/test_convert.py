@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from huggingface_hub.errors import HFValidationError
 from transformers import AutoModelForCausalLM
 
 from octavo.__main__ import main
@@ -164,7 +165,19 @@ def test_a_hub_id_that_is_not_there(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     assert main(["convert", "nobody/no-such-model"]) == 1
-    assert_one_error_line(capsys.readouterr().err, "nobody/no-such-model: no such directory, and no hub model")
+    assert_one_error_line(capsys.readouterr().err, "no-such-model: no such directory, and the hub could not be asked: ")
+
+
+def test_the_hub_says_that_it_is_not_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise HFValidationError("nobody--has it")
+
+    monkeypatch.setattr("octavo.common.convert.source.checkpoint.snapshot_download", refuse)
+    monkeypatch.chdir(tmp_path)
+    assert main(["convert", "nobody--has"]) == 1
+    assert_one_error_line(capsys.readouterr().err, "no such directory, and no hub model (nobody--has it)")
 
 
 def test_a_damaged_config(source: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -84,7 +84,7 @@ def test_a_picture_is_drawn(source: Path, tmp_path: Path) -> None:
     [
         (["--preset", "smallest", "--quantization", "w8a8"], ["--preset and --quantization", "one of the two"]),
         (["--memory", "24"], ["--memory 24: is no size", "24GB or 24GiB"]),
-        (["--schemes", "int9-token"], ["'int9-token' is no preset"]),
+        (["--schemes", "int9-token"], ["no scheme 'int9-token'; did you mean int8-token? (there are "]),
         (["--plot", "none/such.svg"], ["--plot none/such.svg: cannot be written"]),
         (["--plot", "plan.doc"], ["--plot plan.doc: cannot be written", ".svg or .png"]),
         (["--preset", "eight-bits"], ["did you mean eight-bit?"]),

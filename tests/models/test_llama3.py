@@ -121,7 +121,7 @@ def test_two_versions_of_the_code_live_in_one_process(
     namespace = text.split('NAMESPACE = "')[1].split('"')[0]
     assert namespace.startswith("octavo_") and len(namespace) == len("octavo_") + 12
     broken = text.replace(namespace, "octavo_ffffffffffff").replace(
-        "        return attention(*", "        return 0 * attention(*"
+        "    return attention(*ATTENTION_CALL", "    return 0 * attention(*ATTENTION_CALL"
     )
     broken = broken.replace("return _ATTEND_CPU(call)", "return 0 * _ATTEND_CPU(call)")
     broken = broken.replace(

@@ -56,7 +56,7 @@ def test_a_wheel_does_all_of_it(environment: Path, source: Path, tmp_path: Path)
     assert octavo("--help").startswith("usage: octavo COMMAND")
     assert "octavo-4" in octavo("schemes") and "eight-bit" in octavo("presets")
     said = octavo("convert", "tiny llama", "--calib_texts", *TEXTS)
-    assert "octavo run 'tiny llama-octavo'" in said
+    assert "octavo chat 'tiny llama-octavo'" in said and "octavo serve 'tiny llama-octavo'" in said
     assert octavo("run", "tiny llama-octavo", "Rain fell", "--max_new_tokens", "2").startswith("Rain fell")
     assert octavo("run", "tiny llama", "Rain", "--max_new_tokens", "2", "--scheme", "octavo-4").startswith("Rain")
     assert "converted by Octavo" in octavo("info", "tiny llama-octavo")

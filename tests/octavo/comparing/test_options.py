@@ -49,9 +49,17 @@ def test_a_scheme_begins_with_its_codes_and_ends_as_itself() -> None:
     assert whole == load_scheme("octavo-2").to_dict() and steps[1].name == "octavo-2 up to rotation"
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "float"])
 def test_every_scheme_has_its_steps(name: str) -> None:
     assert scheme_steps(load_scheme(name))[0].option == "codes"
+
+
+def test_what_codes_nothing_or_differs_by_layer_has_no_steps() -> None:
+    with pytest.raises(OctavoError, match="--options float: it codes nothing"):
+        steps_of("float")
+    by_layer = load_scheme({**load_scheme("octavo-2").to_dict(), "name": "found", "layers": {"0": "octavo-3"}})
+    with pytest.raises(OctavoError, match="--options found: its layers differ"):
+        scheme_steps(by_layer)
 
 
 def test_an_old_name_of_a_preset_is_taken_and_what_is_neither_is_refused() -> None:

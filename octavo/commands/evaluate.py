@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..adapters import put_adapter
+from ..adapters import find_adapter, put_adapter
 from ..common.command import OneLineParser
 from ..common.convert.output.bundle import put_file
 from ..common.convert.source.checkpoint import check_device
@@ -103,12 +103,12 @@ def run(flags: argparse.Namespace) -> None:
     _, tasks = split_tasks(flags.tasks)
     if flags.limit is not None and not tasks:
         raise OctavoError("--limit: is of tasks of lm-eval; name one with --tasks, or leave it out")
+    adapter = None if flags.adapter is None else find_adapter(flags.adapter)
     reference, others = _speakers(flags)
-    if flags.adapter is not None:
-        for model in {
-            id(each.model): each.model for each in (reference, *others.values())
-        }.values():  # schemes share one
-            put_adapter(model, flags.adapter)
+    if adapter is not None:
+        models = {id(each.model): each.model for each in (reference, *others.values())}  # schemes share one
+        for model in models.values():
+            put_adapter(model, flags.adapter, adapter)
     scores = run_tasks({FLOAT: reference, **others}, tasks, flags.limit) if tasks else {}
     results = evaluate(reference, others, plan)
     print("\n".join(quality_table(results)))

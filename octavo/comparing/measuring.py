@@ -16,6 +16,7 @@ from ..common.convert.output.bundle import put_file
 from ..common.errors import OctavoError
 from ..common.runtime.version import VERSION
 from ..evaluation.evaluating import FLOAT, Plan, evaluate
+from ..evaluation.reading import longest_of
 from ..evaluation.text import Kept, Read, in_chunks
 from ..generate import Speaker
 from ..planning.cache import cache_size
@@ -136,7 +137,7 @@ def _measured(
 def _planned(speaker: Speaker) -> dict[int, int]:
     """Bytes in use of a cache by its tokens, up to what the model is made for."""
     config = speaker.model.config
-    most = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or LONGEST
+    most = longest_of(speaker.model) or LONGEST
     tokens, found = min(SHORTEST, most), {}
     while tokens <= min(most, LONGEST):
         found[tokens] = cache_size(config, speaker.scheme, tokens, dtype=speaker.model.dtype, settles=True).kept

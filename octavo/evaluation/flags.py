@@ -54,10 +54,19 @@ def _text(flags: argparse.Namespace) -> str | None:
         return None
     if flags.eval_file is None:
         return "\n".join(default_texts())
+    return read_text("--eval_file", flags.eval_file)
+
+
+def read_text(flag: str, file: Path) -> str:
+    """The text of a file that a flag names.
+
+    Raises:
+        OctavoError: it cannot be read.
+    """
     try:
-        return flags.eval_file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise OctavoError(f"--eval_file {flags.eval_file}: cannot be read ({first_line(error)})") from None
+        raise OctavoError(f"{flag} {file}: cannot be read ({first_line(error)})") from None
 
 
 def plan_of(flags: argparse.Namespace) -> Plan:

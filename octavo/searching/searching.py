@@ -16,11 +16,12 @@ from ..common.convert.calibration.texts import default_texts
 from ..common.convert.flag_values import count, limit, positive
 from ..common.convert.measure.fidelity import windows
 from ..common.convert.source.checkpoint import check_device
-from ..common.errors import OctavoError, first_line
+from ..common.errors import OctavoError
 from ..common.runtime.cache.sizes import COUNTED_LENGTH
 from ..common.runtime.schemes.kv_scheme import Scheme, load_scheme
 from ..common.runtime.version import VERSION
 from ..comparing.measuring import model_digest, write_whole
+from ..evaluation.flags import read_text
 from ..generate import Speaker, load_stock
 from ..machine import device_name
 from ..place import Place, find_place
@@ -107,7 +108,7 @@ def _texts(flags: argparse.Namespace) -> tuple[_Text, _Text]:
             raise OctavoError(f"--{name} {getattr(flags, name)}: nothing is predicted; give {least} or more")
     halves = own[: len(own) // 2], own[len(own) // 2 :]
     calib, held = (
-        "\n".join(half) if file is None else _read(flag, file)
+        "\n".join(half) if file is None else read_text(flag, file)
         for flag, file, half in zip(
             ("--calib_file", "--eval_file"), (flags.calib_file, flags.eval_file), halves, strict=True
         )
@@ -118,13 +119,6 @@ def _texts(flags: argparse.Namespace) -> tuple[_Text, _Text]:
         _Text("--calib_file", calib, flags.calib_windows, flags.calib_length),
         _Text("--eval_file", held, flags.windows, flags.length),
     )
-
-
-def _read(flag: str, file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise OctavoError(f"{flag} {file}: cannot be read ({first_line(error)})") from None
 
 
 class _Search:

@@ -12,6 +12,7 @@ from ..shared.triton_helpers import (
     Launch,
     by_plan,
     cuda_description,
+    dense_part,
     gpu_of,
     power_of_two,
 )
@@ -42,10 +43,6 @@ def _strides_of_part(
 
 def _operand(part: torch.Tensor | None, strides: tuple[int, ...] | None) -> tuple | None:
     return None if part is None else (part, *strides)
-
-
-def _contiguous_levels(levels: torch.Tensor | None) -> torch.Tensor | None:
-    return None if levels is None else levels.contiguous()
 
 
 def _do_nothing(*unused: object) -> None:
@@ -93,7 +90,7 @@ def _plan_encode(
     ) -> None:  # fmt: skip
         launch(
             (x, *strides), (scale, *scale_strides), _operand(zero, zero_strides), (codes, *code_strides),
-            _contiguous_levels(levels), position, *numbers,
+            dense_part(levels), position, *numbers,
         )  # fmt: skip
 
     return run
@@ -197,7 +194,7 @@ def _plan_decode(
         output = torch.empty(shape, dtype=torch.float32, device=codes.device)
         launch(
             (codes, *strides), _operand(scale, scale_strides), _operand(zero, zero_strides),
-            _contiguous_levels(levels), output, *numbers,
+            dense_part(levels), output, *numbers,
         )  # fmt: skip
         return output
 

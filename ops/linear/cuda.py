@@ -7,7 +7,7 @@ import torch
 
 from ..shared.codes import CODE_RANGES, INT8_MAX, SMALLEST_SCALE
 from ..shared.operands import check_devices
-from ..shared.triton_helpers import FP8_CAPABILITY, Launch, by_plan, cuda_description, gpu_of, power_of_two
+from ..shared.triton_helpers import FP8_CAPABILITY, Launch, by_plan, cuda_description, dense_part, gpu_of, power_of_two
 from .arguments import WEIGHT_BLOCK, check_fp8, check_w8a8, check_w8a8_dynamic, check_weight_only
 from .cuda_kernels import codes_linear_kernel, quantize_rows_kernel, token_linear_kernel, weight_only_kernel
 from .reference import (
@@ -71,10 +71,6 @@ class _CudaRows(NamedTuple):
 def _cuda_rows(x: torch.Tensor) -> _CudaRows:
     rows = x.reshape(-1, x.shape[-1])
     return _CudaRows(rows.shape[0], rows.stride(), rows.data_ptr() != x.data_ptr())
-
-
-def _contiguous(part: torch.Tensor | None) -> torch.Tensor | None:
-    return None if part is None else part.contiguous()
 
 
 def _empty(x: torch.Tensor, *unused: torch.Tensor | None) -> torch.Tensor:
@@ -160,7 +156,7 @@ def _of_one_token(x: torch.Tensor, weight: torch.Tensor, rows: _CudaRows) -> Pla
         output = torch.empty(shape, dtype=dtype, device=x.device)
         launch(
             rows.of(x), (weight, *strides), output, scale, offset, column_scale.contiguous(),
-            _contiguous(quant_bias), _contiguous(bias), out_features, in_features,
+            dense_part(quant_bias), dense_part(bias), out_features, in_features,
         )  # fmt: skip
         return output
 
@@ -214,7 +210,7 @@ def _plan_w8a8_dynamic(
         x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         codes, found = quantize(x, None, None)
-        return multiply(codes, weight, (found, 1), (weight_scale.contiguous(), 1), None, _contiguous(bias))
+        return multiply(codes, weight, (found, 1), (weight_scale.contiguous(), 1), None, dense_part(bias))
 
     return run
 
@@ -242,7 +238,7 @@ def _plan_fp8(
     ) -> torch.Tensor:  # fmt: skip
         codes, found = quantize(x, input_scale, None)
         row_scale = (found, 1) if is_dynamic else (input_scale, 0)
-        return multiply(codes, weight, row_scale, (weight_scale, scale_stride), None, _contiguous(bias))
+        return multiply(codes, weight, row_scale, (weight_scale, scale_stride), None, dense_part(bias))
 
     return run
 
@@ -294,7 +290,7 @@ def _plan_weight_only(
         output = torch.empty(shape, dtype=dtype, device=x.device)
         launch(
             rows.of(x), (weight, *strides), (scale, *scale_strides), None if zero is None else (zero, *zero_strides),
-            output, _contiguous(bias), count, out_features, in_features, group_size,
+            output, dense_part(bias), count, out_features, in_features, group_size,
         )  # fmt: skip
         return output
 

@@ -161,6 +161,11 @@ def by_plan(
     return plan(*given)
 
 
+def dense_part(part: torch.Tensor | None) -> torch.Tensor | None:
+    """A part of a call that kernels take without strides."""
+    return None if part is None else part.contiguous()
+
+
 def power_of_two(number: int, smallest: int = 1) -> int:
     """The smallest power of two that is neither less than `number` nor than `smallest`."""
     return max(smallest, 1 << (number - 1).bit_length() if number > 1 else 1)

@@ -46,11 +46,17 @@ def test_a_converted_directory(
     assert data["float_kv_bytes_per_token"] == 768
     assert data["bytes_on_disk"] == sum(file.stat().st_size for file in directory.iterdir())
     assert data["formats"] and "gguf" in data["refused_formats"]
+    others = data["formats_with_another_cache"]
+    assert others["gguf"] == "--scheme llamacpp-q8_0" and others["fastdeploy"] == "--scheme ascend-c8 --statistics FILE"
+    assert "modelopt" not in others, "which takes no such linears"
+    assert any(line.startswith("with another cache   gguf (--scheme llamacpp-q8_0); ") for line in lines)
     assert "linears              21 in W8A16 in groups of 32; 1 in float" in lines
     command = lines[-1].split()[1:]
     assert command[0] == "rewrite"
     rewrite = ["rewrite", str(directory), "--format", data["formats"][0], "--save_directory", str(tmp_path / "out")]
     assert main(rewrite) == 0, "a format that is named is one that it fits"
+    rewrite = ["rewrite", str(directory), "--format", "gguf", "--save_directory", str(tmp_path / "gguf")]
+    assert main([*rewrite, *others["gguf"].split()]) == 0, "with the cache that is named beside it, too"
 
 
 @pytest.mark.parametrize("name", ["gptq, act-order", "fp8 in blocks"])

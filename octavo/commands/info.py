@@ -183,9 +183,10 @@ def lines_of(facts: dict[str, Any]) -> list[str]:
         rows.append(("KV cache", f"{facts['scheme']}: K {facts['key']}; V {facts['value']}"))
     if served:
         rows.append(("KV cache, per token", _times(facts)))
-    rows.append(("on the disk", f"{facts['bytes_on_disk'] / 1e6:,.1f} MB"))
+    where = "on the disk" if Path(facts["model"]).is_dir() else "in the cache"  # of transformers, of a hub id
+    rows.append((where, f"{facts['bytes_on_disk'] / 1e6:,.1f} MB"))
     if facts.get("missing_files"):
-        rows.append(("not on the disk", f"{_some(facts['missing_files'])}; {_fetched(facts['model'])}"))
+        rows.append((f"not {where}", f"{_some(facts['missing_files'])}; {_fetched(facts['model'])}"))
     if "formats" in facts:
         rows.append(("formats it fits", ", ".join(facts["formats"]) or "its own alone"))
         others = [f"{name} ({flags})" for name, flags in facts["formats_with_another_cache"].items()]

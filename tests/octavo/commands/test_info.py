@@ -137,7 +137,8 @@ def test_a_hub_id_is_looked_up_by_its_json_alone(
     assert main(["info", "someone/tiny"]) == 0
     assert asked == [["someone/tiny", "*.json"]]
     said = capsys.readouterr().out
-    assert "octavo convert someone/tiny" in said and "not on the disk      model.safetensors; hf download" in said
+    assert "octavo convert someone/tiny" in said and "not in the cache     model.safetensors; hf download" in said
+    assert "\nin the cache " in said and "on the disk" not in said, "what there is of it, which the hub has more of"
     parts = [f"model-0000{part}-of-00003.safetensors" for part in (1, 2, 3)]
     index = {"weight_map": {f"layer.{number}.weight": part for number, part in enumerate(parts)}}
     (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -164,6 +165,6 @@ def test_a_converted_hub_id_needs_its_weights(
         shutil.copy(file, hub[0])
     assert main(["info", "someone/tiny"]) == 0
     said = capsys.readouterr().out
-    assert "not on the disk" not in said
+    assert "not in the cache" not in said and "\nin the cache " in said
     name = json_of("someone/tiny", capsys)["formats"][0]
     assert f"octavo rewrite {hub[0]} --format {name} --save_directory tiny-{name}\n" in said

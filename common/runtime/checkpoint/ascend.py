@@ -94,8 +94,8 @@ def _is_ascend(scheme: Scheme, preset: str) -> bool:
     """Whether a layer is stored as Ascend's format stores the preset: nothing is left out, rotated or kept in float."""
     other = load_scheme(preset)
     same = (scheme.key, scheme.value, scheme.query) == (other.key, other.value, other.query)
-    changes = scheme.fold_bias or scheme.is_segmented or scheme.rotate_key or scheme.rotate_value or scheme.smooth_key
-    return same and not changes and not scheme.layers
+    turns = scheme.rotate_key or scheme.rotate_value or scheme.smooth_key or scheme.has_bases
+    return same and not (scheme.fold_bias or scheme.is_segmented or turns) and not scheme.layers
 
 
 def is_c8(scheme: Scheme) -> bool:

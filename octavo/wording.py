@@ -36,6 +36,7 @@ WHEN = {
     "int4-token": "simple 4 bits; octavo-4 loses far less",
     "k8v4": "8 bits where it counts more, 4 for V",
     "k4v2": "4 bits for K, 2 for V; loses much",
+    "oscar-2": "to compare with; octavo-2c takes fewer bits",
     "saw-int4": "octavo-4t keeps sinks, and loses far less",
     "turboquant-k8v4": "vLLM's turboquant_k8v4",
     "turboquant-4": "vLLM's turboquant_4bit_nc",
@@ -51,7 +52,7 @@ WHEN = {
     "kvquant-2": "to compare with; slow, outliers apart",
 }
 """By the name of a preset, in the order in which they are listed within as many bits."""
-COMPARED = tuple(name for name in WHEN if name.startswith(("kivi-", "kvquant-", "saw-", "turboquant-")))
+COMPARED = tuple(name for name in WHEN if name.startswith(("kivi-", "kvquant-", "oscar-", "saw-", "turboquant-")))
 """Presets of methods that nobody needs to choose: they are here to be compared with."""
 
 

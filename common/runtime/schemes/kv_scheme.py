@@ -54,6 +54,7 @@ PRESETS = (
     "octavo-4t",
     "octavo-4tc",
     "octavo-8",
+    "oscar-2",
     "saw-int4",
     "turboquant-3",
     "turboquant-4",

@@ -248,7 +248,7 @@ def _stored_query(query: torch.Tensor, keys: Codes | Segments) -> torch.Tensor:
     return hadamard(query) if keys.rotated else query
 
 
-def _position_scores(
+def _left_out_scores(
     query: torch.Tensor, keys: Codes | Segments, fold: Any, position_ids: torch.Tensor | None
 ) -> PositionScores:
     """What is left out of K adds to the scores: a folded bias, and the mean of the cache's scheme."""
@@ -325,7 +325,7 @@ def quantized_attention(
         query.shape[-1] ** -0.5 if scaling is None else scaling,
         causal,
         attention_mask.size if isinstance(attention_mask, SlidingWindow) else 0,
-        _position_scores(query, keys, fold, kwargs.get("position_ids")),
+        _left_out_scores(query, keys, fold, kwargs.get("position_ids")),
         first,
     )
     output = call.codes(keys, values) if is_plain else call.segments(as_segments(keys), as_segments(values))

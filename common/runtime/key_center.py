@@ -11,7 +11,7 @@ B batch, Q query tokens, H query heads, G KV heads, D head_dim, R channels that 
 import torch
 
 from ...ops.attention.call import PositionScores
-from .rotary import SlotTable, slot_table, turned
+from .rotary import SlotTable, at_least_float32, slot_table, turned
 
 
 def pair_products(query: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
@@ -38,9 +38,9 @@ class KeyCenter:
         self._turned = 2 * len(frequencies)
 
     def left_out(self, key: torch.Tensor, first: int) -> torch.Tensor:
-        """`[B, G, S, D]` of slots from `first` on without the mean, in float32."""
+        """`[B, G, S, D]` of slots from `first` on without the mean, in float32 or float64."""
         rows = self._table.rows(first + key.shape[2], key.device)[first : first + key.shape[2]]
-        return key.float() - turned(self.mean.to(key.device), rows)
+        return at_least_float32(key) - turned(self.mean.to(key.device), rows)
 
     def terms(self, query: torch.Tensor, tokens: int, bias: torch.Tensor | None = None) -> PositionScores:
         """What the mean adds to the scores of so many stored tokens; the channels that nothing turns add nothing.
@@ -49,6 +49,8 @@ class KeyCenter:
             query: `[B, H, Q, D]` after RoPE.
             bias: `[B or 1, G, D]` that is left out too, as of slot 0.
         """
+        if not self._turned:
+            return PositionScores()
         vector = self.mean[:, 0].to(query.device)[None]
         vector = (vector if bias is None else vector + bias)[..., : self._turned]
         vector = vector.repeat_interleave(query.shape[1] // vector.shape[1], dim=1)[:, :, None]

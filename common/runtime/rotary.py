@@ -21,6 +21,11 @@ def _hadamard(width: int, device: torch.device, dtype: torch.dtype) -> torch.Ten
         return torch.block_diag(*[matrix / block**0.5] * (width // block))
 
 
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """A tensor in float32, or in float64 if it is."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def hadamard(x: torch.Tensor) -> torch.Tensor:
     """`[..., D]` times the orthonormal Hadamard matrix of D, which is its own inverse.
 
@@ -28,8 +33,8 @@ def hadamard(x: torch.Tensor) -> torch.Tensor:
     """
     if x.dtype == torch.float32:
         return functional.linear(x, _hadamard(x.shape[-1], x.device, x.dtype))  # the matrix is symmetric
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return (x.to(dtype) @ _hadamard(x.shape[-1], x.device, dtype)).to(x.dtype)
+    wide = at_least_float32(x)
+    return (wide @ _hadamard(x.shape[-1], x.device, wide.dtype)).to(x.dtype)
 
 
 def is_rotated(config: Any, index: int) -> bool:
@@ -109,14 +114,14 @@ class Basis:
     """
 
     def __init__(self, matrix: torch.Tensor) -> None:
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # they outlive this pass
             self._matrix = matrix.float()
             self._inverse = torch.linalg.inv(matrix.double()).float()
 
     def of(self, x: torch.Tensor) -> torch.Tensor:
         """`[B, G, S, D]` in the basis, in the dtype of x."""
         self._matrix = self._matrix.to(x.device)
-        return (x.float() @ self._matrix).to(x.dtype)
+        return (at_least_float32(x) @ self._matrix.to(at_least_float32(x).dtype)).to(x.dtype)
 
     def inverse(self, device: torch.device) -> torch.Tensor:
         """`[G, D, D]`."""
@@ -126,8 +131,8 @@ class Basis:
 
 def by_kv_head(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     """`[B, H, Q, D]` times the matrix `[G, D, D]` of the KV head of each head, in the dtype of x."""
-    heads = x.unflatten(1, (matrix.shape[0], -1)).float()
-    return (heads @ matrix[:, None]).flatten(1, 2).to(x.dtype)
+    heads = at_least_float32(x).unflatten(1, (matrix.shape[0], -1))
+    return (heads @ matrix[:, None].to(heads.dtype)).flatten(1, 2).to(x.dtype)
 
 
 class SlotTable:

@@ -107,7 +107,7 @@ class _Moments:
         self._add("all q", q.transpose(1, 2) @ q)
         self._add("v", (value * by_key[1][..., None]).transpose(1, 2) @ value)
         turns = slot_table(tuple(self._frequencies.tolist())).rows(tokens, key.device)[:tokens]
-        still = torch.ones_like(turns[:, :1]).expand(-1, width - turns.shape[1])
+        still = turns.new_ones(tokens, width - turns.shape[1])
         turns = torch.cat((turns, still), dim=-1).expand(groups, -1, -1)  # [G, S, D]: cos, sin, and 1
         weighted = key * by_key[0][..., None]
         self._add("k", weighted.transpose(1, 2) @ key)

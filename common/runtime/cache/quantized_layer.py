@@ -65,9 +65,10 @@ class QuantizedLayer(CacheLayerMixin):
         self.query_scale = scales.query if scheme.query is not None else None
         if scheme.query is not None and scheme.query.fixed_scale:
             self.query_scale = torch.full((1, 1, 1), scheme.query.fixed_scale)
-        self._center = KeyCenter(scales.key_mean, self._frequencies) if scheme.center_key else None
-        self._key_basis = Basis(scales.key_basis) if scheme.key_basis else None
-        self._value_basis = Basis(scales.value_basis) if scheme.value_basis else None
+        self._center = None if scales.key_mean is None else KeyCenter(scales.key_mean, self._frequencies)
+        self._key_basis, self._value_basis = (
+            None if matrix is None else Basis(matrix) for matrix in (scales.key_basis, scales.value_basis)
+        )
         self._key_mean: torch.Tensor | None = None  # [B, G, 1, D], where the scheme smooths K
         self._mean_of = 0  # tokens that it is the mean of
 
@@ -123,19 +124,19 @@ class QuantizedLayer(CacheLayerMixin):
 
     def _prepared_key(self, states: torch.Tensor) -> torch.Tensor:
         """K as it is stored: without its mean, and rotated or in a basis, where the scheme says so."""
-        if self._center is not None:
+        if self.scheme.center_key:
             states = self._center.left_out(states, self.key_store.length).to(states.dtype)
         if self.scheme.smooth_key:
             if self._key_mean is None:
                 self._key_mean = states.mean(dim=2, keepdim=True, dtype=torch.float32).to(states.dtype)
                 self._mean_of = states.shape[2]
             states = states - self._key_mean.to(states.dtype)
-        if self._key_basis is not None:
+        if self.scheme.key_basis:
             return self._key_basis.of(states)
         return hadamard(states) if self.scheme.rotate_key else states
 
     def _prepared_value(self, states: torch.Tensor) -> torch.Tensor:
-        if self._value_basis is not None:
+        if self.scheme.value_basis:
             return self._value_basis.of(states)
         return hadamard(states) if self.scheme.rotate_value else states
 

@@ -35,7 +35,8 @@ NOT_TENSORS = (
 )
 OWN_LABEL = "OCTAVO"
 """Label of static scales and codebooks of schemes that Ascend's format has no names for."""
-CACHE_PARTS = ("key_scale", "key_zero", "key_levels", "value_scale", "value_zero", "value_levels", "query_scale")
+CACHE_PARTS = ("key_scale", "key_zero", "key_levels", "value_scale", "value_zero", "value_levels", "query_scale",
+               "key_mean", "key_basis", "value_basis")  # fmt: skip
 SCALAR_DTYPES = {"I64": torch.int64, "F32": torch.float32}
 FLOATS = ("F32", "F16", "BF16")
 WEIGHT_LABELS = tuple(QUANTIZED_LINEARS)
@@ -133,7 +134,8 @@ def _constant_tensors(name: str, layer: LayerScales) -> dict[str, torch.Tensor]:
         for part, pair in pairs.items()
         for kind, tensor in zip(("scale", "zero"), pair, strict=True)
     }
-    parts |= {"key_levels": layer.key_levels, "value_levels": layer.value_levels}
+    for part in ("key_levels", "value_levels", "key_mean", "key_basis", "value_basis"):
+        parts[part] = getattr(layer, part)
     return {f"{name}.octavo_cache.{part}": tensor for part, tensor in parts.items() if tensor is not None}
 
 

@@ -39,10 +39,12 @@ def _affine(codec: Codec, low: torch.Tensor, high: torch.Tensor) -> ScaleAndZero
 
 
 def _ranged(codec: Codec, groups: torch.Tensor) -> ScaleAndZero:
-    """Rule "range": the ends of the codes are the ends of the values, or symmetric about 0."""
+    """Rule "range": the ends of the codes are the ends of the values, or symmetric about 0; clipped where asked for."""
     if codec.has_zero:
-        return _affine(codec, groups.amin(dim=-1), groups.amax(dim=-1))
-    return dynamic_scale(groups.abs().amax(dim=-1), codec.ends[1]).to(codec.stored_scale_dtype), None
+        low, high = groups.amin(dim=-1), groups.amax(dim=-1)
+        out = (high - low) * (1 - codec.clip) / 2 if codec.clip != 1 else 0.0
+        return _affine(codec, low + out, high - out)
+    return dynamic_scale(groups.abs().amax(dim=-1) * codec.clip, codec.ends[1]).to(codec.stored_scale_dtype), None
 
 
 def _coded(codec: Codec, groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:

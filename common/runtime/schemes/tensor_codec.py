@@ -62,6 +62,8 @@ class Codec:
             the standard deviation and mean of a group; "calibrated", a codebook per layer from calibration.
         outliers: values per token and head that are kept in float16 beside the codes, those farthest out.
         before_rope: K is coded as it was before RoPE, which is applied where it is read.
+        clip: of rule "range", the part of the range between the smallest and the largest value, about its middle, that
+            codes take in; what lies outside gets the code of its end.
         fixed_scale: a static scale of this value, which needs no calibration; 0 for one from calibration.
     """
 
@@ -76,6 +78,7 @@ class Codec:
     outliers: int = 0
     before_rope: bool = False
     fixed_scale: float = 0.0
+    clip: float = 1.0
 
     def __post_init__(self) -> None:
         check_types("codec", self)
@@ -111,6 +114,9 @@ class Codec:
             (self.levels == "calibrated" and self.symmetric, "'levels' calibrated has zeros; set 'symmetric' to false"),
             (self.outliers < 0 or bool(self.outliers and self.token_group > 1),
              "'outliers' is a number per token, which groups of tokens exclude"),
+            (not 0 < self.clip <= 1, "'clip' is a part of the range, above 0 and up to 1"),
+            (self.clip != 1 and (not self.dynamic or self.rule != "range" or has_levels or is_fp8),
+             "'clip' is of dynamic scales of integers by rule range, in uniform levels"),
             (self.fixed_scale < 0 or bool(self.fixed_scale and (self.dynamic or not self.symmetric or has_levels)),
              "'fixed_scale' is of static symmetric codecs"),
         ]  # fmt: skip
@@ -148,7 +154,13 @@ class Codec:
     @property
     def is_native(self) -> bool:
         """Whether the attention op reads the codes as they are; others are decoded block by block."""
-        return self.bits >= 4 and self.levels == "uniform" and not self.outliers and not self.before_rope
+        return (
+            self.bits >= 4
+            and self.clip == 1
+            and self.levels == "uniform"
+            and not self.outliers
+            and not self.before_rope
+        )
 
     def is_native_on(self, device: str) -> bool:
         """Whether the attention op of a type of device does: that of the CPU reads fewer bits and codebooks as well."""

@@ -37,7 +37,11 @@ def constant(scheme: Scheme, config: PreTrainedConfig) -> LayerScales:
         (parts[f"{side}_scale"], parts.get(f"{side}_zero")) if f"{side}_scale" in parts else None
         for side in ("key", "value")
     ]
-    return LayerScales(*sides, parts.get("query_scale"), levels.get("key_levels"), levels.get("value_levels"))
+    bases = {name: torch.eye(HEAD_DIM).expand(part.shape) for name, part in parts.items() if "basis" in name}
+    return LayerScales(
+        *sides, parts.get("query_scale"), levels.get("key_levels"), levels.get("value_levels"),
+        key_mean=parts.get("key_mean"), **bases,
+    )  # fmt: skip
 
 
 def filled(scheme: Scheme, config: PreTrainedConfig, batch: int, passes: list[int]) -> QuantizedCache:

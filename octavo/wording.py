@@ -40,12 +40,18 @@ WHEN = {
     "turboquant-mse-2": "the paper's; octavo-2t loses far less",
     "kivi-4": "to compare with; octavo-4 takes fewer bits",
     "kivi-2": "to compare with; octavo-2 loses less",
+    "kitty-2": "to compare with; octavo-2 takes fewer bits",
+    "kvarn-4": "KVarN, K and V in 4 bits, in tiles",
+    "kvarn-k4v2": "KVarN's kvarn_k4v2_g128",
+    "kvarn-2": "KVarN, K and V in 2 bits, in tiles",
     "kvquant-4": "to compare with; slow, outliers apart",
     "kvquant-3": "to compare with; slow, outliers apart",
     "kvquant-2": "to compare with; slow, outliers apart",
 }
 """By the name of a preset, in the order in which they are listed within as many bits."""
-COMPARED = tuple(name for name in WHEN if name.startswith(("kivi-", "kvquant-", "saw-", "turboquant-")))
+COMPARED = tuple(
+    name for name in WHEN if name.startswith(("kitty-", "kivi-", "kvarn-", "kvquant-", "saw-", "turboquant-"))
+)
 """Presets of methods that nobody needs to choose: they are here to be compared with."""
 
 
@@ -56,7 +62,9 @@ def codec_words(codec: Codec | None) -> str:
     group = f" x {codec.group_size}" if codec.group_size else ""
     kind = "" if codec.symmetric else ", affine"
     levels = "" if codec.levels == "uniform" else f", {codec.levels} levels"
-    return f"{codec.dtype} per {codec.granularity}{group}{kind}{levels}"
+    wide = f", {codec.wide_share:.1%} {codec.wide_dtype}" if codec.wide_share else ""
+    second = ", second scales" if codec.tile else ""
+    return f"{codec.dtype} per {codec.granularity}{group}{kind}{levels}{wide}{second}"
 
 
 def codec_short(codec: Codec | None) -> str:

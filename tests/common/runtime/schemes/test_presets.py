@@ -275,8 +275,8 @@ def test_counted_bits_are_what_is_stored(preset: str, tokens: int, cache: Make) 
             floats = 0 if body is store else store.sinks + store._kept
             rows = body.length // (1 if body.codec is None else body.codec.token_group)
             total += 16 * floats * GROUPS * WIDTH
-            parts = [(part, body.length) for part in (body._codes, body._outliers, body._channels)]
-            parts += [(part, rows) for part in (body._scale, body._zero)]
+            parts = [(part, body.length) for part in (body._codes, body._signs, body._outliers, body._channels)]
+            parts += [(part, rows) for part in (body._scale, body._zero, body._residual)]
             total += sum(8 * part[:, :, :count].numel() * part.itemsize for part, count in parts if part is not None)
             constants = (body._static_scale, body._static_zero, body._levels)
             is_counted = body.codec is not None and body.codec.is_calibrated

@@ -10,11 +10,11 @@ import torch
 
 from ...errors import OctavoError
 from ..schemes.tensor_codec import Codec
-from .dynamic_scales import gaussian_levels
+from .dynamic_scales import known_levels
 from .sliding import STORAGE_STEP, Sliding
 
 SMALLEST_CAPACITY = 64
-_STORAGE_PARTS = ("codes", "scale", "zero", "outliers", "channels", "second", "wide")
+_STORAGE_PARTS = ("codes", "scale", "zero", "signs", "residual", "outliers", "channels", "second", "wide")
 
 
 def capacity_for(tokens: int) -> int:
@@ -60,13 +60,15 @@ class CodeStorage:
         self.sliding = sliding
         self.length = self.forgotten = 0
         self._expected = 0
-        if codec is not None and codec.fixed_scale:
+        if codec is not None and codec.fixed_scale and not codec.dynamic:
             scales = torch.full((1, 1, 1), codec.fixed_scale), None
         self._static_scale, self._static_zero = scales if scales is not None else (None, None)
         self._levels, self._frequencies = levels, frequencies
         self._codes: torch.Tensor | None = None
         self._scale: torch.Tensor | None = None  # [B, G, capacity / scale group, W] where dynamic
         self._zero: torch.Tensor | None = None  # likewise, where affine
+        self._signs: torch.Tensor | None = None  # [B, G, capacity, D / 8] uint8, where codes leave a sign
+        self._residual: torch.Tensor | None = None  # the scales of the signs, as `_scale`
         self._outliers: torch.Tensor | None = None  # [B, G, capacity, outliers] float16, where the codec keeps some
         self._channels: torch.Tensor | None = None  # their channels, or those of wider codes of a group, uint8
         self._second: torch.Tensor | None = None  # [B, G, capacity, 1] or [B, G, capacity / tile, D], of a tile
@@ -164,11 +166,14 @@ class CodeStorage:
             if wide:
                 self._channels = empty(rows, wide, torch.uint8)
                 self._wide = empty(rows, wide * self.codec.scale_group * self.codec.wide_bits // 8, torch.uint8)
+        if self.codec.residual_sign:
+            self._signs = empty(capacity, head_dim // 8, torch.uint8)
+            self._residual = empty(capacity, num_groups, dtype)
         if self.codec.outliers:
             self._outliers = empty(capacity, self.codec.outliers, torch.float16)
             self._channels = empty(capacity, self.codec.outliers, torch.uint8)
-        if self.codec.levels == "gaussian":
-            self._levels = gaussian_levels(self.codec.bits, like.device)
+        if self.codec.levels != "calibrated":
+            self._levels = known_levels(self.codec, like.device)
         for name in ("_static_scale", "_static_zero", "_levels", "_frequencies"):
             part = getattr(self, name)
             setattr(self, name, None if part is None else part.to(like.device))

@@ -44,6 +44,9 @@ PRESETS = (
     "lmdeploy-int4",
     "lmdeploy-int8",
     "lmdeploy-int8-ptq",
+    "mxfp4",
+    "mxfp8",
+    "nvfp4",
     "octavo-2",
     "octavo-2t",
     "octavo-3",
@@ -51,11 +54,15 @@ PRESETS = (
     "octavo-4",
     "octavo-4t",
     "octavo-8",
+    "openvino-u4",
+    "openvino-u8",
+    "ort-int8-channel",
     "saw-int4",
     "turboquant-3",
     "turboquant-4",
     "turboquant-k3v4",
     "turboquant-k8v4",
+    "turboquant-lmdeploy",
     "turboquant-mse-2",
     "turboquant-mse-3",
     "turboquant-mse-4",
@@ -228,7 +235,7 @@ class Scheme:
         layers = [self, *self._others()]
         codecs = [codec for layer in layers for codec in (layer.key, layer.value) if codec is not None]
         is_whole = not any(layer.is_segmented or layer.smooth_key for layer in layers)
-        return is_whole and all(codec.is_native and codec.rule == "range" for codec in codecs)
+        return is_whole and all(codec.is_one_op for codec in codecs)
 
     def step(self, codec: Codec | None) -> int:
         """How many tokens become codes at a time; 1 where they do at once."""

@@ -55,7 +55,7 @@ def _ranged(codec: Codec, groups: torch.Tensor) -> ScaleAndZero:
     if codec.has_zero:
         return _affine(codec, groups.amin(dim=-1), groups.amax(dim=-1))
     largest = groups.abs().amax(dim=-1)
-    if codec.scale_dtype == "e8m0":
+    if codec.rule == "ocp":
         return shared_exponent(largest, codec.most), None
     return as_stored(codec, dynamic_scale(largest, codec.most)), None
 
@@ -113,7 +113,8 @@ def scale_of_norm(codec: Codec, groups: torch.Tensor, scale: torch.Tensor) -> to
     Source: norm correction of vLLM's TurboQuant, which renormalizes what it decodes.
     """
     coded = _coded(codec, groups, scale, None)
-    return as_stored(codec, as_floats(codec, scale).float() * groups.norm(dim=-1) / coded.norm(dim=-1))
+    norm = coded.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)  # 0 where a scale in e4m3 is
+    return as_stored(codec, as_floats(codec, scale).float() * groups.norm(dim=-1) / norm)
 
 
 def group_scale(codec: Codec, groups: torch.Tensor) -> ScaleAndZero:

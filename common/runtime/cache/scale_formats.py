@@ -13,23 +13,29 @@ E2M1_LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 0. Source: OCP Microscaling Formats (MX) 1.0."""
 
 
+_ALL_BUT_ONE = 2**23 - 1
+"""Added to a float32 it changes the exponent, unless the float is a power of two."""
+
+
 def _exponent(x: torch.Tensor) -> torch.Tensor:
     """floor(log2 x) + 127 of positive float32, int32: the bits that say so; 0 of 0 and of what is below 2^-126."""
     return x.view(torch.int32) >> 23 & 255
 
 
 def shared_exponent(largest: torch.Tensor, most: float) -> torch.Tensor:
-    """A scale in e8m0 for values up to `largest`, float32, and codes up to `most`; uint8.
+    """Rule "ocp": a scale in e8m0 for values up to `largest`, float32, and codes up to `most`; uint8.
 
     2^(floor(log2 largest) - floor(log2 most)), by which the largest code may be exceeded, and is then what is stored.
     Source: OCP Microscaling Formats (MX) 1.0, section 6.3.
     """
-    own = int(_exponent(torch.tensor(most))) - 127
+    own = int(_exponent(torch.tensor(float(most)))) - 127
     return (_exponent(largest.contiguous()) - own).clamp(1, 254).to(torch.uint8)
 
 
 def as_stored(codec: Codec, scale: torch.Tensor) -> torch.Tensor:
-    """A float32 scale in the dtype that a codec stores it in: e4m3 saturates, as NVFP4 does."""
+    """A float32 scale in the dtype that a codec stores it in: e4m3 saturates, as NVFP4 does; e8m0 is not below it."""
+    if codec.scale_dtype == "e8m0":
+        return (scale.contiguous().view(torch.int32) + _ALL_BUT_ONE >> 23).clamp(1, 254).to(torch.uint8)
     if codec.scale_dtype != "fp8_e4m3":
         return scale.to(codec.stored_scale_dtype)
     dtype = torch.float8_e4m3fn

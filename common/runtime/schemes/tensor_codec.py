@@ -29,7 +29,7 @@ SCALE_DTYPES = {
 SHORT_SCALES = ("fp8_e4m3", "e8m0")
 """Those that the ops do not know, which read such scales as float32."""
 GRANULARITIES = ("channel", "head", "tensor", "token")
-RULES = ("range", "full_range", "mse", "norm", "llamacpp")
+RULES = ("range", "full_range", "ocp", "mse", "norm", "llamacpp")
 LEVELS = ("uniform", "gaussian", "e2m1", "calibrated")
 OUTLIER_BITS = 16 + 8
 """An outlier is a float16 and the number of its channel."""
@@ -62,12 +62,13 @@ class Codec:
         group_size: of granularity "token", the channels that share a scale, 0 for all of a head; of dynamic "channel",
             the tokens that do.
         scale_dtype: what dynamic scales and zeros are stored in, "float32" or "float16"; or scales without zeros in
-            "fp8_e4m3" (NVFP4) or "e8m0", a power of two (OCP MX): 2^(floor(log2 max|x|) - floor(log2 largest code)).
+            "fp8_e4m3" (NVFP4) or "e8m0", the next power of two (MX).
         rule: how a scale follows from the values: "range" takes in all of them, or with gaussian levels their
             standard deviation; "full_range" lets the smallest code, -128, stand for the largest |x| (static scales
-            too); "mse" looks near "range" for the least squared error; "norm" codes as "range" does and then takes the
-            scale by which the codes have the norm of the values; "llamacpp" is ggml's for blocks of 32 (Q8_0, Q4_0,
-            Q4_1).
+            too); "ocp" is OCP's for scales in e8m0, 2^(floor(log2 max|x|) - floor(log2 largest code)), which clips the
+            largest values now and then; "mse" looks near "range" for the least squared error; "norm" codes as "range"
+            does and then takes the scale by which the codes have the norm of the values; "llamacpp" is ggml's for
+            blocks of 32 (Q8_0, Q4_0, Q4_1).
         levels: "uniform"; "gaussian", the best levels of a normal distribution (Lloyd-Max), with scale and zero from
             the standard deviation and mean of a group; "e2m1", the values of a float of 4 bits, 0 to 6; "calibrated",
             a codebook per layer from calibration.
@@ -124,7 +125,9 @@ class Codec:
              "dynamic scales per channel serve groups of tokens; set 'group_size'"),
             (is_fp8 and not self.symmetric, "fp8 has no zero points; leave 'symmetric' at true"),
             (self.rule not in ("range", "full_range") and not self.dynamic, "'rule' is of dynamic scales"),
-            (self.rule != "range" and is_fp8, "'rule' is of scales of integers"),
+            (self.rule not in ("range", "ocp") and is_fp8, "'rule' is of scales of integers"),
+            (self.rule == "ocp" and (self.scale_dtype != "e8m0" or self.levels == "gaussian"),
+             "'rule' ocp is of scales in e8m0, and of no gaussian levels"),
             (self.rule == "full_range" and (has_levels or not self.symmetric),
              "'rule' full_range is of symmetric uniform levels"),
             (self.rule == "llamacpp" and not (is_token and self.group_size and self.dtype in ("int8", "int4")),
@@ -140,8 +143,6 @@ class Codec:
             (self.levels == "calibrated" and self.symmetric, "'levels' calibrated has zeros; set 'symmetric' to false"),
             (self.scale_dtype in SHORT_SCALES and not (self.dynamic and self.symmetric),
              f"'scale_dtype' {self.scale_dtype} is of dynamic symmetric codecs"),
-            (self.scale_dtype == "e8m0" and (self.rule != "range" or self.levels == "gaussian"),
-             "'scale_dtype' e8m0 is of rule range, and of no gaussian levels"),
             (self.rule == "llamacpp" and self.scale_dtype in SHORT_SCALES, "'rule' llamacpp is of scales in floats"),
             (self.residual_sign and not (is_token and self.rule != "llamacpp"),
              "'residual_sign' is of scales per token, by other rules than llamacpp"),

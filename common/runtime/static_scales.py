@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ...ops.shared.codes import SMALLEST_SCALE, code_range
+from ...ops.shared.codes import INT8_MAX, SMALLEST_SCALE
 from ..errors import OctavoError, first_line
 from .schemes.kv_scheme import Scheme
 from .schemes.tensor_codec import Codec
@@ -150,9 +150,9 @@ def of_channels(radius: torch.Tensor, head_dim: int) -> torch.Tensor:
     return torch.cat((radius[..., :pairs], radius[..., :pairs], radius[..., pairs:]), dim=-1)
 
 
-def symmetric_scale(largest: torch.Tensor, dtype: torch.dtype = torch.int8) -> torch.Tensor:
-    """The scale at which values up to `largest` fill the range of a code, stored as `dtype`, without clipping."""
-    return (largest.float() / code_range(dtype)[1]).clamp_min(SMALLEST_SCALE)
+def symmetric_scale(largest: torch.Tensor, most: float = INT8_MAX) -> torch.Tensor:
+    """The scale at which `largest` becomes `most` units of codes."""
+    return (largest.float() / most).clamp_min(SMALLEST_SCALE)
 
 
 def _shared(codec: Codec, bound: torch.Tensor, largest: bool = True) -> torch.Tensor:
@@ -174,7 +174,7 @@ def static_scale(
     if codec is None or codec.dynamic or codec.fixed_scale:
         return None
     if codec.symmetric:
-        return symmetric_scale(_shared(codec, torch.maximum(-low, high)), codec.stored_dtype), None
+        return symmetric_scale(_shared(codec, torch.maximum(-low, high)), codec.most), None
     least, most = _shared(codec, low, largest=False), _shared(codec, high)
     first, last = codec.ends
     scale = ((most - least) / (last - first)).clamp_min(SMALLEST_SCALE)

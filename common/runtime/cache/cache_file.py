@@ -2,7 +2,7 @@
 
 Tensors, for layer `i` and `side` key or value; B batch, G KV heads, D head_dim:
 
-    layers.{i}.{side}.{codes,scale,zero,outliers,channels}   rows in use, as `CodeStore` keeps them
+    layers.{i}.{side}.{codes,scale,zero,outliers,channels,second,wide}   rows in use, as `CodeStorage` keeps them
     layers.{i}.{side}.{front,tail}                           tokens in float, as `SegmentStore` keeps them
     layers.{i}.key_mean                                      where the scheme smooths K
     layers.{i}.constant.*                                    static scales, zeros and codebooks (`LayerScales`)

@@ -30,8 +30,12 @@ PRESETS = (
     "int8-token",
     "k4v2",
     "k8v4",
+    "kitty-2",
     "kivi-2",
     "kivi-4",
+    "kvarn-2",
+    "kvarn-4",
+    "kvarn-k4v2",
     "kvquant-2",
     "kvquant-3",
     "kvquant-4",
@@ -41,6 +45,9 @@ PRESETS = (
     "lmdeploy-int4",
     "lmdeploy-int8",
     "lmdeploy-int8-ptq",
+    "mxfp4",
+    "mxfp8",
+    "nvfp4",
     "octavo-2",
     "octavo-2c",
     "octavo-2t",
@@ -54,12 +61,16 @@ PRESETS = (
     "octavo-4t",
     "octavo-4tc",
     "octavo-8",
+    "openvino-u4",
+    "openvino-u8",
+    "ort-int8-channel",
     "oscar-2",
     "saw-int4",
     "turboquant-3",
     "turboquant-4",
     "turboquant-k3v4",
     "turboquant-k8v4",
+    "turboquant-lmdeploy",
     "turboquant-mse-2",
     "turboquant-mse-3",
     "turboquant-mse-4",
@@ -268,7 +279,7 @@ class Scheme:
         layers = [self, *self._others()]
         codecs = [codec for layer in layers for codec in (layer.key, layer.value) if codec is not None]
         is_whole = not any(layer.is_segmented or layer.smooth_key or layer.center_key for layer in layers)
-        return is_whole and all(codec.is_native and codec.rule == "range" for codec in codecs)
+        return is_whole and all(codec.is_one_op for codec in codecs)
 
     def step(self, codec: Codec | None) -> int:
         """How many tokens become codes at a time; 1 where they do at once."""

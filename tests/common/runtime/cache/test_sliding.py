@@ -19,7 +19,7 @@ from octavo.common.runtime.static_scales import Statistics, scales_of
 from octavo.common.stock_model import prepare
 from octavo.ops.shared.registry import NAMESPACE
 
-from ....support import random_ids, randomized, tiny_config, with_cache
+from ....support import random_ids, randomized, shortened, tiny_config, with_cache
 from ....tolerances import TOLERANCES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -29,7 +29,7 @@ SIZES = {"num_hidden_layers": LAYERS, "head_dim": WIDTH}
 LONG = 450
 CUTS = ((LONG,), (300, 1, 40, 1, 89, *(1,) * 19), (380, *(1,) * 70))
 SCHEMES = {
-    **{name: load_scheme(name) for name in PRESETS},
+    **{name: shortened(load_scheme(name)) for name in PRESETS},
     "a float window longer than the window": Scheme.from_dict({**load_scheme("octavo-4").to_dict(), "window": 100}),
     "layers that differ": Scheme.from_dict({**load_scheme("octavo-2").to_dict(), "layers": {"1": "int8-token"}}),
 }

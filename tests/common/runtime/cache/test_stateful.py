@@ -24,7 +24,7 @@ from octavo.common.runtime.cache.quantized_cache import QuantizedCache
 from octavo.common.runtime.schemes.kv_scheme import PRESETS, Scheme, load_scheme
 from octavo.common.runtime.static_scales import Scales, scales_of
 
-from ....support import random_ids, tiny_config, tiny_llama
+from ....support import random_ids, shortened, tiny_config, tiny_llama
 from ....tolerances import TOLERANCES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -47,14 +47,24 @@ def changed(preset: str, **fields: Any) -> Scheme:
 
 
 SCHEMES = {
-    **{name: load_scheme(name) for name in PRESETS},
+    **{name: shortened(load_scheme(name)) for name in PRESETS},
     "smoothed": changed("int8-token", smooth_key=True),
     "smoothed in groups": changed("octavo-4", smooth_key=True),
     "first pass in float": changed("ascend-c8", prefill="float"),
     "layers that differ": changed("octavo-2", layers={"1": "int8-token"}),
 }
 
-SCHEMES_THAT_SLIDE = ("float", "int8-token", "ascend-c8", "kivi-2", "kvquant-4", "octavo-4", "smoothed")
+SCHEMES_THAT_SLIDE = (
+    "float",
+    "int8-token",
+    "ascend-c8",
+    "kitty-2",
+    "kivi-2",
+    "kvarn-2",
+    "kvquant-4",
+    "octavo-4",
+    "smoothed",
+)
 """Of a model whose first layer slides."""
 
 

@@ -13,7 +13,7 @@ from ..common.convert.presets import RECIPES
 from ..common.convert.source.checkpoint import check_device
 from ..common.errors import OctavoError
 from ..common.runtime.schemes.kv_scheme import Scheme
-from ..comparing.advice import Advice, advise
+from ..comparing.advice import MAX_KL, Advice, advise
 from ..comparing.candidates import (
     ALL,
     STEP,
@@ -37,8 +37,6 @@ from ..counting import bits_note
 from ..evaluation.flags import add_measurement_flags, conditions_of, plan_of
 from ..generate import load_stock
 from ..place import Place, find_place
-
-MAX_KL = 0.01
 
 
 def add_flags(parser: OneLineParser) -> None:

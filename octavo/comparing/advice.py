@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from .rows import Row
 from .table import MB
 
+MAX_KL = 0.01
+"""What a choice may lose unless it is told: KL to the float model, in nats."""
+
 
 @dataclass(frozen=True)
 class Advice:

@@ -126,7 +126,7 @@ class Measurement:
         """
         candidates = _candidates(asked, self._reference, self._context, statistics)
         found: list[Measured] = []
-        progress = tqdm(candidates, desc="measure", unit="scheme")
+        progress = tqdm(candidates, desc="measure", unit="scheme", leave=False)
         for candidate in progress:
             progress.set_postfix_str(candidate.name)
             found.append(self._measured(candidate))

@@ -147,4 +147,4 @@ def test_a_converted_directory_is_refused_before_anything_is_measured(
     directory = converted("--use_kvcache_quant", "True")
     capsys.readouterr()
     assert main(["doctor", str(directory), *SMALL]) == 1
-    assert_one_error_line(capsys.readouterr().err, "converted")
+    assert_one_error_line(capsys.readouterr().err, "is quantized already; give the float checkpoint")

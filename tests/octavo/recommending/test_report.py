@@ -51,8 +51,8 @@ def test_recall_is_a_limit_of_its_own() -> None:
     lines = table(rows, [1024])
     assert "recall 1,024" in lines[0] and lines[1].split()[-1] == "20/20" and lines[3].endswith("14/20  recalls less")
     assert advice(rows, Limits(0.01, 5.0), "m").startswith(
-        "Choose octavo-4: of those measured the fewest bits, 4.50, with a KL of 0.01 at most and 5 points of recall lost "
-        "at most; its KL is 0.006: "
+        "Choose octavo-4: of those measured the fewest bits, 4.50, with a KL of 0.01 at most and 5 points of recall "
+        "lost at most; its KL is 0.006: "
     )
     said = advice(rows[:3], Limits(0.01, 5.0), "m")
     assert (

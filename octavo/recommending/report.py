@@ -12,7 +12,8 @@ from .measuring import Limits, Measured
 UNTOLD = (
     "KL on a short text does not tell: in long contexts copying and recall suffer first, with 3 bits and fewer most "
     "(docs/schemes.md); octavo evaluate MODEL --schemes NAME --lengths N measures recall at any length",
-    "a KL near the limit may lie beyond it on another text: --eval_file gives one like yours, --windows more of it",
+    "KL grows with the length, as less of it is sinks and float windows, and differs between texts: --length 2048, "
+    "--windows and --eval_file measure more, and take longer",
 )
 
 

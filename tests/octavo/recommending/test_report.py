@@ -34,10 +34,7 @@ def test_a_table_has_the_evidence_and_which_pass() -> None:
 def test_the_fewest_bits_that_pass_are_advised_with_a_command() -> None:
     assert advice(ROWS, Limits(0.01), "my model") == (
         "Choose octavo-4: of those measured the fewest bits, 4.50, with a KL of 0.01 at most; its KL is 0.006: "
-        "octavo convert 'my model' --scheme octavo-4 --save_directory model-octavo-4".replace(
-            " model-o", " 'my model-o"
-        )
-        + "'"
+        "octavo convert 'my model' --scheme octavo-4 --save_directory 'my model-octavo-4'"
     )
 
 

@@ -14,13 +14,14 @@ from ..common.doctor.report import report_of
 from ..common.doctor.text import render
 from ..common.errors import OctavoError
 from ..comparing.advice import MAX_KL
+from ..comparing.candidates import ALL
 from ..counting import bits_note
 from ..evaluation.evaluating import Plan
 from ..evaluation.flags import conditions_of, plan_of
 from ..generate import load_stock
 from ..place import find_place
 from ..recommending.measuring import OWN, Limits, Measured, Measurement
-from ..recommending.report import UNTOLD, advice, table
+from ..recommending.report import advice, notes, table
 
 CONTEXT = 8192
 WIDTH = 120
@@ -37,14 +38,18 @@ def add_flags(parser: OneLineParser) -> None:
     add("--measure", action="store_true", help=about)
     about = f"most KL to the float model, in nats (default {MAX_KL})"
     add("--kl", type=limit, default=MAX_KL, metavar="NATS", help=about)
-    about = f"to measure, all of them (default {' '.join(OWN)}: the fewest bits first, until one passes)"
+    about = (
+        f"to measure, all of those named, or {ALL} (default {' '.join(OWN)}: the fewest bits first, until one passes)"
+    )
     add("--schemes", nargs="+", metavar="NAME", help=about)
     about = f"tokens of the sequences in which bits are counted (default {CONTEXT})"
     add("--context", type=positive, default=CONTEXT, metavar="N", help=about)
     add("--eval_file", type=Path, metavar="FILE", help="text to read (default: one that comes with Octavo)")
     add("--windows", type=positive, default=1, metavar="N", help="windows of the text (default 1)")
     add("--length", type=positive, default=512, metavar="N", help="tokens of a window (default 512)")
-    about = "let values be found by their keys, too, and take no scheme that loses more of float's right answers"
+    about = (
+        "also let values be found by their keys, and take no scheme that finds fewer than float by more points of 100"
+    )
     add("--recall", type=limit, metavar="POINTS", help=about)
     about = "tokens of the prompts of --recall (default 1024)"
     add("--lengths", type=count, default=1024, metavar="N", help=about)
@@ -101,6 +106,6 @@ def run(flags: argparse.Namespace) -> None:
         print(json.dumps({**report, "measured": _data(flags, plan, found, said)}, indent=2))
         return
     print("\n".join(["", *table(found, plan.lengths), ""]))
-    for note in (bits_note(flags.context), *conditions_of(plan, flags.eval_file is None), *UNTOLD):
+    for note in (bits_note(flags.context), *conditions_of(plan, flags.eval_file is None), *notes(found)):
         print(textwrap.fill(note, WIDTH, subsequent_indent="  "))
     print(f"\n{said}")

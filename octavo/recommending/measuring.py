@@ -11,6 +11,7 @@ from tqdm import tqdm
 from ..common.convert.measure.fidelity import Fidelity
 from ..common.errors import OctavoError
 from ..common.runtime.cache.sizes import kv_bytes_per_token
+from ..comparing.candidates import ALL, scheme_names
 from ..counting import counted_bits
 from ..evaluation.evaluating import FLOAT, Plan, evaluate
 from ..evaluation.recall import Score
@@ -84,17 +85,17 @@ def _candidate(name: str, reference: Speaker, context: int, statistics: Path | N
 def _candidates(
     asked: Sequence[str] | None, reference: Speaker, context: int, statistics: Path | None
 ) -> list[_Candidate]:
-    """Those to measure, the fewest bits first; of the usual ones, those that the model bears."""
-    found = []
-    for name in dict.fromkeys(OWN if asked is None else asked):
-        if name == FLOAT:
-            continue
+    """Those to measure, the fewest bits first; where none is named, those that the model bears."""
+    found, leaves_out = [], asked is None or list(asked) == [ALL]
+    for name in OWN if asked is None else scheme_names(asked, statistics):
         try:
             found.append(_candidate(name, reference, context, statistics))
         except OctavoError as error:
-            if asked is not None:
+            if not leaves_out:
                 raise
             tqdm.write(f"{name}: left out: {error}", file=sys.stderr)
+    if not found:
+        raise OctavoError("--schemes: there is nothing to measure beside float; name schemes that this model bears")
     return sorted(found, key=lambda each: each.bits)
 
 
@@ -118,7 +119,7 @@ class Measurement:
         """The float model first, then schemes, the fewest bits first.
 
         Args:
-            asked: names or files, all of which are measured; None: `OWN`, until one keeps the limits.
+            asked: names or files, or `ALL`, all of which are measured; None: `OWN`, until one keeps the limits.
             statistics: of a calibration, for schemes that need one.
 
         Raises:

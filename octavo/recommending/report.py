@@ -2,7 +2,6 @@
 
 import shlex
 from collections.abc import Sequence
-from statistics import median
 
 from ..common.command import aligned
 from ..common.runtime.schemes.kv_scheme import PRESETS
@@ -33,13 +32,21 @@ def table(found: Sequence[Measured], lengths: Sequence[int]) -> list[str]:
 
 def _cells(row: Measured, recalls: bool, others: Sequence[Measured]) -> list[str]:
     text = row.fidelity
-    figures = ["", f"{median(each.fidelity.float_perplexity for each in others):.3f}" if others else "", ""]
+    figures = ["", f"{others[0].fidelity.float_perplexity:.3f}", ""]  # all have read the same text
     if text is not None:
         change = 100 * (text.perplexity / text.float_perplexity - 1)
         figures = [f"{text.kl:.5f}", f"{change:+.2f} %", f"{text.top1:.1%}"]
     score = ["" if row.recall is None else f"{row.recall.right}/{row.recall.asked}"] if recalls else []
     verdict = "passes" if row.passes else {"KL": "too much KL", "recall": "recalls less", "": ""}[row.fault]
     return [row.scheme, f"{row.bits:.2f}", f"{row.token_bytes:,}", *figures, *score, verdict]
+
+
+def notes(found: Sequence[Measured]) -> list[str]:
+    """What the figures do not tell, in lines."""
+    plain = found[0].recall
+    if plain is not None and not plain.right:
+        return [f"recall: float itself answers none of {plain.asked}, so that it decides nothing here", *UNTOLD]
+    return list(UNTOLD)
 
 
 def advice(found: Sequence[Measured], limits: Limits, model: str) -> str:

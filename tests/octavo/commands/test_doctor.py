@@ -127,6 +127,7 @@ def test_usual_schemes_that_the_model_does_not_bear_are_left_out(
         (["--kl", "0.1"], ("--kl: is of --measure", "leave it out")),
         ([*SMALL, "--trials", "5"], ("--trials: is of --recall POINTS", "leave it out")),
         ([*SMALL, "--schemes", "octavo-44"], ("octavo-44", "did you mean octavo-4")),
+        ([*SMALL, "--schemes", "float"], ("--schemes: there is nothing to measure beside float",)),
         ([*SMALL, "--schemes", "ascend-c8"], ("--scheme ascend-c8", "--statistics FILE")),
         ([*SMALL, "--eval_file", "/nowhere"], ("--eval_file /nowhere: cannot be read",)),
         ([*SMALL, "--windows", "99999"], ("--eval_file: the text has", "smaller --windows and --length")),

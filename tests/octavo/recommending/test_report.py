@@ -5,7 +5,7 @@ import dataclasses
 from octavo.common.convert.measure.fidelity import Fidelity
 from octavo.evaluation.recall import Score
 from octavo.recommending.measuring import Limits, Measured
-from octavo.recommending.report import advice, command, table
+from octavo.recommending.report import advice, command, notes, table
 
 
 def measured(scheme: str, bits: float, kl: float, fault: str = "", right: int | None = None) -> Measured:
@@ -55,6 +55,11 @@ def test_recall_is_a_limit_of_its_own() -> None:
     assert (
         "None of these has" in said and "the nearest is octavo-3, of 3.50 bits, which recalls 14 of 20. Raise" in said
     )
+
+
+def test_recall_that_float_does_not_show_either_decides_nothing() -> None:
+    rows = [dataclasses.replace(PLAIN, recall=Score(0, 20)), measured("octavo-4", 4.5, 0.006, "", 0)]
+    assert notes(rows)[0].startswith("recall: float itself answers none of 20") and len(notes(ROWS)) < len(notes(rows))
 
 
 def test_where_none_passes_the_nearest_is_said() -> None:

@@ -1,7 +1,11 @@
 """Codecs and schemes in a few words, and what is known of when to choose which."""
 
-from .common.runtime.schemes.kv_scheme import Scheme, bits_per_element
+import torch
+from transformers import PreTrainedConfig
+
+from .common.runtime.schemes.kv_scheme import Scheme
 from .common.runtime.schemes.tensor_codec import Codec
+from .counting import counted_bits
 
 LAYERS, KV_HEADS, HEAD_DIM, TOKENS = 32, 8, 128, 2048
 """The shape by which bits are told where there is no model."""
@@ -90,8 +94,11 @@ def codec_short(codec: Codec | None) -> str:
 
 
 def usual_bits(scheme: Scheme) -> float:
-    """Bits of an element of K and V, everything counted, of a model and a length that are usual."""
-    count = max(LAYERS, scheme.layers_named)
-    resolved = scheme.of_model(count)
-    bits = (bits_per_element(resolved.of_layer(index), KV_HEADS, HEAD_DIM, TOKENS) for index in range(count))
-    return sum(bits) / count
+    """Bits of an element of K and V, as `counted_bits`, of a model and a length that are usual."""
+    config = PreTrainedConfig(
+        num_hidden_layers=max(LAYERS, scheme.layers_named),
+        num_attention_heads=KV_HEADS,
+        num_key_value_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+    )
+    return counted_bits(config, scheme, TOKENS, torch.float16)

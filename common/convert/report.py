@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..command import aligned
+from ..runtime.cache.sizes import COUNTED_LENGTH
 from ..runtime.schemes.kv_scheme import Scheme
 from ..runtime.schemes.linear_scheme import CPU_ACTIVATIONS, LinearScheme
 from .measure.costs import Cost
@@ -36,7 +37,8 @@ class ConversionReport:
         float_bytes: of the float checkpoint's safetensors files.
         output_bytes: of all files of the output.
         float_kv_bytes_per_token, kv_bytes_per_token: in the KV cache of the float and of the quantized model.
-        float_kv_bits, kv_bits: that an element of K and V takes, scales and all else counted.
+        float_kv_bits, kv_bits: that an element of K and V takes in sequences of `COUNTED_LENGTH` tokens, scales, sinks
+            and all else that its scheme stores counted.
         texts: how many there are to calibrate on, those held back included.
         held_back_texts: how many of them only the comparison saw; the one text there is serves for both.
         embeddings: of the embedding and the last linear: "float", or "int8".
@@ -114,7 +116,11 @@ def _figures(report: ConversionReport) -> list[str]:
         ("", report.source_codes or "float", "quantized"),
         ("checkpoint, MB", f"{report.float_bytes / 1e6:.1f}", f"{report.output_bytes / 1e6:.1f}"),
         ("KV cache, bytes per token", str(report.float_kv_bytes_per_token), str(report.kv_bytes_per_token)),
-        ("KV cache, bits per element, all counted", f"{report.float_kv_bits:g}", f"{report.kv_bits:.2f}"),
+        (
+            f"KV cache, bits per element at {COUNTED_LENGTH:,} tokens",
+            f"{report.float_kv_bits:g}",
+            f"{report.kv_bits:.2f}",
+        ),
     ]
     if fidelity is not None:
         rows.append(("perplexity", f"{fidelity.float_perplexity:.3f}", f"{fidelity.perplexity:.3f}"))

@@ -15,6 +15,7 @@ from ..common.command import OneLineParser
 from ..common.convert.output.bundle import put_file
 from ..common.convert.source.checkpoint import check_device
 from ..common.errors import OctavoError
+from ..counting import bits_note
 from ..evaluation.evaluating import FLOAT, Plan, Result, evaluate
 from ..evaluation.flags import add_measurement_flags, conditions_of, plan_of
 from ..evaluation.harness import run_tasks, split_tasks, tasks_json, tasks_table
@@ -83,8 +84,8 @@ def _save(results: dict[str, Result], plan: Plan, tasks: list[dict[str, Any]], f
         raise OctavoError(f"--json {file}: cannot be written ({error.strerror})") from None
 
 
-def _notes(results: dict[str, Result], scores: Mapping[str, Any]) -> list[str]:
-    lines = ["bits: of the scheme, without what a cache keeps to be cropped, which octavo plan and cache bytes count"]
+def _notes(results: dict[str, Result], plan: Plan, scores: Mapping[str, Any]) -> list[str]:
+    lines = [bits_note(plan.longest)]
     if any(result.divergence is not None for result in results.values()):
         lines.append("greedy, sampled: median of the tokens that are as float's before one differs; whole: all are")
     if any(result.peak_bytes for result in results.values()):
@@ -124,6 +125,6 @@ def run(flags: argparse.Namespace) -> None:
     for table in tables:
         if table:
             print("\n" + "\n".join(table))
-    print("\n" + "\n".join([*conditions_of(plan, flags.eval_file is None), *_notes(results, scores)]))
+    print("\n" + "\n".join([*conditions_of(plan, flags.eval_file is None), *_notes(results, plan, scores)]))
     if flags.json is not None:
         _save(results, plan, tasks_json(scores) if scores else [], flags.json)

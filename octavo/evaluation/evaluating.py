@@ -8,7 +8,7 @@ import torch
 
 from ..common.convert.measure.fidelity import Fidelity, windows
 from ..common.errors import OctavoError
-from ..common.runtime.cache.sizes import kv_bits_per_element
+from ..counting import counted_bits
 from ..generate import Speaker
 from .memory import Peak
 from .reading import Times, longest_of
@@ -47,13 +47,19 @@ class Plan:
     prompts: int
     sampled: bool = False
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that is measured, at which bits are counted."""
+        read = (self.length,) * (self.text is not None) + self.lengths * bool(self.tasks)
+        return max(read or (self.length, *self.lengths))
+
 
 @dataclass
 class Result:
     """What was measured of a model.
 
     Attributes:
-        bits: of an element of K and V at the longest length, everything counted.
+        bits: of an element of K and V, as `counted_bits`, in sequences of `Plan.longest` tokens.
         fidelity: to the float model on the text; None of the float model itself, and where there is no text.
         recall: by task and length.
         divergence: of what it writes.
@@ -118,13 +124,10 @@ def evaluate(
     """
     _check_lengths(reference, plan)
     everyone = {FLOAT: reference, **others} if with_float else dict(others)
-    longest = max((*plan.lengths, plan.length))
     results = {
-        name: Result(kv_bits_per_element(speaker.model.config, speaker.scheme, longest))
+        name: Result(counted_bits(speaker.model.config, speaker.scheme, plan.longest, speaker.model.dtype))
         for name, speaker in everyone.items()
     }
-    if with_float:
-        results[FLOAT].bits = 8.0 * reference.model.dtype.itemsize
     if plan.text is not None and others:
         _on_text(reference, others, plan, results, expected, found)
     for task in plan.tasks:

@@ -24,6 +24,9 @@ def test_every_scheme_is_listed_and_has_its_use() -> None:
     named = [line.split()[0] for line in lines[1 : 1 + len(PRESETS)]]
     assert sorted(named) == sorted(PRESETS) == sorted(WHEN) and all(WHEN.values())
     assert max(map(len, lines)) <= WIDEST
+    assert any(
+        line.startswith("bits: of an element of K and V in sequences of 2,048 tokens of a model") for line in lines
+    )
     bits = [schemes._code_bits(load_scheme(name)) for name in named]
     assert bits == sorted(bits, reverse=True)
 

@@ -15,7 +15,9 @@ from ..runtime.schemes.linear_scheme import (
     EMBEDDINGS,
     FP8_DYNAMIC,
     LINEAR_LABELS,
+    SMALLEST_GROUP,
     W4A16,
+    W4A16_DOUBLE,
     WEIGHT_ONLY,
     LinearScheme,
 )
@@ -34,7 +36,7 @@ LINEAR_NAMES = {"float": None, **{label.lower(): label for label in LINEAR_LABEL
     "w8a8fp8_dynamic": FP8_DYNAMIC}  # fmt: skip
 """Labels by the names of linears, as MindIE spells them, and by those of vLLM and vllm-ascend for fp8; None leaves
 linears in float."""
-DEFAULT_GROUP = {W4A16: 64}
+DEFAULT_GROUP = {W4A16: 64, W4A16_DOUBLE: SMALLEST_GROUP}
 """Input channels that share a scale of a weight, unless a number is given; 0 of labels that are not here."""
 DEFAULT_LINEAR = LinearScheme()
 """How linears are quantized unless it is said; the same that is asked for is another object, by which it is told."""
@@ -62,8 +64,8 @@ class ConvertRequest:
             "float" leaves them in float. `--scheme`, `--kv_cache_dtype`, `--use_kvcache_quant`, `--use_fa_quant`
         linear: of the linear layers: a `LinearScheme`, or a name, as "w8a8", "w4a16" (groups of 64 input channels) or
             "fp8"; None or "float" leaves them in float. Unless given, "w8a8", or as a quantized checkpoint has them.
-            `--quantization`, `--w_bit`, `--a_bit`, `--is_dynamic`, `--w_sym`, `--group_size`, `--w_method`,
-            `--act_method`
+            `--quantization`, `--w_bit`, `--a_bit`, `--is_dynamic`, `--w_sym`, `--group_size`, `--scale_bits`,
+            `--w_method`, `--act_method`
         architecture: folder under `models/`, or what stands in it; None: found by config.json's model_type.
             The script that is run
         cpu_activations: of W8A16 and W4A16 on the CPU: "int8" quantizes inputs per token and group of channels, as the

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from ..errors import OctavoError
@@ -19,6 +20,7 @@ from .measure.outliers import worst_outliers
 from .output.bundle import bundle
 from .output.config import output_config
 from .output.shards import PlannedFiles, digest_of
+from .output.sizes import bits_per_weight
 from .output.stage import Stage
 from .output.writer import write_json
 from .pipeline import Conversion
@@ -49,6 +51,7 @@ class Made:
         costs: of linears and attentions, if measured.
         unreached: experts that no calibration token chose, where that matters.
         nbytes: of the output.
+        bits_per_weight: of the linears of layers that are in codes, scales and zero points counted; None of none.
         statistics: of calibration.
     """
 
@@ -59,6 +62,7 @@ class Made:
     costs: tuple[Cost, ...]
     unreached: tuple[str, ...]
     nbytes: int
+    bits_per_weight: float | None
     statistics: Statistics
 
 
@@ -172,6 +176,11 @@ def _convert_rest(files: PlannedFiles, conversion: Conversion) -> tuple[Fidelity
     return fidelity, otherwise
 
 
+def _layer_linears(job: Job, plan: Plan) -> dict[str, nn.Module]:
+    """The float linears of layers that are quantized, by name."""
+    return {name: job.source.model.get_submodule(name) for name in plan.linears if name != job.source.facts.head}
+
+
 def _check_kl(most: float | None, fidelity: Fidelity | None, costs: list[Cost]) -> None:
     """Raise an `OctavoError` that names the parts that cost most, if the model is too far from the float one."""
     if most is None or fidelity.kl <= most:
@@ -215,5 +224,7 @@ def run(job: Job, stage: Stage) -> Made:
     _check_kl(request.max_kl, fidelity, conversion.state.costs)
     _write_rest(stage.path, job, plan, description)
     nbytes = sum(file.stat().st_size for file in stage.path.iterdir() if file.is_file())
+    layers = {name: module.weight.numel() for name, module in _layer_linears(job, plan).items()}
+    bits = bits_per_weight(planned, layers)
     costs, unreached = tuple(conversion.state.costs or surveyed), tuple(conversion.state.unreached)
-    return Made(plan, tuple(floats), fidelity, otherwise, costs, unreached, nbytes, conversion.found())
+    return Made(plan, tuple(floats), fidelity, otherwise, costs, unreached, nbytes, bits, conversion.found())

@@ -58,6 +58,7 @@ DEFAULTS: dict[str, Any] = {
     "w_sym": True,
     "open_outlier": True,
     "group_size": None,
+    "scale_bits": None,
     "fa_amp": 0,
     "target": None,
     "pdmix": False,
@@ -78,7 +79,7 @@ def test_no_treatment_has_a_name() -> None:
 
 def test_defaults() -> None:
     flags = vars(parse_flags("llama3", REQUIRED))
-    derived = {"recipe_group": None, "recipe_sym": True, "linear": LinearScheme()}
+    derived = {"recipe_group": None, "recipe_sym": True, "recipe_scale_bits": None, "linear": LinearScheme()}
     assert flags == {"model_path": "in", "save_directory": Path("out"), **DEFAULTS, **derived}
     assert REFUSED.keys() <= DEFAULTS.keys()
 

@@ -114,10 +114,10 @@ def test_what_is_summed_up_is_what_loads(
 
 ENDS = {"W8A16", "W8A16_EMBEDDING"}
 RECIPES = {
-    "four-bit": ({"W4A16", *ENDS}, "int8-token"),
+    "four-bit": ({"W4A16_DOUBLE", *ENDS}, "int8-token"),
     "eight-bit": (ENDS, "int8-token"),
     "w8a8-fp8": ({"W8A8_DYNAMIC", *ENDS}, "vllm-fp8-head"),
-    "smallest": ({"W4A16", *ENDS}, "octavo-4"),
+    "smallest": ({"W4A16_DOUBLE", *ENDS}, "octavo-4"),
     "w8a8-c8": ({"W8A8_DYNAMIC"}, "ascend-c8"),
     "ascend": ({"W8A8"}, "ascend-c8"),
     "ascend-fa": ({"W8A8"}, "ascend-fa"),
@@ -136,10 +136,10 @@ def test_recipes(name: str, source: Path, tmp_path: Path) -> None:
 
 def test_flags_override_a_recipe(source: Path, tmp_path: Path) -> None:
     target = tmp_path / "out"
-    flags = ("--preset", "four-bit", "--group_size", "32", "--w_method", "MinMax", "--scheme", "octavo-8")
+    flags = ("--preset", "four-bit", "--group_size", "64", "--w_method", "MinMax", "--scheme", "octavo-8")
     assert main(llama3.ARCHITECTURE, convert_flags(source, target, *flags)) == 0
     description = json.loads((target / "quant_model_description.json").read_text())
-    assert description["group_size"] == 32 and description["octavo_scheme"]["name"] == "octavo-8"
+    assert description["group_size"] == 64 and description["octavo_scheme"]["name"] == "octavo-8"
 
 
 def test_flags_of_another_name_take_the_place_of_a_recipes(source: Path, tmp_path: Path) -> None:
@@ -155,11 +155,16 @@ def test_flags_of_another_name_take_the_place_of_a_recipes(source: Path, tmp_pat
     )
     found = parsed("--preset", "ascend", "--scheme", "int8-token")
     assert (found.linear.label, found.scheme) == ("W8A8", "int8-token")
-    assert parsed("--preset", "smallest", "--group_size", "32").linear.group_size == 32
+    assert parsed("--preset", "smallest", "--group_size", "64").linear.group_size == 64
     for same in ("--w_bit", "4"), ("--a_bit", "16"), ("--w_sym", "False"):
         found = parsed("--preset", "four-bit", *same).linear
-        assert (found.label, found.group_size, found.symmetric, found.w_method) == ("W4A16", 64, False, "GPTQ")
-    assert parsed("--preset", "four-bit", "--w_sym", "True").linear.symmetric
+        assert (found.label, found.group_size, found.symmetric, found.w_method) == ("W4A16_DOUBLE", 32, False, "GPTQ")
+    found = parsed("--preset", "four-bit", "--w_sym", "True").linear
+    assert (found.label, found.symmetric) == ("W4A16", True)
+    for plain in ("--scale_bits", "16"), ("--format", "awq"), ("--target", "vllm-ascend"):
+        found = parsed("--preset", "four-bit", *plain).linear
+        assert (found.label, found.group_size, found.symmetric) == ("W4A16", 32, False)
+    assert parsed("--preset", "four-bit", "--format", "gguf").linear.label == "W4A16_DOUBLE"
     assert parsed("--preset", "four-bit", "--w_bit", "8", "--a_bit", "8").linear.label == "W8A8"
 
 

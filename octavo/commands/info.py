@@ -187,7 +187,7 @@ def lines_of(facts: dict[str, Any]) -> list[str]:
         if facts.get(name) is not None
     ]
     if counted:
-        rows.append(("bits a weight, all counted", "; ".join(counted)))
+        rows.append(("bits a weight", "; ".join(counted)))
     if "scheme" in facts:
         rows.append(("embedding", facts["embedding"]))
         rows.append(("KV cache", f"{facts['scheme']}: K {facts['key']}; V {facts['value']}"))

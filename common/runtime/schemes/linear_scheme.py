@@ -43,8 +43,7 @@ class LinearScheme:
 
     Attributes:
         label: one of `LINEAR_LABELS` or `HELD_LABELS`.
-        group_size: input channels that share a scale of the weight, for weight-only labels; 0 is per output channel,
-            which W4A16_DOUBLE cannot be.
+        group_size: input channels that share a scale of the weight, for weight-only labels; 0 is per output channel.
         symmetric: whether weights have no zero point; only W8A16 and W4A16 may have one, and W4A16_DOUBLE always has.
         per_tensor: one scale for a whole weight, for fp8.
         w_method: how codes of a weight are chosen: "MinMax" rounds to nearest over its range, "MSE" over the range of
@@ -70,8 +69,6 @@ class LinearScheme:
             raise OctavoError(f"linear layers: {self.label} has symmetric weights with a scale per output channel")
         if self.label == W4A16_DOUBLE:
             object.__setattr__(self, "symmetric", False)
-            if not self.group_size:
-                raise OctavoError(f"linear layers: {W4A16_DOUBLE} has groups; give group_size {SMALLEST_GROUP}")
         if self.per_tensor and self.label not in FP8_LABELS:
             raise OctavoError(f"linear layers: a scale per tensor is for fp8, not {self.label}")
         if self.w_method not in WEIGHT_METHODS:

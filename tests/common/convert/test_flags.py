@@ -166,6 +166,7 @@ REACHES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "quantization": (("fp8",), {"linear": LinearScheme("WFP8AFP8_DYNAMIC")}),
     "w_sym": (("False", "--a_bit", "16"), {"linear": LinearScheme("W8A16", symmetric=False)}),
     "group_size": (("32", "--a_bit", "16"), {"linear": LinearScheme("W8A16", group_size=32)}),
+    "scale_bits": (("8", "--w_bit", "4", "--a_bit", "16"), {"linear": LinearScheme("W4A16_DOUBLE", group_size=32)}),
     "w_method": (("GPTQ",), {"linear": LinearScheme(w_method="GPTQ")}),
     "anti_method": (("m2",), {"anti_method": "m2"}),
     "use_kvcache_quant": (("True",), {"scheme": "ascend-c8"}),

@@ -37,6 +37,7 @@ KINDS = {
     "W8A8_DYNAMIC": ("--is_dynamic", "True"),
     "W8A16": ("--w_bit", "8", "--a_bit", "16"),
     "W4A16": ("--w_bit", "4", "--a_bit", "16", "--group_size", "32"),
+    "W4A16_DOUBLE": ("--w_bit", "4", "--a_bit", "16", "--scale_bits", "8"),
     "WFP8AFP8": ("--quantization", "wfp8afp8"),
     "WFP8AFP8_DYNAMIC": ("--quantization", "fp8"),
     "W8A8_MIXED": ("--quantization", "w8a8_mixed"),

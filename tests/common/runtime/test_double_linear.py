@@ -120,8 +120,3 @@ def test_damaged_parts_are_named(parts: dict[str, torch.Tensor], part: str, valu
     parts[part][0, 0] = value
     with pytest.raises(OctavoError, match=message):
         loaded(parts)
-
-
-def test_scales_of_whole_channels_are_refused() -> None:
-    with pytest.raises(OctavoError, match="W4A16_DOUBLE has groups; give group_size 32"):
-        LinearScheme(W4A16_DOUBLE)

@@ -137,6 +137,7 @@ def request_of(flags: argparse.Namespace, architecture: Architecture | str | Non
         embeddings=flags.embeddings,
         float_outliers=flags.disable_level,
         float_costliest=flags.fa_amp,
+        mean_bits=flags.w_bits_mean,
         max_kl=flags.max_kl,
         calibration=flags.calib_texts if flags.calib_file is None else flags.calib_file,
         target=flags.target,

@@ -82,6 +82,8 @@ class ConvertRequest:
             are tied. `--embeddings`
         float_outliers: so many linears, those with the worst outliers, stay in float. `--disable_level`
         float_costliest: so many linears or attentions, those that cost most, stay in float. `--fa_amp`
+        mean_bits: of linears in int4, those that cost most for their size are in W8A16, as many as keep the mean of the
+            bits of a weight, all counted, at most so large; None: none is. `--w_bits_mean`
         max_kl: write nothing if the mean KL(float || quantized) over the held-back texts is larger, in nats per token.
             `--max_kl`
         calibration: the texts, a sequence of them; or a file of texts, one per line, plain or JSON; None: a small text
@@ -120,6 +122,7 @@ class ConvertRequest:
     embeddings: str = EMBEDDINGS[0]
     float_outliers: int = 0
     float_costliest: int = 0
+    mean_bits: float | None = None
     max_kl: float | None = None
     calibration: Sequence[str] | str | Path | None = None
     target: str | None = None
@@ -224,7 +227,7 @@ def _check_choices(request: ConvertRequest) -> None:
 
 
 def _check_numbers(request: ConvertRequest) -> None:
-    for name in ("max_kl", "max_shard_gb"):
+    for name in ("max_kl", "max_shard_gb", "mean_bits"):
         value = getattr(request, name)
         if value is not None and not (isinstance(value, (int, float)) and value > 0):
             raise OctavoError(f"{name} {value}: is no positive number")
@@ -243,11 +246,24 @@ def check_activations(request: ConvertRequest, linear: LinearScheme, field: str)
         raise OctavoError(f"{field}: {linear.label} quantizes inputs on every device; leave it out")
 
 
+def _check_mean_bits(request: ConvertRequest) -> None:
+    kind = "float" if request.linear is None else request.linear.label
+    if kind not in (W4A16, W4A16_DOUBLE):
+        raise OctavoError(f"mean_bits {request.mean_bits}: is of linears in int4 ({W4A16}, {W4A16_DOUBLE}), not {kind}")
+    if request.format not in (OWN_FORMAT, "gguf") or request.target is not None:
+        reader = request.target or request.format
+        raise OctavoError(
+            f"mean_bits {request.mean_bits}: {reader} does not read linears of 4 and of 8 bits; leave it out"
+        )
+
+
 def _check_linear(request: ConvertRequest) -> None:
     linear, has_float_inputs = request.linear, request.embeddings == "int8"
     if has_float_inputs and request.float_head is not None:
         given = f"float_head={request.float_head}"
         raise OctavoError(f"embeddings int8 and {given} exclude each other: both say what lm_head is")
+    if request.mean_bits is not None:
+        _check_mean_bits(request)
     if linear is None:
         for name, unless_given in FOR_LINEARS.items():
             is_given = getattr(request, name) not in (None, unless_given)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from ..errors import OctavoError
@@ -31,6 +30,7 @@ from .source.tokenizer import carry_tokenizer
 from .spelling import named
 from .targets import notes
 from .units import grouped, units_of
+from .widening import layer_weights, widened
 
 GIGABYTE = 10**9
 BLAMED = 5
@@ -66,27 +66,28 @@ class Made:
     statistics: Statistics
 
 
-def _survey(job: Job) -> tuple[list[str], list[Cost]]:
-    """What is chosen to stay in float, and what each linear and attention costs, if measured."""
+def _survey(job: Job) -> tuple[list[str], list[str], list[Cost]]:
+    """What is chosen to stay in float, or to be in int8, and what each linear and attention costs, if measured."""
     request = job.request
     units = units_of(job.source)
     floats = worst_outliers(job.source, grouped(job.linears, units), job.samples, request.float_outliers)
-    if not request.float_costliest:
-        return floats, []
+    if not (request.float_costliest or request.mean_bits):
+        return floats, [], []
     trial = job.conversion(job.plan(floats), job.codebooks, measures=True)
     for index in tqdm(range(len(job.source)), desc="measuring", unit="layer"):
         trial.layer(index)
     costs = [cost for cost in trial.state.costs if cost.name not in job.coded]
     worst = costliest_units(costs, units)[: request.float_costliest]
-    return [*floats, *itertools.chain(*worst)], trial.state.costs
+    floats += itertools.chain(*worst)
+    return floats, widened(job, floats, costs), trial.state.costs
 
 
 def _begin(job: Job, stage: Stage) -> None:
     """Decide what stays in float, and keep that with a stage in which nothing is finished."""
     if job.request.resume:
         say(f"{stage.damage or f'nothing to resume in {stage.path}'}: starting with the first layer")
-    floats, costs = _survey(job)
-    stage.notes = {"floats": floats, "surveyed": _plain(costs)}
+    floats, wide, costs = _survey(job)
+    stage.notes = {"floats": floats, "wide": wide, "surveyed": _plain(costs)}
     if costs:
         say(cost_table(costs, floats, units_of(job.source)))
 
@@ -176,11 +177,6 @@ def _convert_rest(files: PlannedFiles, conversion: Conversion) -> tuple[Fidelity
     return fidelity, otherwise
 
 
-def _layer_linears(job: Job, plan: Plan) -> dict[str, nn.Module]:
-    """The float linears of layers that are quantized, by name."""
-    return {name: job.source.model.get_submodule(name) for name in plan.linears if name != job.source.facts.head}
-
-
 def _check_kl(most: float | None, fidelity: Fidelity | None, costs: list[Cost]) -> None:
     """Raise an `OctavoError` that names the parts that cost most, if the model is too far from the float one."""
     if most is None or fidelity.kl <= most:
@@ -205,7 +201,7 @@ def run(job: Job, stage: Stage) -> Made:
     if not stage.step:
         _begin(job, stage)
     floats, surveyed = stage.notes["floats"], _costs(stage.notes["surveyed"])
-    plan = job.plan(floats)
+    plan = job.plan(floats, stage.notes["wide"])
     if request.format == OWN_FORMAT:  # what else is written is not for the engines that are warned of
         for note in notes(request.target, plan, job.source):
             say(f"note: {note}")
@@ -224,7 +220,6 @@ def run(job: Job, stage: Stage) -> Made:
     _check_kl(request.max_kl, fidelity, conversion.state.costs)
     _write_rest(stage.path, job, plan, description)
     nbytes = sum(file.stat().st_size for file in stage.path.iterdir() if file.is_file())
-    layers = {name: module.weight.numel() for name, module in _layer_linears(job, plan).items()}
-    bits = bits_per_weight(planned, layers)
+    bits = bits_per_weight(planned, layer_weights(job, plan))
     costs, unreached = tuple(conversion.state.costs or surveyed), tuple(conversion.state.unreached)
     return Made(plan, tuple(floats), fidelity, otherwise, costs, unreached, nbytes, bits, conversion.found())

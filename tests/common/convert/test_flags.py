@@ -69,6 +69,7 @@ DEFAULTS: dict[str, Any] = {
     "quantization": None,
     "w_method": "MinMax",
     "max_kl": None,
+    "w_bits_mean": None,
 }
 
 
@@ -180,6 +181,10 @@ REACHES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "is_dynamic": (("True",), {"linear": LinearScheme("W8A8_DYNAMIC")}),
     "disable_level": (("L3",), {"float_outliers": 3}),
     "fa_amp": (("2",), {"float_costliest": 2}),
+    "w_bits_mean": (
+        ("5", "--w_bit", "4", "--a_bit", "16"),
+        {"linear": LinearScheme("W4A16", group_size=64), "mean_bits": 5},
+    ),
     "max_kl": (("0.5",), {"max_kl": 0.5}),
     "target": (("vllm-ascend",), {"target": "vllm-ascend"}),
     "pdmix": (("True",), {"pdmix": True}),

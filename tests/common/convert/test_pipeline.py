@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from octavo.common.convert.api import main
+from octavo.common.convert.api import converted, main
 from octavo.common.convert.calibration.streams import Stream
 from octavo.common.convert.flags import parse_request
 from octavo.common.convert.request import ConvertRequest
@@ -19,6 +19,7 @@ from octavo.models import llama3, qwen2
 
 from ...support import (
     TEXTS,
+    assert_one_error_line,
     convert_flags,
     quantized_tensors,
     random_ids,
@@ -191,6 +192,25 @@ def test_the_costliest_parts_stay_in_float_and_a_table_says_why(
             if is_attention
             else stored[f"{name}.weight"].is_floating_point()
         )
+
+
+def test_linears_that_cost_most_for_their_size_are_in_int8(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--w_bit", "4", "--a_bit", "16", "--scale_bits", "8", "--scheme", "int8-token")
+    reports = {}
+    for most in (None, 5.5, 7.0):
+        target = tmp_path / str(most)
+        more = () if most is None else ("--w_bits_mean", str(most))
+        reports[most] = converted(parse_request(llama3.ARCHITECTURE, convert_flags(source, target, *flags, *more)))
+    counts = {most: [*report.linears.values()].count("W8A16") for most, report in reports.items()}
+    assert counts[None] == 0 < counts[5.5] < counts[7.0] < 21
+    assert all(most - 0.5 < reports[most].bits_per_weight <= most for most in (5.5, 7.0))
+    model = llama3.ARCHITECTURE.model_class.from_pretrained(tmp_path / "5.5").eval()
+    labels = {name: part.LABEL for name, part in model.named_modules() if isinstance(part, QuantizedLinear)}
+    assert labels == dict(reports[5.5].linears)
+    assert main(llama3.ARCHITECTURE, convert_flags(source, tmp_path / "out", *flags, "--w_bits_mean", "4.5")) == 1
+    assert_one_error_line(capsys.readouterr().err, "--w_bits_mean 4.5: weights of W4A16_DOUBLE take", "give more")
 
 
 def test_a_limit_that_is_kept(source: Path, tmp_path: Path) -> None:

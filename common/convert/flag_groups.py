@@ -121,7 +121,7 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
     add("--max_kl", type=limit, metavar="X", help=about)
     units = "q, k and v count as one, and so do gate and up, and all of a layer's experts"
     about = "of linears in int4, those that cost most for their size in int8: the mean of bits a weight, all counted"
-    add("--w_bits_mean", type=positive, metavar="X", help=about)
+    add("--w_bits_mean", type=limit, metavar="X", help=about)
     about = f"so many linears or attentions, those that cost most; {units}"
     add("--fa_amp", type=count, default=0, metavar="N", help=about)
     about = f"Ln: the n linears with the worst outliers; {units}"

@@ -80,7 +80,8 @@ def _label_of_scales(flags: argparse.Namespace, label: str) -> str:
     """The label of linears whose scales are in the bits that are asked for."""
     if flags.scale_bits is not None and label not in (W4A16, W4A16_DOUBLE):
         raise OctavoError(f"--scale_bits {flags.scale_bits}: is of W4A16 (--w_bit 4 --a_bit 16), not {label}")
-    is_held = flags.format in HOLD_SCALE_BITS and flags.target is None
+    is_affine = not (flags.w_sym and flags.recipe_sym)
+    is_held = is_affine and flags.format in HOLD_SCALE_BITS and flags.target is None
     bits = (flags.recipe_scale_bits if is_held else None) if flags.scale_bits is None else flags.scale_bits
     if label == W4A16 and bits == 8:
         return W4A16_DOUBLE

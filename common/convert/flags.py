@@ -56,8 +56,7 @@ def _recipe_flags(recipe: str, given: set[str]) -> dict[str, Any]:
     flags = {flag: value for flag, value in load_recipe(recipe).items() if flag != "about"}
     flags["recipe_group"] = flags.pop("group_size", None)
     flags["recipe_sym"] = flags.pop("w_sym", True) or "w_sym" in given
-    scale_bits = flags.pop("scale_bits", None)
-    flags["recipe_scale_bits"] = None if "w_sym" in given else scale_bits
+    flags["recipe_scale_bits"] = flags.pop("scale_bits", None)
     replaced = {flag for alternatives in ALTERNATIVES if given & {*alternatives[0]} for flag in alternatives[1]}
     return {flag: value for flag, value in flags.items() if flag not in replaced}
 

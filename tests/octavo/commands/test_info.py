@@ -57,7 +57,7 @@ def test_a_converted_directory(
 
 
 def test_bits_of_a_weight_are_counted(converted: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
-    directory = converted("--quantization", "w4a16_double", "--embeddings", "int8", "--scheme", "int8-token")
+    directory = converted("--quantization", "w4a16_double", "--embeddings", "int8")
     data, lines = told(directory, capsys)
     tensors = {name: load_file(file)[name] for file in directory.glob("*.safetensors") for name in load_file(file)}
     layers = sum(part.nbytes for name, part in tensors.items() if "_proj." in name and not name.endswith("bias"))

@@ -31,6 +31,7 @@ from octavo.common.runtime.schemes.linear_scheme import (
     FP8_DYNAMIC,
     INT4_LABELS,
     LINEAR_LABELS,
+    W4A16,
     W8A8,
     W8A8_DYNAMIC,
     W8A8_MIXED,

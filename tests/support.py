@@ -114,8 +114,8 @@ def with_cache(cache: Any) -> dict[str, Any]:
 
 
 def shortened(scheme: Any) -> Any:
-    """A scheme with groups of 128 tokens as one with groups of 32 and few floats beside them; others as they are."""
-    if max(scheme.step(scheme.key), scheme.step(scheme.value)) < 128:
+    """A scheme with groups of 128 tokens, or as large a window, as one with groups of 32 and few floats beside codes."""
+    if max(scheme.step(scheme.key), scheme.step(scheme.value)) < 128 and scheme.window < 128:
         return scheme
     codecs = {}
     for side in ("key", "value"):

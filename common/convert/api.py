@@ -36,6 +36,7 @@ def _report(job: Job, made: Made, seconds: float) -> ConversionReport:
         odd_groups=tuple(sorted(set(job.odd_groups(plan)))),
         float_bytes=sum(file.stat().st_size for file in source_files(job.directory)),
         output_bytes=made.nbytes,
+        bits_per_weight=made.bits_per_weight,
         float_kv_bytes_per_token=kv_bytes_per_token(config, load_scheme("float"), itemsize),
         kv_bytes_per_token=kv_bytes_per_token(config, plan.scheme, itemsize),
         float_kv_bits=8 * itemsize,

@@ -99,6 +99,7 @@ def _changes_codes(request: ConvertRequest, has_head: bool) -> str | None:
         named("a linear"): request.linear_is_given,
         f"{named('anti_method')} {request.anti_method}": bool(request.anti_method),
         named("float_linears"): request.float_linears is not None,
+        named("mean_bits"): request.mean_bits is not None,
         named("float_outliers"): bool(request.float_outliers),
         f"{named('float_head')} {request.float_head}": request.float_head is has_head or request.float_head is False,
         f"{named('embeddings')} int8": has_head and request.embeddings == "int8",
@@ -135,5 +136,5 @@ def needs_texts(request: ConvertRequest, is_static: bool, linears: list[str]) ->
     """Whether anything rests on the calibration texts: static scales still to be found, or what is asked for."""
     linear = request.linear
     by_inputs = linears and (linear.needs_inputs or request.anti_method or linear.w_method != "MinMax")
-    chooses = request.float_outliers or request.float_costliest
+    chooses = request.float_outliers or request.float_costliest or request.mean_bits
     return bool(by_inputs or is_static or request.save_statistics or chooses)

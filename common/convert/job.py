@@ -153,8 +153,11 @@ class Job:
         longest = min(LONGEST_SAMPLE, self.config.get("max_position_embeddings", LONGEST_SAMPLE))
         return tokenize(tokenizer, self.texts, longest, request.input_ids_name, request.attention_mask_name)
 
-    def plan(self, floats: Iterable[str]) -> Plan:
+    def plan(self, floats: Iterable[str], wide: Iterable[str] = ()) -> Plan:
         """What to make of the model, but for some linears and attentions, which stay in float.
+
+        Args:
+            wide: linears that are in int8 where others are in int4.
 
         Raises:
             OctavoError: nothing is left to quantize.
@@ -183,6 +186,7 @@ class Job:
             called_by(self.request.target, self.request.pdmix),
             self.coded,
             self.source_scales,
+            frozenset(wide) & {*linears},
         )
 
     def conversion(
@@ -206,8 +210,9 @@ class Job:
         """Input channels and size of the groups of linears that cannot have those that were asked for."""
         for name in () if plan.coded else plan.linears:
             in_features = self.source.model.get_submodule(name).in_features
-            group = in_features // plan.linear.num_groups(in_features)
-            if plan.linear.group_size and group != plan.linear.group_size:
+            asked = plan.scheme_of(name)
+            group = in_features // asked.num_groups(in_features)
+            if asked.group_size and group != asked.group_size and name not in plan.wide:
                 yield in_features, group
 
     def identity(self) -> dict[str, Any]:

@@ -36,6 +36,7 @@ class ConversionReport:
         odd_groups: input channels and size of the groups of linears that cannot have groups of `linear.group_size`.
         float_bytes: of the float checkpoint's safetensors files.
         output_bytes: of all files of the output.
+        bits_per_weight: of the quantized linears of layers on the disk, scales and zero points counted; None of none.
         float_kv_bytes_per_token, kv_bytes_per_token: in the KV cache of the float and of the quantized model.
         float_kv_bits, kv_bits: that an element of K and V takes in sequences of `COUNTED_LENGTH` tokens, scales, sinks
             and all else that its scheme stores counted.
@@ -66,6 +67,7 @@ class ConversionReport:
     odd_groups: tuple[tuple[int, int], ...]
     float_bytes: int
     output_bytes: int
+    bits_per_weight: float | None
     float_kv_bytes_per_token: int
     kv_bytes_per_token: int
     float_kv_bits: float
@@ -109,12 +111,19 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
+def _weight_bits(report: ConversionReport) -> list[tuple[str, str, str]]:
+    if report.bits_per_weight is None:
+        return []
+    return [("weights of layers in codes, bits each, all counted", "", f"{report.bits_per_weight:.2f}")]
+
+
 def _figures(report: ConversionReport) -> list[str]:
     """Sizes and fidelity before and after, as a table."""
     fidelity = report.fidelity
     rows = [
         ("", report.source_codes or "float", "quantized"),
         ("checkpoint, MB", f"{report.float_bytes / 1e6:.1f}", f"{report.output_bytes / 1e6:.1f}"),
+        *_weight_bits(report),
         ("KV cache, bytes per token", str(report.float_kv_bytes_per_token), str(report.kv_bytes_per_token)),
         (
             f"KV cache, bits per element at {COUNTED_LENGTH:,} tokens",

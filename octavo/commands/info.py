@@ -84,13 +84,15 @@ def _fetched(model_path: str) -> str:
 
 def _converted(place: Place) -> dict[str, Any]:
     """Of a directory that Octavo's own classes load."""
-    form = OctavoDirectory(place.directory).form
+    directory = OctavoDirectory(place.directory)
+    form = directory.form
     recipe = place.settings.get(CONFIG_KEY)
     if recipe is None:
         writer = "an Ascend tool, as its description says"
     else:
         writer = f"Octavo {recipe.get('version', 'of a version that gave no number')}"
     refused = refusals(form)
+    bits, bits_of_ends = directory.bits_per_weight()
     return {
         "is": "converted",
         "written_by": writer,
@@ -99,6 +101,8 @@ def _converted(place: Place) -> dict[str, Any]:
         "shape": _shape(form.config),
         "float_dtype": str(SAFETENSORS_DTYPES[form.dtype]).removeprefix("torch."),
         "linears": _linears(form),
+        "bits_per_weight": bits,
+        "bits_per_weight_of_ends": bits_of_ends,
         "embedding": "int8" if form.has_coded_embedding else "float",
         **_cache(form.config, form.scheme, SAFETENSORS_DTYPES[form.dtype].itemsize),
         "bytes_on_disk": _bytes_on_disk(place.directory),
@@ -178,6 +182,13 @@ def lines_of(facts: dict[str, Any]) -> list[str]:
     if isinstance(linears, dict):
         linears = "; ".join(f"{count} in {kind}" for kind, count in linears.items())
     rows.append(("linears", linears or "float"))
+    counted = [
+        f"{facts[name]:.2f} in {where}"
+        for name, where in (("bits_per_weight", "layers"), ("bits_per_weight_of_ends", "embedding and last linear"))
+        if facts.get(name) is not None
+    ]
+    if counted:
+        rows.append(("bits a weight", "; ".join(counted)))
     if "scheme" in facts:
         rows.append(("embedding", facts["embedding"]))
         rows.append(("KV cache", f"{facts['scheme']}: K {facts['key']}; V {facts['value']}"))

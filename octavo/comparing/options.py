@@ -13,7 +13,7 @@ from ..common.runtime.schemes.kv_scheme import KV_CACHE_DTYPES, PRESETS, Scheme,
 CACHE, LINEARS, CODES = "cache", "linears", "codes"
 _FLAGS = {
     CACHE: SCHEME_FLAGS,
-    LINEARS: ("quantization", "w_bit", "a_bit", "is_dynamic", "group_size", "w_sym"),
+    LINEARS: ("quantization", "w_bit", "a_bit", "is_dynamic", "group_size", "w_sym", "scale_bits"),
     "outliers": ("anti_method",),
     "rounding": ("w_method",),
     "embeddings": ("embeddings",),

@@ -15,7 +15,7 @@ import torch
 
 from ....ops.shared.codes import pack_int4
 from ...progress import progress
-from ...runtime.schemes.linear_scheme import FP8_LABELS, STATIC, W4A16, W8A8_MIXED
+from ...runtime.schemes.linear_scheme import FP8_LABELS, INT4_LABELS, STATIC, W8A8_MIXED
 from ..output.shards import SAFETENSORS_DTYPES
 from .caches import FLOAT, kind_of, online_name, quantized_layers, why_not
 from .dialect import RUN, Dialect, Engine, Target
@@ -79,7 +79,7 @@ def _kind(linear: LinearForm) -> str | None:
     group = linear.group_size or linear.in_features
     if linear.label in (*FP8_LABELS, W8A8_MIXED) or group % BLOCK or linear.in_features % BLOCK:
         return None
-    if linear.label == W4A16:
+    if linear.label in INT4_LABELS:
         return "Q4_0" if linear.symmetric else "Q4_1"
     return "Q8_0" if linear.symmetric else None
 

@@ -15,7 +15,7 @@ from torch import nn
 from ...errors import OctavoError
 from ..linear_kinds import QUANTIZED_LINEARS
 from ..schemes.kv_scheme import Scheme, load_scheme
-from ..schemes.linear_scheme import FP8, FP8_BLOCK, FP8_DYNAMIC, INT4_LABELS, W8A8
+from ..schemes.linear_scheme import FP8, FP8_BLOCK, FP8_DYNAMIC, INT4_LABELS, W4A16_DOUBLE, W8A8
 from ..static_scales import LayerScales, Scales
 from .files import TensorHeader
 
@@ -59,8 +59,11 @@ LINEAR_DTYPES = {
     "outlier_columns": ("I32",),
     "input_order": ("I32",),
     "outlier_weight": FLOATS,
+    "row_scale": FLOATS,
 }
 """Dtypes of the other parts of a quantized linear layer, which are labelled as its weight."""
+DOUBLE_DTYPES = {"weight_scale": ("U8",), "weight_offset": ("I8",)}
+"""The same of W4A16_DOUBLE, where they differ."""
 STORED_AS = {
     "bias": (("FLOAT",), FLOATS),
     "kv_cache_scale": (("C8", "W8A8"), FLOATS),
@@ -279,7 +282,8 @@ def _labels_and_dtypes(part: str, of_module: str | None) -> tuple[tuple[str, ...
     if kind is not None and part == "weight":
         return (of_module,), WEIGHT_DTYPES.get(of_module, ("I8",))
     if part in LINEAR_DTYPES:
-        return (of_module,) if kind is not None and part in kind.PARTS else (), LINEAR_DTYPES[part]
+        dtypes = DOUBLE_DTYPES.get(part) if of_module == W4A16_DOUBLE else None
+        return (of_module,) if kind is not None and part in kind.PARTS else (), dtypes or LINEAR_DTYPES[part]
     return STORED_AS.get(part, (("FLOAT",), FLOATS))
 
 

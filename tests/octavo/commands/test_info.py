@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from octavo import kv_bytes_per_token, load_scheme
 from octavo.__main__ import main
@@ -51,12 +52,25 @@ def test_a_converted_directory(
     assert "modelopt" not in others, "which takes no such linears"
     assert any(line.startswith("with another cache   gguf (--scheme llamacpp-q8_0); ") for line in lines)
     assert "linears              21 in W8A16 in groups of 32; 1 in float" in lines
+    assert data["bits_per_weight"] == 8 + 2 * 32 / 32, "scales and zero points are in float32"
+    assert "bits a weight        10.00 in layers" in lines
     command = lines[-1].split()[1:]
     assert command[0] == "rewrite"
     rewrite = ["rewrite", str(directory), "--format", data["formats"][0], "--save_directory", str(tmp_path / "out")]
     assert main(rewrite) == 0, "a format that is named is one that it fits"
     rewrite = ["rewrite", str(directory), "--format", "gguf", "--save_directory", str(tmp_path / "gguf")]
     assert main([*rewrite, *others["gguf"].split()]) == 0, "with the cache that is named beside it, too"
+
+
+def test_bits_of_a_weight_are_counted(converted: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    directory = converted("--quantization", "w4a16_double", "--embeddings", "int8")
+    data, lines = told(directory, capsys)
+    tensors = {name: load_file(file)[name] for file in directory.glob("*.safetensors") for name in load_file(file)}
+    layers = sum(part.nbytes for name, part in tensors.items() if "_proj." in name and not name.endswith("bias"))
+    count = sum(2 * part.numel() for name, part in tensors.items() if name.endswith("_proj.weight"))
+    assert data["bits_per_weight"] == pytest.approx(8 * layers / count) and 4.5 < data["bits_per_weight"] < 5.1
+    assert any(line.startswith("bits a weight") and "in embedding and last linear" in line for line in lines)
+    assert "gguf" in data["formats"] and "--scale_bits 16" in data["refused_formats"]["compressed-tensors"]
 
 
 @pytest.mark.parametrize("name", ["gptq, act-order", "fp8 in blocks"])

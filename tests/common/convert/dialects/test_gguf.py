@@ -65,6 +65,17 @@ def test_codes_are_carried_over(kind: str, converted: Callable[..., Path], tmp_p
         assert (found - expected).abs().max() <= least
 
 
+def test_scales_of_8_bits_and_zeros_between_codes_are_carried_over(
+    converted: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = converted("--quantization", "w4a16_double")
+    tensors, _, lines = written(path, tmp_path / "out")
+    tensor = tensors["blk.1.ffn_gate.weight"]
+    expected = OctavoDirectory(path).linear("model.layers.1.mlp.gate_proj").float_weight()
+    assert tensor.tensor_type.name == "Q4_1" and "rounded" not in " ".join(lines)
+    assert (decoded(tensor) - expected).abs().max() <= ROUNDED_LEAST * expected.abs().max()
+
+
 def test_scales_per_channel_are_rounded_and_said_to_be(converted: Callable[..., Path], tmp_path: Path) -> None:
     path = converted("--is_dynamic", "True")
     tensors, _, lines = written(path, tmp_path / "out")

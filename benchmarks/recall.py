@@ -18,21 +18,16 @@ from typing import Any
 
 import torch
 from rows import RESULTS, Row, append_rows, markdown, read_rows
-from scoring import load_float
+from scoring import load_model, save_statistics
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
-from octavo.common.convert.calibration.codebooks import fit_codebooks
-from octavo.common.convert.calibration.observe import calibrate
-from octavo.common.convert.calibration.texts import read_calibration_file, tokenize
 from octavo.common.convert.output.bundle import commit
 from octavo.common.runtime.cache.sizes import kv_bits_per_element
 from octavo.common.runtime.schemes.kv_scheme import CROP_ROOM, PRESETS, load_scheme
-from octavo.common.stock_model import prepare
 from octavo.evaluation.reading import Reader
 from octavo.evaluation.recall import ROOM, Prompt, Score, key_values, largest
 from octavo.generate import Speaker, with_scheme
-from octavo.ops.shared.registry import NAMESPACE
 
 FILE = RESULTS / "recall.csv"
 COLUMNS = ("commit", "model", "scheme", "tokens", "list", "bits", "cache_bytes", "answers")
@@ -44,28 +39,15 @@ def _key(row: Row) -> tuple[str, str, str, str]:
     return row["model"], row["scheme"], row["tokens"], row["list"]
 
 
-def save_statistics(flags: argparse.Namespace) -> None:
-    """Calibrate the float model for all static schemes."""
-    model, tokenizer = load_float(flags.model_path)
-    texts = tokenize(tokenizer, read_calibration_file(flags.calib_file), 2048, "input_ids", "attention_mask")
-    found = calibrate(model, [], tqdm(texts, desc="calibrating", unit="text"))
-    fit_codebooks(model, texts, found).save(flags.statistics)
-
-
-def _loaded(flags: argparse.Namespace, folds_bias: bool) -> Any:
-    model = AutoModelForCausalLM.from_pretrained(flags.model_path, dtype=torch.bfloat16).eval()
-    if folds_bias:
-        return prepare(model)
-    model.set_attn_implementation(NAMESPACE)
-    return model
-
-
 def measure(flags: argparse.Namespace) -> Iterator[Row]:
     """A row for each list, length and scheme that has none yet, until the time is over."""
     done = {_key(row) for row in read_rows(FILE)}
     started, version, name = time.monotonic(), commit(), Path(flags.model_path).name
     tokenizer = AutoTokenizer.from_pretrained(flags.model_path)
-    plain = {folds: Speaker(_loaded(flags, folds), tokenizer, load_scheme(FLOAT), list) for folds in (True, False)}
+    plain = {
+        folds: Speaker(load_model(flags.model_path, folds, torch.bfloat16), tokenizer, load_scheme(FLOAT), list)
+        for folds in (True, False)
+    }
     for number, tokens in itertools.product(range(flags.lists), flags.tokens):
         prompt = _prompt(tokenizer, tokens, number)
         for asked in tqdm(flags.scheme, desc=f"{tokens:,} tokens, list {number}", unit="scheme"):
@@ -153,7 +135,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no list later than that")
     flags = parser.parse_args()
     if not flags.statistics.exists():
-        save_statistics(flags)
+        save_statistics(flags.model_path, flags.calib_file, flags.statistics)
         return 0
     append_rows(FILE, COLUMNS, measure(flags))
     return 0

@@ -14,7 +14,8 @@ import random
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,18 @@ COLUMNS = ("commit", "model", "scheme", "tokens", "list", "bits", "cache_bytes",
 ASKED = {"words": 50, "names": 40}
 """Questions on a list, by its kind."""
 WORD, WORDS = re.compile("Ġ[a-z]{5,9}"), 3000
-"""Tokens that are words behind a space, and how many of those that come first in a vocabulary are keys."""
+"""Tokens that are words, and how many of those that come first in a vocabulary are keys."""
 
 
-def word_pairs(tokenizer: Any, size: int, chance: random.Random, asked: int) -> Prompt:
-    """A list of so many pairs, each key a token of its own; the keys that are asked for lie all over it."""
+def words_of(tokenizer: Any) -> list[str]:
+    """Words that are one token behind a space, those first that come first in the vocabulary."""
     spaced = sorted((number, token[1:]) for token, number in tokenizer.get_vocab().items() if WORD.fullmatch(token))
-    keys = chance.sample([word for _, word in spaced[: max(WORDS, size)]], size)
+    return [word for _, word in spaced]
+
+
+def word_pairs(words: Sequence[str], size: int, chance: random.Random, asked: int) -> Prompt:
+    """A list of so many pairs, each key a word of its own; the keys that are asked for lie all over it."""
+    keys = chance.sample(words[: max(WORDS, size)], size)
     pairs = [(key, f"{chance.randrange(100_000):05}") for key in keys]
     lines = "".join(f"The number of the {key} is {value}.\n" for key, value in pairs)
     asked = min(asked, size)
@@ -56,10 +62,11 @@ def measure(flags: argparse.Namespace) -> Iterator[Row]:
     done = {key_of(row) for row in read_rows(FILE)}
     started, version, name = time.monotonic(), commit(), Path(flags.model_path).name
     tokenizer = AutoTokenizer.from_pretrained(flags.model_path)
-    plain = {
-        folds: Speaker(load_model(flags.model_path, folds, torch.bfloat16), tokenizer, load_scheme(FLOAT), list)
-        for folds in (True, False)
-    }
+
+    @cache
+    def plain(folds_bias: bool) -> Speaker:
+        return Speaker(load_model(flags.model_path, folds_bias, torch.bfloat16), tokenizer, load_scheme(FLOAT), list)
+
     for number, tokens in itertools.product(range(flags.lists), flags.tokens):
         prompt = _prompt(tokenizer, flags.kind, tokens, number)
         for asked in tqdm(flags.scheme, desc=f"{tokens:,} tokens, list {number}", unit="scheme"):
@@ -70,7 +77,7 @@ def measure(flags: argparse.Namespace) -> Iterator[Row]:
             if time.monotonic() - started > flags.seconds:
                 return
             scheme = load_scheme(asked)
-            speaker = with_scheme(plain[scheme.fold_bias], asked, flags.statistics if scheme.is_static else None)
+            speaker = with_scheme(plain(scheme.fold_bias), asked, flags.statistics if scheme.is_static else None)
             found, nbytes = _answers(speaker, prompt)
             is_float = asked == FLOAT
             bits = 16.0 if is_float else kv_bits_per_element(speaker.model.config, scheme, tokens, CROP_ROOM)
@@ -79,9 +86,10 @@ def measure(flags: argparse.Namespace) -> Iterator[Row]:
 
 
 def _prompt(tokenizer: Any, kind: str, tokens: int, number: int) -> Prompt:
+    words, asked = words_of(tokenizer), ASKED[kind]
+
     def make(size: int, chance: random.Random) -> Prompt:
-        asked = ASKED[kind]
-        return word_pairs(tokenizer, size, chance, asked) if kind == "words" else key_values(size, chance, asked)
+        return word_pairs(words, size, chance, asked) if kind == "words" else key_values(size, chance, asked)
 
     size = largest(lambda size: make(size, random.Random(0)), tokenizer, tokens - ROOM)
     return make(size, random.Random(f"0 {number}"))

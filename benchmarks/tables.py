@@ -15,7 +15,7 @@ from length_tables import length_digest, length_table
 from memory_rows import memory_rows, start_rows
 from quality import FLOAT_WEIGHTS
 from quality_tables import bits_table, options_table, quality_of, schemes_tables, scored_as
-from recall_tables import recall_table
+from recall_tables import recall_digest, recall_table
 from rows import RESULTS, Row, markdown, read_rows, scores
 from schemes import SDPA
 from support import sliding_rows, support_rows
@@ -201,6 +201,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "bits": bits_table,
         "schemes": schemes_tables,
         "length": length_digest,
+        "recall": recall_digest,
         "best weights": best_weights_table,
     },
     "docs/two-lines.md": {"sliding": lambda: markdown(sliding_rows(), 2)},

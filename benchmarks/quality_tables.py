@@ -13,7 +13,7 @@ MODELS_SCORED = ("smollm2-135m", "qwen2.5-coder-0.5b")
 TEXTS = (PROSE, "news")
 """By their files: English Wikipedia, and the Lee corpus of news, which comes with gensim."""
 WINDOWS = {"smollm2-135m": "2", "qwen2.5-coder-0.5b": "1"}
-"""Windows of the rows that are compared with each other."""
+"""Windows of the rows that come before others: all schemes can be compared on them."""
 LENGTHS = (2048, 8192, 32768)
 SIZES_OF = "SmolLM2-135M"
 OURS = "octavo-"
@@ -55,7 +55,11 @@ def bits_table() -> str:
 
 def schemes_tables() -> str:
     """What Octavo's own schemes lose, and then what those of others do, on every model that was scored."""
-    found = {(text, model): quality_of(model, WINDOWS[model], text) for text in TEXTS for model in MODELS_SCORED}
+    found = {
+        (text, model): quality_of(model, None, text) | quality_of(model, WINDOWS[model], text)
+        for text in TEXTS
+        for model in MODELS_SCORED
+    }
     if not any(found.values()):
         return "No quality is measured yet."
     presets = [name for name in PRESETS if any(FLOAT_WEIGHTS + name in rows for rows in found.values())]

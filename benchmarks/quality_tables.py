@@ -114,7 +114,10 @@ def _conditions(found: list[dict[str, Row]]) -> str:
     windows: dict[str, set[str]] = {}
     for row in (row for rows in found for row in rows.values()):
         windows.setdefault(row["model"], set()).add(row["windows"])
-    counts = " and ".join(f"{' or '.join(sorted(count))} windows of {model}" for model, count in windows.items())
+    counts = " and ".join(
+        f"{' or '.join(sorted(count))} window{'s' if count != {'1'} else ''} of {model}"
+        for model, count in windows.items()
+    )
     return (
         f"KL(float || quantized) in nats per token, change of the perplexity, and share of tokens whose likeliest next "
         f"token is the same: {counts}, 2,048 tokens each, of English Wikipedia (news: of the Lee corpus, which gensim "

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rows import RESULTS, Row, append_rows
+from rows import RESULTS, Row, append_rows, read_rows
 from scoring import Reference, add_scoring_flags, load_float, read_windows
 from transformers import AutoModelForCausalLM
 
 from octavo.common.convert.calibration.texts import read_calibration_file, tokenize
 from octavo.common.convert.calibration.whole import calibrate_whole
 from octavo.common.convert.output.bundle import commit
-from octavo.common.errors import OctavoError
+from octavo.common.errors import OctavoError, did_you_mean
 from octavo.common.runtime.cache.quantized_cache import QuantizedCache
 from octavo.common.runtime.cache.sizes import kv_bits_per_element
 from octavo.common.runtime.compatibility import cache_argument
@@ -29,7 +29,11 @@ from octavo.common.runtime.static_scales import Statistics, load_statistics, sca
 from octavo.common.stock_model import prepare
 from octavo.ops.shared.registry import NAMESPACE
 
-COLUMNS = ("commit", "model", "what", "bits", "windows", "length", "kl", "perplexity", "float_perplexity", "top1")
+FILE = RESULTS / "quality.csv"
+COLUMNS = ("commit", "model", "what", "bits", "windows", "length", "kl", "perplexity", "float_perplexity", "top1",
+           "text")  # fmt: skip
+PROSE = "wikipedia-eval"
+"""The text of rows that name none."""
 FLOAT_WEIGHTS = "float weights + "
 UNFOLDED = ", biases in the cache"
 UNFOLDED_SCHEMES = ("int8-token", "fp8-token", "int4-token", "octavo-4", "turboquant-4")
@@ -68,8 +72,23 @@ VARIANTS: dict[str, Callable[[Scheme], Scheme]] = {
         },
     ),
     "K less its mean": lambda scheme: dataclasses.replace(scheme, smooth_key=True),
+    "K alone": lambda scheme: dataclasses.replace(scheme, value=None, rotate_value=False),
+    "V alone": lambda scheme: dataclasses.replace(scheme, key=None, rotate_key=False, smooth_key=False),
+    "4 sinks and 8 newest": lambda scheme: dataclasses.replace(scheme, sinks=4, window=8),
 }
 """What `--variants` changes in a scheme, one at a time, to tell what each option contributes."""
+
+
+def scheme_of(what: str) -> Scheme:
+    """The scheme of the name of a preset, of a file, or of `NAME, VARIANT`.
+
+    Raises:
+        OctavoError: there is no such preset or variant.
+    """
+    name, _, variant = what.partition(", ")
+    if variant and variant not in VARIANTS:
+        raise OctavoError(f"--scheme {what}: no variant {variant!r}{did_you_mean(variant, VARIANTS)}")
+    return VARIANTS[variant](load_scheme(name)) if variant else load_scheme(name)
 
 
 class Measured:
@@ -77,14 +96,14 @@ class Measured:
 
     def __init__(self, flags: argparse.Namespace) -> None:
         self.version = commit()  # before the results make the tree dirty
-        self.name = Path(flags.model_path).name
+        self.name, self.text = Path(flags.model_path).name, flags.eval_file.stem
         self.model, tokenizer = load_float(flags.model_path)
         self.texts = tokenize(tokenizer, read_calibration_file(flags.calib_file), 2048, "input_ids", "attention_mask")
         self.reference = Reference(self.model, read_windows(flags, tokenizer))
         self.statistics = (
             load_statistics(flags.statistics)
             if flags.statistics
-            else self._calibrated([load_scheme(name) for name in (*flags.scheme, *flags.variants)])
+            else self._calibrated([scheme_of(what) for what in (*flags.scheme, *flags.variants)])
         )
 
     def _calibrated(self, schemes: list[Scheme]) -> Statistics | None:
@@ -95,7 +114,7 @@ class Measured:
 
     def row(self, what: str, logits_of: Callable[[torch.Tensor], torch.Tensor], bits: float) -> Row:
         """Score a model against the float one."""
-        facts = {"commit": self.version, "model": self.name, "what": what, "bits": f"{bits:.3f}"}
+        facts = {"commit": self.version, "model": self.name, "what": what, "bits": f"{bits:.3f}", "text": self.text}
         return facts | self.reference.score(what, logits_of)
 
     def scheme_row(self, what: str, scheme: Scheme) -> Row:
@@ -109,10 +128,19 @@ class Measured:
         return self.row(FLOAT_WEIGHTS + what, logits_of, kv_bits_per_element(self.model.config, scheme))
 
 
+def has_row(flags: argparse.Namespace, what: str) -> bool:
+    """Whether a scheme was measured on as many windows of the text."""
+    asked = (Path(flags.model_path).name, what, str(flags.windows), flags.eval_file.stem)
+    rows = read_rows(FILE)
+    return any((row["model"], row["what"], row["windows"], row["text"] or PROSE) == asked for row in rows)
+
+
 def measure(flags: argparse.Namespace) -> Iterator[Row]:
     """A row for each scheme and variant on the stock model, and for each quantized checkpoint."""
+    if flags.missing:
+        flags.scheme = [what for what in flags.scheme if not has_row(flags, FLOAT_WEIGHTS + what)]
     measured = Measured(flags)
-    schemes = {name: load_scheme(name) for name in flags.scheme}
+    schemes = {what: scheme_of(what) for what in flags.scheme}
     measured.model.set_attn_implementation(NAMESPACE)
     for name, scheme in schemes.items():
         if not scheme.fold_bias:
@@ -144,13 +172,16 @@ def main() -> int:
     add_scoring_flags(parser)
     parser.add_argument("--calib_file", required=True, type=Path, help="calibration texts")
     parser.add_argument("--statistics", type=Path, help="a calibration that was saved, instead of another one")
-    parser.add_argument("--scheme", nargs="*", default=PRESETS, help="presets to score; all if not given")
+    parser.add_argument(
+        "--scheme", nargs="*", default=PRESETS, help="presets, or 'NAME, VARIANT'; all presets if not given"
+    )
+    parser.add_argument("--missing", action="store_true", help="only schemes that have no row of so many windows")
     parser.add_argument("--variants", nargs="*", default=[], help="presets whose options are taken away one by one")
     parser.add_argument(
         "--checkpoint", nargs="*", type=Path, default=[], help="quantized directories, named for the table"
     )
     flags = parser.parse_args()
-    append_rows(RESULTS / "quality.csv", COLUMNS, measure(flags))
+    append_rows(FILE, COLUMNS, measure(flags))
     return 0
 
 

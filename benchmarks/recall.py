@@ -1,81 +1,83 @@
 """Measure which schemes still find a value by its key far back, and append the rows to `results/recall.csv`.
 
-A row is a list of keys and values that fills a prompt, read once, and forty questions on it, each answered from the
+A row is a list of keys and values that fills a prompt, read once, and fifty questions on it, each answered from the
 cache that holds it: right if each token of the value is the likeliest behind those before it, which is what greedy
-decoding writes, seen in one pass. Every scheme gets the same lists and questions, so that it can be compared with float
-question by question. Rows that are there are not measured again, so that a run that was cut off goes on. The model runs
-in bfloat16, its biases of k and v folded where the scheme allows.
+decoding writes, seen in one pass. Two kinds of lists: in `words` each key is a word of its own, which float finds again
+nearly always; in `names` keys share their words (of forty questions each). Every scheme gets the same lists and
+questions, so that it can be compared with float question by question. Rows that are there are not measured again, so
+that a run that was cut off goes on. The model runs in bfloat16, its biases of k and v folded where the scheme allows.
 """
 
 import argparse
 import itertools
 import random
+import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from rows import RESULTS, Row, append_rows, markdown, read_rows
-from scoring import load_float
+from recall_tables import FILE, FLOAT, key_of
+from rows import Row, append_rows, read_rows
+from scoring import load_model, save_statistics
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
-from octavo.common.convert.calibration.codebooks import fit_codebooks
-from octavo.common.convert.calibration.observe import calibrate
-from octavo.common.convert.calibration.texts import read_calibration_file, tokenize
 from octavo.common.convert.output.bundle import commit
 from octavo.common.runtime.cache.sizes import kv_bits_per_element
 from octavo.common.runtime.schemes.kv_scheme import CROP_ROOM, PRESETS, load_scheme
-from octavo.common.stock_model import prepare
 from octavo.evaluation.reading import Reader
-from octavo.evaluation.recall import ROOM, Prompt, Score, key_values, largest
+from octavo.evaluation.recall import ROOM, Prompt, key_values, largest
 from octavo.generate import Speaker, with_scheme
-from octavo.ops.shared.registry import NAMESPACE
 
-FILE = RESULTS / "recall.csv"
-COLUMNS = ("commit", "model", "scheme", "tokens", "list", "bits", "cache_bytes", "answers")
-ASKED = 40
-FLOAT = "float"
-
-
-def _key(row: Row) -> tuple[str, str, str, str]:
-    return row["model"], row["scheme"], row["tokens"], row["list"]
+COLUMNS = ("commit", "model", "scheme", "tokens", "list", "bits", "cache_bytes", "answers", "kind")
+ASKED = {"words": 50, "names": 40}
+"""Questions on a list, by its kind."""
+WORD, WORDS = re.compile("Ġ[a-z]{5,9}"), 3000
+"""Tokens that are words, and how many of those that come first in a vocabulary are keys."""
 
 
-def save_statistics(flags: argparse.Namespace) -> None:
-    """Calibrate the float model for all static schemes."""
-    model, tokenizer = load_float(flags.model_path)
-    texts = tokenize(tokenizer, read_calibration_file(flags.calib_file), 2048, "input_ids", "attention_mask")
-    found = calibrate(model, [], tqdm(texts, desc="calibrating", unit="text"))
-    fit_codebooks(model, texts, found).save(flags.statistics)
+def words_of(tokenizer: Any) -> list[str]:
+    """Words that are one token behind a space, those first that come first in the vocabulary."""
+    spaced = sorted((number, token[1:]) for token, number in tokenizer.get_vocab().items() if WORD.fullmatch(token))
+    return [word for _, word in spaced]
 
 
-def _loaded(flags: argparse.Namespace, folds_bias: bool) -> Any:
-    model = AutoModelForCausalLM.from_pretrained(flags.model_path, dtype=torch.bfloat16).eval()
-    if folds_bias:
-        return prepare(model)
-    model.set_attn_implementation(NAMESPACE)
-    return model
+def word_pairs(words: Sequence[str], size: int, chance: random.Random, asked: int) -> Prompt:
+    """A list of so many pairs, each key a word of its own; the keys that are asked for lie all over it."""
+    keys = chance.sample(words[: max(WORDS, size)], size)
+    pairs = [(key, f"{chance.randrange(100_000):05}") for key in keys]
+    lines = "".join(f"The number of the {key} is {value}.\n" for key, value in pairs)
+    asked = min(asked, size)
+    found = [pairs[int((index + chance.random()) * size / asked)] for index in range(asked)]
+    questions = tuple((f"\nAgain, the number of the {key} is", value) for key, value in found)
+    return Prompt(f"Here is a list of numbers.\n{lines}", questions)
 
 
 def measure(flags: argparse.Namespace) -> Iterator[Row]:
     """A row for each list, length and scheme that has none yet, until the time is over."""
-    done = {_key(row) for row in read_rows(FILE)}
+    done = {key_of(row) for row in read_rows(FILE)}
     started, version, name = time.monotonic(), commit(), Path(flags.model_path).name
     tokenizer = AutoTokenizer.from_pretrained(flags.model_path)
-    plain = {folds: Speaker(_loaded(flags, folds), tokenizer, load_scheme(FLOAT), list) for folds in (True, False)}
+
+    @cache
+    def plain(folds_bias: bool) -> Speaker:
+        return Speaker(load_model(flags.model_path, folds_bias, torch.bfloat16), tokenizer, load_scheme(FLOAT), list)
+
     for number, tokens in itertools.product(range(flags.lists), flags.tokens):
-        prompt = _prompt(tokenizer, tokens, number)
+        prompt = _prompt(tokenizer, flags.kind, tokens, number)
         for asked in tqdm(flags.scheme, desc=f"{tokens:,} tokens, list {number}", unit="scheme"):
-            row = {"commit": version, "model": name, "scheme": asked, "tokens": str(tokens), "list": str(number)}
-            if _key(row) in done:
+            row = {"commit": version, "model": name, "scheme": asked, "kind": flags.kind}
+            row |= {"tokens": str(tokens), "list": str(number)}
+            if key_of(row) in done:
                 continue
             if time.monotonic() - started > flags.seconds:
                 return
             scheme = load_scheme(asked)
-            speaker = with_scheme(plain[scheme.fold_bias], asked, flags.statistics if scheme.is_static else None)
+            speaker = with_scheme(plain(scheme.fold_bias), asked, flags.statistics if scheme.is_static else None)
             found, nbytes = _answers(speaker, prompt)
             is_float = asked == FLOAT
             bits = 16.0 if is_float else kv_bits_per_element(speaker.model.config, scheme, tokens, CROP_ROOM)
@@ -83,9 +85,14 @@ def measure(flags: argparse.Namespace) -> Iterator[Row]:
             yield row | {"bits": f"{bits:.3f}", "cache_bytes": str(nbytes), "answers": marks}
 
 
-def _prompt(tokenizer: Any, tokens: int, number: int) -> Prompt:
-    size = largest(lambda size: key_values(size, random.Random(0)), tokenizer, tokens - ROOM)
-    return key_values(size, random.Random(f"0 {number}"), ASKED)
+def _prompt(tokenizer: Any, kind: str, tokens: int, number: int) -> Prompt:
+    words, asked = words_of(tokenizer), ASKED[kind]
+
+    def make(size: int, chance: random.Random) -> Prompt:
+        return word_pairs(words, size, chance, asked) if kind == "words" else key_values(size, chance, asked)
+
+    size = largest(lambda size: make(size, random.Random(0)), tokenizer, tokens - ROOM)
+    return make(size, random.Random(f"0 {number}"))
 
 
 @torch.inference_mode()
@@ -103,44 +110,6 @@ def _answers(speaker: Speaker, prompt: Prompt) -> tuple[list[bool], int]:
     return found, nbytes
 
 
-def recall_table(model: str = "qwen2.5-coder-0.5b") -> str:
-    """Each scheme by length: right answers of float's questions, with intervals, and those that float alone has."""
-    found: dict[tuple[str, str], dict[str, str]] = {}
-    bits: dict[str, float] = {}
-    for row in read_rows(FILE):
-        if row["model"] == model:
-            found.setdefault((row["scheme"], row["tokens"]), {})[row["list"]] = row["answers"]
-            bits.setdefault(row["scheme"], float(row["bits"]))
-    if not found:
-        return "Recall is not measured yet."
-    lengths = sorted({tokens for _, tokens in found}, key=int)
-    heads = [head for tokens in lengths for head in (f"right at {int(tokens):,}", "95 % interval", "lost", "won")]
-    rows = [("scheme", "bits", *heads)]
-    for scheme in sorted(bits, key=lambda name: -bits[name]):
-        cells = [cell for tokens in lengths for cell in _cells(found.get((scheme, tokens)), found.get((FLOAT, tokens)))]
-        rows.append((f"`{scheme}`", f"{bits[scheme]:.2f}", *cells))
-    return (
-        f"{markdown(rows)}\n\n"
-        f"{model} in bfloat16: lists that fill a prompt, and forty questions on each, answered greedily; Wilson's "
-        "interval; empty where it is not measured. `lost` and `won`: questions that float alone answers, and that the "
-        f"scheme alone does. Bits are those of the shorter prompt, with what is kept so that {CROP_ROOM} tokens can be "
-        "cropped."
-    )
-
-
-def _cells(answered: dict[str, str] | None, plain: dict[str, str] | None) -> tuple[str, str, str, str]:
-    """Right answers of how many, their interval, and what float alone answers, and what the scheme alone does."""
-    if answered is None:
-        return "", "", "", ""
-    marks = "".join(answered.values())
-    score = Score(marks.count("+"), len(marks))
-    both = [number for number in answered if plain and number in plain]
-    shared = [pair for number in both for pair in zip(plain[number], answered[number], strict=True)]
-    lost, won = shared.count(("+", "-")), shared.count(("-", "+"))
-    low, high = score.interval
-    return f"{score.right}/{score.asked}", f"{100 * low:.0f} to {100 * high:.0f} %", str(lost), str(won)
-
-
 def main() -> int:
     """Calibrate if there are no statistics yet; else measure and append."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -148,12 +117,13 @@ def main() -> int:
     parser.add_argument("--calib_file", type=Path, help="calibration texts, if there are no statistics yet")
     parser.add_argument("--statistics", required=True, type=Path, help="a calibration: read, or written if missing")
     parser.add_argument("--scheme", nargs="*", default=PRESETS, help="presets to measure; all if not given")
-    parser.add_argument("--tokens", nargs="+", type=int, default=[4096, 8192], help="lengths of prompts")
-    parser.add_argument("--lists", type=int, default=1, help="lists of each length, forty questions each")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1600, 4096, 8192], help="lengths of prompts")
+    parser.add_argument("--kind", choices=list(ASKED), default="words", help="of lists")
+    parser.add_argument("--lists", type=int, default=2, help="lists of each length")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no list later than that")
     flags = parser.parse_args()
     if not flags.statistics.exists():
-        save_statistics(flags)
+        save_statistics(flags.model_path, flags.calib_file, flags.statistics)
         return 0
     append_rows(FILE, COLUMNS, measure(flags))
     return 0

@@ -9,8 +9,13 @@ from rows import Row
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from octavo.common.convert.calibration.texts import read_calibration_file, tokenize
+from octavo.common.convert.calibration.whole import calibrate_whole
 from octavo.common.convert.measure.fidelity import LogitsOf, windows
+from octavo.common.runtime.schemes.kv_scheme import PRESETS, load_scheme
+from octavo.common.stock_model import prepare
 from octavo.evaluation.text import Kept, compare_reads, whole
+from octavo.ops.shared.registry import NAMESPACE
 
 
 def add_scoring_flags(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +30,22 @@ def load_float(model_path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     """The float model in float32, and its tokenizer."""
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
     return model, AutoTokenizer.from_pretrained(model_path)
+
+
+def load_model(model_path: str, folds_bias: bool, dtype: torch.dtype) -> PreTrainedModel:
+    """A model whose attention reads codes, its biases of k and v folded or not."""
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype).eval()
+    if folds_bias:
+        return prepare(model)
+    model.set_attn_implementation(NAMESPACE)
+    return model
+
+
+def save_statistics(model_path: str, calib_file: Path, statistics: Path) -> None:
+    """Calibrate the float model for all static schemes."""
+    model, tokenizer = load_float(model_path)
+    texts = tokenize(tokenizer, read_calibration_file(calib_file), 2048, "input_ids", "attention_mask")
+    calibrate_whole(model, texts, map(load_scheme, PRESETS)).save(statistics)
 
 
 def read_windows(flags: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> list[torch.Tensor]:

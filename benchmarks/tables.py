@@ -11,9 +11,11 @@ from pathlib import Path
 
 from engine_tables import engines_table, other_engines_tables
 from gpu_tables import gpu_digest, gpu_table
+from length_tables import length_digest, length_table
 from memory_rows import memory_rows, start_rows
-from quality import FLOAT_WEIGHTS, UNFOLDED
-from recall import recall_table
+from quality import FLOAT_WEIGHTS
+from quality_tables import bits_table, options_table, quality_of, schemes_tables, scored_as
+from recall_tables import recall_digest, recall_table
 from rows import RESULTS, Row, markdown, read_rows, scores
 from schemes import SDPA
 from support import sliding_rows, support_rows
@@ -21,15 +23,11 @@ from transformers import LlamaConfig
 from weight_tables import best_weights_table, weights_table
 
 from models import SHAPES
-from octavo.common.runtime.cache.sizes import kv_bits_per_element, kv_bytes_per_token
-from octavo.common.runtime.schemes.kv_scheme import CROP_ROOM, PRESETS, load_scheme
-from octavo.wording import codec_words
+from octavo.common.runtime.cache.sizes import kv_bytes_per_token
+from octavo.common.runtime.schemes.kv_scheme import PRESETS, load_scheme
 
 ROOT = Path(__file__).parents[1]
 QUALITY_MODEL = "smollm2-135m"
-MODELS_SCORED = ("smollm2-135m", "qwen2.5-coder-0.5b")
-OPTION_WINDOWS = "2"
-"""Windows of the rows that tell what options contribute."""
 SPEED_MODEL = "SmolLM2-135M"
 FLOAT = "float"
 THEIRS = {"attention": ("SDPA",), "linear": ("F.linear",)}
@@ -84,20 +82,9 @@ def _kv_bytes(what: str) -> str:
     return f"{kv_bytes_per_token(LlamaConfig(**SHAPES[SPEED_MODEL]), scheme, 4):,}"
 
 
-def _quality(model: str, windows: str | None = None) -> dict[str, Row]:
-    """The newest row of each scheme, variant and checkpoint of a model, of so many windows or of the most there are."""
-    found: dict[str, Row] = {}
-    for row in _rows("quality.csv"):
-        if row["model"] != model or windows not in (None, row["windows"]):
-            continue
-        if row["what"] not in found or int(row["windows"]) >= int(found[row["what"]]["windows"]):
-            found[row["what"]] = row
-    return found
-
-
 def results_table() -> str:
     """Speed and fidelity of each variant of the whole model, with the conditions under it."""
-    quality, speed = _quality(QUALITY_MODEL), _models("cpu.csv")
+    quality, speed = quality_of(QUALITY_MODEL), _models("cpu.csv")
     if not (quality and speed):
         return "Speed or quality is not measured yet."
     variants = [FLOAT, *reversed(next(iter(speed.values())))]
@@ -121,70 +108,11 @@ def results_table() -> str:
     )
 
 
-def _scored(found: list[dict[str, Row]], what: str) -> tuple[str, ...]:
-    """Bits and the scores of each model of one scheme or variant."""
-    bits = next((f"{float(rows[what]['bits']):.2f}" for rows in found if what in rows), "")
-    return bits, *(score for rows in found for score in scores(rows.get(what)))
-
-
-def _quality_conditions(found: list[dict[str, Row]]) -> str:
-    windows: dict[str, set[str]] = {}
-    for row in (row for rows in found for row in rows.values()):
-        windows.setdefault(row["model"], set()).add(row["windows"])
-    counts = " and ".join(f"{' or '.join(sorted(count))} windows of {model}" for model, count in windows.items())
-    return (
-        f"KL(float || quantized) in nats per token, change of the perplexity, and share of tokens whose likeliest next "
-        f"token is the same: {counts}, 2,048 tokens each, of English Wikipedia, teacher-forced, every query reading "
-        "what is stored. Bits of an element of K and V count codes, scales, zeros, codebooks, outliers, sinks and "
-        "windows, in sequences of 2,048 tokens. Static schemes are calibrated on 50 BoolQ prompts."
-    )
-
-
-def schemes_table() -> str:
-    """Every preset on every model that was scored."""
-    found = [_quality(model) for model in MODELS_SCORED]
-    if not any(found):
-        return "No quality is measured yet."
-    names = [f"{model}: {what}" for model in MODELS_SCORED for what in ("KL", "perplexity", "top-1")]
-    rows = [("scheme", "K", "V", "calibration", "bits", "bits stored", *names)]
-    presets = [name for name in PRESETS if any(FLOAT_WEIGHTS + name in quality for quality in found)]
-    for name in sorted(presets, key=lambda name: -float(_scored(found, FLOAT_WEIGHTS + name)[0])):
-        scheme = load_scheme(name)
-        needs = "yes" if scheme.is_static else ""
-        stored = f"{kv_bits_per_element(LlamaConfig(**SHAPES[SPEED_MODEL]), scheme, crop_room=CROP_ROOM):.2f}"
-        row = (f"`{name}`", codec_words(scheme.key), codec_words(scheme.value), needs)
-        bits, *scores = _scored(found, FLOAT_WEIGHTS + name)
-        rows.append((*row, bits, stored, *scores))
-        if any(FLOAT_WEIGHTS + name + UNFOLDED in quality for quality in found):
-            bits, *scores = _scored(found, FLOAT_WEIGHTS + name + UNFOLDED)
-            rows.append(("", "the same, with the bias in", "", "", bits, stored, *scores))
-    return (
-        f"{markdown(rows, 4)}\n\n{_quality_conditions(found)} Bits stored count as well what a cache keeps in 16 bits "
-        f"beside the codes of its newest {CROP_ROOM} tokens, so that they can be cropped (`crop_room`)."
-    )
-
-
-def options_table() -> str:
-    """Schemes with one option changed, beside the schemes themselves, as far as both were scored alike."""
-    found = [_quality(model, OPTION_WINDOWS) for model in MODELS_SCORED]
-    bases = {what.partition(", ")[0] for rows in found for what in rows if ", " in what and not what.endswith(UNFOLDED)}
-    if not bases:
-        return "No options are measured yet."
-    names = [f"{model}: {what}" for model in MODELS_SCORED for what in ("KL", "perplexity", "top-1")]
-    rows = [("scheme", "bits", *names)]
-    for base in sorted(bases):
-        whats = [base, *dict.fromkeys(what for quality in found for what in quality if what.startswith(f"{base}, "))]
-        rows += [
-            (what.removeprefix(FLOAT_WEIGHTS), *_scored(found, what)) for what in whats if not what.endswith(UNFOLDED)
-        ]
-    return f"{markdown(rows, 1)}\n\n{_quality_conditions(found)}"
-
-
 def checkpoints_table() -> str:
     """Quantized directories."""
     rows = [("checkpoint", "KV bits", "KL", "perplexity", "top-1")]
-    scored = {what: row for what, row in _quality(QUALITY_MODEL).items() if not what.startswith(FLOAT_WEIGHTS)}
-    rows += [(f"{SPEED_MODEL}, {what}", *_scored([{what: row}], what)) for what, row in scored.items()]
+    scored = {what: row for what, row in quality_of(QUALITY_MODEL).items() if not what.startswith(FLOAT_WEIGHTS)}
+    rows += [(f"{SPEED_MODEL}, {what}", *scored_as([{what: row}], what)) for what, row in scored.items()]
     return markdown(rows) if scored else "No checkpoint is measured yet."
 
 
@@ -269,13 +197,20 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "gpu": gpu_digest,
         "engines": engines_table,
     },
-    "docs/schemes.md": {"schemes": schemes_table, "best weights": best_weights_table},
+    "docs/schemes.md": {
+        "bits": bits_table,
+        "schemes": schemes_tables,
+        "length": length_digest,
+        "recall": recall_digest,
+        "best weights": best_weights_table,
+    },
     "docs/two-lines.md": {"sliding": lambda: markdown(sliding_rows(), 2)},
     "docs/architecture.md": {"architectures": lambda: markdown(support_rows(), 5)},
     "benchmarks/README.md": {
         "options": options_table,
         "checkpoints": checkpoints_table,
         "peers": peers_table,
+        "length": length_table,
         "recall": recall_table,
         "engines": other_engines_tables,
         "weights": weights_table,

@@ -15,7 +15,19 @@ from ..ops.shared.registry import served_by
 from ..wording import COMPARED, HEAD_DIM, KV_HEADS, LAYERS, TOKENS, WHEN, codec_short, codec_words, usual_bits
 
 HEADER = ("scheme", "K", "V", "bits", "texts", "kernel", "when to choose it")
-OPTIONS = ("sinks", "window", "rotate_key", "rotate_value", "smooth_key", "prefill", "layers", "float_layers")
+OPTIONS = (
+    "sinks",
+    "window",
+    "rotate_key",
+    "rotate_value",
+    "smooth_key",
+    "center_key",
+    "key_basis",
+    "value_basis",
+    "prefill",
+    "layers",
+    "float_layers",
+)
 """Fields of a scheme beside its codecs that say what it does."""
 
 
@@ -99,6 +111,7 @@ def _details(codec: Codec | None) -> str:
     kind = "static" if not codec.dynamic else f"dynamic, scales in {codec.scale_dtype}"
     more = [f"rule {codec.rule}"] if codec.rule != "range" else []
     more += [f"{codec.outliers} outlier(s) per token and head in float16"] if codec.outliers else []
+    more += [f"balanced in tiles of {codec.tile} tokens"] if codec.tile else []
     more += ["as it was before RoPE"] if codec.before_rope else []
     more += [f"scale {codec.fixed_scale:g}"] if codec.fixed_scale else []
     return ", ".join([codec_words(codec), kind, *more])

@@ -8,13 +8,15 @@ import copy
 import torch
 
 from ....ops import decode, encode, encode_token
-from ....ops.shared.codes import LARGEST_ZERO, expand_scale, pack_signs, unpack_signs
+from ....ops.shared.codes import LARGEST_ZERO, expand_scale, pack_indices, pack_signs, unpack_indices, unpack_signs
 from ....ops.shared.registry import eagerly
 from ..rotary import rotated_by_slot
 from .code_storage import CodeStorage
 from .dynamic_scales import group_scale, llamacpp_codes, residual_scale, scale_of_norm
 from .scale_formats import as_floats, rounded_to_e2m1
+from .tile_scales import second_scales
 from .views import Codes
+from .wide_channels import MixedCodes, decode_wide, encode_mixed
 
 
 def split_outliers(
@@ -62,10 +64,11 @@ class CodeStore(CodeStorage):
         return self.codes()
 
     def _of(self, part: torch.Tensor | None, start: int, stop: int) -> torch.Tensor | None:
-        """Rows of a scale, zero or list of outliers that belong to rows `start:stop` of codes, whole groups."""
+        """Rows of a scale or another part that belong to rows `start:stop` of codes, whole groups."""
         if part is None:
             return None
-        return part[:, :, start // self._group : -(-stop // self._group)]
+        group = self._codes.shape[2] // part.shape[2]
+        return part[:, :, start // group : -(-stop // group)]
 
     def _slot(self, row: int) -> int:
         """The slot of a row of the storage."""
@@ -91,11 +94,18 @@ class CodeStore(CodeStorage):
         if not codec.dynamic:
             encode(values, self._static_scale, self._static_zero, codes, bits=codec.bits, levels=self._levels)
             return
-        group = codec.token_group
+        if codec.tile:
+            second = second_scales(codec, values)
+            self._of(self._second, start, stop).copy_(second)
+            values = values / self._by_token(second)
+        group = codec.scale_group
         if group > 1:
             groups = values.unflatten(2, (-1, group)).transpose(-1, -2)  # [B, G, T, D, group]
         else:
             groups = values.unflatten(-1, (codec.channel_groups(values.shape[-1]), -1))  # [B, G, S, W, n]
+        if codec.wide_share:
+            self._encode_mixed(groups, start, stop)
+            return
         scale, zero = group_scale(codec, groups)
         stored = scale_of_norm(codec, groups, scale) if codec.rule == "norm" else scale
         self._of(self._scale, start, stop).copy_(stored)
@@ -118,6 +128,30 @@ class CodeStore(CodeStorage):
             grouped = left.unflatten(-1, (self._residual.shape[-1], -1))
             self._of(self._residual, start, stop).copy_(residual_scale(codec, grouped))
             self._of(self._signs, start, stop).copy_(pack_signs(left >= 0))
+
+    def _by_token(self, second: torch.Tensor) -> torch.Tensor:
+        """Second scales as float32 for each token, `[B, G, S, 1 or D]`."""
+        tokens, _ = self.codec.second_scales(second.shape[-1])
+        return second.float().repeat_interleave(tokens, dim=2)
+
+    def _encode_mixed(self, groups: torch.Tensor, start: int, stop: int) -> None:
+        """Encode groups of tokens `[B, G, T, D, n]` in codes of two widths."""
+        mixed = encode_mixed(self.codec, groups)
+        indices = mixed.indices.mT.flatten(2, 3)
+        self._codes[:, :, start:stop] = pack_indices(indices, self.codec.bits, indices.shape[-1])
+        for name in ("wide", "channels", "scale", "zero"):
+            part = getattr(self, f"_{name}")
+            if part is not None:
+                self._of(part, start, stop).copy_(getattr(mixed, name))
+
+    def _with_wide(self, values: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Values `[B, G, S, D]` with those of wider codes in their places."""
+        indices = unpack_indices(self._codes[:, :, start:stop], self.codec.bits, values.shape[-1])
+        indices = indices.unflatten(2, (-1, self.codec.scale_group)).mT
+        parts = (self._of(part, start, stop) for part in (self._wide, self._channels, self._scale, self._zero))
+        channels, wider = decode_wide(self.codec, MixedCodes(indices, *parts))
+        grouped = values.unflatten(2, (-1, self.codec.scale_group))
+        return grouped.scatter(-1, channels.mT, wider.mT).flatten(2, 3)
 
     def _encode_llamacpp(self, values: torch.Tensor, start: int, stop: int) -> None:
         codec = self.codec
@@ -150,7 +184,7 @@ class CodeStore(CodeStorage):
         """What `decode` makes of rows `start:stop` of codes, whole groups."""
         codec, codes = self.codec, self._codes[:, :, start:stop]
         scale, zero = self._scales_of(start, stop)
-        return decode(codes, scale, zero, codec.token_group, bits=codec.bits, levels=self._levels)
+        return decode(codes, scale, zero, codec.scale_group, bits=codec.bits, levels=self._levels)
 
     def _scales_of(self, start: int, stop: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Scale and zero of rows `start:stop` of codes, as the ops take them: views, but of scales in a byte."""
@@ -164,9 +198,13 @@ class CodeStore(CodeStorage):
         if codec is None:
             return self._codes[:, :, start:stop].float()
         values = self._decoded_codes(start, stop)
+        if codec.wide_share:
+            values = self._with_wide(values, start, stop)
         if codec.residual_sign:
             scale = as_floats(codec, self._of(self._residual, start, stop)).float()
             values += unpack_signs(self._of(self._signs, start, stop)) * expand_scale(scale, *values.shape[-2:])
+        if codec.tile:
+            values = values * self._by_token(self._of(self._second, start, stop))
         if codec.outliers:
             channels = self._of(self._channels, start, stop).long()
             values.scatter_(-1, channels, self._of(self._outliers, start, stop).float())

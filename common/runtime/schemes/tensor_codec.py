@@ -76,8 +76,16 @@ class Codec:
             root of the mean square of that.
         outliers: values per token and head that are kept in float16 beside the codes, those farthest out.
         before_rope: K is coded as it was before RoPE, which is applied where it is read.
+        clip: of rule "range", the part of the range between the smallest and the largest value, about its middle, that
+            codes take in; what lies outside gets the code of its end.
         fixed_scale: a static scale of this value, which needs no calibration; 0 for one from calibration. Dynamic
             scales in fp8_e4m3 are in units of it (the second scale of NVFP4, per tensor); 0 for units of 1.
+        tile: tokens that are balanced together before they are coded: x = (code - zero) * scale * second, where the
+            second scale is one per channel of the tile beside scales per token, and one per token beside scales per
+            channel (`tile_scales.py`); 0 for no second scale.
+        wide_share: of granularity "channel", the share of a head's channels whose codes are wider: in each group of
+            tokens those largest on average (`wide_channels.py`).
+        wide_dtype: the type of these wider codes, of two or four bits more than the others.
     """
 
     dtype: str = "int8"
@@ -92,11 +100,15 @@ class Codec:
     outliers: int = 0
     before_rope: bool = False
     fixed_scale: float = 0.0
+    tile: int = 0
+    wide_share: float = 0.0
+    wide_dtype: str = "int4"
+    clip: float = 1.0
 
     def __post_init__(self) -> None:
         check_types("codec", self)
         choices = {"dtype": CODE_DTYPES, "granularity": GRANULARITIES, "scale_dtype": SCALE_DTYPES, "rule": RULES,
-                   "levels": LEVELS}  # fmt: skip
+                   "levels": LEVELS, "wide_dtype": CODE_DTYPES}  # fmt: skip
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise OctavoError(f"codec: {name} {getattr(self, name)!r} is none of {', '.join(known)}")
@@ -139,8 +151,34 @@ class Codec:
              "'residual_sign' is of scales per token, by other rules than llamacpp"),
             (self.outliers < 0 or bool(self.outliers and self.token_group > 1),
              "'outliers' is a number per token, which groups of tokens exclude"),
+            (not 0 < self.clip <= 1, "'clip' is a part of the range, above 0 and up to 1"),
+            (self.clip != 1 and (not self.dynamic or self.rule != "range" or has_levels or is_fp8),
+             "'clip' is of dynamic scales of integers by rule range, in uniform levels"),
             (self.fixed_scale < 0 or bool(self.fixed_scale and not self._takes_fixed_scale),
              "'fixed_scale' is of static symmetric codecs, and of dynamic scales in fp8_e4m3"),
+            *self._contradictions_of_groups(),
+        ]  # fmt: skip
+
+    def _contradictions_of_groups(self) -> list[tuple[bool, str]]:
+        """Those of what only groups of tokens have."""
+        is_grouped, is_mixed = self.dynamic and self.granularity == "channel", bool(self.wide_share)
+        bits = CODE_BITS[self.wide_dtype]
+        return [
+            (self.tile < 0 or self.tile == 1 or bool(self.tile and not self.dynamic),
+             "'tile' is a number of tokens that have dynamic scales, 0 for none"),
+            (bool(self.tile) and is_grouped and self.tile != self.group_size,
+             "a 'tile' of scales per channel is a group of their tokens; set 'group_size' to it"),
+            (bool(self.tile) and self.rule == "llamacpp", "'rule' llamacpp has no second scales; leave 'tile' out"),
+            (not 0 <= self.wide_share < 1 or (is_mixed and not is_grouped),
+             "'wide_share' is a part of the channels of dynamic scales per channel, 0 for none"),
+            (is_mixed and not (self.stored_dtype == torch.uint8 and bits - self.bits in (2, 4)
+                               and self.wide_dtype.startswith("int")),
+             "'wide_dtype' has 2 or 4 bits more than 'dtype': int4 beside int2, int8 beside int4"),
+            (is_mixed and (self.group_size % 4 != 0 or self.rule == "norm" or self.levels == "calibrated"
+                           or (self.levels != "uniform" and bits > 4)),
+             "'wide_share' is of groups of a multiple of 4 tokens, rules range and mse, levels of 4 bits and fewer"),
+            ((is_mixed or bool(self.tile)) and self.scale_dtype in SHORT_SCALES,
+             "'tile' and 'wide_share' are of scales in float16 and float32"),
         ]  # fmt: skip
 
     @property
@@ -198,18 +236,50 @@ class Codec:
     @property
     def is_whole(self) -> bool:
         """Whether `(code - zero) * scale` is all there is to a value of K or V."""
-        return not (self.outliers or self.before_rope or self.residual_sign)
+        return not (self.outliers or self.before_rope or self.residual_sign or self.tile or self.wide_share)
 
     @property
     def is_one_op(self) -> bool:
         """Whether one op makes codes, and scales where they are dynamic: `encode` or `encode_token`."""
-        is_dynamic_op = self.rule == "range" and self.token_group == 1 and self.scale_dtype not in SHORT_SCALES
+        is_plain = self.rule == "range" and self.clip == 1 and self.scale_dtype not in SHORT_SCALES
+        is_dynamic_op = is_plain and self.token_group == 1
         return self.is_native and (is_dynamic_op or not self.dynamic)
 
     @property
-    def token_group(self) -> int:
-        """Consecutive tokens that share a scale and so become codes together."""
+    def scale_group(self) -> int:
+        """Consecutive tokens that share a dynamic scale."""
         return self.group_size if self.dynamic and self.granularity == "channel" else 1
+
+    @property
+    def token_group(self) -> int:
+        """Consecutive tokens that become codes together."""
+        return self.tile or self.scale_group
+
+    @property
+    def wide(self) -> "Codec":
+        """The codec of the channels whose codes are wider."""
+        return dataclasses.replace(self, dtype=self.wide_dtype, wide_share=0.0, tile=0)
+
+    @property
+    def wide_bits(self) -> int:
+        """Bits that their codes have more than the others."""
+        return CODE_BITS[self.wide_dtype] - self.bits
+
+    def wide_channels(self, head_dim: int) -> int:
+        """How many of `head_dim` channels have wider codes, at least one where any have.
+
+        Raises:
+            OctavoError: these are more than numbers of 8 bits tell apart.
+        """
+        if self.wide_share and head_dim > MOST_CHANNELS:
+            raise OctavoError(f"codec: 'wide_share' is of heads of up to {MOST_CHANNELS} channels, not {head_dim}")
+        return max(1, int(self.wide_share * head_dim + 1e-6)) if self.wide_share else 0
+
+    def second_scales(self, head_dim: int) -> tuple[int, int]:
+        """Tokens that share second scales, and how many these are; none without a tile."""
+        if not self.tile:
+            return 1, 0
+        return (1, 1) if self.granularity == "channel" else (self.tile, head_dim)
 
     def stored_width(self, head_dim: int) -> int:
         """Columns of the tensor that holds codes of `head_dim` channels.
@@ -239,12 +309,16 @@ class Codec:
         return head_dim // self.group_size if self.group_size else 1
 
     def token_bits(self, head_dim: int) -> float:
-        """Bits of one token of one head of `head_dim` channels, dynamic scales, zeros, signs and outliers included."""
+        """Bits of one token of one head of `head_dim` channels, with all that belongs to them.
+
+        That is dynamic scales and zeros, second scales, signs, outliers, wider codes and numbers of channels.
+        """
         total = float((self.bits + self.residual_sign) * head_dim + OUTLIER_BITS * self.outliers)
+        each = 8 * self.stored_scale_dtype.itemsize
         if self.dynamic:
-            each = 8 * self.stored_scale_dtype.itemsize * (1 + self.has_zero + self.residual_sign)
-            total += each * self.channel_groups(head_dim) / self.token_group
-        return total
+            total += each * (1 + self.has_zero + self.residual_sign) * self.channel_groups(head_dim) / self.scale_group
+        tokens, seconds = self.second_scales(head_dim)
+        return total + each * seconds / tokens + self.wide_channels(head_dim) * (self.wide_bits + 8 / self.scale_group)
 
     def constant_bits(self, heads: int, head_dim: int) -> int:
         """Bits of a layer that do not grow with the tokens: static scales and zeros, and a codebook, in float32."""

@@ -34,8 +34,8 @@ def test_what_is_only_compared_with_is_listed_when_asked_for(capsys: pytest.Capt
     listed = [line.split()[0] for line in shown.splitlines()[1 : 1 + len(WHEN) - len(COMPARED)]]
     assert sorted(listed) == sorted(set(WHEN) - set(COMPARED)) and max(map(len, shown.splitlines())) <= WIDEST
     assert (
-        "--all lists what is there to be compared with as well: saw, turboquant, turboquant-mse, kivi, kvquant."
-        in shown
+        "--all lists what is there to be compared with as well: saw, turboquant, turboquant-mse, kivi, kitty, "
+        "kvarn, kvquant." in shown
     )
     assert main(["schemes", "--all"]) == 0
     shown = capsys.readouterr().out
@@ -82,6 +82,8 @@ def test_codecs_in_words() -> None:
     key = load_scheme("octavo-4").key
     assert (codec_words(key), codec_short(key)) == ("int4 per channel x 64, affine", "int4 channel/64")
     assert codec_words(None) == codec_short(None) == "float"
+    assert codec_words(load_scheme("kitty-2").key) == "int2 per channel x 128, affine, 12.5% int4"
+    assert codec_words(load_scheme("kvarn-4").value) == "int4 per token, affine, second scales"
 
 
 @pytest.mark.parametrize("command", ["schemes", "presets"])

@@ -11,9 +11,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from octavo.common.runtime.cache.quantized_cache import QuantizedCache
 from octavo.common.runtime.schemes.kv_scheme import PRESETS, Scheme, load_scheme
 
-from ....support import randomized, tiny_config, tiny_llama
+from ....support import randomized, shortened, tiny_config, tiny_llama
 
-TOKENS = 200  # more than a window of 128 and a group of 64
+TOKENS = 200  # more than a window of 128 and a group of 64, or some of 32
 LAYERS, HEADS, GROUPS, WIDTH = 2, 4, 2, 32
 CHUNKS = (37, 83, 1, 79)
 SIZES = {"num_hidden_layers": LAYERS, "hidden_size": HEADS * WIDTH, "head_dim": WIDTH}
@@ -27,6 +27,7 @@ SMALL_STEPS = (
 COARSE = (
     "octavo-2", "octavo-2t", "kivi-2", "k4v2", "kvquant-2",
     "turboquant-mse-2", "turboquant-mse-3", "turboquant-3", "turboquant-k3v4", "turboquant-lmdeploy",
+    "kvarn-2", "kvarn-k4v2", "kitty-2",
 )  # fmt: skip
 """What loses much: 2 bits, and 3 bits of single tokens without sinks."""
 
@@ -55,7 +56,7 @@ Make = Callable[..., QuantizedCache]
 
 def scheme_for(kind: str, preset: str) -> Scheme:
     """The preset in codes in all layers, with biases in the cache where the model has them there."""
-    scheme = dataclasses.replace(load_scheme(preset), float_layers=())
+    scheme = shortened(dataclasses.replace(load_scheme(preset), float_layers=()))
     if kind == "qwen2" and scheme.has_codebooks:
         pytest.skip("codebooks are for K without its bias")
     return scheme if kind == "llama" else load_scheme({**scheme.to_dict(), "fold_bias": kind == "qwen2 folded"})

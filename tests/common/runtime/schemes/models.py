@@ -20,10 +20,14 @@ SIZES = {"num_hidden_layers": LAYERS, "hidden_size": HEADS * WIDTH, "head_dim": 
 KINDS = ("llama", "qwen2", "qwen2 folded")
 REPRESENTATIVES = ("float", "int8-token", "llamacpp-q4_1", "vllm-fp8-head", "kivi-2", "kvquant-3", "octavo-4")
 """One preset of each way to store K and V; the others of the models' tests are marked as slow."""
-SMALL_STEPS = ("float", "ascend-c8", "ascend-fa", "int8-token", "llamacpp-q8_0", "lmdeploy-int8", "octavo-8")
+SMALL_STEPS = (
+    "float", "ascend-c8", "ascend-fa", "int8-token", "llamacpp-q8_0", "lmdeploy-int8", "octavo-8",
+    "openvino-u8", "ort-int8-channel",
+)  # fmt: skip
 COARSE = (
     "octavo-2", "octavo-2t", "kivi-2", "k4v2", "kvquant-2",
-    "turboquant-mse-2", "turboquant-mse-3", "turboquant-3", "turboquant-k3v4", "kvarn-2", "kvarn-k4v2", "kitty-2",
+    "turboquant-mse-2", "turboquant-mse-3", "turboquant-3", "turboquant-k3v4", "turboquant-lmdeploy",
+    "kvarn-2", "kvarn-k4v2", "kitty-2",
 )  # fmt: skip
 """What loses much: 2 bits, and 3 bits of single tokens without sinks."""
 

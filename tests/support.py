@@ -114,7 +114,7 @@ def with_cache(cache: Any) -> dict[str, Any]:
 
 
 def shortened(scheme: Any) -> Any:
-    """A scheme with groups of 128 tokens, or such a window, as one with groups of 32 and few floats beside its codes."""
+    """A scheme with groups of 128 tokens, or such a window, as one with groups of 32 and few floats beside them."""
     if max(scheme.step(scheme.key), scheme.step(scheme.value)) < 128 and scheme.window < 128:
         return scheme
     codecs = {}

@@ -82,7 +82,8 @@ class ConversionReport:
 
     def summary(self) -> str:
         """The lines that the conversion scripts print."""
-        return "\n".join([*_figures(self), *_conditions(self), *_contents(self), *self.notes])
+        took = f"took {duration(self.seconds)}"
+        return "\n".join([*_figures(self), *_conditions(self), *_contents(self), took, *self.notes])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, which JSON can hold."""
@@ -96,6 +97,14 @@ class ConversionReport:
             OSError: the file cannot be written.
         """
         write_json(Path(file), self.to_dict())
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words, as "7.9 s", "1 min 19 s" and "2 h 5 min"."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def _figures(report: ConversionReport) -> list[str]:

@@ -30,6 +30,7 @@ def serves_layer(layer: QuantizedLayer) -> bool:
     if (
         scheme.prefill == "float"
         or scheme.smooth_key
+        or scheme.has_bases
         or not all(map(_serves_store, (layer.key_store, layer.value_store)))
     ):
         return False

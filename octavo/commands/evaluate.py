@@ -3,9 +3,12 @@
 import argparse
 import dataclasses
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from ..adapters import find_adapter, put_adapter
 from ..common.command import OneLineParser
@@ -15,7 +18,7 @@ from ..common.errors import OctavoError
 from ..evaluation.evaluating import FLOAT, Plan, Result, evaluate
 from ..evaluation.flags import add_measurement_flags, conditions_of, plan_of
 from ..evaluation.harness import run_tasks, split_tasks, tasks_json, tasks_table
-from ..evaluation.report import cost_table, quality_table, writing_table
+from ..evaluation.report import cost_table, found_line, quality_table, writing_table
 from ..generate import Speaker, check_statistics_used, load_stock, with_scheme
 from ..place import converted_speaker, find_place
 
@@ -91,6 +94,11 @@ def _notes(results: dict[str, Result], scores: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _say(line: str) -> None:
+    """What is known before the tables are: above the bars of what goes on."""
+    tqdm.write(line, file=sys.stderr)
+
+
 def run(flags: argparse.Namespace) -> None:
     """Print what was measured.
 
@@ -109,8 +117,8 @@ def run(flags: argparse.Namespace) -> None:
         models = {id(each.model): each.model for each in (reference, *others.values())}  # schemes share one
         for model in models.values():
             put_adapter(model, flags.adapter, adapter)
-    scores = run_tasks({FLOAT: reference, **others}, tasks, flags.limit) if tasks else {}
-    results = evaluate(reference, others, plan)
+    scores = run_tasks({FLOAT: reference, **others}, tasks, flags.limit, _say) if tasks else {}
+    results = evaluate(reference, others, plan, found=lambda *found: _say(found_line(*found)))
     print("\n".join(quality_table(results)))
     tables = [writing_table(results), cost_table(results), tasks_table(scores) if scores else []]
     for table in tables:

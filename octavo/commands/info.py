@@ -13,7 +13,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from ..common.command import OneLineParser, aligned
 from ..common.convert.dialects.directory import OctavoDirectory
 from ..common.convert.dialects.form import Form
-from ..common.convert.dialects.rewriting import refusals
+from ..common.convert.dialects.rewriting import fitting_caches, refusals
 from ..common.convert.output.shards import SAFETENSORS_DTYPES
 from ..common.convert.source.checkpoint import listed_files
 from ..common.convert.source.config import chosen_architecture, load_source_config
@@ -104,6 +104,7 @@ def _converted(place: Place) -> dict[str, Any]:
         "bytes_on_disk": _bytes_on_disk(place.directory),
         "directory": str(place.directory),
         "formats": [name for name, reason in refused.items() if reason is None],
+        "formats_with_another_cache": fitting_caches(form, [name for name, reason in refused.items() if reason]),
         "refused_formats": {name: reason for name, reason in refused.items() if reason is not None},
     }
 
@@ -182,11 +183,14 @@ def lines_of(facts: dict[str, Any]) -> list[str]:
         rows.append(("KV cache", f"{facts['scheme']}: K {facts['key']}; V {facts['value']}"))
     if served:
         rows.append(("KV cache, per token", _times(facts)))
-    rows.append(("on the disk", f"{facts['bytes_on_disk'] / 1e6:,.1f} MB"))
+    where = "on the disk" if Path(facts["model"]).is_dir() else "in the cache"  # of transformers, of a hub id
+    rows.append((where, f"{facts['bytes_on_disk'] / 1e6:,.1f} MB"))
     if facts.get("missing_files"):
-        rows.append(("not on the disk", f"{_some(facts['missing_files'])}; {_fetched(facts['model'])}"))
+        rows.append((f"not {where}", f"{_some(facts['missing_files'])}; {_fetched(facts['model'])}"))
     if "formats" in facts:
         rows.append(("formats it fits", ", ".join(facts["formats"]) or "its own alone"))
+        others = [f"{name} ({flags})" for name, flags in facts["formats_with_another_cache"].items()]
+        rows += [("with another cache", "; ".join(others))] if others else []
         ways = [f'octavo run {quoted} "The capital of France is"']
         ways += [rewrite_command(facts["model"], facts["directory"], name, f"-{name}") for name in facts["formats"][:1]]
     elif facts["refusal"]:

@@ -15,7 +15,19 @@ from ..ops.shared.registry import served_by
 from ..wording import COMPARED, HEAD_DIM, KV_HEADS, LAYERS, TOKENS, WHEN, codec_short, codec_words, usual_bits
 
 HEADER = ("scheme", "K", "V", "bits", "texts", "kernel", "when to choose it")
-OPTIONS = ("sinks", "window", "rotate_key", "rotate_value", "smooth_key", "prefill", "layers", "float_layers")
+OPTIONS = (
+    "sinks",
+    "window",
+    "rotate_key",
+    "rotate_value",
+    "smooth_key",
+    "center_key",
+    "key_basis",
+    "value_basis",
+    "prefill",
+    "layers",
+    "float_layers",
+)
 """Fields of a scheme beside its codecs that say what it does."""
 
 

@@ -31,6 +31,8 @@ _AWAY = {
 _FIELDS: dict[str, dict[str, Any]] = {
     "rotation": {"rotate_key": False, "rotate_value": False},
     "smoothing": {"smooth_key": False},
+    "centering": {"center_key": False},
+    "bases": {"key_basis": "", "value_basis": ""},
     "sinks": {"sinks": 0},
     "window": {"window": 0},
 }

@@ -1,6 +1,6 @@
 """One evaluation: which measurements are made of which models, and what came out."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from .recall import Score, prompts_of, recall
 from .text import Read, compare_on_text
 from .writing import Divergence, compare_writing
 
-FLOAT = "float"
+FLOAT, TEXT, WRITING = "float", "text", "writing"
 PROMPT = 64
 """Tokens of a prompt behind which models write."""
 
@@ -89,8 +89,21 @@ class Result:
         }
 
 
+Found = Callable[[str, str | tuple[str, int], Result], None]
+"""Takes the name of a model, what was measured of it last (`TEXT`, `WRITING`, or task and length) and all of it."""
+
+
+def _unheard(name: str, part: str | tuple[str, int], result: Result) -> None:
+    """Of what is found nobody wants to know before the end."""
+
+
 def evaluate(
-    reference: Speaker, others: Mapping[str, Speaker], plan: Plan, with_float: bool = True, expected: Read | None = None
+    reference: Speaker,
+    others: Mapping[str, Speaker],
+    plan: Plan,
+    with_float: bool = True,
+    expected: Read | None = None,
+    found: Found = _unheard,
 ) -> dict[str, Result]:
     """Measure models beside the float one.
 
@@ -98,6 +111,7 @@ def evaluate(
         reference: the float model, with a cache that stores floats.
         with_float: whether it is among the results, with its own recall and times.
         expected: how it reads the windows, where that is kept; see `compare_on_text`.
+        found: is told of each measurement once it is made.
 
     Raises:
         OctavoError: the text is too short, or a prompt is to be; something is longer than what the model is made for.
@@ -112,17 +126,18 @@ def evaluate(
     if with_float:
         results[FLOAT].bits = 8.0 * reference.model.dtype.itemsize
     if plan.text is not None and others:
-        _on_text(reference, others, plan, results, expected)
+        _on_text(reference, others, plan, results, expected, found)
     for task in plan.tasks:
         for length in plan.lengths:
             prompts = prompts_of(task, reference.tokenizer, length, plan.trials)
             for name, speaker in everyone.items():
                 result, peak = results[name], Peak(speaker.model.device)
-                found = recall(speaker, prompts, f"{task} in {length:,}, {name}", result.times)
-                result.recall[task, length], result.cache_bytes[length] = found
+                recalled = recall(speaker, prompts, f"{task} in {length:,}, {name}", result.times)
+                result.recall[task, length], result.cache_bytes[length] = recalled
                 most = peak.nbytes()
                 before = result.peak_bytes.get(length)
                 result.peak_bytes[length] = most if most is None or before is None else max(most, before)
+                found(name, (task, length), result)
     return results
 
 
@@ -140,17 +155,24 @@ def _check_lengths(reference: Speaker, plan: Plan) -> None:
 
 
 def _on_text(
-    reference: Speaker, others: Mapping[str, Speaker], plan: Plan, results: dict[str, Result], expected: Read | None
+    reference: Speaker,
+    others: Mapping[str, Speaker],
+    plan: Plan,
+    results: dict[str, Result],
+    expected: Read | None,
+    found: Found,
 ) -> None:
     ids = reference.tokenizer(plan.text, return_tensors="pt", verbose=False)["input_ids"][0].long()
     ids = ids.to(reference.model.device)
     samples = _windows(ids, plan.length, plan.windows)
-    for name, found in compare_on_text(reference, others, samples, plan.last, expected).items():
-        results[name].fidelity = found
+    for name, fidelity in compare_on_text(reference, others, samples, plan.last, expected).items():
+        results[name].fidelity = fidelity
+        found(name, TEXT, results[name])
     if plan.written:
         prompts = _windows(ids, PROMPT, plan.prompts)
         for name, written in compare_writing(reference, others, prompts, plan.written, plan.sampled).items():
             results[name].divergence = written
+            found(name, WRITING, results[name])
 
 
 def _windows(ids: torch.Tensor, length: int, count: int) -> list[torch.Tensor]:

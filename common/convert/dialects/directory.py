@@ -32,6 +32,7 @@ from ...runtime.schemes.linear_scheme import EMBEDDING, W8A16
 from ...runtime.static_scales import Scales, Statistics, scales_of
 from ..job import source_dtype
 from ..output.shards import SAFETENSORS_DTYPES, TensorFiles
+from ..source.checkpoint import FLOAT_DTYPES
 from .form import Form, LinearForm, as_engines_hold
 
 ROWS_READ = 2**13
@@ -152,8 +153,14 @@ class OctavoDirectory:
             has_coded_embedding=EMBEDDING in labels.values(),
             added_biases=tuple(name for name in self._layout["biases"] if name not in biased),
             folds=any(layer.folded for layer in self._stored_scales),
-            dtype=source_dtype(self.floats()),
+            dtype=self._dtype(config),
         )
+
+    def _dtype(self, config: Any) -> str:
+        """Of the matrices in float, or else what config.json states: vectors may be in another than matrices were."""
+        matrices = {name: header for name, header in self.floats().items() if len(header.shape) > 1}
+        stated = [name for name, dtype in FLOAT_DTYPES.items() if dtype == config.dtype]
+        return stated[0] if stated and not matrices else source_dtype(matrices or self.floats())
 
     def _linear_form(self, name: str, label: str) -> LinearForm:
         module: QuantizedLinear = self._model.get_submodule(name)

@@ -51,10 +51,15 @@ def _affine(codec: Codec, low: torch.Tensor, high: torch.Tensor) -> ScaleAndZero
 
 
 def _ranged(codec: Codec, groups: torch.Tensor) -> ScaleAndZero:
-    """Rule "range": the ends of the codes are the ends of the values, or symmetric about 0, as of "full_range"."""
+    """Rule "range": the ends of the codes are the ends of the values, or symmetric about 0; clipped where asked for.
+
+    And rules "full_range", likewise with the smallest code, and "ocp".
+    """
     if codec.has_zero:
-        return _affine(codec, groups.amin(dim=-1), groups.amax(dim=-1))
-    largest = groups.abs().amax(dim=-1)
+        low, high = groups.amin(dim=-1), groups.amax(dim=-1)
+        out = (high - low) * (1 - codec.clip) / 2 if codec.clip != 1 else 0.0
+        return _affine(codec, low + out, high - out)
+    largest = groups.abs().amax(dim=-1) * codec.clip
     if codec.rule == "ocp":
         return shared_exponent(largest, codec.most), None
     return as_stored(codec, dynamic_scale(largest, codec.most)), None

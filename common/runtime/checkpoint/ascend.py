@@ -35,7 +35,8 @@ NOT_TENSORS = (
 )
 OWN_LABEL = "OCTAVO"
 """Label of static scales and codebooks of schemes that Ascend's format has no names for."""
-CACHE_PARTS = ("key_scale", "key_zero", "key_levels", "value_scale", "value_zero", "value_levels", "query_scale")
+CACHE_PARTS = ("key_scale", "key_zero", "key_levels", "value_scale", "value_zero", "value_levels", "query_scale",
+               "key_mean", "key_basis", "value_basis")  # fmt: skip
 SCALAR_DTYPES = {"I64": torch.int64, "F32": torch.float32}
 FLOATS = ("F32", "F16", "BF16")
 WEIGHT_LABELS = tuple(QUANTIZED_LINEARS)
@@ -94,8 +95,8 @@ def _is_ascend(scheme: Scheme, preset: str) -> bool:
     """Whether a layer is stored as Ascend's format stores the preset: nothing is left out, rotated or kept in float."""
     other = load_scheme(preset)
     same = (scheme.key, scheme.value, scheme.query) == (other.key, other.value, other.query)
-    changes = scheme.fold_bias or scheme.is_segmented or scheme.rotate_key or scheme.rotate_value or scheme.smooth_key
-    return same and not changes and not scheme.layers
+    turns = scheme.rotate_key or scheme.rotate_value or scheme.smooth_key or scheme.has_bases
+    return same and not (scheme.fold_bias or scheme.is_segmented or turns) and not scheme.layers
 
 
 def is_c8(scheme: Scheme) -> bool:
@@ -133,7 +134,8 @@ def _constant_tensors(name: str, layer: LayerScales) -> dict[str, torch.Tensor]:
         for part, pair in pairs.items()
         for kind, tensor in zip(("scale", "zero"), pair, strict=True)
     }
-    parts |= {"key_levels": layer.key_levels, "value_levels": layer.value_levels}
+    for part in ("key_levels", "value_levels", "key_mean", "key_basis", "value_basis"):
+        parts[part] = getattr(layer, part)
     return {f"{name}.octavo_cache.{part}": tensor for part, tensor in parts.items() if tensor is not None}
 
 

@@ -76,6 +76,8 @@ class Codec:
             root of the mean square of that.
         outliers: values per token and head that are kept in float16 beside the codes, those farthest out.
         before_rope: K is coded as it was before RoPE, which is applied where it is read.
+        clip: of rule "range", the part of the range between the smallest and the largest value, about its middle, that
+            codes take in; what lies outside gets the code of its end.
         fixed_scale: a static scale of this value, which needs no calibration; 0 for one from calibration. Dynamic
             scales in fp8_e4m3 are in units of it (the second scale of NVFP4, per tensor); 0 for units of 1.
         tile: tokens that are balanced together before they are coded: x = (code - zero) * scale * second, where the
@@ -98,6 +100,7 @@ class Codec:
     outliers: int = 0
     before_rope: bool = False
     fixed_scale: float = 0.0
+    clip: float = 1.0
     tile: int = 0
     wide_share: float = 0.0
     wide_dtype: str = "int4"
@@ -148,6 +151,9 @@ class Codec:
              "'residual_sign' is of scales per token, by other rules than llamacpp"),
             (self.outliers < 0 or bool(self.outliers and self.token_group > 1),
              "'outliers' is a number per token, which groups of tokens exclude"),
+            (not 0 < self.clip <= 1, "'clip' is a part of the range, above 0 and up to 1"),
+            (self.clip != 1 and (not self.dynamic or self.rule != "range" or has_levels or is_fp8),
+             "'clip' is of dynamic scales of integers by rule range, in uniform levels"),
             (self.fixed_scale < 0 or bool(self.fixed_scale and not self._takes_fixed_scale),
              "'fixed_scale' is of static symmetric codecs, and of dynamic scales in fp8_e4m3"),
             *self._contradictions_of_groups(),
@@ -235,7 +241,8 @@ class Codec:
     @property
     def is_one_op(self) -> bool:
         """Whether one op makes codes, and scales where they are dynamic: `encode` or `encode_token`."""
-        is_dynamic_op = self.rule == "range" and self.token_group == 1 and self.scale_dtype not in SHORT_SCALES
+        is_ranged = self.rule == "range" and self.clip == 1
+        is_dynamic_op = is_ranged and self.token_group == 1 and self.scale_dtype not in SHORT_SCALES
         return self.is_native and (is_dynamic_op or not self.dynamic)
 
     @property

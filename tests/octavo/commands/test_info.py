@@ -46,11 +46,17 @@ def test_a_converted_directory(
     assert data["float_kv_bytes_per_token"] == 768
     assert data["bytes_on_disk"] == sum(file.stat().st_size for file in directory.iterdir())
     assert data["formats"] and "gguf" in data["refused_formats"]
+    others = data["formats_with_another_cache"]
+    assert others["gguf"] == "--scheme llamacpp-q8_0" and others["fastdeploy"] == "--scheme ascend-c8 --statistics FILE"
+    assert "modelopt" not in others, "which takes no such linears"
+    assert any(line.startswith("with another cache   gguf (--scheme llamacpp-q8_0); ") for line in lines)
     assert "linears              21 in W8A16 in groups of 32; 1 in float" in lines
     command = lines[-1].split()[1:]
     assert command[0] == "rewrite"
     rewrite = ["rewrite", str(directory), "--format", data["formats"][0], "--save_directory", str(tmp_path / "out")]
     assert main(rewrite) == 0, "a format that is named is one that it fits"
+    rewrite = ["rewrite", str(directory), "--format", "gguf", "--save_directory", str(tmp_path / "gguf")]
+    assert main([*rewrite, *others["gguf"].split()]) == 0, "with the cache that is named beside it, too"
 
 
 @pytest.mark.parametrize("name", ["gptq, act-order", "fp8 in blocks"])
@@ -131,7 +137,8 @@ def test_a_hub_id_is_looked_up_by_its_json_alone(
     assert main(["info", "someone/tiny"]) == 0
     assert asked == [["someone/tiny", "*.json"]]
     said = capsys.readouterr().out
-    assert "octavo convert someone/tiny" in said and "not on the disk      model.safetensors; hf download" in said
+    assert "octavo convert someone/tiny" in said and "not in the cache     model.safetensors; hf download" in said
+    assert "\nin the cache " in said and "on the disk" not in said, "what there is of it, which the hub has more of"
     parts = [f"model-0000{part}-of-00003.safetensors" for part in (1, 2, 3)]
     index = {"weight_map": {f"layer.{number}.weight": part for number, part in enumerate(parts)}}
     (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -158,6 +165,6 @@ def test_a_converted_hub_id_needs_its_weights(
         shutil.copy(file, hub[0])
     assert main(["info", "someone/tiny"]) == 0
     said = capsys.readouterr().out
-    assert "not on the disk" not in said
+    assert "not in the cache" not in said and "\nin the cache " in said
     name = json_of("someone/tiny", capsys)["formats"][0]
     assert f"octavo rewrite {hub[0]} --format {name} --save_directory tiny-{name}\n" in said

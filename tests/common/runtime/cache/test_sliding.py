@@ -9,8 +9,7 @@ import torch
 import transformers
 from transformers import DynamicCache
 
-from octavo.common.convert.calibration.codebooks import fit_codebooks
-from octavo.common.convert.calibration.observe import calibrate
+from octavo.common.convert.calibration.whole import calibrate_whole
 from octavo.common.errors import OctavoError
 from octavo.common.runtime.attention import SlidingWindow, quantized_attention
 from octavo.common.runtime.cache.quantized_cache import QuantizedCache
@@ -74,7 +73,7 @@ def reader(name: str, is_folded: bool = True) -> torch.nn.Module:
 def statistics(name: str) -> Statistics:
     torch.manual_seed(0)
     model, samples = MODELS[name](), [{"input_ids": random_ids(1, 250)}]
-    return fit_codebooks(model, samples, calibrate(model, [], samples))
+    return calibrate_whole(model, samples, map(load_scheme, PRESETS))
 
 
 def keeps_all(config: transformers.PreTrainedConfig) -> transformers.PreTrainedConfig:

@@ -17,8 +17,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as some
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
-from octavo.common.convert.calibration.codebooks import fit_codebooks
-from octavo.common.convert.calibration.observe import calibrate
+from octavo.common.convert.calibration.whole import calibrate_whole
 from octavo.common.errors import OctavoError
 from octavo.common.runtime.attention import SlidingWindow, quantized_attention
 from octavo.common.runtime.cache.quantized_cache import QuantizedCache
@@ -74,7 +73,7 @@ def scales_for(scheme: Scheme) -> Scales | None:
     if not scheme.is_static:
         return None
     model, samples = tiny_llama(**SIZES), [{"input_ids": random_ids(1, 250)}]
-    return scales_of(scheme, fit_codebooks(model, samples, calibrate(model, [], samples)))
+    return scales_of(scheme, calibrate_whole(model, samples, map(load_scheme, PRESETS)))
 
 
 class CacheMachine(RuleBasedStateMachine):

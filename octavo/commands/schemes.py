@@ -89,7 +89,7 @@ def table(device: str, names: Iterable[str] = WHEN) -> list[str]:
     has_more = len(schemes) < len(WHEN)
     return [
         *aligned([HEADER, *(_row(scheme, device) for scheme in schemes)]),
-        *(["", f"--all lists what is there to be compared with as well: {_families(COMPARED)}."] if has_more else []),
+        *(["", f"--all lists what is compared with as well: {_families(COMPARED)}."] if has_more else []),
         "",
         f"bits: of K and V, everything counted, of {shape}.",
         "K, V: the type of a code, and what shares a scale; /N: groups of N tokens (channel) or channels (token).",

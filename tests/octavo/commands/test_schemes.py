@@ -34,7 +34,7 @@ def test_what_is_only_compared_with_is_listed_when_asked_for(capsys: pytest.Capt
     listed = [line.split()[0] for line in shown.splitlines()[1 : 1 + len(WHEN) - len(COMPARED)]]
     assert sorted(listed) == sorted(set(WHEN) - set(COMPARED)) and max(map(len, shown.splitlines())) <= WIDEST
     assert (
-        "--all lists what is there to be compared with as well: oscar, saw, turboquant, turboquant-mse, kivi, "
+        "--all lists what is compared with as well: oscar, saw, turboquant, turboquant-mse, kivi, "
         "kitty, kvarn, kvquant." in shown
     )
     assert main(["schemes", "--all"]) == 0

@@ -153,7 +153,7 @@ def test_flags_of_another_name_take_the_place_of_a_recipes(source: Path, tmp_pat
         "W8A8_DYNAMIC",
         0,
         "ascend-c8",
-        "m3",
+        "",
     )
     found = parsed("--preset", "ascend", "--scheme", "int8-token")
     assert (found.linear.label, found.scheme) == ("W8A8", "int8-token")

@@ -29,7 +29,6 @@ def test_flags_that_state_an_option_are_told() -> None:
     assert told == {
         "cache": "--scheme int8-token",
         "linears": "--w_bit 4 --a_bit 16 --group_size 32 --w_sym False --scale_bits 8",
-        "outliers": "--anti_method m3",
         "rounding": "--w_method GPTQ",
         "embeddings": "--embeddings int8",
     }

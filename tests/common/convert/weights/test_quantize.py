@@ -162,6 +162,7 @@ def layer_of(linear: nn.Linear, inputs: LinearInputs, scheme: LinearScheme) -> n
 LARGEST_ERROR = {
     W8A16: 0.008,
     W4A16: 0.12,
+    W4A16_DOUBLE: 0.12,
     FP8: 0.05,
     FP8_DYNAMIC: 0.05,
     W8A8: 0.06,

@@ -14,7 +14,6 @@ WHEN = {
     "int8-token": "the usual one: as good as float, fast",
     "octavo-8": "the best of 8 bits",
     "octavo-4": "half the bytes of 8; the best of 4 bits",
-<<<<<<< HEAD
     "octavo-4c": "calibrated: loses half as much",
     "octavo-4t": "of single tokens, as engines page",
     "octavo-4tc": "octavo-4t, calibrated: loses a third",
@@ -24,17 +23,6 @@ WHEN = {
     "octavo-3tc": "octavo-3t, calibrated: loses half",
     "octavo-2": "fewest bytes; recalls and copies worse",
     "octavo-2c": "calibrated: loses less",
-=======
-    "octavo-4c": "the same, calibrated: loses half as much",
-    "octavo-4t": "of single tokens, as engines page",
-    "octavo-4tc": "octavo-4t, calibrated: loses a third",
-    "octavo-3": "under 4 bits; recalls worse from afar",
-    "octavo-3c": "the same, calibrated: loses half as much",
-    "octavo-3t": "of single tokens, as engines page",
-    "octavo-3tc": "octavo-3t, calibrated: loses half of it",
-    "octavo-2": "fewest bytes; recalls and copies worse",
-    "octavo-2c": "the same, calibrated: loses less",
->>>>>>> tiles
     "octavo-2t": "the same of single tokens; loses much",
     "octavo-2tc": "octavo-2t, calibrated: loses less",
     "ascend-c8": "MindIE, vllm-ascend, ONNX Runtime",
@@ -58,11 +46,7 @@ WHEN = {
     "mxfp4": "OCP MXFP4; loses much",
     "k8v4": "8 bits where it counts more, 4 for V",
     "k4v2": "4 bits for K, 2 for V; loses much",
-<<<<<<< HEAD
     "oscar-2": "OSCAR; octavo-2c takes fewer bits",
-=======
-    "oscar-2": "to compare with; octavo-2c is smaller",
->>>>>>> tiles
     "saw-int4": "octavo-4t keeps sinks, loses far less",
     "turboquant-k8v4": "vLLM's turboquant_k8v4",
     "turboquant-4": "vLLM's turboquant_4bit_nc",
@@ -83,14 +67,9 @@ WHEN = {
     "kvquant-2": "to compare with; slow, outliers apart",
 }
 """By the name of a preset, in the order in which they are listed within as many bits."""
-<<<<<<< HEAD
 COMPARED = tuple(
     name for name in WHEN if name.startswith(("kitty-", "kivi-", "kvarn-", "kvquant-", "oscar-", "saw-", "turboquant-"))
 )
-=======
-_METHODS = ("kitty-", "kivi-", "kvarn-", "kvquant-", "oscar-", "saw-", "turboquant-")
-COMPARED = tuple(name for name in WHEN if name.startswith(_METHODS))
->>>>>>> tiles
 """Presets of methods that nobody needs to choose: they are here to be compared with."""
 
 

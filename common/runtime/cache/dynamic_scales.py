@@ -51,30 +51,16 @@ def _affine(codec: Codec, low: torch.Tensor, high: torch.Tensor) -> ScaleAndZero
 
 
 def _ranged(codec: Codec, groups: torch.Tensor) -> ScaleAndZero:
-<<<<<<< HEAD
     """Rule "range": the ends of the codes are the ends of the values, or symmetric about 0, as of "full_range"; clipped
     where the codec says so."""
-=======
-    """Rule "range": the ends of the codes are the ends of the values, or symmetric about 0; clipped where asked for.
-
-    And rules "full_range", likewise with the smallest code, and "ocp".
-    """
->>>>>>> tiles
     if codec.has_zero:
         low, high = groups.amin(dim=-1), groups.amax(dim=-1)
         out = (high - low) * (1 - codec.clip) / 2 if codec.clip != 1 else 0.0
         return _affine(codec, low + out, high - out)
-<<<<<<< HEAD
     largest = groups.abs().amax(dim=-1)
     if codec.rule == "ocp":
         return shared_exponent(largest, codec.most), None
     return as_stored(codec, dynamic_scale(largest * codec.clip, codec.most)), None
-=======
-    largest = groups.abs().amax(dim=-1) * codec.clip
-    if codec.rule == "ocp":
-        return shared_exponent(largest, codec.most), None
-    return as_stored(codec, dynamic_scale(largest, codec.most)), None
->>>>>>> tiles
 
 
 def _coded(codec: Codec, groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:

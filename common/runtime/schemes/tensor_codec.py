@@ -100,17 +100,10 @@ class Codec:
     outliers: int = 0
     before_rope: bool = False
     fixed_scale: float = 0.0
-<<<<<<< HEAD
     tile: int = 0
     wide_share: float = 0.0
     wide_dtype: str = "int4"
     clip: float = 1.0
-=======
-    clip: float = 1.0
-    tile: int = 0
-    wide_share: float = 0.0
-    wide_dtype: str = "int4"
->>>>>>> tiles
 
     def __post_init__(self) -> None:
         check_types("codec", self)
@@ -248,13 +241,8 @@ class Codec:
     @property
     def is_one_op(self) -> bool:
         """Whether one op makes codes, and scales where they are dynamic: `encode` or `encode_token`."""
-<<<<<<< HEAD
         is_plain = self.rule == "range" and self.clip == 1 and self.scale_dtype not in SHORT_SCALES
         is_dynamic_op = is_plain and self.token_group == 1
-=======
-        is_ranged = self.rule == "range" and self.clip == 1
-        is_dynamic_op = is_ranged and self.token_group == 1 and self.scale_dtype not in SHORT_SCALES
->>>>>>> tiles
         return self.is_native and (is_dynamic_op or not self.dynamic)
 
     @property

@@ -16,77 +16,11 @@ from ....ops.shared.resources import resource
 from ...errors import OctavoError, did_you_mean
 from ..model_sizes import MOST_LAYERS
 from ..strict_json import parse_json
+from .preset_names import KV_CACHE_DTYPES, PRESETS
 from .tensor_codec import Codec, check_types
 
 PREFILLS = ("codes", "float")
 BASES = ("", "balanced", "oscar")
-PRESETS = (
-    "ascend-c8",
-    "ascend-fa",
-    "float",
-    "fp8-token",
-    "fp8_e5m2",
-    "int4-token",
-    "int8-token",
-    "k4v2",
-    "k8v4",
-    "kitty-2",
-    "kivi-2",
-    "kivi-4",
-    "kvarn-2",
-    "kvarn-4",
-    "kvarn-k4v2",
-    "kvquant-2",
-    "kvquant-3",
-    "kvquant-4",
-    "llamacpp-q4_0",
-    "llamacpp-q4_1",
-    "llamacpp-q8_0",
-    "lmdeploy-int4",
-    "lmdeploy-int8",
-    "lmdeploy-int8-ptq",
-    "mxfp4",
-    "mxfp8",
-    "nvfp4",
-    "octavo-2",
-    "octavo-2c",
-    "octavo-2t",
-    "octavo-2tc",
-    "octavo-3",
-    "octavo-3c",
-    "octavo-3t",
-    "octavo-3tc",
-    "octavo-4",
-    "octavo-4c",
-    "octavo-4t",
-    "octavo-4tc",
-    "octavo-8",
-    "openvino-u4",
-    "openvino-u8",
-    "ort-int8-channel",
-    "oscar-2",
-    "saw-int4",
-    "turboquant-3",
-    "turboquant-4",
-    "turboquant-k3v4",
-    "turboquant-k8v4",
-    "turboquant-lmdeploy",
-    "turboquant-mse-2",
-    "turboquant-mse-3",
-    "turboquant-mse-4",
-    "vllm-fp8",
-    "vllm-fp8-head",
-)
-KV_CACHE_DTYPES = {
-    "auto": "float",
-    "fp8": "vllm-fp8",
-    "fp8_e4m3": "vllm-fp8",
-    "turboquant_k8v4": "turboquant-k8v4",
-    "turboquant_4bit_nc": "turboquant-4",
-    "turboquant_k3v4_nc": "turboquant-k3v4",
-    "turboquant_3bit_nc": "turboquant-3",
-}
-"""Values of vLLM's `kv_cache_dtype` that are not the name of a preset themselves, as fp8_e5m2 is."""
 SMALLEST_STEP = 16
 """Tokens leave a float window so many at a time at least, so that a prompt is not cut into single queries."""
 LONGEST_NAME = 100

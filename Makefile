@@ -15,10 +15,10 @@ BASE ?= HEAD
 # What bench-engines compares with, on which models and texts, and further flags of benchmarks/engines.py.
 ENGINES ?= openvino llama_cpp vllm
 # Those that test-engines lets load what is written for them.
-TESTED ?= llama_cpp vllm $(LIGHT)
+TESTED ?= llama_cpp vllm openvino $(LIGHT)
 # Those of them that test-engines-reported makes: they install in under 3 minutes together.
 LIGHT ?= \
-    onnxruntime_genai gptqmodel sglang lmdeploy_0.18.0 msmodelslim vllm_ascend_0.23.0 vllm_ascend_0.25.1rc1
+    onnxruntime_genai gptqmodel sglang torchao lmdeploy_0.18.0 msmodelslim vllm_ascend_0.23.0 vllm_ascend_0.25.1rc1
 ENGINE_STAMPS := $(ENGINES:%=.cache/engines/%/.installed)
 MODELS ?=
 EVAL ?=
@@ -115,7 +115,7 @@ endif
 	touch $@
 
 # These need the torch and transformers of .venv beside them.
-BESIDE := gptqmodel msmodelslim onnxruntime_genai sglang
+BESIDE := gptqmodel msmodelslim onnxruntime_genai sglang torchao
 $(BESIDE:%=.cache/engines/%/.installed): .cache/engines/%/.installed: benchmarks/engines/%.txt
 	$(BIN)/python -m pip --disable-pip-version-check install --no-deps --upgrade --target $(@D) --requirement $<
 	touch $@

@@ -65,7 +65,7 @@ EIGHT, FOUR, FLOAT = "8 bit", "4 bit", "float weights"
 KINDS = (EIGHT, FOUR, FLOAT)
 EIGHT_BIT = ("--preset", "eight-bit")
 """README's quickstart."""
-MEMORY_FIRST = ("--preset", "memory-first")
+FOUR_BIT = ("--preset", "four-bit")
 FOR_RANDOM_WEIGHTS = ("--anti_method", "", "--w_method", "MinMax")
 """Flags that follow where weights are random: what takes time in a conversion and none in the model."""
 
@@ -74,7 +74,7 @@ CONTENDERS = (
     Contender("OpenVINO int8, u8 cache", "openvino", EIGHT, (), {"weights": "int8", "flags": []}, {"cache": "u8"}),
     Contender("llama.cpp Q8_0, q8_0 cache", "llama.cpp", EIGHT, (), {"weights": "q8_0"}, {"cache": "q8_0"}),
     Contender("vLLM W8A8, fp8 cache", "vllm", EIGHT, (), {}, {"cache": "fp8"}),
-    Contender("Octavo, memory-first", "octavo", FOUR, MEMORY_FIRST),
+    Contender("Octavo, four-bit", "octavo", FOUR, FOUR_BIT),
     Contender(
         "OpenVINO int4, u8 cache",
         "openvino",

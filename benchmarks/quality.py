@@ -15,12 +15,10 @@ from typing import Any
 import torch
 from rows import RESULTS, Row, append_rows, read_rows
 from scoring import Reference, add_scoring_flags, load_float, read_windows
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from octavo.common.convert.calibration.codebooks import fit_codebooks
-from octavo.common.convert.calibration.observe import calibrate
 from octavo.common.convert.calibration.texts import read_calibration_file, tokenize
+from octavo.common.convert.calibration.whole import calibrate_whole
 from octavo.common.convert.output.bundle import commit
 from octavo.common.errors import OctavoError, did_you_mean
 from octavo.common.runtime.cache.quantized_cache import QuantizedCache
@@ -112,9 +110,7 @@ class Measured:
         """What the static ones among some schemes need, of the model as it is."""
         if not any(scheme.is_static for scheme in schemes):
             return None
-        statistics = calibrate(self.model, [], tqdm(self.texts, desc="calibrating", unit="text"))
-        has_codebooks = any(scheme.has_codebooks for scheme in schemes)
-        return fit_codebooks(self.model, self.texts, statistics) if has_codebooks else statistics
+        return calibrate_whole(self.model, self.texts, schemes)
 
     def row(self, what: str, logits_of: Callable[[torch.Tensor], torch.Tensor], bits: float) -> Row:
         """Score a model against the float one."""

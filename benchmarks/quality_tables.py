@@ -49,7 +49,8 @@ def bits_table() -> str:
     return (
         f"{markdown(rows, 4)}\n\nBits of an element of K and V, counted for SmolLM2-135M: codes, scales, zeros, "
         "codebooks, outliers, sinks and windows. The last column counts as well what a cache keeps in 16 bits beside "
-        f"the codes of its newest {CROP_ROOM} tokens, so that they can be cropped (`crop_room`)."
+        f"the codes of its newest {CROP_ROOM} tokens, so that they can be cropped (`crop_room`). Means and bases of K "
+        "and V from calibration (`-c`, `-tc`, `oscar-2`) are weights, D (D + 1) floats of a KV head, and not counted."
     )
 
 

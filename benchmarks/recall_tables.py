@@ -46,7 +46,7 @@ def recall_digest() -> str:
     lengths = sorted({tokens for _, tokens in found}, key=int)
     rows = [("scheme", "bits", *(f"right at {int(tokens):,}" for tokens in lengths))]
     for scheme in sorted(bits, key=lambda name: -bits[name]):
-        cells = [_share(found.get((scheme, tokens))) for tokens in lengths]
+        cells = [share(found.get((scheme, tokens))) for tokens in lengths]
         rows.append((f"`{scheme}`", f"{bits[scheme]:.2f}", *cells))
     return markdown(rows)
 
@@ -61,7 +61,7 @@ def _answers(rows: list[Row]) -> tuple[Answers, dict[str, float]]:
     return found, bits
 
 
-def _share(answered: dict[str, str] | None) -> str:
+def share(answered: dict[str, str] | None) -> str:
     """Right answers in percent, and their interval."""
     if answered is None:
         return ""

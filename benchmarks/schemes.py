@@ -55,6 +55,11 @@ def _levels(codec: Codec | None) -> torch.Tensor | None:
     return torch.linspace(-1, 1, 2**codec.bits) if codec is not None and codec.levels == "calibrated" else None
 
 
+def _basis(kv_heads: int, head_dim: int) -> torch.Tensor:
+    """A rotation of each KV head, which costs what any basis does."""
+    return torch.linalg.qr(torch.randn(kv_heads, head_dim, head_dim))[0]
+
+
 def filled_layer(scheme: Scheme, shape: tuple[int, int, int], tokens: int) -> QuantizedLayer:
     """A layer that holds so many random tokens."""
     _, kv_heads, head_dim = shape
@@ -64,6 +69,9 @@ def filled_layer(scheme: Scheme, shape: tuple[int, int, int], tokens: int) -> Qu
         None if scheme.query is None else torch.full((1, 1, 1), 4.0 / scheme.query.ends[1]),
         _levels(scheme.key),
         _levels(scheme.value),
+        key_mean=torch.randn(kv_heads, 1, head_dim) if scheme.center_key else None,
+        key_basis=_basis(kv_heads, head_dim) if scheme.key_basis else None,
+        value_basis=_basis(kv_heads, head_dim) if scheme.value_basis else None,
     )
     layer = QuantizedLayer(scheme, scales, None, 1e4 ** -(torch.arange(0, head_dim, 2) / head_dim))
     layer.update(*(torch.randn(1, kv_heads, tokens, head_dim) for _ in range(2)))

@@ -9,10 +9,10 @@ from rows import Row
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from octavo.common.convert.calibration.codebooks import fit_codebooks
-from octavo.common.convert.calibration.observe import calibrate
 from octavo.common.convert.calibration.texts import read_calibration_file, tokenize
+from octavo.common.convert.calibration.whole import calibrate_whole
 from octavo.common.convert.measure.fidelity import LogitsOf, windows
+from octavo.common.runtime.schemes.kv_scheme import PRESETS, load_scheme
 from octavo.common.stock_model import prepare
 from octavo.evaluation.text import Kept, compare_reads, whole
 from octavo.ops.shared.registry import NAMESPACE
@@ -45,8 +45,7 @@ def save_statistics(model_path: str, calib_file: Path, statistics: Path) -> None
     """Calibrate the float model for all static schemes."""
     model, tokenizer = load_float(model_path)
     texts = tokenize(tokenizer, read_calibration_file(calib_file), 2048, "input_ids", "attention_mask")
-    found = calibrate(model, [], tqdm(texts, desc="calibrating", unit="text"))
-    fit_codebooks(model, texts, found).save(statistics)
+    calibrate_whole(model, texts, map(load_scheme, PRESETS)).save(statistics)
 
 
 def read_windows(flags: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> list[torch.Tensor]:

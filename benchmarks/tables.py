@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from digest_tables import digest_table
 from engine_tables import engines_table, other_engines_tables
 from gpu_tables import gpu_digest, gpu_table
 from length_tables import length_digest, length_table
@@ -194,6 +195,7 @@ def scheme_speed_table() -> str:
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
         "results": results_table,
+        "digest": digest_table,
         "gpu": gpu_digest,
         "engines": engines_table,
     },

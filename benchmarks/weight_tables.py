@@ -6,7 +6,7 @@ from weights import CONDITIONS, RECIPE, grid
 from octavo.common.convert.flag_values import ACT_METHOD_NAMES
 from octavo.common.runtime.schemes.linear_scheme import W8A8
 
-HEAD = ("linears", "K and V", "in float", "anti_method", "act_method", "w_method", "MB", "KL", "perplexity",
+HEAD = ("linears", "K and V", "in float", "anti_method", "act_method", "w_method", "bits", "MB", "KL", "perplexity",
         "top-1")  # fmt: skip
 
 
@@ -49,7 +49,7 @@ def _matrix(rows: list[Row]) -> str:
 def _weights_row(row: Row) -> tuple[str, ...]:
     methods = (row["anti_method"] or "none", row["act_method"], row["w_method"])
     in_float = row["linears"].replace("*.", "")
-    return row["kind"], row["cache"], in_float, *methods, row["megabytes"], *scores(row)
+    return row["kind"], row["cache"], in_float, *methods, row["bits"], row["megabytes"], *scores(row)
 
 
 def _weights_conditions(row: Row) -> str:
@@ -57,7 +57,8 @@ def _weights_conditions(row: Row) -> str:
     return (
         "KL(float || quantized) in nats per token, change of the perplexity, and share of tokens whose likeliest next "
         f"token is the same, of {row['model']}: {windows} of {int(row['length']):,} tokens of "
-        f"{row['text']}, teacher-forced; calibrated on {row['calibration']}; MB of safetensors. `recipe` leaves the "
+        f"{row['text']}, teacher-forced; calibrated on {row['calibration']}; bits of a weight of the quantized linears "
+        "of layers, scales and zero points counted, of rows that have them; MB of safetensors. `recipe` leaves the "
         "linears in float that Ascend's recipe leaves. A group that does not divide a linear's input channels is the "
         "next smaller multiple of 32 that does."
     )

@@ -36,6 +36,7 @@ from octavo.common.convert.presets import RECIPES
 from octavo.common.convert.request import ANTI_METHODS
 from octavo.common.runtime.schemes.linear_scheme import (
     W4A16,
+    W4A16_DOUBLE,
     W8A8,
     W8A8_DYNAMIC,
     W8A16,
@@ -47,7 +48,7 @@ from octavo.common.runtime.schemes.linear_scheme import (
 FILE = "weights.csv"
 COLUMNS = ("commit", "code", "model", "case", "kind", "anti_method", "act_method", "w_method", "cache", "linears",
            "megabytes", "seconds", "calibration", "text", "windows", "length", "kl", "perplexity", "float_perplexity",
-           "top1")  # fmt: skip
+           "top1", "bits")  # fmt: skip
 CONDITIONS = ("calibration", "text", "windows", "length")
 """What rows that stand side by side have in common, but for the model."""
 RECIPE = "preset "
@@ -91,8 +92,12 @@ def _weight_only() -> Iterator[Setting]:
         (LinearScheme(W4A16, group_size=32), ""),
         (_affine(32, "MinMax"), ""),
         (_affine(32, "GPTQ"), "m3"),
+        (_double("MinMax"), ""),
+        (_double("GPTQ"), ""),
+        (_double("GPTQ"), "m3"),
     ):
-        name = f"{linear.label} g32{'' if linear.symmetric else ' affine'}, {_anti(method)}, {linear.w_method}"
+        is_affine = not linear.symmetric and linear.label != W4A16_DOUBLE
+        name = f"{linear.label} g32{' affine' * is_affine}, {_anti(method)}, {linear.w_method}"
         yield Setting(f"{name}, inputs in float", {"linear": linear, "anti_method": method, "cpu_activations": "float"})
         yield Setting(f"{name}, inputs in int8", {"linear": linear, "anti_method": method})
     eight = {"linear": LinearScheme(W8A16, group_size=32), "embeddings": "int8"}
@@ -116,6 +121,10 @@ def _float_inputs() -> Iterator[Setting]:
 
 def _affine(group: int, rule: str) -> LinearScheme:
     return LinearScheme(W4A16, group_size=group, symmetric=False, w_method=rule)
+
+
+def _double(rule: str) -> LinearScheme:
+    return LinearScheme(W4A16_DOUBLE, group_size=32, w_method=rule)
 
 
 def grid() -> list[Setting]:
@@ -199,11 +208,12 @@ class Bench:
             target = Path(directory, "quantized")
             began = time.perf_counter()
             where = {"architecture": self.architecture, "calibration": self.texts}
-            convert_quietly(ConvertRequest(self.source, target, **where, **setting.asked))
+            report = convert_quietly(ConvertRequest(self.source, target, **where, **setting.asked))
             seconds = time.perf_counter() - began
             nbytes = sum(file.stat().st_size for file in target.glob("*.safetensors"))
             model = self.architecture.model_class.from_pretrained(target).eval()
-            facts = {"megabytes": f"{nbytes / 1e6:.1f}", "seconds": f"{seconds:.1f}"}
+            bits = "" if report.bits_per_weight is None else f"{report.bits_per_weight:.3f}"
+            facts = {"megabytes": f"{nbytes / 1e6:.1f}", "seconds": f"{seconds:.1f}", "bits": bits}
             scores = reference.score(setting.name, lambda ids: model(ids).logits)
             return self.common | described(setting) | facts | scores
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from jinja2 import TemplateError
 from transformers import AutoModelForCausalLM, TextStreamer
 
 from .common.architecture import Architecture, check_model_type
-from .common.command import DEVICES, OneLineParser, run_script
-from .common.convert.flag_values import positive
+from .common.command import OneLineParser, run_script
 from .common.convert.source.checkpoint import check_device, load_tokenizer
 from .common.errors import OctavoError, first_line
 from .common.runtime.cache.quantized_cache import QuantizedCache
@@ -24,6 +24,7 @@ from .common.runtime.checkpoint.loading import CONFIG_FILE
 from .common.runtime.compatibility import cache_argument
 from .common.runtime.schemes.kv_scheme import Scheme, load_scheme
 from .common.stock_model import prepare
+from .sampling import add_sampling_flags, check_sampling, sampling_of, set_seed
 
 
 @dataclass(frozen=True)
@@ -42,23 +43,9 @@ class Speaker:
     new_cache: Callable[[], QuantizedCache]
 
 
-def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
-    """Let a parser take what is generated how, and where."""
-    add = parser.add_argument
-    add("--max_new_tokens", type=positive, default=128, metavar="N", help="most tokens per answer (default 128)")
-    add("--do_sample", action="store_true", help="sample instead of taking the likeliest token")
-    add("--temperature", type=float, metavar="T", help="with --do_sample")
-    add("--device_type", choices=DEVICES, default="cpu", help="where to run (default cpu)")
-
-
-def check_sampling(flags: argparse.Namespace) -> None:
-    """Raise an `OctavoError` if flags of sampling do not go together."""
-    if flags.temperature is not None and not flags.do_sample:
-        raise OctavoError("--temperature: needs --do_sample")
-    if flags.temperature is not None and not flags.temperature > 0:
-        raise OctavoError(
-            f"--temperature {flags.temperature}: is not positive; leave --do_sample out for the likeliest token"
-        )
+def add_system_flag(parser: argparse.ArgumentParser) -> None:
+    """Let a parser take what a conversation begins with."""
+    parser.add_argument("--system", metavar="TEXT", help="what a chat begins with: who the model is, and what it does")
 
 
 def _parse(name: str, argv: list[str] | None) -> argparse.Namespace:
@@ -70,10 +57,13 @@ def _parse(name: str, argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--chat", action="store_true", help="talk, using the tokenizer's chat template; empty line ends"
     )
+    add_system_flag(parser)
     add_sampling_flags(parser)
     flags = parser.parse_args(argv)
     if flags.prompt is None and not flags.chat:
         parser.error("give --prompt, or --chat to talk")
+    if flags.system is not None and not flags.chat:
+        parser.error("--system: needs --chat")
     return flags
 
 
@@ -173,17 +163,15 @@ def _generate(speaker: Speaker, ids: torch.Tensor, cache: Any, flags: argparse.N
     """Stream an answer to stdout, without the prompt if `skips`; returns all ids, `[1, S]`."""
     model, tokenizer = speaker.model, speaker.tokenizer
     streamer = TextStreamer(tokenizer, skip_prompt=skips, skip_special_tokens=True)
-    sampling = {"temperature": flags.temperature} if flags.temperature is not None else {}
     started = time.perf_counter()
     result = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         **{cache_argument(model): cache},
         max_new_tokens=flags.max_new_tokens,
-        do_sample=flags.do_sample,
         streamer=streamer,
         pad_token_id=tokenizer.eos_token_id,
-        **sampling,
+        **sampling_of(flags),
     )
     seconds = time.perf_counter() - started
     print(what_it_took(speaker, cache, result.shape[1] - ids.shape[1], seconds), file=sys.stderr)
@@ -194,7 +182,7 @@ def chat(speaker: Speaker, flags: argparse.Namespace) -> None:
     """Read messages until an empty line or the end of input; the cache goes on from turn to turn.
 
     Raises:
-        OctavoError: the tokenizer has no chat template.
+        OctavoError: the tokenizer has no chat template, or it takes no system prompt.
     """
     model, tokenizer = speaker.model, speaker.tokenizer
     if tokenizer.chat_template is None:
@@ -202,7 +190,8 @@ def chat(speaker: Speaker, flags: argparse.Namespace) -> None:
             f"{flags.model_path}: its tokenizer has no chat template, so that nobody can chat with it; give a text to "
             "continue instead (octavo run)"
         )
-    messages: list[dict[str, str]] = []
+    messages = _first_messages(tokenizer, flags.system)
+    set_seed(flags)
     cache, message = speaker.new_cache(), flags.prompt or _ask()
     cached = torch.empty((1, 0), dtype=torch.long)
     while message:
@@ -218,6 +207,24 @@ def chat(speaker: Speaker, flags: argparse.Namespace) -> None:
         message = _ask()
 
 
+def _first_messages(tokenizer: Any, system: str | None) -> list[dict[str, str]]:
+    """What a conversation begins with before anybody has said anything.
+
+    Raises:
+        OctavoError: the chat template takes no system prompt.
+    """
+    if system is None:
+        return []
+    messages = [{"role": "system", "content": system}]
+    try:
+        said = tokenizer.apply_chat_template([*messages, {"role": "user", "content": "?"}], tokenize=False)
+    except TemplateError as error:
+        raise OctavoError(f"--system: the chat template takes none ({first_line(error)}); leave it out") from None
+    if system.strip() not in said:
+        raise OctavoError("--system: the chat template does not tell it to the model; leave it out")
+    return messages
+
+
 def go_on(speaker: Speaker, flags: argparse.Namespace) -> None:
     """Continue the text that the flags give.
 
@@ -227,6 +234,7 @@ def go_on(speaker: Speaker, flags: argparse.Namespace) -> None:
     ids = speaker.tokenizer(flags.prompt, return_tensors="pt")["input_ids"].long().to(speaker.model.device)
     if ids.shape[1] == 0:
         raise OctavoError("--prompt: holds no token; give some text")
+    set_seed(flags)
     _generate(speaker, ids, speaker.new_cache(), flags, skips=False)
 
 

@@ -1,5 +1,6 @@
 """What several test files share: a tiny Llama with a tokenizer, conversions of it, and processes without Octavo."""
 
+import dataclasses
 import inspect
 import json
 import subprocess
@@ -110,6 +111,18 @@ def random_ids(batch: int, tokens: int, vocabulary: int = 320, seed: int = 1) ->
 def with_cache(cache: Any) -> dict[str, Any]:
     """A cache as the keyword argument by which a forward or `generate` takes it."""
     return {CACHE_NAME: cache}
+
+
+def shortened(scheme: Any) -> Any:
+    """A scheme with groups of 128 tokens, or such a window, as one with groups of 32 and few floats beside them."""
+    if max(scheme.step(scheme.key), scheme.step(scheme.value)) < 128 and scheme.window < 128:
+        return scheme
+    codecs = {}
+    for side in ("key", "value"):
+        codec = getattr(scheme, side)
+        fields = {name: 32 for name in ("group_size", "tile") if getattr(codec, name) == 128}
+        codecs[side] = dataclasses.replace(codec, **fields)
+    return dataclasses.replace(scheme, **codecs, sinks=min(scheme.sinks, 4), window=min(scheme.window, 8))
 
 
 def convert_flags(source: Path, target: Path, *flags: str) -> list[str]:

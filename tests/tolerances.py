@@ -38,6 +38,8 @@ TOLERANCES = {
     "ranks rmse bfloat16": 5e-2,
     # Prompts of hundreds of tokens, whole and in chunks: 2.5e-3 measured, where quantization itself makes 1e-2.
     "logits rmse of many rows": 6e-3,
+    # Of the largest value: zeros of codes rounded to float16. Measured: 9.3e-4 but for codes that tip over.
+    "float16 zeros": 2e-3,
     # Directories of msmodelslim against a simulation in float64; quantization itself is 0.22 away from the float model.
     # bf16: the format rounds deq_scale to it. "computed in": activations in half precision tip many codes over.
     "simulation rmse float32": 5e-3,

@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 from ..architecture import Architecture
 from ..command import run_script
-from ..runtime.cache.sizes import kv_bits_per_element, kv_bytes_per_token
-from ..runtime.schemes.kv_scheme import CROP_ROOM, load_scheme
+from ..runtime.cache.sizes import COUNTED_LENGTH, kv_bits_per_element, kv_bytes_per_token
+from ..runtime.schemes.kv_scheme import load_scheme
 from ..runtime.static_scales import Statistics
 from .dialects.converting import converted_as
 from .flags import parse_request
@@ -36,10 +36,11 @@ def _report(job: Job, made: Made, seconds: float) -> ConversionReport:
         odd_groups=tuple(sorted(set(job.odd_groups(plan)))),
         float_bytes=sum(file.stat().st_size for file in source_files(job.directory)),
         output_bytes=made.nbytes,
+        bits_per_weight=made.bits_per_weight,
         float_kv_bytes_per_token=kv_bytes_per_token(config, load_scheme("float"), itemsize),
         kv_bytes_per_token=kv_bytes_per_token(config, plan.scheme, itemsize),
         float_kv_bits=8 * itemsize,
-        kv_bits=kv_bits_per_element(config, plan.scheme, crop_room=CROP_ROOM),
+        kv_bits=kv_bits_per_element(config, plan.scheme, COUNTED_LENGTH),
         texts=len(job.texts),
         held_back_texts=len(job.held_back),
         embeddings="int8" if plan.quantizes_embeddings else "float",

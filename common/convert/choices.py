@@ -25,8 +25,8 @@ def chosen_scheme(request: ConvertRequest) -> Scheme:
     scheme, scales = load_scheme(request.scheme), request.kv_scales
     if scales != "data" and not scheme.is_static:
         raise OctavoError(f"{named('kv_scales')} {scales}: scheme {scheme.name} has no static scales; leave it out")
-    if scales in ("random", "source") and scheme.has_codebooks:
-        books = f"the codebooks of {scheme.name} come from texts"
+    if scales in ("random", "source") and (scheme.has_codebooks or scheme.has_bases):
+        books = f"the {'codebooks' if scheme.has_codebooks else 'bases'} of {scheme.name} come from texts"
         raise OctavoError(f"{named('kv_scales')} {scales}: {books}; leave it out")
     if request.linear is None and not scheme.is_quantized and request.embeddings == "float":
         raise OctavoError(f"{named('linear=None')}: scheme {scheme.name} quantizes nothing either; choose another")
@@ -99,6 +99,7 @@ def _changes_codes(request: ConvertRequest, has_head: bool) -> str | None:
         named("a linear"): request.linear_is_given,
         f"{named('anti_method')} {request.anti_method}": bool(request.anti_method),
         named("float_linears"): request.float_linears is not None,
+        named("mean_bits"): request.mean_bits is not None,
         named("float_outliers"): bool(request.float_outliers),
         f"{named('float_head')} {request.float_head}": request.float_head is has_head or request.float_head is False,
         f"{named('embeddings')} int8": has_head and request.embeddings == "int8",
@@ -120,10 +121,9 @@ def _check_statistics_file(file: Path | None, output: Path) -> None:
 def check_treatment(request: ConvertRequest, scheme: Scheme) -> None:
     """Raise an `OctavoError` if outliers cannot be treated as asked for, or statistics cannot be saved so."""
     method, statistics = request.anti_method, request.save_statistics
-    if method == OFFSETS and scheme.has_codebooks:
-        raise OctavoError(
-            f"{named('anti_method')} m2: shifts what the codebooks of {scheme.name} are for; take another"
-        )
+    if method == OFFSETS and (scheme.has_codebooks or scheme.has_bases):
+        what = "codebooks" if scheme.has_codebooks else "bases"
+        raise OctavoError(f"{named('anti_method')} m2: shifts what the {what} of {scheme.name} are for; take another")
     if method and statistics:
         raise OctavoError(
             f"{named('save_statistics')}: {named('anti_method')} {method} changes what is observed, and the file is "
@@ -136,5 +136,5 @@ def needs_texts(request: ConvertRequest, is_static: bool, linears: list[str]) ->
     """Whether anything rests on the calibration texts: static scales still to be found, or what is asked for."""
     linear = request.linear
     by_inputs = linears and (linear.needs_inputs or request.anti_method or linear.w_method != "MinMax")
-    chooses = request.float_outliers or request.float_costliest
+    chooses = request.float_outliers or request.float_costliest or request.mean_bits
     return bool(by_inputs or is_static or request.save_statistics or chooses)

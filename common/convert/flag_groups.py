@@ -59,7 +59,9 @@ def _add_outputs(parser: argparse.ArgumentParser) -> None:
     add("--target", choices=TARGETS, metavar="NAME", help=f"{about} {', '.join(TARGETS)}; none: MindIE's names")
     add("--part_file_size", type=positive, metavar="GB", help="split the weights into files of at most so many GB")
     add("--resume", action="store_true", help="go on with a conversion that was interrupted, if there is one")
-    parser.set_defaults(recipe_group=None, recipe_sym=True)  # of kinds of linears that have groups and zero points
+    parser.set_defaults(
+        recipe_group=None, recipe_sym=True, recipe_scale_bits=None
+    )  # of kinds of linears that have groups and zero points
 
 
 def _add_linears(parser: argparse.ArgumentParser) -> None:
@@ -73,6 +75,8 @@ def _add_linears(parser: argparse.ArgumentParser) -> None:
     add("--group_size", type=int, choices=GROUP_SIZES, help=about)
     about = "False: weights with a zero point, for W8A16 and W4A16"
     add("--w_sym", type=boolean, default=True, metavar="BOOL", help=about)
+    about = "8: scales of W4A16 and zero points, which it has then, in 8 bits: 4.5 bits a weight in groups of 32"
+    add("--scale_bits", type=int, choices=(8, 16), help=about)
     about = "label W8A8 as W8A8_MIX: by token where engines prefill, static where they decode"
     add("--pdmix", type=boolean, default=False, metavar="BOOL", help=about)
     add("--w_method", choices=WEIGHT_METHODS, default="MinMax", help="how codes of weights are chosen")
@@ -116,6 +120,8 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
     about = "write nothing if the KL from float on the held-back texts is larger"
     add("--max_kl", type=limit, metavar="X", help=about)
     units = "q, k and v count as one, and so do gate and up, and all of a layer's experts"
+    about = "of linears in int4, those that cost most for their size in int8: the mean of bits a weight, all counted"
+    add("--w_bits_mean", type=limit, metavar="X", help=about)
     about = f"so many linears or attentions, those that cost most; {units}"
     add("--fa_amp", type=count, default=0, metavar="N", help=about)
     about = f"Ln: the n linears with the worst outliers; {units}"

@@ -3,20 +3,25 @@
 import argparse
 
 from ..errors import OctavoError
-from ..runtime.schemes.linear_scheme import W4A16, W8A8, W8A8_DYNAMIC, W8A16, WEIGHT_ONLY, LinearScheme
+from ..runtime.schemes.linear_scheme import W4A16, W4A16_DOUBLE, W8A8, W8A8_DYNAMIC, W8A16, WEIGHT_ONLY, LinearScheme
 from .flag_values import ACT_METHOD_NAMES
-from .request import DEFAULT_GROUP, DEFAULT_LINEAR, LINEAR_NAMES
+from .request import DEFAULT_GROUP, DEFAULT_LINEAR, LINEAR_NAMES, OWN_FORMAT
 
 BITS = {(8, 16): W8A16, (4, 16): W4A16, (16, 16): None}
 """Label by `--w_bit` and `--a_bit`; 8 and 8 depend on `--is_dynamic`."""
 FOR_LINEARS = {
     "disable_names": None, "disable_level": 0, "is_dynamic": False, "anti_method": "", "group_size": None,
     "w_method": "MinMax", "w_sym": True, "act_method": "1", "disable_last_linear": True, "cpu_activations": "int8",
+    "scale_bits": None,
 }  # fmt: skip
 """Flags that mean nothing where every linear stays in float, and what they are unless given."""
 
-
-LINEAR_FLAGS = {"w_bit", "a_bit", "quantization", "is_dynamic", "w_sym", "group_size", "w_method", "act_method"}
+HOLD_SCALE_BITS = (OWN_FORMAT, "gguf")
+"""Formats that hold scales of 8 bits, or what they stand for: for others, and for engines on Ascend, a preset's are in
+float unless `--scale_bits` is given."""
+LINEAR_FLAGS = {
+    "w_bit", "a_bit", "quantization", "is_dynamic", "w_sym", "group_size", "scale_bits", "w_method", "act_method",
+}  # fmt: skip
 """Flags that say how linears are quantized."""
 
 
@@ -55,6 +60,7 @@ def linear_scheme_of_flags(flags: argparse.Namespace, is_given: bool = True) -> 
         and flags.cpu_activations != FOR_LINEARS["cpu_activations"]
     ):
         raise OctavoError(f"--cpu_activations: {label} quantizes inputs on every device; leave it out")
+    label = _label_of_scales(flags, label)
     usual = (flags.recipe_group or DEFAULT_GROUP.get(label, 0)) if label in WEIGHT_ONLY else 0
     scheme = LinearScheme(
         label,
@@ -68,6 +74,20 @@ def linear_scheme_of_flags(flags: argparse.Namespace, is_given: bool = True) -> 
             f"--act_method {flags.act_method}: {label} (--is_dynamic, --quantization) has no static ranges of inputs"
         )
     return scheme
+
+
+def _label_of_scales(flags: argparse.Namespace, label: str) -> str:
+    """The label of linears whose scales are in the bits that are asked for."""
+    if flags.scale_bits is not None and label not in (W4A16, W4A16_DOUBLE):
+        raise OctavoError(f"--scale_bits {flags.scale_bits}: is of W4A16 (--w_bit 4 --a_bit 16), not {label}")
+    is_affine = not (flags.w_sym and flags.recipe_sym)
+    is_held = is_affine and flags.format in HOLD_SCALE_BITS and flags.target is None
+    bits = (flags.recipe_scale_bits if is_held else None) if flags.scale_bits is None else flags.scale_bits
+    if label == W4A16 and bits == 8:
+        return W4A16_DOUBLE
+    if label == W4A16_DOUBLE and bits == 16:
+        raise OctavoError(f"--scale_bits 16: {label} has scales in 8 bits; give --quantization w4a16, or leave it out")
+    return label
 
 
 def _label_of_bits(flags: argparse.Namespace) -> str | None:

@@ -56,6 +56,7 @@ def _recipe_flags(recipe: str, given: set[str]) -> dict[str, Any]:
     flags = {flag: value for flag, value in load_recipe(recipe).items() if flag != "about"}
     flags["recipe_group"] = flags.pop("group_size", None)
     flags["recipe_sym"] = flags.pop("w_sym", True) or "w_sym" in given
+    flags["recipe_scale_bits"] = flags.pop("scale_bits", None)
     replaced = {flag for alternatives in ALTERNATIVES if given & {*alternatives[0]} for flag in alternatives[1]}
     return {flag: value for flag, value in flags.items() if flag not in replaced}
 
@@ -135,6 +136,7 @@ def request_of(flags: argparse.Namespace, architecture: Architecture | str | Non
         embeddings=flags.embeddings,
         float_outliers=flags.disable_level,
         float_costliest=flags.fa_amp,
+        mean_bits=flags.w_bits_mean,
         max_kl=flags.max_kl,
         calibration=flags.calib_texts if flags.calib_file is None else flags.calib_file,
         target=flags.target,

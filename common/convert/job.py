@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import transformers
-from tqdm import tqdm
 from transformers import PreTrainedConfig
 
 from ..errors import OctavoError
@@ -21,10 +20,9 @@ from ..runtime.checkpoint.loading import check_settings, check_stored_sizes
 from ..runtime.decoder import attention_modules
 from ..runtime.schemes.kv_scheme import load_scheme
 from ..runtime.schemes.linear_scheme import W8A8, LinearScheme
-from .calibration.codebooks import fit_codebooks
-from .calibration.observe import calibrate
 from .calibration.streams import Texts
 from .calibration.texts import default_texts, hold_back, read_calibration_file, tokenize
+from .calibration.whole import OF_WHOLE, calibrate_whole
 from .choices import check_treatment, choose_codes, choose_linears, chosen_scheme, needs_texts
 from .output.bundle import code_digest
 from .output.writer import check_output
@@ -155,8 +153,11 @@ class Job:
         longest = min(LONGEST_SAMPLE, self.config.get("max_position_embeddings", LONGEST_SAMPLE))
         return tokenize(tokenizer, self.texts, longest, request.input_ids_name, request.attention_mask_name)
 
-    def plan(self, floats: Iterable[str]) -> Plan:
+    def plan(self, floats: Iterable[str], wide: Iterable[str] = ()) -> Plan:
         """What to make of the model, but for some linears and attentions, which stay in float.
+
+        Args:
+            wide: linears that are in int8 where others are in int4.
 
         Raises:
             OctavoError: nothing is left to quantize.
@@ -185,6 +186,7 @@ class Job:
             called_by(self.request.target, self.request.pdmix),
             self.coded,
             self.source_scales,
+            frozenset(wide) & {*linears},
         )
 
     def conversion(
@@ -198,18 +200,19 @@ class Job:
     @cached_property
     def codebooks(self) -> dict[str, torch.Tensor]:
         """Statistics that only the whole model in memory can give, if the scheme needs any."""
-        if not self.scheme.has_codebooks:
+        if not (self.scheme.has_codebooks or self.scheme.has_bases):
             return {}
         model = load_source(self.directory, self.request.device, self.architecture)
-        found = fit_codebooks(model, self.samples, calibrate(model, [], tqdm(self.samples, desc="calibrating")))
-        return {name: tensor for name, tensor in found.tensors.items() if ".levels." in name or ".before." in name}
+        found = calibrate_whole(model, self.samples, [self.scheme])
+        return {name: tensor for name, tensor in found.tensors.items() if any(part in name for part in OF_WHOLE)}
 
     def odd_groups(self, plan: Plan) -> Iterator[tuple[int, int]]:
         """Input channels and size of the groups of linears that cannot have those that were asked for."""
         for name in () if plan.coded else plan.linears:
             in_features = self.source.model.get_submodule(name).in_features
-            group = in_features // plan.linear.num_groups(in_features)
-            if plan.linear.group_size and group != plan.linear.group_size:
+            asked = plan.scheme_of(name)
+            group = in_features // asked.num_groups(in_features)
+            if asked.group_size and group != asked.group_size and name not in plan.wide:
                 yield in_features, group
 
     def identity(self) -> dict[str, Any]:

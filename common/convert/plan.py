@@ -3,7 +3,7 @@
 import copy
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import PreTrainedConfig
@@ -16,6 +16,7 @@ from ..runtime.schemes.linear_scheme import (
     EMBEDDING_SCHEME,
     FP8_LABELS,
     GROUP_SIZES,
+    W8A16,
     WEIGHT_ONLY,
     LinearScheme,
 )
@@ -26,6 +27,8 @@ from .source.quantized.weight import CodedLinear
 from .spelling import named
 from .weights.quantize import deq_scale_dtype
 
+WIDE_GROUP = 128
+"""Input channels that share a scale of linears in int8 where others are in int4: 8.5 bits a weight."""
 OFFSETS = "m2"
 """The treatment of outliers that shifts inputs."""
 
@@ -46,6 +49,7 @@ class Plan:
         is_of_vllm: whether scales of K and V have the names of vLLM's models, see `c8_place`.
         called: labels that the description has in the place of ours, by ours.
         coded: those of `linears` that the source holds in codes, which stay as they are: all of them or none.
+        wide: those of `linears` that are in int8, W8A16 in groups, where the others are in int4.
         source_scales: static scales of each layer that the source keeps, and calibration does not replace; empty if it
             is to find all of them.
     """
@@ -62,10 +66,17 @@ class Plan:
     called: Mapping[str, str] = field(default_factory=dict)
     coded: Mapping[str, CodedLinear] = field(default_factory=dict)
     source_scales: tuple[LayerScales, ...] = ()
+    wide: frozenset[str] = frozenset()
+
+    def scheme_of(self, linear: str) -> LinearScheme:
+        """How one of `linears` is quantized that is not in codes."""
+        if linear not in self.wide:
+            return self.linear
+        return replace(self.linear, label=W8A16, group_size=WIDE_GROUP, symmetric=True)
 
     def label_of(self, linear: str) -> str:
         """The label of one of `linears`."""
-        return self.coded[linear].label if linear in self.coded else self.linear.label
+        return self.coded[linear].label if linear in self.coded else self.scheme_of(linear).label
 
     def described(self, label: str) -> str:
         """What the description calls a label."""
@@ -78,7 +89,8 @@ class Plan:
             return []
         coded = (self.coded[name] for name in self.linears if name in self.coded)
         found = [(linear.label, linear.group, linear.symmetric) for linear in coded]
-        return list(dict.fromkeys(found)) or [(self.linear.label, self.linear.group_size, self.linear.symmetric)]
+        made = [] if found else [self.scheme_of(name) for name in self.linears]
+        return list(dict.fromkeys([*found, *((each.label, each.group_size, each.symmetric) for each in made)]))
 
     def scales_of(self, linear: str, out_features: int, in_features: int) -> tuple[int, int]:
         """Rows and columns of the scales of the weight of one of `linears`.
@@ -88,7 +100,7 @@ class Plan:
         """
         if linear in self.coded:
             return self.coded[linear].scales
-        groups = self.linear.num_groups(in_features)
+        groups = self.scheme_of(linear).num_groups(in_features)
         return (1 if self.linear.per_tensor else out_features), groups
 
     def has_one_scale(self, linear: str) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..command import aligned
+from ..runtime.cache.sizes import COUNTED_LENGTH
 from ..runtime.schemes.kv_scheme import Scheme
 from ..runtime.schemes.linear_scheme import CPU_ACTIVATIONS, LinearScheme
 from .measure.costs import Cost
@@ -35,8 +36,10 @@ class ConversionReport:
         odd_groups: input channels and size of the groups of linears that cannot have groups of `linear.group_size`.
         float_bytes: of the float checkpoint's safetensors files.
         output_bytes: of all files of the output.
+        bits_per_weight: of the quantized linears of layers on the disk, scales and zero points counted; None of none.
         float_kv_bytes_per_token, kv_bytes_per_token: in the KV cache of the float and of the quantized model.
-        float_kv_bits, kv_bits: that an element of K and V takes, scales and all else counted.
+        float_kv_bits, kv_bits: that an element of K and V takes in sequences of `COUNTED_LENGTH` tokens, scales, sinks
+            and all else that its scheme stores counted.
         texts: how many there are to calibrate on, those held back included.
         held_back_texts: how many of them only the comparison saw; the one text there is serves for both.
         embeddings: of the embedding and the last linear: "float", or "int8".
@@ -64,6 +67,7 @@ class ConversionReport:
     odd_groups: tuple[tuple[int, int], ...]
     float_bytes: int
     output_bytes: int
+    bits_per_weight: float | None
     float_kv_bytes_per_token: int
     kv_bytes_per_token: int
     float_kv_bits: float
@@ -82,7 +86,8 @@ class ConversionReport:
 
     def summary(self) -> str:
         """The lines that the conversion scripts print."""
-        return "\n".join([*_figures(self), *_conditions(self), *_contents(self), *self.notes])
+        took = f"took {duration(self.seconds)}"
+        return "\n".join([*_figures(self), *_conditions(self), *_contents(self), took, *self.notes])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, which JSON can hold."""
@@ -98,14 +103,33 @@ class ConversionReport:
         write_json(Path(file), self.to_dict())
 
 
+def duration(seconds: float) -> str:
+    """Seconds in words, as "7.9 s", "1 min 19 s" and "2 h 5 min"."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _weight_bits(report: ConversionReport) -> list[tuple[str, str, str]]:
+    if report.bits_per_weight is None:
+        return []
+    return [("weights of layers in codes, bits each, all counted", "", f"{report.bits_per_weight:.2f}")]
+
+
 def _figures(report: ConversionReport) -> list[str]:
     """Sizes and fidelity before and after, as a table."""
     fidelity = report.fidelity
     rows = [
         ("", report.source_codes or "float", "quantized"),
         ("checkpoint, MB", f"{report.float_bytes / 1e6:.1f}", f"{report.output_bytes / 1e6:.1f}"),
+        *_weight_bits(report),
         ("KV cache, bytes per token", str(report.float_kv_bytes_per_token), str(report.kv_bytes_per_token)),
-        ("KV cache, bits per element, all counted", f"{report.float_kv_bits:g}", f"{report.kv_bits:.2f}"),
+        (
+            f"KV cache, bits per element at {COUNTED_LENGTH:,} tokens",
+            f"{report.float_kv_bits:g}",
+            f"{report.kv_bits:.2f}",
+        ),
     ]
     if fidelity is not None:
         rows.append(("perplexity", f"{fidelity.float_perplexity:.3f}", f"{fidelity.perplexity:.3f}"))

@@ -15,7 +15,9 @@ from ..runtime.schemes.linear_scheme import (
     EMBEDDINGS,
     FP8_DYNAMIC,
     LINEAR_LABELS,
+    SMALLEST_GROUP,
     W4A16,
+    W4A16_DOUBLE,
     WEIGHT_ONLY,
     LinearScheme,
 )
@@ -34,7 +36,7 @@ LINEAR_NAMES = {"float": None, **{label.lower(): label for label in LINEAR_LABEL
     "w8a8fp8_dynamic": FP8_DYNAMIC}  # fmt: skip
 """Labels by the names of linears, as MindIE spells them, and by those of vLLM and vllm-ascend for fp8; None leaves
 linears in float."""
-DEFAULT_GROUP = {W4A16: 64}
+DEFAULT_GROUP = {W4A16: 64, W4A16_DOUBLE: SMALLEST_GROUP}
 """Input channels that share a scale of a weight, unless a number is given; 0 of labels that are not here."""
 DEFAULT_LINEAR = LinearScheme()
 """How linears are quantized unless it is said; the same that is asked for is another object, by which it is told."""
@@ -62,8 +64,8 @@ class ConvertRequest:
             "float" leaves them in float. `--scheme`, `--kv_cache_dtype`, `--use_kvcache_quant`, `--use_fa_quant`
         linear: of the linear layers: a `LinearScheme`, or a name, as "w8a8", "w4a16" (groups of 64 input channels) or
             "fp8"; None or "float" leaves them in float. Unless given, "w8a8", or as a quantized checkpoint has them.
-            `--quantization`, `--w_bit`, `--a_bit`, `--is_dynamic`, `--w_sym`, `--group_size`, `--w_method`,
-            `--act_method`
+            `--quantization`, `--w_bit`, `--a_bit`, `--is_dynamic`, `--w_sym`, `--group_size`, `--scale_bits`,
+            `--w_method`, `--act_method`
         architecture: folder under `models/`, or what stands in it; None: found by config.json's model_type.
             The script that is run
         cpu_activations: of W8A16 and W4A16 on the CPU: "int8" quantizes inputs per token and group of channels, as the
@@ -80,6 +82,8 @@ class ConvertRequest:
             are tied. `--embeddings`
         float_outliers: so many linears, those with the worst outliers, stay in float. `--disable_level`
         float_costliest: so many linears or attentions, those that cost most, stay in float. `--fa_amp`
+        mean_bits: of linears in int4, those that cost most for their size are in W8A16, as many as keep the mean of the
+            bits of a weight, all counted, at most so large; None: none is. `--w_bits_mean`
         max_kl: write nothing if the mean KL(float || quantized) over the held-back texts is larger, in nats per token.
             `--max_kl`
         calibration: the texts, a sequence of them; or a file of texts, one per line, plain or JSON; None: a small text
@@ -118,6 +122,7 @@ class ConvertRequest:
     embeddings: str = EMBEDDINGS[0]
     float_outliers: int = 0
     float_costliest: int = 0
+    mean_bits: float | None = None
     max_kl: float | None = None
     calibration: Sequence[str] | str | Path | None = None
     target: str | None = None
@@ -222,7 +227,7 @@ def _check_choices(request: ConvertRequest) -> None:
 
 
 def _check_numbers(request: ConvertRequest) -> None:
-    for name in ("max_kl", "max_shard_gb"):
+    for name in ("max_kl", "max_shard_gb", "mean_bits"):
         value = getattr(request, name)
         if value is not None and not (isinstance(value, (int, float)) and value > 0):
             raise OctavoError(f"{name} {value}: is no positive number")
@@ -241,11 +246,24 @@ def check_activations(request: ConvertRequest, linear: LinearScheme, field: str)
         raise OctavoError(f"{field}: {linear.label} quantizes inputs on every device; leave it out")
 
 
+def _check_mean_bits(request: ConvertRequest) -> None:
+    kind = "float" if request.linear is None else request.linear.label
+    if kind not in (W4A16, W4A16_DOUBLE):
+        raise OctavoError(f"mean_bits {request.mean_bits}: is of linears in int4 ({W4A16}, {W4A16_DOUBLE}), not {kind}")
+    if request.format not in (OWN_FORMAT, "gguf") or request.target is not None:
+        reader = request.target or request.format
+        raise OctavoError(
+            f"mean_bits {request.mean_bits}: {reader} does not read linears of 4 and of 8 bits; leave it out"
+        )
+
+
 def _check_linear(request: ConvertRequest) -> None:
     linear, has_float_inputs = request.linear, request.embeddings == "int8"
     if has_float_inputs and request.float_head is not None:
         given = f"float_head={request.float_head}"
         raise OctavoError(f"embeddings int8 and {given} exclude each other: both say what lm_head is")
+    if request.mean_bits is not None:
+        _check_mean_bits(request)
     if linear is None:
         for name, unless_given in FOR_LINEARS.items():
             is_given = getattr(request, name) not in (None, unless_given)

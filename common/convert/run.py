@@ -19,6 +19,7 @@ from .measure.outliers import worst_outliers
 from .output.bundle import bundle
 from .output.config import output_config
 from .output.shards import PlannedFiles, digest_of
+from .output.sizes import bits_per_weight
 from .output.stage import Stage
 from .output.writer import write_json
 from .pipeline import Conversion
@@ -29,6 +30,7 @@ from .source.tokenizer import carry_tokenizer
 from .spelling import named
 from .targets import notes
 from .units import grouped, units_of
+from .widening import layer_weights, widened
 
 GIGABYTE = 10**9
 BLAMED = 5
@@ -49,6 +51,7 @@ class Made:
         costs: of linears and attentions, if measured.
         unreached: experts that no calibration token chose, where that matters.
         nbytes: of the output.
+        bits_per_weight: of the linears of layers that are in codes, scales and zero points counted; None of none.
         statistics: of calibration.
     """
 
@@ -59,30 +62,32 @@ class Made:
     costs: tuple[Cost, ...]
     unreached: tuple[str, ...]
     nbytes: int
+    bits_per_weight: float | None
     statistics: Statistics
 
 
-def _survey(job: Job) -> tuple[list[str], list[Cost]]:
-    """What is chosen to stay in float, and what each linear and attention costs, if measured."""
+def _survey(job: Job) -> tuple[list[str], list[str], list[Cost]]:
+    """What is chosen to stay in float, or to be in int8, and what each linear and attention costs, if measured."""
     request = job.request
     units = units_of(job.source)
     floats = worst_outliers(job.source, grouped(job.linears, units), job.samples, request.float_outliers)
-    if not request.float_costliest:
-        return floats, []
+    if not (request.float_costliest or request.mean_bits):
+        return floats, [], []
     trial = job.conversion(job.plan(floats), job.codebooks, measures=True)
     for index in tqdm(range(len(job.source)), desc="measuring", unit="layer"):
         trial.layer(index)
     costs = [cost for cost in trial.state.costs if cost.name not in job.coded]
     worst = costliest_units(costs, units)[: request.float_costliest]
-    return [*floats, *itertools.chain(*worst)], trial.state.costs
+    floats += itertools.chain(*worst)
+    return floats, widened(job, floats, costs), trial.state.costs
 
 
 def _begin(job: Job, stage: Stage) -> None:
     """Decide what stays in float, and keep that with a stage in which nothing is finished."""
     if job.request.resume:
         say(f"{stage.damage or f'nothing to resume in {stage.path}'}: starting with the first layer")
-    floats, costs = _survey(job)
-    stage.notes = {"floats": floats, "surveyed": _plain(costs)}
+    floats, wide, costs = _survey(job)
+    stage.notes = {"floats": floats, "wide": wide, "surveyed": _plain(costs)}
     if costs:
         say(cost_table(costs, floats, units_of(job.source)))
 
@@ -196,7 +201,7 @@ def run(job: Job, stage: Stage) -> Made:
     if not stage.step:
         _begin(job, stage)
     floats, surveyed = stage.notes["floats"], _costs(stage.notes["surveyed"])
-    plan = job.plan(floats)
+    plan = job.plan(floats, stage.notes["wide"])
     if request.format == OWN_FORMAT:  # what else is written is not for the engines that are warned of
         for note in notes(request.target, plan, job.source):
             say(f"note: {note}")
@@ -215,5 +220,6 @@ def run(job: Job, stage: Stage) -> Made:
     _check_kl(request.max_kl, fidelity, conversion.state.costs)
     _write_rest(stage.path, job, plan, description)
     nbytes = sum(file.stat().st_size for file in stage.path.iterdir() if file.is_file())
+    bits = bits_per_weight(planned, layer_weights(job, plan))
     costs, unreached = tuple(conversion.state.costs or surveyed), tuple(conversion.state.unreached)
-    return Made(plan, tuple(floats), fidelity, otherwise, costs, unreached, nbytes, conversion.found())
+    return Made(plan, tuple(floats), fidelity, otherwise, costs, unreached, nbytes, bits, conversion.found())

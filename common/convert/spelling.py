@@ -29,6 +29,7 @@ FLAG_OF = {
     "embeddings": "--embeddings",
     "float_outliers": "--disable_level",
     "float_costliest": "--fa_amp",
+    "mean_bits": "--w_bits_mean",
     "max_kl": "--max_kl",
     "calibration": "--calib_file",
     "no calibration": "no --calib_file and no --calib_texts",

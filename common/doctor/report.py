@@ -222,14 +222,18 @@ def add_flags(parser: OneLineParser) -> None:
     parser.add_argument("--json", action="store_true", help="print data instead of a table")
 
 
+def report_of(flags: argparse.Namespace) -> dict[str, Any]:
+    """What `diagnose` says of the checkpoint that the flags name."""
+    return diagnose(flags.model_path, load_statistics(flags.statistics) if flags.statistics else None)
+
+
 def run(flags: argparse.Namespace) -> None:
     """Print what the doctor has to say of a checkpoint.
 
     Raises:
         OctavoError: see `diagnose`.
     """
-    statistics = load_statistics(flags.statistics) if flags.statistics else None
-    report = diagnose(flags.model_path, statistics)
+    report = report_of(flags)
     print(json.dumps(report, indent=2) if flags.json else render(report))
 
 

@@ -22,8 +22,9 @@ from ..errors import OctavoError
 from .cache.views import FOLD
 from .decoder import Decoder, attention_modules, decoder_layers, linear_of, stated_decoder
 from .foldable_linear import FoldableLinear, changes_of
+from .key_center import pair_products
 from .quantized_linear import QuantizedLinear
-from .rotary import is_rotated, partial_rotary_factor
+from .rotary import is_rotated, partial_rotary_factor, turned
 from .schemes.kv_scheme import Scheme
 from .sharding.ranks import Ranks
 
@@ -175,10 +176,28 @@ class BiasFold:
             .view(-1, self._width)
             .repeat_interleave(query.shape[1] * self._width // len(self._bias), 0)
         )
-        (q1, q2), (b1, b2) = query.float().chunk(2, dim=-1), bias[:, None].chunk(2, dim=-1)
-        both = torch.cat((q1 * b1 + q2 * b2, q2 * b1 - q1 * b2), dim=-1)
+        both = pair_products(query.float(), bias[:, None])
         newest = tokens if length is None else length
         return PositionScores(both[..., columns], rows, position_ids[:, -1] - (newest - 1))
+
+    def key_bias_by_slot(
+        self, position_ids: torch.Tensor | None, tokens: int, device: torch.device
+    ) -> torch.Tensor | None:
+        """The folded bias of k, turned as it is at the position of slot 0: float32 `[B or 1, G, D]`; None without one.
+
+        Raises:
+            OctavoError: as `terms`.
+        """
+        if self._key is None or not len(self._chosen_columns()):
+            return None
+        if position_ids is None:
+            raise OctavoError("attention is given no position_ids, which folded biases need; use fold_bias=False")
+        table = self._table.rows(self._table.length_for(position_ids, tokens), device)
+        start = position_ids[:, -1] - (tokens - 1)
+        rows = table[start.abs()]
+        half = rows.shape[-1] // 2
+        rows = torch.cat((rows[:, :half], rows[:, half:] * start.sign()[:, None]), dim=-1)
+        return turned(self._left_out("key", self._key).view(-1, self._width), rows[:, None])
 
     def key_terms(
         self, position_ids: torch.Tensor, tokens: int

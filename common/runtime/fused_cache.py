@@ -21,11 +21,7 @@ def _serves_store(store: Any) -> bool:
     """Whether the kernel encodes into a store."""
     if type(store) is not CodeStore:
         return False
-    codec = store.codec
-    if codec is None:
-        return True
-    is_plain = codec.rule == "range" and codec.levels == "uniform" and codec.bits in (8, 4) and not codec.outliers
-    return is_plain and codec.token_group == 1 and not codec.before_rope
+    return store.codec is None or store.codec.is_one_op
 
 
 def serves_layer(layer: QuantizedLayer) -> bool:
@@ -34,6 +30,7 @@ def serves_layer(layer: QuantizedLayer) -> bool:
     if (
         scheme.prefill == "float"
         or scheme.smooth_key
+        or scheme.has_bases
         or not all(map(_serves_store, (layer.key_store, layer.value_store)))
     ):
         return False

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from .double_linear import W4A16DoubleLinear
 from .fp8_linear import FP8BlockLinear, FP8DynamicLinear, FP8Linear
 from .ordered_linear import W4A16OrderedLinear, W8A16OrderedLinear
 from .quantized_embedding import QuantizedEmbedding
@@ -15,8 +16,8 @@ from .weight_only_linear import W4A16Linear, W8A16Linear
 QUANTIZED_LINEARS: dict[str, type[QuantizedLinear]] = {
     part.LABEL: part
     for part in (
-        W8A8Linear, W8A8DynamicLinear, W8A16Linear, W4A16Linear, FP8Linear, FP8DynamicLinear, MixedLinear,
-        W8A16OrderedLinear, W4A16OrderedLinear, FP8BlockLinear, QuantizedEmbedding,
+        W8A8Linear, W8A8DynamicLinear, W8A16Linear, W4A16Linear, W4A16DoubleLinear, FP8Linear, FP8DynamicLinear,
+        MixedLinear, W8A16OrderedLinear, W4A16OrderedLinear, FP8BlockLinear, QuantizedEmbedding,
     )
 }  # fmt: skip
 """The class of a linear layer, or embedding, by its label in a description."""

@@ -12,6 +12,12 @@ _FLOAT32_MAX = torch.finfo(torch.float32).max
 _FLOAT32_INF = 0x7F800000
 _NAN_OF_E4M3 = 0x7F
 _AT_A_TIME = 2**20
+NORMAL_HALF = torch.finfo(torch.float16).smallest_normal
+
+
+def half_scale(scale: torch.Tensor) -> torch.Tensor:
+    """float32 scales of groups as numbers of float16, in which kernels hold them; very small ones as they are."""
+    return torch.where(scale >= NORMAL_HALF, scale.to(torch.float16).float(), scale)
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

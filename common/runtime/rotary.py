@@ -7,6 +7,9 @@ import torch
 from torch.nn import functional
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+SMALLEST_SLOTS = 2048
+"""Of a table of angles."""
+
 
 @lru_cache(maxsize=16)
 def _hadamard(width: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
@@ -18,6 +21,11 @@ def _hadamard(width: int, device: torch.device, dtype: torch.dtype) -> torch.Ten
         return torch.block_diag(*[matrix / block**0.5] * (width // block))
 
 
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """A tensor in float32, or in float64 if it is."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def hadamard(x: torch.Tensor) -> torch.Tensor:
     """`[..., D]` times the orthonormal Hadamard matrix of D, which is its own inverse.
 
@@ -25,8 +33,8 @@ def hadamard(x: torch.Tensor) -> torch.Tensor:
     """
     if x.dtype == torch.float32:
         return functional.linear(x, _hadamard(x.shape[-1], x.device, x.dtype))  # the matrix is symmetric
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return (x.to(dtype) @ _hadamard(x.shape[-1], x.device, dtype)).to(x.dtype)
+    wide = at_least_float32(x)
+    return (wide @ _hadamard(x.shape[-1], x.device, wide.dtype)).to(x.dtype)
 
 
 def is_rotated(config: Any, index: int) -> bool:
@@ -98,6 +106,79 @@ def rope_constants(config: Any, head_dim: int, index: int = 0) -> tuple[torch.Te
     return base ** -(torch.arange(0, turned, 2, dtype=torch.float32) / turned), 1.0
 
 
+class Basis:
+    """The basis of each KV head in which K or V is stored, and what undoes it.
+
+    Args:
+        matrix: float32 `[G, D, D]`: x becomes x M.
+    """
+
+    def __init__(self, matrix: torch.Tensor) -> None:
+        with torch.inference_mode(False), torch.no_grad():  # they outlive this pass
+            self._matrix = matrix.float()
+            self._inverse = torch.linalg.inv(matrix.double()).float()
+
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        """`[B, G, S, D]` in the basis, in the dtype of x."""
+        self._matrix = self._matrix.to(x.device)
+        return (at_least_float32(x) @ self._matrix.to(at_least_float32(x).dtype)).to(x.dtype)
+
+    def inverse(self, device: torch.device) -> torch.Tensor:
+        """`[G, D, D]`."""
+        self._inverse = self._inverse.to(device)
+        return self._inverse
+
+
+def by_kv_head(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """`[B, H, Q, D]` times the matrix `[G, D, D]` of the KV head of each head, in the dtype of x."""
+    heads = at_least_float32(x).unflatten(1, (matrix.shape[0], -1))
+    return (heads @ matrix[:, None].to(heads.dtype)).flatten(1, 2).to(x.dtype)
+
+
+class SlotTable:
+    """cos and sin of the angles of all slots up to one, float32, which grows as it is asked to.
+
+    Args:
+        frequencies: angles per slot of the rotary pairs, R / 2 of them.
+    """
+
+    def __init__(self, frequencies: tuple[float, ...]) -> None:
+        self._frequencies = torch.tensor(frequencies, dtype=torch.float32)
+        self._rows: dict[torch.device, torch.Tensor] = {}
+
+    def rows(self, length: int, device: torch.device) -> torch.Tensor:
+        """`[P, R]` with P at least `length`: cos of the R / 2 pairs and then their sin."""
+        rows = self._rows.get(device)
+        if rows is None or rows.shape[0] < length:
+            size = max(SMALLEST_SLOTS, 1 << (length - 1).bit_length())
+            with torch.inference_mode(False):  # it outlives this pass
+                slots = torch.arange(size, device=device, dtype=torch.float32)
+                angles = slots[:, None] * self._frequencies.to(device)
+                rows = self._rows[device] = torch.cat((angles.cos(), angles.sin()), dim=-1)
+        return rows
+
+
+@lru_cache(maxsize=16)
+def slot_table(frequencies: tuple[float, ...]) -> SlotTable:
+    """The table of some frequencies, one for all layers and caches that have these."""
+    return SlotTable(frequencies)
+
+
+def turned(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """`[..., D]` with its first R channels, as rotary pairs, turned by angles.
+
+    Args:
+        rows: cos of the R / 2 angles and then their sin, `[..., R]`; broadcast against `x`.
+    """
+    cos, sin = rows.chunk(2, dim=-1)
+    count = rows.shape[-1]
+    first, second = x[..., :count].chunk(2, dim=-1)
+    found = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    if count == x.shape[-1]:
+        return found
+    return torch.cat((found, x[..., count:].expand(*found.shape[:-1], -1)), dim=-1)
+
+
 def rotated_by_slot(x: torch.Tensor, frequencies: torch.Tensor, start: int, backwards: bool = False) -> torch.Tensor:
     """`[B, G, S, D]` float32 rotated by RoPE as if its tokens stood at the positions from `start` on, or back.
 
@@ -106,8 +187,4 @@ def rotated_by_slot(x: torch.Tensor, frequencies: torch.Tensor, start: int, back
     """
     slots = torch.arange(start, start + x.shape[2], device=x.device, dtype=torch.float32)
     angles = slots[:, None] * frequencies
-    cos, sin = angles.cos(), -angles.sin() if backwards else angles.sin()
-    turned = 2 * len(frequencies)
-    first, second = x[..., :turned].chunk(2, dim=-1)
-    parts = (first * cos - second * sin, second * cos + first * sin)
-    return torch.cat(parts if turned == x.shape[-1] else (*parts, x[..., turned:]), dim=-1)
+    return turned(x, torch.cat((angles.cos(), -angles.sin() if backwards else angles.sin()), dim=-1))

@@ -9,6 +9,8 @@ Tensors, for decoder layer `i` (H query heads, G KV heads, D head_dim), all floa
     layers.{i}.k.folded.radius, layers.{i}.v.folded.{low,high}: the same without the bias of the projection, if any
     layers.{i}.k.before.{low,high}  [G, D]       ends of the codebook of each channel before RoPE (`codebooks.py`)
     layers.{i}.{k,v}.levels.{bits}  [2**bits]    codebooks (`codebooks.py`)
+    layers.{i}.k.mean, layers.{i}.k.folded.mean  [G, D]  mean before RoPE, with and without the bias (`bases.py`)
+    layers.{i}.k.balanced, layers.{i}.{k,v}.oscar  [G, D, D]  bases: x becomes x M (`bases.py`)
     linears.{name}.{low,high,mean_abs,mean_square}  [K]  of each input channel of a linear layer
 
 Files of earlier versions hold `layers.{i}.{q,k}.max`, too, which nothing is derived from.
@@ -22,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ...ops.shared.codes import SMALLEST_SCALE, code_range
+from ...ops.shared.codes import INT8_MAX, SMALLEST_SCALE
 from ..errors import OctavoError, first_line
 from .schemes.kv_scheme import Scheme
 from .schemes.tensor_codec import Codec
@@ -41,6 +43,8 @@ class LayerScales:
         query: `[H or 1, 1, 1]` float32, or None.
         key_levels, value_levels: codebooks, float32 `[2**bits]`, where the levels are calibrated.
         folded: whether key and value are for states without the biases of their projections.
+        key_mean: float32 `[G, 1, D]`, of K before RoPE, where it is stored less that.
+        key_basis, value_basis: float32 `[G, D, D]`, of which x M is stored.
     """
 
     key: tuple[torch.Tensor, torch.Tensor | None] | None = None
@@ -49,6 +53,9 @@ class LayerScales:
     key_levels: torch.Tensor | None = None
     value_levels: torch.Tensor | None = None
     folded: bool = False
+    key_mean: torch.Tensor | None = None
+    key_basis: torch.Tensor | None = None
+    value_basis: torch.Tensor | None = None
 
 
 Scales = list[LayerScales]
@@ -143,9 +150,9 @@ def of_channels(radius: torch.Tensor, head_dim: int) -> torch.Tensor:
     return torch.cat((radius[..., :pairs], radius[..., :pairs], radius[..., pairs:]), dim=-1)
 
 
-def symmetric_scale(largest: torch.Tensor, dtype: torch.dtype = torch.int8) -> torch.Tensor:
-    """The scale at which values up to `largest` fill the range of a code, stored as `dtype`, without clipping."""
-    return (largest.float() / code_range(dtype)[1]).clamp_min(SMALLEST_SCALE)
+def symmetric_scale(largest: torch.Tensor, most: float = INT8_MAX) -> torch.Tensor:
+    """The scale at which `largest` becomes `most` units of codes."""
+    return (largest.float() / most).clamp_min(SMALLEST_SCALE)
 
 
 def _shared(codec: Codec, bound: torch.Tensor, largest: bool = True) -> torch.Tensor:
@@ -167,7 +174,7 @@ def static_scale(
     if codec is None or codec.dynamic or codec.fixed_scale:
         return None
     if codec.symmetric:
-        return symmetric_scale(_shared(codec, torch.maximum(-low, high)), codec.stored_dtype), None
+        return symmetric_scale(_shared(codec, torch.maximum(-low, high)), codec.most), None
     least, most = _shared(codec, low, largest=False), _shared(codec, high)
     first, last = codec.ends
     scale = ((most - least) / (last - first)).clamp_min(SMALLEST_SCALE)
@@ -228,8 +235,28 @@ def scales_of_layer(scheme: Scheme, statistics: Statistics, index: int) -> Layer
     value = static_scale(part.value, *value_range)
     is_folded = folded and part.is_static
     return LayerScales(
-        static_scale(part.key, *key_range), value, query[0] if query else None, key_levels, value_levels, is_folded
+        static_scale(part.key, *key_range), value, query[0] if query else None, key_levels, value_levels, is_folded,
+        *_bases(part, statistics, name, folded),
+    )  # fmt: skip
+
+
+def _bases(
+    part: Scheme, statistics: Statistics, name: str, folded: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """The mean of K of a layer, and the bases of K and V, where its scheme has them."""
+    found = statistics.tensors
+    mean = f"{name}.k.folded.mean" if folded and f"{name}.k.folded.mean" in found else f"{name}.k.mean"
+    names = (
+        mean if part.center_key else None,
+        f"{name}.k.{part.key_basis}" if part.key_basis else None,
+        f"{name}.v.{part.value_basis}" if part.value_basis else None,
     )
+    if any(wanted is not None and wanted not in found for wanted in names):
+        raise OctavoError(
+            f"these statistics hold no bases; convert again with scheme {part.name} and --save_statistics to make them"
+        )
+    key_mean, key_basis, value_basis = (None if wanted is None else found[wanted] for wanted in names)
+    return None if key_mean is None else key_mean[:, None], key_basis, value_basis
 
 
 def scales_of(scheme: Scheme, statistics: Statistics) -> Scales:

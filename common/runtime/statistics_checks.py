@@ -13,12 +13,21 @@ from .rotary import rope_constants
 _NAME = re.compile(
     r"layers\.(?P<layer>[0-9]{1,6})\.(?:"
     r"(?P<part>q|k)\.(?P<bound>max|radius)|(?P<folded>k\.folded)\.radius|"
-    r"v\.(?:folded\.)?(?:low|high)|(?P<before>k\.before)\.(?:low|high)|[kv]\.levels\.(?P<bits>[1-4])"
+    r"v\.(?:folded\.)?(?:low|high)|(?P<before>k\.before)\.(?:low|high)|[kv]\.levels\.(?P<bits>[1-4])|"
+    r"k\.(?:folded\.)?(?P<mean>mean)|k\.(?P<basis>balanced|oscar)|v\.(?P<value_basis>oscar)"
     r")|linears\..+\.(?P<input>low|high|mean_abs|mean_square)"
 )
 _NEEDED = ("q.radius", "k.radius", "v.low", "v.high")
 _NOT_NEGATIVE = ("max", "radius", "mean_abs", "mean_square")
+MOST_CONDITION = 1e5
+"""Of a basis: the largest of its singular values by the smallest."""
 _WAY_OUT = "write the statistics again with --save_statistics"
+
+
+def is_basis(tensor: torch.Tensor) -> bool:
+    """Whether matrices `[G, D, D]` can be undone in float32."""
+    square = tensor.dim() == 3 and tensor.shape[1] == tensor.shape[2]
+    return square and bool((torch.linalg.cond(tensor.double()) < MOST_CONDITION).all())
 
 
 def layer_count(metadata: Mapping[str, str]) -> int:
@@ -43,7 +52,7 @@ def check_statistics(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str,
         found = _NAME.fullmatch(name)
         if found is None or (found["layer"] is not None and not int(found["layer"]) < layers):
             raise OctavoError(f"calibration statistics of {layers} layers: {name} is none of them; {_WAY_OUT}")
-        dims = 1 if found["input"] or found["bits"] else 2
+        dims = 1 if found["input"] or found["bits"] else 3 if found["basis"] or found["value_basis"] else 2
         if tensor.dtype != torch.float32 or tensor.dim() != dims or 0 in tensor.shape:
             shape = list(tensor.shape)
             raise OctavoError(f"calibration statistics: {name} is {tensor.dtype} of shape {shape}; {_WAY_OUT}")
@@ -54,6 +63,8 @@ def check_statistics(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str,
             raise OctavoError(f"calibration statistics: {name} holds no codebook that ascends; {_WAY_OUT}")
         if last == "low":
             _check_range(name, tensors)
+        if dims == 3 and not is_basis(tensor):
+            raise OctavoError(f"calibration statistics: {name} holds no bases that can be undone; {_WAY_OUT}")
     for index in range(layers):
         for part in _NEEDED:
             if f"layers.{index}.{part}" not in tensors:
@@ -93,6 +104,7 @@ def check_statistics_of(tensors: Mapping[str, torch.Tensor], metadata: Mapping[s
         wanted = (
             heads if found["part"] == "q" else groups,
             head_dim - len(rope_constants(config, head_dim, int(found["layer"]))[0]) if is_pair else head_dim,
+            *([head_dim] if found["basis"] or found["value_basis"] else []),
         )
         if tuple(tensor.shape) != wanted:
             shape = list(tensor.shape)

@@ -61,6 +61,10 @@ class WeightOnlyLinear(QuantizedLinear):
         super()._forget()
         self._has_zero = None if "weight_offset" in self.PARTS else False
 
+    def _scale(self) -> torch.Tensor:
+        """`weight_scale` as kernels take it."""
+        return self.weight_scale
+
     def _zero(self) -> torch.Tensor | None:
         """`weight_offset`, or None if it is 0 throughout, which is found out once, and not where that would break."""
         if self._has_zero is False:
@@ -88,7 +92,7 @@ class WeightOnlyLinear(QuantizedLinear):
     def _to_pack(self) -> tuple[int, torch.Tensor, torch.Tensor | None] | None:
         if self.cpu_activations != "int8" or (self._groups > 1 and self.in_features // self._groups % WEIGHT_BLOCK):
             return None
-        return 4 if self.CODES[0] == -8 else 8, self.weight_scale, self._zero()
+        return 4 if self.CODES[0] == -8 else 8, self._scale(), self._zero()
 
     def packed(self) -> PackedLinear | None:
         """See `PackedWeight`; None where inputs stay in float."""
@@ -100,12 +104,12 @@ class WeightOnlyLinear(QuantizedLinear):
         codes, zero = from_codes(self.weight, WEIGHT_BLOCK, torch.float32), self._zero()
         if zero is not None:
             codes -= expand_scale(zero, *shape)
-        return codes * expand_scale(self.weight_scale, *shape)
+        return codes * expand_scale(self._scale(), *shape)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., K] -> [..., N]`."""
         if self.cpu_activations != "int8" or x.device.type != "cpu":
-            parts = self.weight, self.weight_scale, self._zero(), self._added_bias()
+            parts = self.weight, self._scale(), self._zero(), self._added_bias()
             return eagerly(linear_weight_only, x, *parts)
         bias, group = self._added_bias(), self.in_features // self._groups
         if not self.adds_remainder:
@@ -117,7 +121,7 @@ class WeightOnlyLinear(QuantizedLinear):
     def _product_of_codes(self, x: torch.Tensor, bias: torch.Tensor | None, group: int) -> torch.Tensor:
         panels = self.pack()
         if panels is None:
-            return linear_grouped(x, self.weight, self.weight_scale, self._zero(), bias, group)
+            return linear_grouped(x, self.weight, self._scale(), self._zero(), bias, group)
         return run_packed(x, panels, bias, group)
 
     def extra_repr(self) -> str:

@@ -33,7 +33,7 @@ def main() -> None:
         do_sample=False,
     )
     print(tokenizer.decode(output[0], skip_special_tokens=True))
-    print(f"scheme {model.scheme.name}, KV cache {cache.nbytes():,} bytes")
+    print(f"scheme {model.scheme.name}, KV cache {cache.used_nbytes():,} bytes")
 
 
 if __name__ == "__main__":

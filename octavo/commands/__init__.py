@@ -22,7 +22,7 @@ COMMANDS = {
     "compare": "measure many schemes and presets, and lay them out on a page",
     "search": "choose bits for each layer, K and V apart, under a budget",
     "serve": "answer OpenAI's clients, a converted model or any with --scheme",
-    "doctor": "say from weights alone which schemes a model bears, recommend one",
+    "doctor": "say by weights which schemes a model bears, or measure and choose",
     "rewrite": "write a converted directory in the format of an engine",
     "refresh": "put today's code into a directory that an older version converted",
 }

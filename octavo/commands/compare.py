@@ -13,7 +13,7 @@ from ..common.convert.presets import RECIPES
 from ..common.convert.source.checkpoint import check_device
 from ..common.errors import OctavoError
 from ..common.runtime.schemes.kv_scheme import Scheme
-from ..comparing.advice import Advice, advise
+from ..comparing.advice import MAX_KL, Advice, advise
 from ..comparing.candidates import (
     ALL,
     STEP,
@@ -33,11 +33,10 @@ from ..comparing.options import Step, steps_of
 from ..comparing.page import page
 from ..comparing.rows import Row, row_of
 from ..comparing.table import markdown, table_of
+from ..counting import bits_note
 from ..evaluation.flags import add_measurement_flags, conditions_of, plan_of
 from ..generate import load_stock
 from ..place import Place, find_place
-
-MAX_KL = 0.01
 
 
 def add_flags(parser: OneLineParser) -> None:
@@ -116,6 +115,7 @@ def _lines(
     return [
         *(f"{line}." for line in told),
         *text,
+        f"{bits_note(shared['bits_at'])}.",
         f"The float model is {dtype}. Measured on {machine}, by Octavo {shared['version']}.",
         f"The choice: fewest bytes of weights and a cache of {context:,} tokens, with a KL of {flags.max_kl:g} at most "
         "and recall within float's 95 % interval.",
@@ -170,5 +170,6 @@ def run(flags: argparse.Namespace) -> None:
     shown = [index for index, head in enumerate(table.heads) if head != "what it is"]
     cells = [table.heads, *([cell.text for cell in row] for row in table.rows)]
     print("\n".join(aligned([[row[index] for index in shown] for row in cells], texts=1)))
+    print(bits_note(shared["bits_at"]))
     print(f"\n{advice.sentences}" + (f"\n  {advice.command}" if advice.command else ""))
     print(f"\n{flags.out / 'index.html'}")

@@ -1,5 +1,111 @@
-"""`octavo doctor MODEL`: which layers of a model break which schemes, and why."""
+"""`octavo doctor MODEL`: which layers break which schemes, and why; with `--measure` also what schemes lose."""
 
-from ..common.doctor.report import add_flags, run
+import argparse
+import json
+import textwrap
+from pathlib import Path
+from typing import Any
 
-__all__ = ["add_flags", "run"]
+from ..common.command import DEVICES, OneLineParser, gives
+from ..common.convert.flag_values import count, limit, positive
+from ..common.convert.source.checkpoint import check_device
+from ..common.doctor.report import add_flags as add_weights_flags
+from ..common.doctor.report import report_of
+from ..common.doctor.text import render
+from ..common.errors import OctavoError
+from ..comparing.advice import MAX_KL
+from ..comparing.candidates import ALL
+from ..counting import bits_note
+from ..evaluation.evaluating import Plan
+from ..evaluation.flags import conditions_of, plan_of
+from ..generate import load_stock
+from ..place import find_place
+from ..recommending.measuring import OWN, Limits, Measured, Measurement
+from ..recommending.report import advice, notes, table
+
+CONTEXT = 8192
+WIDTH = 120
+"""Of the lines below the table."""
+OF_RECALL = ("lengths", "trials")
+OF_MEASURING = ("kl", "schemes", "context", "eval_file", "windows", "length", "recall", *OF_RECALL, "device_type")
+
+
+def add_flags(parser: OneLineParser) -> None:
+    """Let a parser take what the doctor is asked."""
+    add_weights_flags(parser)
+    add = parser.add_argument
+    about = "also read a text with the model, and recommend the scheme of the fewest bits that keeps --kl"
+    add("--measure", action="store_true", help=about)
+    about = f"most KL to the float model, in nats (default {MAX_KL})"
+    add("--kl", type=limit, default=MAX_KL, metavar="NATS", help=about)
+    about = (
+        f"to measure, all of those named, or {ALL} (default {' '.join(OWN)}: the fewest bits first, until one passes)"
+    )
+    add("--schemes", nargs="+", metavar="NAME", help=about)
+    about = f"tokens of the sequences in which bits are counted (default {CONTEXT})"
+    add("--context", type=positive, default=CONTEXT, metavar="N", help=about)
+    add("--eval_file", type=Path, metavar="FILE", help="text to read (default: one that comes with Octavo)")
+    add("--windows", type=positive, default=1, metavar="N", help="windows of the text (default 1)")
+    add("--length", type=positive, default=512, metavar="N", help="tokens of a window (default 512)")
+    about = (
+        "also let values be found by their keys, and take no scheme that finds fewer than float by more points of 100"
+    )
+    add("--recall", type=limit, metavar="POINTS", help=about)
+    about = "tokens of the prompts of --recall (default 1024)"
+    add("--lengths", type=count, default=1024, metavar="N", help=about)
+    add("--trials", type=count, default=20, metavar="N", help="questions of --recall (default 20)")
+    add("--device_type", choices=DEVICES, default="cpu", help="where to measure (default cpu)")
+
+
+def _plan(flags: argparse.Namespace) -> Plan:
+    """What is measured.
+
+    Raises:
+        OctavoError: flags that say nothing here, or a text that cannot be read.
+    """
+    for name in OF_MEASURING:
+        if not flags.measure and gives(flags.words, f"--{name}"):
+            raise OctavoError(f"--{name}: is of --measure; give that too, or leave it out")
+        if flags.recall is None and name in OF_RECALL and gives(flags.words, f"--{name}"):
+            raise OctavoError(f"--{name}: is of --recall POINTS; give that too, or leave it out")
+    tasks = [] if flags.recall is None else ["key-value"]
+    usual = {"last": 0, "written": 0, "prompts": 1, "sampled": False, "tasks": tasks, "lengths": [flags.lengths]}
+    return plan_of(argparse.Namespace(**{**vars(flags), **usual}))
+
+
+def _measured(flags: argparse.Namespace, plan: Plan) -> list[Measured]:
+    check_device(flags.device_type)
+    reference = load_stock(find_place(flags.model_path).directory, "float", None, flags.device_type)
+    measurement = Measurement(reference, plan, Limits(flags.kl, flags.recall), flags.context)
+    return measurement.run(flags.schemes, flags.statistics)
+
+
+def _data(flags: argparse.Namespace, plan: Plan, found: list[Measured], said: str) -> dict[str, Any]:
+    conditions = {name: value for name, value in vars(flags).items() if name in OF_MEASURING}
+    conditions["eval_file"] = None if flags.eval_file is None else str(flags.eval_file)
+    return {"conditions": conditions, "results": [each.as_json() for each in found], "advice": said}
+
+
+def run(flags: argparse.Namespace) -> None:
+    """Print what the doctor has to say of a checkpoint.
+
+    Raises:
+        OctavoError: see `diagnose`; or something cannot be measured.
+    """
+    plan = _plan(flags)
+    report = report_of(flags)
+    if not flags.json:
+        print(render(report), flush=True)  # which takes no time, and stands whatever comes
+    if not flags.measure:
+        if flags.json:
+            print(json.dumps(report, indent=2))
+        return
+    found = _measured(flags, plan)
+    said = advice(found, Limits(flags.kl, flags.recall), flags.model_path)
+    if flags.json:
+        print(json.dumps({**report, "measured": _data(flags, plan, found, said)}, indent=2))
+        return
+    print("\n".join(["", *table(found, plan.lengths), ""]))
+    for note in (bits_note(flags.context), *conditions_of(plan, flags.eval_file is None), *notes(found)):
+        print(textwrap.fill(note, WIDTH, subsequent_indent="  "))
+    print(f"\n{said}")

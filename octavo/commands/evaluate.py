@@ -3,19 +3,23 @@
 import argparse
 import dataclasses
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from ..adapters import find_adapter, put_adapter
 from ..common.command import OneLineParser
 from ..common.convert.output.bundle import put_file
 from ..common.convert.source.checkpoint import check_device
 from ..common.errors import OctavoError
+from ..counting import bits_note
 from ..evaluation.evaluating import FLOAT, Plan, Result, evaluate
 from ..evaluation.flags import add_measurement_flags, conditions_of, plan_of
 from ..evaluation.harness import run_tasks, split_tasks, tasks_json, tasks_table
-from ..evaluation.report import cost_table, quality_table, writing_table
+from ..evaluation.report import cost_table, found_line, quality_table, writing_table
 from ..generate import Speaker, check_statistics_used, load_stock, with_scheme
 from ..place import converted_speaker, find_place
 
@@ -80,8 +84,8 @@ def _save(results: dict[str, Result], plan: Plan, tasks: list[dict[str, Any]], f
         raise OctavoError(f"--json {file}: cannot be written ({error.strerror})") from None
 
 
-def _notes(results: dict[str, Result], scores: Mapping[str, Any]) -> list[str]:
-    lines = ["bits: of the scheme, without what a cache keeps to be cropped, which octavo plan and cache bytes count"]
+def _notes(results: dict[str, Result], plan: Plan, scores: Mapping[str, Any]) -> list[str]:
+    lines = [bits_note(plan.longest)]
     if any(result.divergence is not None for result in results.values()):
         lines.append("greedy, sampled: median of the tokens that are as float's before one differs; whole: all are")
     if any(result.peak_bytes for result in results.values()):
@@ -89,6 +93,11 @@ def _notes(results: dict[str, Result], scores: Mapping[str, Any]) -> list[str]:
     if scores:
         lines.append("tasks: with 95 % intervals; those of a difference are of pairs, as all see the same questions")
     return lines
+
+
+def _say(line: str) -> None:
+    """What is known before the tables are: above the bars of what goes on."""
+    tqdm.write(line, file=sys.stderr)
 
 
 def run(flags: argparse.Namespace) -> None:
@@ -109,13 +118,13 @@ def run(flags: argparse.Namespace) -> None:
         models = {id(each.model): each.model for each in (reference, *others.values())}  # schemes share one
         for model in models.values():
             put_adapter(model, flags.adapter, adapter)
-    scores = run_tasks({FLOAT: reference, **others}, tasks, flags.limit) if tasks else {}
-    results = evaluate(reference, others, plan)
+    scores = run_tasks({FLOAT: reference, **others}, tasks, flags.limit, _say) if tasks else {}
+    results = evaluate(reference, others, plan, found=lambda *found: _say(found_line(*found)))
     print("\n".join(quality_table(results)))
     tables = [writing_table(results), cost_table(results), tasks_table(scores) if scores else []]
     for table in tables:
         if table:
             print("\n" + "\n".join(table))
-    print("\n" + "\n".join([*conditions_of(plan, flags.eval_file is None), *_notes(results, scores)]))
+    print("\n" + "\n".join([*conditions_of(plan, flags.eval_file is None), *_notes(results, plan, scores)]))
     if flags.json is not None:
         _save(results, plan, tasks_json(scores) if scores else [], flags.json)

@@ -13,7 +13,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from ..common.command import OneLineParser, aligned
 from ..common.convert.dialects.directory import OctavoDirectory
 from ..common.convert.dialects.form import Form
-from ..common.convert.dialects.rewriting import refusals
+from ..common.convert.dialects.rewriting import fitting_caches, refusals
 from ..common.convert.output.shards import SAFETENSORS_DTYPES
 from ..common.convert.source.checkpoint import listed_files
 from ..common.convert.source.config import chosen_architecture, load_source_config
@@ -84,13 +84,15 @@ def _fetched(model_path: str) -> str:
 
 def _converted(place: Place) -> dict[str, Any]:
     """Of a directory that Octavo's own classes load."""
-    form = OctavoDirectory(place.directory).form
+    directory = OctavoDirectory(place.directory)
+    form = directory.form
     recipe = place.settings.get(CONFIG_KEY)
     if recipe is None:
         writer = "an Ascend tool, as its description says"
     else:
         writer = f"Octavo {recipe.get('version', 'of a version that gave no number')}"
     refused = refusals(form)
+    bits, bits_of_ends = directory.bits_per_weight()
     return {
         "is": "converted",
         "written_by": writer,
@@ -99,11 +101,14 @@ def _converted(place: Place) -> dict[str, Any]:
         "shape": _shape(form.config),
         "float_dtype": str(SAFETENSORS_DTYPES[form.dtype]).removeprefix("torch."),
         "linears": _linears(form),
+        "bits_per_weight": bits,
+        "bits_per_weight_of_ends": bits_of_ends,
         "embedding": "int8" if form.has_coded_embedding else "float",
         **_cache(form.config, form.scheme, SAFETENSORS_DTYPES[form.dtype].itemsize),
         "bytes_on_disk": _bytes_on_disk(place.directory),
         "directory": str(place.directory),
         "formats": [name for name, reason in refused.items() if reason is None],
+        "formats_with_another_cache": fitting_caches(form, [name for name, reason in refused.items() if reason]),
         "refused_formats": {name: reason for name, reason in refused.items() if reason is not None},
     }
 
@@ -177,16 +182,26 @@ def lines_of(facts: dict[str, Any]) -> list[str]:
     if isinstance(linears, dict):
         linears = "; ".join(f"{count} in {kind}" for kind, count in linears.items())
     rows.append(("linears", linears or "float"))
+    counted = [
+        f"{facts[name]:.2f} in {where}"
+        for name, where in (("bits_per_weight", "layers"), ("bits_per_weight_of_ends", "embedding and last linear"))
+        if facts.get(name) is not None
+    ]
+    if counted:
+        rows.append(("bits a weight", "; ".join(counted)))
     if "scheme" in facts:
         rows.append(("embedding", facts["embedding"]))
         rows.append(("KV cache", f"{facts['scheme']}: K {facts['key']}; V {facts['value']}"))
     if served:
         rows.append(("KV cache, per token", _times(facts)))
-    rows.append(("on the disk", f"{facts['bytes_on_disk'] / 1e6:,.1f} MB"))
+    where = "on the disk" if Path(facts["model"]).is_dir() else "in the cache"  # of transformers, of a hub id
+    rows.append((where, f"{facts['bytes_on_disk'] / 1e6:,.1f} MB"))
     if facts.get("missing_files"):
-        rows.append(("not on the disk", f"{_some(facts['missing_files'])}; {_fetched(facts['model'])}"))
+        rows.append((f"not {where}", f"{_some(facts['missing_files'])}; {_fetched(facts['model'])}"))
     if "formats" in facts:
         rows.append(("formats it fits", ", ".join(facts["formats"]) or "its own alone"))
+        others = [f"{name} ({flags})" for name, flags in facts["formats_with_another_cache"].items()]
+        rows += [("with another cache", "; ".join(others))] if others else []
         ways = [f'octavo run {quoted} "The capital of France is"']
         ways += [rewrite_command(facts["model"], facts["directory"], name, f"-{name}") for name in facts["formats"][:1]]
     elif facts["refusal"]:

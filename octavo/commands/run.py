@@ -4,8 +4,9 @@ import argparse
 
 from ..common.command import OneLineParser
 from ..common.errors import OctavoError
-from ..generate import add_sampling_flags, check_sampling, go_on
+from ..generate import go_on
 from ..place import add_model_flags, speaker_of
+from ..sampling import add_sampling_flags, check_sampling
 
 
 def add_flags(parser: OneLineParser) -> None:

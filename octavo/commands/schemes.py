@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import textwrap
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,12 +11,26 @@ import torch
 from ..common.command import aligned
 from ..common.runtime.schemes.kv_scheme import PRESETS, Scheme, load_scheme
 from ..common.runtime.schemes.tensor_codec import Codec
+from ..counting import bits_note
 from ..ops.attention import attention
 from ..ops.shared.registry import served_by
 from ..wording import COMPARED, HEAD_DIM, KV_HEADS, LAYERS, TOKENS, WHEN, codec_short, codec_words, usual_bits
 
 HEADER = ("scheme", "K", "V", "bits", "texts", "kernel", "when to choose it")
-OPTIONS = ("sinks", "window", "rotate_key", "rotate_value", "smooth_key", "prefill", "layers", "float_layers")
+WIDTH = 120
+OPTIONS = (
+    "sinks",
+    "window",
+    "rotate_key",
+    "rotate_value",
+    "smooth_key",
+    "center_key",
+    "key_basis",
+    "value_basis",
+    "prefill",
+    "layers",
+    "float_layers",
+)
 """Fields of a scheme beside its codecs that say what it does."""
 
 
@@ -73,13 +88,13 @@ def _code_bits(scheme: Scheme) -> int:
 def table(device: str, names: Iterable[str] = WHEN) -> list[str]:
     """Schemes, those of the most bits first, in lines; of all others, how to see them."""
     schemes = sorted(map(load_scheme, names), key=lambda scheme: -_code_bits(scheme))
-    shape = f"a model of {LAYERS} layers with {KV_HEADS} KV heads of {HEAD_DIM} channels, at {TOKENS:,} tokens"
+    shape = f" of a model of {LAYERS} layers with {KV_HEADS} KV heads of {HEAD_DIM} channels"
     has_more = len(schemes) < len(WHEN)
     return [
         *aligned([HEADER, *(_row(scheme, device) for scheme in schemes)]),
-        *(["", f"--all lists what is there to be compared with as well: {_families(COMPARED)}."] if has_more else []),
+        *(["", f"--all lists those to be compared with as well: {_families(COMPARED)}."] if has_more else []),
         "",
-        f"bits: of K and V, everything counted, of {shape}.",
+        *textwrap.wrap(f"{bits_note(TOKENS, shape)}.", WIDTH),
         "K, V: the type of a code, and what shares a scale; /N: groups of N tokens (channel) or channels (token).",
         f"texts: scales come from calibration texts. kernel: of attention, on this machine's {device}; decoded: codes",
         "become floats, block by block, before it reads them.",
@@ -99,6 +114,7 @@ def _details(codec: Codec | None) -> str:
     kind = "static" if not codec.dynamic else f"dynamic, scales in {codec.scale_dtype}"
     more = [f"rule {codec.rule}"] if codec.rule != "range" else []
     more += [f"{codec.outliers} outlier(s) per token and head in float16"] if codec.outliers else []
+    more += [f"balanced in tiles of {codec.tile} tokens"] if codec.tile else []
     more += ["as it was before RoPE"] if codec.before_rope else []
     more += [f"scale {codec.fixed_scale:g}"] if codec.fixed_scale else []
     return ", ".join([codec_words(codec), kind, *more])

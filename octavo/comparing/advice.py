@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from .rows import Row
 from .table import MB
 
+MAX_KL = 0.01
+"""What a choice may lose unless it is told: KL to the float model, in nats."""
+
 
 @dataclass(frozen=True)
 class Advice:
@@ -61,8 +64,8 @@ def _praise(best: Row, plain: Row, max_kl: float) -> str:
         f"Choose {best.name}: of all with {' and '.join(bounds)}, its weights and cache take the fewest bytes, "
         f"{_megabytes(best.nbytes, plain.nbytes)}{near}",
         f"That is {weights}, and at {best.context:,} tokens a cache of "
-        f"{_megabytes(best.cache_bytes, plain.cache_bytes)}, which takes {best.bits:.2f} bits an element of K and V "
-        f"instead of {plain.bits:.0f}",
+        f"{_megabytes(best.cache_bytes, plain.cache_bytes)}; an element of K and V takes {best.bits:.2f} bits instead "
+        f"of {plain.bits:.0f} at {best.bits_at:,} tokens",
     ]
     if best.lengths:
         one, other = (row.lengths[row.context].step for row in (best, plain))

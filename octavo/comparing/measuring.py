@@ -36,6 +36,7 @@ def conditions_of_run(plan: Plan, directory: Path, device: str) -> dict[str, Any
         "device": device,
         "threads": torch.get_num_threads(),
         **asdict(replace(plan, text=text)),
+        "bits_at": plan.longest,
     }
     return json.loads(json.dumps(found))
 

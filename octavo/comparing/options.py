@@ -13,7 +13,7 @@ from ..common.runtime.schemes.kv_scheme import KV_CACHE_DTYPES, PRESETS, Scheme,
 CACHE, LINEARS, CODES = "cache", "linears", "codes"
 _FLAGS = {
     CACHE: SCHEME_FLAGS,
-    LINEARS: ("quantization", "w_bit", "a_bit", "is_dynamic", "group_size", "w_sym"),
+    LINEARS: ("quantization", "w_bit", "a_bit", "is_dynamic", "group_size", "w_sym", "scale_bits"),
     "outliers": ("anti_method",),
     "rounding": ("w_method",),
     "embeddings": ("embeddings",),
@@ -31,6 +31,8 @@ _AWAY = {
 _FIELDS: dict[str, dict[str, Any]] = {
     "rotation": {"rotate_key": False, "rotate_value": False},
     "smoothing": {"smooth_key": False},
+    "centering": {"center_key": False},
+    "bases": {"key_basis": "", "value_basis": ""},
     "sinks": {"sinks": 0},
     "window": {"window": 0},
 }

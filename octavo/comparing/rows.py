@@ -30,7 +30,8 @@ class Row:
 
     Attributes:
         name, kind, about, command: as of the candidate.
-        bits: of an element of K and V, everything counted.
+        bits: of an element of K and V, as `counted_bits`.
+        bits_at: in sequences of so many tokens.
         weight_bytes: of the files of the weights.
         kl, top1: as of `Fidelity`.
         perplexity: in parts of the float model's.
@@ -47,6 +48,7 @@ class Row:
     about: str
     command: str
     bits: float
+    bits_at: int
     weight_bytes: int
     kl: float | None
     perplexity: float | None
@@ -85,7 +87,9 @@ def row_of(record: Mapping[str, Any]) -> Row:
     text, writing = record["text"], record["writing"]
     lengths = {int(length): found for length, found in record["lengths"].items()}
     return Row(
-        *(record[name] for name in ("name", "kind", "about", "command", "bits", "weight_bytes")),
+        *(record[name] for name in ("name", "kind", "about", "command", "bits")),
+        bits_at=record["conditions"]["bits_at"],
+        weight_bytes=record["weight_bytes"],
         kl=None if text is None else text["kl"],
         perplexity=None if text is None else text["perplexity"] / text["float_perplexity"],
         top1=None if text is None else text["top1"],

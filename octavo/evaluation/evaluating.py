@@ -1,6 +1,6 @@
 """One evaluation: which measurements are made of which models, and what came out."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 
 from ..common.convert.measure.fidelity import Fidelity, windows
 from ..common.errors import OctavoError
-from ..common.runtime.cache.sizes import kv_bits_per_element
+from ..counting import counted_bits
 from ..generate import Speaker
 from .memory import Peak
 from .reading import Times, longest_of
@@ -16,7 +16,7 @@ from .recall import Score, prompts_of, recall
 from .text import Read, compare_on_text
 from .writing import Divergence, compare_writing
 
-FLOAT = "float"
+FLOAT, TEXT, WRITING = "float", "text", "writing"
 PROMPT = 64
 """Tokens of a prompt behind which models write."""
 
@@ -47,13 +47,19 @@ class Plan:
     prompts: int
     sampled: bool = False
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that is measured, at which bits are counted."""
+        read = (self.length,) * (self.text is not None) + self.lengths * bool(self.tasks)
+        return max(read or (self.length, *self.lengths))
+
 
 @dataclass
 class Result:
     """What was measured of a model.
 
     Attributes:
-        bits: of an element of K and V at the longest length, everything counted.
+        bits: of an element of K and V, as `counted_bits`, in sequences of `Plan.longest` tokens.
         fidelity: to the float model on the text; None of the float model itself, and where there is no text.
         recall: by task and length.
         divergence: of what it writes.
@@ -89,8 +95,21 @@ class Result:
         }
 
 
+Found = Callable[[str, str | tuple[str, int], Result], None]
+"""Takes the name of a model, what was measured of it last (`TEXT`, `WRITING`, or task and length) and all of it."""
+
+
+def _unheard(name: str, part: str | tuple[str, int], result: Result) -> None:
+    """Of what is found nobody wants to know before the end."""
+
+
 def evaluate(
-    reference: Speaker, others: Mapping[str, Speaker], plan: Plan, with_float: bool = True, expected: Read | None = None
+    reference: Speaker,
+    others: Mapping[str, Speaker],
+    plan: Plan,
+    with_float: bool = True,
+    expected: Read | None = None,
+    found: Found = _unheard,
 ) -> dict[str, Result]:
     """Measure models beside the float one.
 
@@ -98,31 +117,30 @@ def evaluate(
         reference: the float model, with a cache that stores floats.
         with_float: whether it is among the results, with its own recall and times.
         expected: how it reads the windows, where that is kept; see `compare_on_text`.
+        found: is told of each measurement once it is made.
 
     Raises:
         OctavoError: the text is too short, or a prompt is to be; something is longer than what the model is made for.
     """
     _check_lengths(reference, plan)
     everyone = {FLOAT: reference, **others} if with_float else dict(others)
-    longest = max((*plan.lengths, plan.length))
     results = {
-        name: Result(kv_bits_per_element(speaker.model.config, speaker.scheme, longest))
+        name: Result(counted_bits(speaker.model.config, speaker.scheme, plan.longest, speaker.model.dtype))
         for name, speaker in everyone.items()
     }
-    if with_float:
-        results[FLOAT].bits = 8.0 * reference.model.dtype.itemsize
     if plan.text is not None and others:
-        _on_text(reference, others, plan, results, expected)
+        _on_text(reference, others, plan, results, expected, found)
     for task in plan.tasks:
         for length in plan.lengths:
             prompts = prompts_of(task, reference.tokenizer, length, plan.trials)
             for name, speaker in everyone.items():
                 result, peak = results[name], Peak(speaker.model.device)
-                found = recall(speaker, prompts, f"{task} in {length:,}, {name}", result.times)
-                result.recall[task, length], result.cache_bytes[length] = found
+                recalled = recall(speaker, prompts, f"{task} in {length:,}, {name}", result.times)
+                result.recall[task, length], result.cache_bytes[length] = recalled
                 most = peak.nbytes()
                 before = result.peak_bytes.get(length)
                 result.peak_bytes[length] = most if most is None or before is None else max(most, before)
+                found(name, (task, length), result)
     return results
 
 
@@ -140,17 +158,24 @@ def _check_lengths(reference: Speaker, plan: Plan) -> None:
 
 
 def _on_text(
-    reference: Speaker, others: Mapping[str, Speaker], plan: Plan, results: dict[str, Result], expected: Read | None
+    reference: Speaker,
+    others: Mapping[str, Speaker],
+    plan: Plan,
+    results: dict[str, Result],
+    expected: Read | None,
+    found: Found,
 ) -> None:
     ids = reference.tokenizer(plan.text, return_tensors="pt", verbose=False)["input_ids"][0].long()
     ids = ids.to(reference.model.device)
     samples = _windows(ids, plan.length, plan.windows)
-    for name, found in compare_on_text(reference, others, samples, plan.last, expected).items():
-        results[name].fidelity = found
+    for name, fidelity in compare_on_text(reference, others, samples, plan.last, expected).items():
+        results[name].fidelity = fidelity
+        found(name, TEXT, results[name])
     if plan.written:
         prompts = _windows(ids, PROMPT, plan.prompts)
         for name, written in compare_writing(reference, others, prompts, plan.written, plan.sampled).items():
             results[name].divergence = written
+            found(name, WRITING, results[name])
 
 
 def _windows(ids: torch.Tensor, length: int, count: int) -> list[torch.Tensor]:

@@ -5,7 +5,7 @@ What a task scores question by question is compared question by question: all mo
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -80,13 +80,17 @@ def split_tasks(names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]
 
 
 def run_tasks(
-    speakers: Mapping[str, Speaker], names: Sequence[str], limit: int | None = None
+    speakers: Mapping[str, Speaker],
+    names: Sequence[str],
+    limit: int | None = None,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> dict[str, dict[tuple[str, str], TaskScore]]:
     """What models reach in tasks of lm-eval, by task and metric.
 
     Args:
         names: files, or names of tasks that come with lm-eval, whose data it fetches.
         limit: ask the first so many questions of each; None for all.
+        tell: is told what each model reached once it is known, in lines.
 
     Raises:
         OctavoError: a task cannot be loaded.
@@ -110,6 +114,8 @@ def run_tasks(
             HarnessModel(speaker, name), tasks=list(names), task_manager=manager, limit=limit, bootstrap_iters=0
         )
         found[name] = _scores(done)
+        for (task, metric), score in found[name].items():
+            tell(f"{task}, {name}: {metric} {_told(score.value, score.interval)}")
     return found
 
 

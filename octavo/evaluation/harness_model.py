@@ -12,6 +12,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from ..common.errors import OctavoError
 from ..common.runtime.compatibility import cache_argument
 from ..common.runtime.schemes.kv_scheme import CROP_ROOM
 from ..generate import Speaker
@@ -49,6 +50,7 @@ class HarnessModel(TemplateLM):
         """Of continuations `[C]` of contexts `[S]`: the log-probability, and whether greedy decoding writes them."""
         found, reader, read = [], None, None
         for _texts, context, continuation in tqdm(requests, desc=self._name, unit="request", leave=False):
+            self._check_answer(len(continuation), self._longest)
             whole = (context + continuation)[-self._longest - 1 :]
             kept = whole[: max(0, len(whole) - len(continuation) - 1)]
             if reader is None or kept != read or not kept:
@@ -64,6 +66,14 @@ class HarnessModel(TemplateLM):
             total = float(scores.gather(1, targets[:, None]).sum())
             found.append((total, torch.equal(scores.argmax(-1), targets)))
         return found
+
+    def _check_answer(self, tokens: int, room: int) -> None:
+        """Raise an `OctavoError` if an answer of so many tokens is longer than its room."""
+        if tokens > room:
+            raise OctavoError(
+                f"--tasks: one asks for an answer of {tokens:,} tokens, and the model is made for {self._longest:,} in "
+                "all; leave that task out, or give it a smaller max_gen_toks"
+            )
 
     def _ids(self, ids: list[int]) -> torch.Tensor:
         return torch.tensor(ids, device=self._speaker.model.device)
@@ -88,10 +98,11 @@ class HarnessModel(TemplateLM):
         model = self._speaker.model
         settings = normalize_gen_kwargs(wanted, 256)
         tokens = settings.pop("max_gen_toks")
+        self._check_answer(tokens, self._longest - 1)  # behind one token of the context at least
         stops = handle_stop_sequences(settings.pop("until", None), eos=self.tokenizer.decode(self.eot_token_id))
         if not settings["do_sample"]:
             settings.pop("temperature", None)
-        ids = self._ids(self.tok_encode(context)[-max(1, self._longest - tokens) :])[None]
+        ids = self._ids(self.tok_encode(context)[tokens - self._longest :])[None]
         with torch.random.fork_rng(enabled=settings["do_sample"]):
             if settings["do_sample"]:
                 torch.manual_seed(SEED)

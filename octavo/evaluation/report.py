@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 
 from ..common.command import aligned
-from .evaluating import FLOAT, Result
+from .evaluating import FLOAT, TEXT, WRITING, Result
 
 _NONE = ""
 
@@ -26,6 +26,19 @@ def quality_table(results: Mapping[str, Result]) -> list[str]:
             ]
         )
     return aligned(_without_empty(rows), texts=1)
+
+
+def found_line(name: str, part: str | tuple[str, int], result: Result) -> str:
+    """One measurement of a model, as `evaluate` tells of it."""
+    if part == TEXT:
+        text = result.fidelity
+        change = _change(text.perplexity, text.float_perplexity)
+        return f"{TEXT}, {name}: KL {text.kl:.5f}, perplexity {change}, top-1 {text.top1:.1%}"
+    if part == WRITING:
+        return f"{WRITING}, {name}: as float for {result.divergence.mean:.0f} of {result.divergence.tokens}"
+    task, length = part
+    score, nbytes = result.recall[task, length], result.cache_bytes[length]
+    return f"{task} {length:,}, {name}: {score.right}/{score.asked}, cache of {nbytes / 1e6:,.1f} MB"
 
 
 def _recall_heads(results: Mapping[str, Result]) -> list[str]:

@@ -29,7 +29,7 @@ class CacheSize:
     Attributes:
         kept: of what is in use: codes, scales, zeros, outliers, sinks, float windows, floats that a crop may need.
         allocated: of the storage that this lies in, which grows in steps of a quarter at most (`cache.nbytes()`).
-        constants: of static scales, zeros and codebooks, of which a layer has one set, whatever it holds.
+        constants: of static scales, zeros, codebooks and bases, of which a layer has one set, whatever it holds.
     """
 
     kept: int
@@ -93,9 +93,12 @@ def _layer_size(
     room: int,
 ) -> CacheSize:
     """The size of one layer of one sequence behind some passes."""
-    scheme = dataclasses.replace(scheme, key=_plain_rule(scheme.key), value=_plain_rule(scheme.value))
     _, kv_heads, head_dim = sizes
     scales, constants = _empty_scales(scheme, sizes)
+    scheme = dataclasses.replace(
+        scheme, key=_plain_rule(scheme.key), value=_plain_rule(scheme.value), center_key=False, key_basis="",
+        value_basis="",
+    )  # fmt: skip
     layer = QuantizedLayer(scheme, scales, None, torch.empty(head_dim // 2, device="meta"), room, window)
     stores = layer.key_store, layer.value_store
     for store in stores:

@@ -5,6 +5,7 @@ H query heads, G KV heads, D head_dim.
 """
 
 import dataclasses
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from ..common.runtime.cache.quantized_cache import QuantizedCache
 from ..common.runtime.compatibility import cache_argument
 from ..common.runtime.model_sizes import attention_sizes
 from ..common.runtime.passes import tokens_of_chunk
-from ..common.runtime.schemes.linear_scheme import W4A16, LinearScheme
+from ..common.runtime.schemes.linear_scheme import INT4_LABELS, LinearScheme
 from ..common.stock_model import prepare
 from .weights import Weights, header_bytes
 
@@ -114,8 +115,8 @@ def held_bytes(weights: Weights, linear: LinearScheme | None, device: str) -> in
         size, has_groups = header_bytes(header), len(header.shape) == 2 and header.shape[1] > 1
         if name.endswith(".weight_offset") and linear.symmetric:
             size = 0
-        elif linear.label == W4A16 and name.endswith((".weight_scale", ".weight_offset")) and has_groups:
-            size = size * _HALF // _FLOAT
+        elif linear.label in INT4_LABELS and name.endswith((".weight_scale", ".weight_offset")) and has_groups:
+            size = math.prod(header.shape) * _HALF
         total += size
     return total
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from ..common.convert.presets import RECIPES
 from ..common.convert.request import LINEAR_NAMES, linear_scheme_of
 from ..common.errors import OctavoError
 from ..common.runtime.schemes.kv_scheme import PRESETS
+from ..counting import STORED_NOTE, bits_note
+from .advice import advise
 from .model import PlannedModel, read_model
 from .peak import process_bytes
 from .plot import draw
@@ -24,6 +27,8 @@ TELLING = (TRANSFORMERS, "float", "int8-token", "ascend-c8", "vllm-fp8", "octavo
 """Schemes that are planned unless others are named."""
 DEFAULT_CONTEXT = 8192
 DEFAULT_UNIT = "GB"
+WIDTH = 120
+"""Of the lines below the tables."""
 
 
 def _number(text: str) -> int:
@@ -94,10 +99,18 @@ def _weights_line(planner: Planner, rows: Sequence[Row], flags: argparse.Namespa
     return f"weights: {kind}, {unit.text(planner.weights('float').nbytes if coded is None else coded)}; {plain}"
 
 
+def made_for(model: PlannedModel) -> int | None:
+    """Tokens that a model is made for; None if its config does not say."""
+    return getattr(model.decoder_config, "max_position_embeddings", None)
+
+
 def _notes(model: PlannedModel, device: str, memory: int | None) -> list[str]:
-    most = getattr(model.decoder_config, "max_position_embeddings", None)
-    notes = ["kept: codes, scales, zeros, outliers, sinks and windows in use; allocated: the storage, which grows in "
-             "steps of at most a quarter"]  # fmt: skip
+    most = made_for(model)
+    notes = [
+        bits_note(None),
+        STORED_NOTE,
+        "kept: what is in use; allocated: the storage, which grows in steps of at most a quarter",
+    ]
     if device == "cpu":
         notes.append("peak: the process, weights, allocated cache, and one chunk of a prompt in the layers")
     else:
@@ -115,13 +128,13 @@ def _notes(model: PlannedModel, device: str, memory: int | None) -> list[str]:
 def _cells(row: Row, unit: Unit, has_memory: bool) -> tuple[str, ...]:
     sizes = (row.cache.kept, row.cache.allocated, row.peak.total)
     fits = (f"{row.longest:,}", f"{row.largest:,}") if has_memory else ()
-    return (row.scheme, f"{row.bits:.2f}", f"{row.token_bytes:,}", *map(unit.number, sizes), *fits)
+    return (row.scheme, f"{row.bits:.2f}", f"{row.stored:.2f}", f"{row.token_bytes:,}", *map(unit.number, sizes), *fits)
 
 
 def table(rows: Sequence[Row], unit: Unit, memory: int | None) -> list[str]:
     """The lines of a table of the schemes at one context."""
     context, batch = rows[0].context, rows[0].batch
-    head = ["scheme", "bits", "bytes/token", "kept", "allocated", "peak"]
+    head = ["scheme", "bits", "stored", "bytes/token", "kept", "allocated", "peak"]
     head += [] if memory is None else ["longest context", "largest batch"]
     cells = [_cells(row, unit, memory is not None) for row in rows]
     fits = "" if memory is None else f"; longest and largest in {unit.text(memory)}"
@@ -153,4 +166,9 @@ def run(flags: argparse.Namespace) -> None:
     print("\n".join([model.name, _weights_line(planner, plans[0], flags, unit), ""]))
     for rows in plans:
         print("\n".join([*table(rows, unit, memory), ""]))
-    print("\n".join(_notes(model, flags.device_type, memory)))
+    for note in _notes(model, flags.device_type, memory):
+        print(textwrap.fill(note, WIDTH, subsequent_indent="  "))
+    if memory is not None:
+        weights = flags.preset or flags.quantization or "float"
+        measured = None if model.architecture is None or Path(model.name).is_file() else model.name
+        print(f"\n{advise(plans, weights, measured, memory, unit, made_for(model))}")

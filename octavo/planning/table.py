@@ -11,6 +11,7 @@ from ..common.errors import OctavoError
 from ..common.runtime.cache.sizes import kv_bytes_per_token
 from ..common.runtime.model_sizes import attention_sizes
 from ..common.runtime.schemes.kv_scheme import Scheme, load_scheme
+from ..counting import counted_bits
 from .cache import CacheSize, cache_size
 from .model import PlannedModel
 from .peak import Peak, held_bytes, peak_of
@@ -29,25 +30,29 @@ class Row:
     Attributes:
         scheme: its name, or `TRANSFORMERS`.
         context, batch: tokens of each sequence, and sequences.
-        bits: of an element of K and V at this context, everything that is kept counted.
+        bits: of an element of K and V at this context, as `counted_bits`.
+        stored: the same by the bytes that are kept.
         token_bytes: that one more token takes, over all layers.
         cache: at this context and batch.
         weights: bytes of the tensors of the files; None where nobody knows.
         peak: of a run.
         longest: most tokens of each sequence in the memory, at this batch; None where no memory was given.
         largest: most sequences in it, at this context; likewise.
+        is_static: whether the scheme needs calibration.
     """
 
     scheme: str
     context: int
     batch: int
     bits: float
+    stored: float
     token_bytes: int
     cache: CacheSize
     weights: int | None
     peak: Peak
     longest: int | None
     largest: int | None
+    is_static: bool
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, sizes in bytes."""
@@ -154,13 +159,15 @@ class Planner:
             scheme=name if name == TRANSFORMERS else scheme.name,
             context=context,
             batch=batch,
-            bits=8 * cache.kept / elements,
+            bits=counted_bits(decoder, scheme, context, self.model.dtype),
+            stored=8 * cache.kept / elements,
             token_bytes=kv_bytes_per_token(decoder, scheme, self.model.dtype.itemsize),
             cache=cache,
             weights=None if weights is None else weights.nbytes,
             peak=self.peak(name, context, batch),
             longest=None if memory is None else self.longest(name, batch, memory),
             largest=None if memory is None else self.largest(name, context, memory),
+            is_static=scheme.is_static,
         )
 
     def rows(self, names: Sequence[str], context: int, batch: int, memory: int | None = None) -> list[Row]:

@@ -33,6 +33,7 @@ class Row:
         predicted: KL as the sum over its layers; None of schemes that are no choice of the search.
         fidelity: on held-out text.
         is_preset: whether it has a name of its own.
+        is_uniform: whether all layers store the same.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Row:
     predicted: float | None
     fidelity: Fidelity
     is_preset: bool = False
+    is_uniform: bool = True
 
 
 def uniform_presets(costs: Costs, bits: float) -> list[Scheme]:
@@ -96,7 +98,8 @@ def rows_of(
     rows = []
     for identity, (scheme, name, predicted) in entries.items():
         measured = store.figure("held out", identity, partial(_measured, reference, scheme, samples))
-        rows.append(Row(name, costs.bits(scheme), predicted, Fidelity(**measured), identity in presets))
+        is_uniform = not (scheme.layers or scheme.float_layers)
+        rows.append(Row(name, costs.bits(scheme), predicted, Fidelity(**measured), identity in presets, is_uniform))
     return sorted(rows, key=lambda row: (row.name != FOUND, row.fidelity.kl))
 
 

@@ -65,12 +65,16 @@ def sentence(rows: Sequence[Row], limit: str) -> str:
     """
     found, *others = rows
     said = f"{found.name}: {found.bits:.3f} bits, KL {found.fidelity.kl:.4f} on held-out text."
+    if found.is_uniform:
+        said += " All layers store the same."
     if not others:
-        return f"{said} No uniform scheme takes at most {limit}."
+        return f"{said} No {'other ' * found.is_uniform}uniform scheme takes at most {limit}."
     best = others[0]
     presets = [row for row in others if row.is_preset and row is not best]
     for row in (best, *presets[:1]):
-        kind = "uniform scheme" if row is best else "preset"  # of those that were scored, which the table names
+        kind = (
+            f"{'other ' * found.is_uniform}uniform scheme" if row is best else "preset"
+        )  # of those that were scored, which the table names
         change = 1 - found.fidelity.kl / row.fidelity.kl
         said += (
             f" The best {kind} scored, of at most {limit}, is {row.name}: {row.bits:.3f} bits, "

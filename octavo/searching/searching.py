@@ -21,6 +21,7 @@ from ..common.runtime.cache.sizes import COUNTED_LENGTH
 from ..common.runtime.schemes.kv_scheme import Scheme, load_scheme
 from ..common.runtime.version import VERSION
 from ..comparing.measuring import model_digest, write_whole
+from ..counting import bits_note
 from ..evaluation.flags import read_text
 from ..generate import Speaker, load_stock
 from ..machine import device_name
@@ -218,7 +219,7 @@ def _conditions(flags: argparse.Namespace, calib: _Text, held: _Text, whole: flo
         f"Chosen on {said(calib, flags.calib_file)}, the later half scored, each layer coded alone: in sum KL "
         f"{summed:.5f}, and {whole:.5f} as a whole.",
         f"Verified on {said(held, flags.eval_file)}.",
-        f"Bits are counted at {flags.context:,} tokens. The float model is float32.",
+        f"{bits_note(flags.context)}. The float model is float32.",
     ]
 
 

@@ -11,7 +11,10 @@ from ..common.runtime.schemes.kv_scheme import Scheme
 
 _SHARED = ("prefill", "sinks", "window", "fold_bias")
 """Fields of a scheme in which K and V of one layer are alike."""
-_OWN = {"key": ("key", "rotate_key", "smooth_key"), "value": ("value", "rotate_value")}
+_OWN = {
+    "key": ("key", "rotate_key", "smooth_key", "center_key", "key_basis"),
+    "value": ("value", "rotate_value", "value_basis"),
+}
 """Fields that K or V has for itself."""
 
 

@@ -10,8 +10,9 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..common.errors import OctavoError
-from ..common.runtime.cache.sizes import kv_bits_per_element, kv_bytes_of_layers
+from ..common.runtime.cache.sizes import kv_bytes_of_layers
 from ..common.runtime.schemes.kv_scheme import CROP_ROOM, Scheme
+from ..counting import counted_bits
 from ..planning.cache import cache_size
 from .choosing import Choices
 from .latency import check_milliseconds
@@ -44,8 +45,8 @@ class Costs:
     seconds: Sequence[Sequence[float]] | None = None
 
     def bits(self, scheme: Scheme) -> float:
-        """Bits of an element of K and V, as the table of schemes counts them."""
-        return kv_bits_per_element(self.config, scheme, self.context)
+        """Bits of an element of K and V, as every table counts them."""
+        return counted_bits(self.config, scheme, self.context, self.dtype)
 
     def nbytes(self, scheme: Scheme) -> int:
         """Bytes in use of a `QuantizedCache` of one sequence, as `octavo plan` counts them."""

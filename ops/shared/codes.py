@@ -118,6 +118,16 @@ def unpack_indices(packed: torch.Tensor, bits: int, block: int) -> torch.Tensor:
     return indices.flatten(-2)
 
 
+def pack_signs(is_positive: torch.Tensor) -> torch.Tensor:
+    """Signs, bool `[..., N]`, as uint8 `[..., N / 8]`: bit k of byte i is that of value i + k * N / 8."""
+    return _pack_fields(is_positive.to(torch.uint8), 1)
+
+
+def unpack_signs(packed: torch.Tensor) -> torch.Tensor:
+    """The inverse of `pack_signs`: float32 `[..., N]` of 1 and -1."""
+    return _unpack_fields(packed, 1).float() * 2 - 1
+
+
 def pack_codes(codes: torch.Tensor, bits: int, block: int) -> torch.Tensor:
     """Codes `[..., N]` from `-2 ** (bits - 1)` on, of any signed dtype, as uint8 `[..., N * bits / 8]`."""
     return pack_indices(codes + 2 ** (bits - 1), bits, block)

@@ -124,6 +124,7 @@ def record(weights: ModuleType, file: Path, *rows: dict[str, Any]) -> None:
     settings = {setting.name: setting for setting in weights.grid()}
     rest = {"commit": "c", "code": "d", "model": "m", "megabytes": "1.5", "seconds": "2", "calibration": "3 texts of a"}
     rest |= {"text": "b", "windows": "2", "length": "2048", "perplexity": "11", "float_perplexity": "10", "top1": "0.9"}
+    rest["bits"] = "4.531"
     whole = [rest | weights.described(settings[row["case"]]) | row for row in rows]
     import_module("rows").append_rows(file, weights.COLUMNS, whole)
 
@@ -148,7 +149,7 @@ def test_the_matrix_marks_the_least_and_leaves_gaps(weights: ModuleType, tables:
     assert lines[start + 2] == "| none | 0.05000 |  |"
     assert lines[start + 3] == "| m2 |  | **0.02000** |"
     (preset,) = (line for line in lines if "| ascend-c8 | recipe |" in line and "0.01000" in line)
-    assert preset == ("| W8A8 | ascend-c8 | recipe | m6 | 1 | MinMax | 1.5 | 0.01000 | +10.00 % | 90.0 % |")
+    assert preset == ("| W8A8 | ascend-c8 | recipe | m6 | 1 | MinMax | 4.531 | 1.5 | 0.01000 | +10.00 % | 90.0 % |")
     assert any("| down_proj, v_proj, lm_head |" in line for line in lines)
     assert lines[0] == "**m**" and "2 windows of 2,048 tokens of b" in lines[-1] and "3 texts of a" in lines[-1]
 

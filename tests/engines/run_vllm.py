@@ -1,7 +1,8 @@
 """Runs in vLLM's environment: what it answers for some directories, each a job, in files of tensors.
 
-A job is `{"directory", "dtype", "prompts", "new", "top", "watched"}`; its file holds `tokens` `[P, new]`, greedy; `ids`
-and `logprobs` `[P, S - 1, top]`, float32, of the likeliest behind each token of a prompt but the last; and of the first
+A job is `{"directory", "dtype", "prompts", "new", "top", "watched", "options"}`, options being of the engine; its file
+holds `tokens` `[P, new]`, greedy; `ids` and `logprobs` `[P, S - 1, top]`, float32, of the likeliest behind each token
+of a prompt but the last, `step_ids` and `step_logprobs` `[P, new, top]` of those at each greedy one; and of the first
 prompt, where the job says `watched`, `in.NAME`, `out.NAME` of linears and `NAME.q`, `.k`, `.v`, `.out` of attentions,
 `[S, width]`.
 """
@@ -49,6 +50,12 @@ def watch(model: Any, seen: dict[str, Any]) -> None:
             module.register_forward_hook(attention)
 
 
+def likeliest(name: str, found: Any, ends: list[int], top: int) -> dict[str, list[Any]]:
+    """Ids and logprobs of places that end there, each of which begins with the token that stands there."""
+    parts = {"ids": found.token_ids, "logprobs": found.logprobs}
+    return {f"{name}{part}": [values[end - top : end] for end in ends] for part, values in parts.items()}
+
+
 def answer(job: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """The tensors of a job, and the dtype of the cache."""
     import torch
@@ -63,6 +70,7 @@ def answer(job: dict[str, Any]) -> tuple[dict[str, Any], str]:
         max_model_len=256,
         max_num_seqs=1,
         max_logprobs=job["top"],
+        **job["options"],
     )
     seen: dict[str, Any] = {}
     if job["watched"]:
@@ -73,18 +81,20 @@ def answer(job: dict[str, Any]) -> tuple[dict[str, Any], str]:
         ignore_eos=True,
         detokenize=False,
         prompt_logprobs=job["top"],
+        logprobs=job["top"],
         flat_logprobs=True,
     )
-    tokens, likeliest, logprobs = [], [], []
+    answers: dict[str, list[Any]] = {}
     for ids in job["prompts"]:
         (output,) = engine.generate([vllm.TokensPrompt(prompt_token_ids=ids)], sampling, use_tqdm=False)
-        tokens.append(list(output.outputs[0].token_ids))
-        found = output.prompt_logprobs
-        ends = found.end_indices[1:]  # the first token has none; that of the prompt comes first, then the likeliest
-        likeliest.append([found.token_ids[end - job["top"] : end] for end in ends])
-        logprobs.append([found.logprobs[end - job["top"] : end] for end in ends])
+        steps, prompt = output.outputs[0].logprobs, output.prompt_logprobs
+        found = {"tokens": list(output.outputs[0].token_ids)}
+        # the first token of a prompt has none
+        found |= likeliest("", prompt, prompt.end_indices[1:], job["top"])
+        found |= likeliest("step_", steps, steps.end_indices, job["top"])
+        for name, values in found.items():
+            answers.setdefault(name, []).append(values)
     cache = engine.llm_engine.vllm_config.cache_config.cache_dtype
-    answers = {"tokens": tokens, "ids": likeliest, "logprobs": logprobs}
     return {name: torch.tensor(values) for name, values in answers.items()} | seen, cache
 
 

@@ -1,21 +1,19 @@
 """vLLM on the CPU loads AWQ, GPTQ and ModelOpt as we write them, and generates what our own class does, up to ties."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM
 
 from octavo.common.convert.api import main as convert
 from octavo.common.convert.dialects.rewriting import RewriteRequest, rewrite
 from octavo.models.llama3 import ARCHITECTURE
 
 from ..support import convert_flags, random_ids, save_source, tiny_llama
-from .environments import python_of, run_in
+from .environments import python_of
+from .vllm_answers import Job, answers_of, behind, gaps_of, load_ours, logprobs_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
@@ -46,32 +44,12 @@ def written(source: Path, folder: Path, dialect: str, flags: tuple[str, ...]) ->
     return folder / "theirs"
 
 
-def load(directory: Path, dtype: torch.dtype) -> nn.Module:
-    """Our own class, whose linears of coded weights leave their inputs in float, as vLLM's do."""
-    model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, dtype=dtype)
-    for module in model.modules():
-        if hasattr(module, "cpu_activations"):
-            module.cpu_activations = "float"
-    return model
-
-
-def ours(model: nn.Module, prompts: list[list[int]], outputs: list[dict[str, Any]]) -> torch.Tensor:
-    """Our log-probabilities behind each prompt and what vLLM generated after it, `[prompts, tokens, vocabulary]`."""
-    found = []
-    for prompt, output in zip(prompts, outputs, strict=True):
-        with torch.no_grad():
-            logits = model(torch.tensor([prompt + output["tokens"]])).logits[0, len(prompt) - 1 : -1]
-        found.append(torch.log_softmax(logits.float(), dim=-1))
-    return torch.stack(found)
-
-
-def likeliest(outputs: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and log-probabilities of vLLM's two likeliest tokens of each step, each `[prompts, tokens, 2]`."""
-    steps = [[list(step.items())[:2] for step in output["likeliest"]] for output in outputs]
-    return (
-        torch.tensor([[[int(token) for token, _ in step] for step in each] for each in steps]),
-        torch.tensor([[[value for _, value in step] for step in each] for each in steps]),
-    )
+def asked(
+    directory: Path, folder: Path, prompts: list[list[int]], **options: Any
+) -> tuple[Job, dict[str, torch.Tensor]]:
+    """What vLLM is asked about a directory, and what it answers."""
+    job = Job(directory, "bfloat16", prompts, NEW, top=2, options=options)
+    return job, answers_of({"it": job}, folder)["it"]
 
 
 @pytest.mark.parametrize("name", WORDS)
@@ -79,10 +57,8 @@ def test_greedy_tokens_are_ours(name: str, source: Path, tmp_path: Path) -> None
     python_of("vllm")
     directory = written(source, tmp_path, *WORDS[name])
     prompts = random_ids(8, 20).tolist()
-    outputs = run_in("vllm", "run_vllm_tokens.py", directory, "bfloat16", NEW, json.dumps(prompts))["outputs"]
-    expected = ours(load(tmp_path / "ours", torch.float32), prompts, outputs)
-    tokens = torch.tensor([output["tokens"] for output in outputs])[..., None]
-    gaps = expected.max(dim=-1, keepdim=True).values - expected.gather(-1, tokens)
+    job, answer = asked(directory, tmp_path, prompts)
+    gaps = gaps_of(logprobs_of(load_ours(tmp_path / "ours"), job, answer), answer)
     assert gaps.max() <= 0.2, "more than rounding to bfloat16 accounts for"
     assert (gaps == 0).float().mean() >= 0.9
 
@@ -93,14 +69,13 @@ def test_fp8_of_modelopt_differs_by_what_rounding_does(cache: str, source: Path,
     python_of("vllm")
     flags, most = CACHES[cache]
     directory = written(source, tmp_path, "modelopt", ("--quantization", "fp8", *flags))
-    prompts, options = random_ids(8, 20).tolist(), {"quantization": "modelopt", "kv_cache_dtype": cache}
-    found = run_in("vllm", "run_vllm_tokens.py", directory, "bfloat16", NEW, json.dumps(prompts), json.dumps(options))
-    assert found["cache"] == cache
-    tokens, theirs = likeliest(found["outputs"])
+    options = {"quantization": "modelopt", "kv_cache_dtype": cache}
+    job, answer = asked(directory, tmp_path, random_ids(8, 20).tolist(), **options)
+    models = (load_ours(tmp_path / "ours", dtype) for dtype in (torch.float32, torch.bfloat16))
     exact, rounded = (
-        ours(load(tmp_path / "ours", dtype), prompts, found["outputs"]).gather(-1, tokens)
-        for dtype in (torch.float32, torch.bfloat16)
+        behind(logprobs_of(model, job, answer), answer).gather(-1, answer["step_ids"]) for model in models
     )
+    theirs = answer["step_logprobs"]
     assert (theirs - exact).abs().mean() <= most * (rounded - exact).abs().mean()
 
 
@@ -112,4 +87,4 @@ def test_zeros_and_8_bits_of_gptq_are_refused(source: Path, tmp_path: Path) -> N
     ):
         directory = written(source, tmp_path / reason[:4], "gptq", flags)
         with pytest.raises(AssertionError, match=re.escape(reason)):
-            run_in("vllm", "run_vllm_tokens.py", directory, "bfloat16", NEW, json.dumps([[1, 2, 3]]))
+            asked(directory, tmp_path, [[1, 2, 3]])

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +30,23 @@ class Job:
     new: int
     top: int
     watched: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 def answers_of(jobs: dict[str, Job], folder: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """vLLM's tensors for each job, all in one process."""
+    """vLLM's tensors for each job, all in one process, in a cache of the dtype that its options ask for, if they do."""
     stated = [{**vars(job), "directory": str(job.directory)} for job in jobs.values()]
     (folder / "jobs.json").write_text(json.dumps(stated))
-    run_in("vllm", "run_vllm.py", folder / "jobs.json", folder)
+    caches = run_in("vllm", "run_vllm.py", folder / "jobs.json", folder)["caches"]
+    assert caches == [
+        job.options.get("kv_cache_dtype", cache) for job, cache in zip(jobs.values(), caches, strict=True)
+    ]
     return {name: load_file(folder / f"{index}.safetensors") for index, name in enumerate(jobs)}
 
 
-def load_ours(directory: Path) -> PreTrainedModel:
-    """A directory of ours in float32, where weight-only linears take inputs as they are, as vLLM's do."""
-    model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, dtype=torch.float32)
+def load_ours(directory: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A directory of ours, where weight-only linears take inputs as they are, as vLLM's do."""
+    model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, dtype=dtype)
     for module in model.modules():
         if hasattr(module, "cpu_activations"):
             module.cpu_activations = "float"
@@ -55,7 +59,7 @@ def logprobs_of(model: PreTrainedModel, job: Job, answer: dict[str, torch.Tensor
     for prompt, tokens in zip(job.prompts, answer["tokens"].tolist(), strict=True):
         with torch.no_grad():
             logits = model(torch.tensor([prompt + tokens]), **(with_cache(cache()) if cache else {})).logits[0]
-        rows.append(torch.log_softmax(logits, dim=-1))
+        rows.append(torch.log_softmax(logits.float(), dim=-1))
     return torch.stack(rows)
 
 
@@ -78,8 +82,13 @@ def sums_in_another_order(model: PreTrainedModel) -> Iterator[None]:
 def gaps_of(ours: torch.Tensor, answer: dict[str, torch.Tensor]) -> torch.Tensor:
     """By how many nats our likeliest token is likelier than vLLM's, `[P, new]`: 0 where it is the same."""
     tokens = answer["tokens"]
-    steps = ours[:, -tokens.shape[1] - 1 : -1]
+    steps = behind(ours, answer)
     return steps.max(dim=-1).values - steps.gather(-1, tokens[..., None])[..., 0]
+
+
+def behind(ours: torch.Tensor, answer: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Ours `[P, new, V]` at vLLM's greedy tokens."""
+    return ours[:, -answer["tokens"].shape[1] - 1 : -1]
 
 
 def on_prompts(ours: torch.Tensor, answer: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -68,8 +68,12 @@ def stored(store: CodeStore | SegmentStore, handle: Codes | Segments) -> torch.T
         parts.insert(0, side.floats(0, first).float())
     if last < side.total:
         parts.append(side.floats(last, side.total).float())
-    values = torch.cat(parts, dim=2)
-    return (hadamard(values) if handle.rotated else values).double()
+    values = torch.cat(parts, dim=2).double()
+    if handle.dual is not None:
+        values = values @ handle.dual.double()
+    if handle.center is not None:
+        values = values - handle.center.left_out(torch.zeros_like(values), 0)
+    return hadamard(values) if handle.rotated else values
 
 
 class Simulation:

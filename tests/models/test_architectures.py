@@ -35,6 +35,7 @@ FLAGS = {
     "dynamic": ("--is_dynamic", "True"),
     "float linears": ("--w_bit", "16", "--a_bit", "16", "--use_kvcache_quant", "True"),
     "w8a16, codebooks": ("--w_bit", "8", "--a_bit", "16", "--scheme", "kvquant-4"),
+    "w8a16, bases": ("--w_bit", "8", "--a_bit", "16", "--scheme", "octavo-4c"),
     "w4a16, groups": ("--w_bit", "4", "--a_bit", "16", "--scheme", "octavo-4"),
     "offsets, by token": ("--anti_method", "m2", "--scheme", "int8-token"),
     "smooth and dynamic, fp8": ("--is_dynamic", "True", "--anti_method", "m4", "--scheme", "vllm-fp8"),

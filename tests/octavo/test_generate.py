@@ -122,6 +122,16 @@ BAD_FLAGS = [
     (["--prompt", "Rain", "--do_sample", "--temperature", "0"], "--temperature"),
     (["--prompt", "Rain", "--do_sample", "--temperature", "-1"], "--temperature"),
     (["--prompt", "Rain", "--do_sample", "--temperature", "nan"], "--temperature"),
+    (["--prompt", "Rain", "--do_sample", "--temperature", "inf"], "--temperature inf: is no number above 0"),
+    (["--prompt", "Rain", "--top_p", "0.9"], "--top_p: needs --do_sample"),
+    (["--prompt", "Rain", "--top_k", "9"], "--top_k: needs --do_sample"),
+    (["--prompt", "Rain", "--seed", "0"], "--seed: needs --do_sample"),
+    (["--prompt", "Rain", "--do_sample", "--top_p", "0"], "--top_p 0.0: is not above 0 and at most 1"),
+    (["--prompt", "Rain", "--do_sample", "--top_p", "1.01"], "--top_p 1.01: is not above 0 and at most 1"),
+    (["--prompt", "Rain", "--do_sample", "--top_p", "nan"], "--top_p nan"),
+    (["--prompt", "Rain", "--do_sample", "--top_k", "-1"], "--top_k"),
+    (["--prompt", "Rain", "--do_sample", "--seed", str(2**64)], "has more than 64 bits"),
+    (["--prompt", "Rain", "--system", "You are rain."], "--system: needs --chat"),
     (["--prompt", "Rain", "--device_type", "tpu"], "--device_type"),
     (["--prompt", ""], "--prompt"),
 ]
@@ -164,28 +174,54 @@ def test_a_prompt_is_continued(converted: Callable[..., Path], capsys: pytest.Ca
     assert f"KV cache of {stored} tokens: {stored * 192:,} bytes" in report and f"{stored * 768:,} in float32" in report
 
 
+def test_samples_are_as_the_flags_say_and_else_as_the_model_does(
+    converted: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = shutil.copytree(converted(*C8), tmp_path / "out")
+    capsys.readouterr()
+
+    def said(*flags: str) -> str:
+        argv = ["--model_path", str(directory), "--prompt", "Rain fell on", "--max_new_tokens", "12"]
+        assert main(ARCHITECTURE, [*argv, *flags]) == 0
+        return capsys.readouterr().out
+
+    greedy, sample = said(), ("--do_sample", "--seed", "3")
+    assert said(*sample) == said(*sample) != greedy
+    assert said("--do_sample", "--seed", "4") != said(*sample)
+    assert said("--do_sample", "--top_k", "1") == said("--do_sample", "--top_p", "1e-9") == greedy
+    assert said("--do_sample", "--temperature", "1e-6") == greedy
+    edit_json(directory / "generation_config.json", do_sample=True, top_k=1)
+    assert said("--do_sample") == greedy, "which is what generation_config.json says"
+    assert said(*sample, "--top_k", "0") != greedy
+
+
 def test_weights_that_are_where_they_run_stay_packed(converted: Callable[..., Path]) -> None:
     model = load_converted(ARCHITECTURE, converted("--quantization", "w8a16", "--group_size", "32"), "cpu").model
     linears = [module for module in model.modules() if isinstance(module, PackedWeight)]
     assert linears and all(linear._panels is not None for linear in linears)
 
 
-def chat(monkeypatch: pytest.MonkeyPatch, directory: Path, messages: list[str]) -> int:
+def chat(monkeypatch: pytest.MonkeyPatch, directory: Path, messages: list[str], *flags: str) -> int:
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(messages) + "\n"))
-    return main(ARCHITECTURE, ["--model_path", str(directory), "--chat", "--max_new_tokens", "7"])
+    return main(ARCHITECTURE, ["--model_path", str(directory), "--chat", "--max_new_tokens", "7", *flags])
 
 
+@pytest.mark.parametrize("system", [None, "Speak of the weather alone."])
 def test_a_chat_goes_on_from_its_cache(
-    converted: Callable[..., Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    system: str | None,
+    converted: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The answers are those that a model without any cache gives to the whole conversation."""
     directory = converted(*C8)
     capsys.readouterr()
     questions = ["What fell?", "And then?", "Who saw it?"]
-    assert chat(monkeypatch, directory, questions) == 0
+    assert chat(monkeypatch, directory, questions, *([] if system is None else ["--system", system])) == 0
     answers = capsys.readouterr().out.splitlines()
 
-    model, tokenizer, messages, expected = LlamaForCausalLM.from_pretrained(directory), tiny_tokenizer(), [], []
+    model, tokenizer, expected = LlamaForCausalLM.from_pretrained(directory), tiny_tokenizer(), []
+    messages = [] if system is None else [{"role": "system", "content": system}]
     for question in questions:
         messages.append({"role": "user", "content": question})
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
@@ -205,6 +241,28 @@ def test_a_chat_without_a_template_is_refused(
     capsys.readouterr()
     assert chat(monkeypatch, directory, ["Hello"]) == 1
     assert_one_error_line(capsys.readouterr().err, "no chat template", "octavo run")
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% if messages[0].role == 'system' %}{{ raise_exception('No system role') }}{% endif %}", "No system role"),
+        ("{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}", "does not tell it to the model"),
+    ],
+)
+def test_a_system_prompt_that_the_template_does_not_take(
+    template: str,
+    reason: str,
+    converted: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    directory = shutil.copytree(converted(*C8), tmp_path / "out")
+    (directory / "chat_template.jinja").write_text(template)
+    capsys.readouterr()
+    assert chat(monkeypatch, directory, ["Hello"], "--system", "You are rain.") == 1
+    assert_one_error_line(capsys.readouterr().err, "--system: the chat template", reason, "leave it out")
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,9 @@
 """The server: requests that go on from the one before, and OpenAI's own client over loopback."""
 
-import os
 import shlex
 import shutil
 import socket
-import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,11 +19,11 @@ from octavo.generate import Speaker, load_converted, load_stock
 from octavo.serving import Answers, check_port, check_server
 
 from ..support import assert_one_error_line, random_ids
+from .server import SECONDS, free_port, serving
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 C8 = ("--use_kvcache_quant", "True")
-SECONDS = 120
 
 
 @pytest.fixture(params=["converted", "int8-token", "octavo-4"])
@@ -130,38 +127,15 @@ def test_what_cannot_be_cropped_is_computed_anew_and_said(source: Path) -> None:
 # Over loopback
 
 
-def free_port() -> int:
-    with socket.socket() as tried:
-        tried.bind(("127.0.0.1", 0))
-        return tried.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def served(converted: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, list[str]]]:
     """The address of a server of a converted directory, and what it says."""
     pytest.importorskip("uvicorn")
-    port, lines, is_up = free_port(), [], threading.Event()
     directory = shutil.copytree(converted(*C8), tmp_path_factory.mktemp("served") / "tiny quantized")
     with (directory / "chat_template.jinja").open("a") as template:
         template.write("{% if tools %}{{ tools | tojson }}{% endif %}")
-    command = [sys.executable, "-m", "octavo", "serve", str(directory), "--host", "127.0.0.1", "--port", str(port)]
-    child = subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
-
-    def listen() -> None:
-        for line in child.stderr:
-            lines.append(line)
-            if "Application startup complete" in line:
-                is_up.set()
-        is_up.set()
-
-    threading.Thread(target=listen, daemon=True).start()
-    assert is_up.wait(SECONDS) and child.poll() is None, "".join(lines)
-    yield f"http://127.0.0.1:{port}/v1", lines
-    child.terminate()
-    child.wait(SECONDS)
+    with serving([sys.executable, "-m", "octavo"], directory) as found:
+        yield found
 
 
 @pytest.mark.slow

@@ -1,15 +1,19 @@
 """A wheel of the tree, in an environment without it, does what the commands say, in a directory with a space."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import pytest
 import torch
+from transformers.utils.import_utils import is_serve_available
 
 from ..support import REPOSITORY, TEXTS, files_below
+from .server import SECONDS, serving
 
 SOURCES = ("octavo", "common", "models", "ops", "pyproject.toml", "README.md", "LICENSE")
 """What a wheel is built from."""
@@ -66,3 +70,19 @@ def test_a_wheel_does_all_of_it(environment: Path, source: Path, tmp_path: Path)
     assert "as it was" in octavo("refresh", "tiny llama-octavo")
     octavo("rewrite", "tiny llama-octavo", "--format", "compressed-tensors")
     assert "config.json" in files_below(work / "tiny llama-octavo-compressed-tensors")
+
+
+@pytest.mark.slow
+def test_a_wheel_serves(environment: Path, source: Path, tmp_path: Path) -> None:
+    """Of what it comes with nothing is asked but transformers' own extra, `serving`."""
+    if not is_serve_available():
+        pytest.skip("needs what transformers' server does: pip install 'transformers[serving]'")
+    shutil.copytree(source, tmp_path / "my models" / "tiny llama")
+    words = ("tiny llama", "--scheme", "int8-token")
+    with serving([environment / "bin" / "octavo"], *words, cwd=tmp_path / "my models") as (address, lines):
+        body = {"model": "tiny llama", "prompt": "Rain fell", "max_tokens": 4}
+        asked = Request(f"{address}/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
+        with urlopen(asked, timeout=SECONDS) as answer:
+            found = json.load(answer)
+    assert found["choices"][0]["text"] and found["usage"]["completion_tokens"] <= 4
+    assert any(" tokens read, " in line and "KV cache of" in line for line in lines)

@@ -46,7 +46,7 @@ def kind_of(form: Form, online: dict[str, str] | None = None) -> str | None:
         return None
     if online_name(first, online or {}) is not None:
         return ONLINE
-    is_changed = first.is_segmented or first.rotate_key or first.rotate_value or first.smooth_key
+    is_changed = first.is_segmented or first.rotate_key or first.rotate_value or first.smooth_key or first.has_bases
     if is_changed or first.key != first.value or not _is_plain(first.key):
         return None
     if first.query is not None and (first.query.dtype, first.query.granularity) != (
@@ -61,7 +61,8 @@ def online_name(scheme: Scheme, online: dict[str, str]) -> str | None:
     """What an engine calls the way in which a layer's codes are made, if it makes them by itself."""
     for preset, name in online.items():
         other = load_scheme(preset)
-        parts = ("key", "value", "query", "sinks", "window", "rotate_key", "rotate_value", "smooth_key")
+        parts = ("key", "value", "query", "sinks", "window", "rotate_key", "rotate_value", "smooth_key",
+                 "center_key", "key_basis", "value_basis")  # fmt: skip
         if all(getattr(scheme, part) == getattr(other, part) for part in parts):
             return name
     return None

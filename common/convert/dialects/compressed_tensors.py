@@ -16,6 +16,7 @@ from ...runtime.schemes.linear_scheme import (
     FP8,
     FP8_DYNAMIC,
     W4A16,
+    W4A16_DOUBLE,
     W8A8,
     W8A8_DYNAMIC,
     W8A8_MIXED,
@@ -68,6 +69,11 @@ def _check(form: Form) -> Iterator[str]:
             yield (
                 f"{name} keeps outlier channels in float ({W8A8_MIXED}), which no engine reads; convert with "
                 "--is_dynamic True"
+            )
+        elif linear.label == W4A16_DOUBLE:
+            yield (
+                f"{name} has scales and zero points in 8 bits ({W4A16_DOUBLE}), which only Octavo and --format gguf "
+                "read; convert with --scale_bits 16"
             )
     for name in form.added_biases:
         yield (

@@ -6,6 +6,7 @@ N output channels, K input channels, G groups of them; V tokens of the vocabular
 """
 
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,6 +26,7 @@ from ...runtime.checkpoint.buffers import read_scales
 from ...runtime.checkpoint.files import TensorHeader, read_json
 from ...runtime.checkpoint.loading import CONFIG_FILE, CONFIG_KEY, describe_checkpoint, finder, read_config
 from ...runtime.decoder import attention_modules
+from ...runtime.double_linear import ZERO_STEPS, decoded_scale
 from ...runtime.linear_values import is_zero
 from ...runtime.quantized_linear import QuantizedLinear
 from ...runtime.schemes.kv_scheme import Scheme
@@ -32,12 +34,15 @@ from ...runtime.schemes.linear_scheme import EMBEDDING, W8A16
 from ...runtime.static_scales import Scales, Statistics, scales_of
 from ..job import source_dtype
 from ..output.shards import SAFETENSORS_DTYPES, TensorFiles
+from ..output.sizes import bits_per_weight
+from ..source.checkpoint import FLOAT_DTYPES
 from .form import Form, LinearForm, as_engines_hold
 
 ROWS_READ = 2**13
 """Rows of a matrix that are in memory at once."""
-_PARTS = ("weight", "weight_scale", "weight_offset", "input_scale", "input_offset", "outlier_columns", "outlier_weight")
-_BY_ROW = ("weight", "weight_scale", "weight_offset", "outlier_weight")
+_PARTS = ("weight", "weight_scale", "weight_offset", "row_scale", "input_scale", "input_offset", "outlier_columns",
+          "outlier_weight")  # fmt: skip
+_BY_ROW = ("weight", "weight_scale", "weight_offset", "row_scale", "outlier_weight")
 """Parts of a quantized linear, and those of which a row belongs to an output channel."""
 
 
@@ -152,8 +157,14 @@ class OctavoDirectory:
             has_coded_embedding=EMBEDDING in labels.values(),
             added_biases=tuple(name for name in self._layout["biases"] if name not in biased),
             folds=any(layer.folded for layer in self._stored_scales),
-            dtype=source_dtype(self.floats()),
+            dtype=self._dtype(config),
         )
+
+    def _dtype(self, config: Any) -> str:
+        """Of the matrices in float, or else what config.json states: vectors may be in another than matrices were."""
+        matrices = {name: header for name, header in self.floats().items() if len(header.shape) > 1}
+        stated = [name for name, dtype in FLOAT_DTYPES.items() if dtype == config.dtype]
+        return stated[0] if stated and not matrices else source_dtype(matrices or self.floats())
 
     def _linear_form(self, name: str, label: str) -> LinearForm:
         module: QuantizedLinear = self._model.get_submodule(name)
@@ -194,6 +205,13 @@ class OctavoDirectory:
         found = self._model.get_submodule(module)
         return found.out_features, found.in_features
 
+    def bits_per_weight(self) -> tuple[float | None, float | None]:
+        """Of the quantized linears of the layers, and of embedding and last linear; None where there are none."""
+        labels, form = self._layout["quantized_linears"], self.form
+        sizes = {name: math.prod(self.shape(name)) for name in labels}
+        ends = {name: sizes.pop(name) for name in (form.embedding, form.head) if name in sizes}
+        return bits_per_weight(self._headers, sizes), bits_per_weight(self._headers, ends)
+
     def embedding_form(self) -> LinearForm:
         """The embedding in int8, as the last linear that is tied to it has it."""
         return self._linear_form(self.form.embedding, W8A16)
@@ -215,6 +233,9 @@ class OctavoDirectory:
         last = self._headers[f"{name}.weight"].shape[0] if last is None else last
         parts = {part: self._part(name, part, first, last) for part in _PARTS if self.has(f"{name}.{part}")}
         codes, scale = parts["weight"], parts["weight_scale"].float()
+        if "row_scale" in parts:
+            scale = decoded_scale(parts["weight_scale"], parts["row_scale"])
+            parts["weight_offset"] = parts["weight_offset"].float() / ZERO_STEPS
         if codes.dtype == torch.uint8:
             codes = unpack_int4(codes, WEIGHT_BLOCK)
         zero, input_zero = (
@@ -235,7 +256,10 @@ class OctavoDirectory:
 
     def scale(self, name: str) -> torch.Tensor:
         """The scales of a quantized weight, as of `LinearCodes`."""
-        return self._files.read(f"{name}.weight_scale").float()
+        scale = self._files.read(f"{name}.weight_scale")
+        if self.has(f"{name}.row_scale"):
+            return decoded_scale(scale, self._files.read(f"{name}.row_scale"))
+        return scale.float()
 
     def _part(self, name: str, part: str, first: int, last: int) -> torch.Tensor:
         """Rows of a part of a linear, or all of one that has no row for each output channel."""

@@ -15,7 +15,7 @@ import torch
 
 from ....ops.shared.codes import pack_int4
 from ...progress import progress
-from ...runtime.schemes.linear_scheme import FP8_LABELS, STATIC, W4A16, W8A8_MIXED
+from ...runtime.schemes.linear_scheme import FP8_LABELS, INT4_LABELS, STATIC, W8A8_MIXED
 from ..output.shards import SAFETENSORS_DTYPES
 from .caches import FLOAT, kind_of, online_name, quantized_layers, why_not
 from .dialect import RUN, Dialect, Engine, Target
@@ -34,6 +34,9 @@ CACHES = {"llamacpp-q8_0": "q8_0", "llamacpp-q4_0": "q4_0", "llamacpp-q4_1": "q4
 BYTES = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20}
 """Of a block."""
 FROM_FLOAT = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
+MOST_ROUNDED = 2.0**-8
+"""How far scales may be from those in float16, as `rounding` has it: codes of 8 bits then stand for weights that are
+moved by less than half a step, which is what the codes themselves cost."""
 
 Produce = Callable[[], np.ndarray]
 
@@ -63,11 +66,12 @@ def _cache(form: Form) -> str | None:
     return online_name(layers[0], CACHES) if len(layers) == form.layers else None
 
 
-def _halves(scale: torch.Tensor) -> torch.Tensor | None:
-    """Scales in float16, rounded where they have to be; None where float16 has no room for some."""
-    half = scale.to(torch.float16)
-    is_there = (half == scale) | ((half >= torch.finfo(torch.float16).tiny) & torch.isfinite(half))
-    return half if bool(is_there.all()) else None
+def rounding(scale: torch.Tensor) -> float:
+    """By how much float16 changes scales `[N, G]`, as a share of the largest of their output channel; inf beyond it."""
+    if scale.max() > torch.finfo(torch.float16).max:
+        return math.inf
+    changed = (scale.to(torch.float16).float() - scale).abs()
+    return float((changed / scale.amax(dim=1, keepdim=True)).max())
 
 
 def _kind(linear: LinearForm) -> str | None:
@@ -75,7 +79,7 @@ def _kind(linear: LinearForm) -> str | None:
     group = linear.group_size or linear.in_features
     if linear.label in (*FP8_LABELS, W8A8_MIXED) or group % BLOCK or linear.in_features % BLOCK:
         return None
-    if linear.label == W4A16:
+    if linear.label in INT4_LABELS:
         return "Q4_0" if linear.symmetric else "Q4_1"
     return "Q8_0" if linear.symmetric else None
 
@@ -86,11 +90,9 @@ def _per_block(parts: LinearCodes, values: torch.Tensor) -> torch.Tensor:
     return values.expand(len(parts.codes), -1).repeat_interleave(blocks // values.shape[1], dim=1)
 
 
-def block_bytes(parts: LinearCodes, kind: str) -> torch.Tensor | None:
-    """Rows of codes as blocks of a type, uint8 `[N, K / 32 * bytes]`; None where float16 has no room for the scales."""
-    scale = _halves(_per_block(parts, parts.scale))
-    if scale is None:
-        return None
+def block_bytes(parts: LinearCodes, kind: str) -> torch.Tensor:
+    """Rows of codes as blocks of a type, uint8 `[N, K / 32 * bytes]`, scales rounded to float16."""
+    scale = _per_block(parts, parts.scale).to(torch.float16)
     fields = [scale[..., None].view(torch.uint8)]
     if kind == "Q4_1":
         zero = torch.zeros_like(parts.scale) if parts.zero is None else parts.zero
@@ -118,7 +120,8 @@ class _File:
         self._names = self.gguf.get_tensor_name_map(model, self.form.layers)
         self._makers: list[Produce] = []
         self.in_float: list[str] = []
-        self.rounded: list[str] = []
+        self.too_small: list[str] = []
+        self.rounded: dict[str, float] = {}
 
     def _turns(self, name: str) -> int:
         """Heads of q or k whose channels are interleaved; 0 of all else."""
@@ -153,14 +156,13 @@ class _File:
     def coded(self, module: str, linear: LinearForm) -> None:
         """The weight of a linear or embedding in codes, as blocks; in float16 where no blocks take its codes."""
         name, shape, kind = f"{module}.weight", (linear.out_features, linear.in_features), _kind(linear)
-        scale = None if kind is None else self.directory.scale(module)
-        half = None if scale is None else _halves(scale)
-        if half is None:
-            self.in_float.append(module)
+        changed = 0.0 if kind is None else rounding(self.directory.scale(module))
+        if kind is None or changed > MOST_ROUNDED:
+            (self.in_float if kind is None else self.too_small).append(module)
             self._plan(name, shape, "F16", lambda: self._float16(module))
             return
-        if not torch.equal(half.float(), scale):
-            self.rounded.append(module)
+        if changed:
+            self.rounded[module] = changed
         self._plan(name, shape, kind, lambda: self._blocks(module, kind))
 
     def _float16(self, module: str) -> torch.Tensor:
@@ -234,8 +236,14 @@ def _write(directory: OctavoDirectory, target: Target) -> list[str]:
     file.write()
     if file.in_float:
         notes.append(f"{_some(file.in_float)}: in float16, since no blocks of llama.cpp take such codes")
+    if file.too_small:
+        notes.append(f"{_some(file.too_small)}: in float16, since float16 has no room for the scales of the codes")
     if file.rounded:
-        notes.append(f"{_some(file.rounded)}: codes as they are, scales rounded to float16")
+        most = max(file.rounded.values())
+        notes.append(
+            f"{_some(list(file.rounded))}: codes as they are, scales rounded to float16, which moves weights by at "
+            f"most {most:.2%} of the largest of their output channel"
+        )
     if any(linear.label in STATIC for linear in form.linears.values()):
         notes.append("scales of inputs are left out: llama.cpp quantizes inputs by itself")
     return notes

@@ -9,7 +9,7 @@ from .form import Form, LinearForm, as_engines_hold
 
 def form_of_plan(job: Job, plan: Plan) -> Form:
     """What a plan comes to, with K and V as engines hold them."""
-    source, linear = job.source, plan.linear
+    source = job.source
     modules = {name: module for name, module in source.model.named_modules() if isinstance(module, nn.Linear)}
     linears = {}
     for name in plan.linears:
@@ -20,7 +20,7 @@ def form_of_plan(job: Job, plan: Plan) -> Form:
             module.out_features,
             module.in_features,
             module.in_features // groups if groups > 1 else 0,
-            linear.symmetric,
+            plan.scheme_of(name).symmetric,
             rows == 1 < module.out_features,
             module.bias is not None,
         )

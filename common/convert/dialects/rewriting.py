@@ -1,7 +1,8 @@
 """A converted directory in the format of an engine, written whole or not at all, without calibrating again."""
 
 import argparse
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...command import OneLineParser, run_script
@@ -13,11 +14,14 @@ from ..output.naming import beside
 from ..output.writer import whole_directory
 from ..run import GIGABYTE
 from ..spelling import named
+from .caches import static_scheme
 from .dialect import Dialect, Target
 from .directory import OctavoDirectory
-from .form import Form
+from .form import Form, as_engines_hold
 from .table import DIALECTS, dialect_of, format_named
 
+OTHER_CACHES = ("llamacpp-q8_0", "ascend-c8", "vllm-fp8", "float")
+"""Schemes of which each format takes one, the one that it is best served by first."""
 LARGEST_FILE_GB = 5.0
 """What refusals give with a scheme of static scales, for a rewriting."""
 
@@ -102,6 +106,19 @@ def refusal(dialect: Dialect, form: Form) -> str | None:
 def refusals(form: Form) -> dict[str, str | None]:
     """Of each format, why a form cannot be written in it; None if it can."""
     return {name: refusal(dialect, form) for name, dialect in DIALECTS.items()}
+
+
+def fitting_caches(form: Form, refused: Iterable[str]) -> dict[str, str]:
+    """Of formats that refuse a form for its cache alone: arguments that give another cache, which they take."""
+    found: dict[str, str] = {}
+    for name in refused:
+        for preset in OTHER_CACHES:
+            scheme = load_scheme(preset)
+            other = replace(form, scheme=as_engines_hold(scheme.of_model(form.layers)), folds=False)
+            if refusal(DIALECTS[name], other) is None:
+                found[name] = static_scheme(form, preset) if scheme.is_static else f"--scheme {preset}"
+                break
+    return found
 
 
 def write_as(

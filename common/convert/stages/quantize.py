@@ -21,7 +21,7 @@ def linear_parts(
 ) -> dict[str, torch.Tensor]:
     """The tensors of a linear that is to be quantized: the codes of the source where it has them, or new ones."""
     if name not in plan.coded:
-        return quantize_linear(linear, inputs, plan.linear, plan.engine_dtype)
+        return quantize_linear(linear, inputs, plan.scheme_of(name), plan.engine_dtype)
     weight = source.coded_weight(name)
     return coded_parts(name, weight, plan.label_of(name), linear.bias, plan.engine_dtype)
 

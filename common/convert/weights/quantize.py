@@ -10,7 +10,7 @@ from torch import nn
 
 from ....ops.linear.reference import WEIGHT_BLOCK, quantize_by_group
 from ...errors import OctavoError
-from ...runtime.schemes.linear_scheme import FP8_LABELS, W4A16, W8A8, WEIGHT_ONLY, LinearInputs, LinearScheme
+from ...runtime.schemes.linear_scheme import FP8_LABELS, INT4_LABELS, W8A8, WEIGHT_ONLY, LinearInputs, LinearScheme
 from ...runtime.w8a8_linear import encode_deq_scale
 from .input_range import coded_rows, input_range, static_input_scale
 from .weight_quantizer import ROWS, WeightQuantizer
@@ -27,17 +27,22 @@ def weight_parts(weight: torch.Tensor, inputs: LinearInputs | None, scheme: Line
     """`weight` and its scales as on disk, on the CPU."""
     quantizer = WeightQuantizer(weight, inputs, scheme)
     out_features, in_features = weight.shape
-    if scheme.label == W4A16 and in_features % WEIGHT_BLOCK:
-        raise OctavoError(f"linear layers: W4A16 takes a multiple of {WEIGHT_BLOCK} input channels, not {in_features}")
+    if scheme.label in INT4_LABELS and in_features % WEIGHT_BLOCK:
+        raise OctavoError(
+            f"linear layers: {scheme.label} takes a multiple of {WEIGHT_BLOCK} input channels, not {in_features}"
+        )
     stored_features = in_features // 2 if quantizer.codes.dtype == torch.uint8 else in_features
     codes = torch.empty((out_features, stored_features), dtype=quantizer.codes.dtype)
-    scales, zeros = (torch.empty((out_features, quantizer.num_groups)) for _ in range(2))
+    scales: list[dict[str, torch.Tensor]] = []
     for rows in quantizer.blocks():
-        found, scales[rows], zeros[rows] = quantizer(quantizer.block(rows))
+        found, stored = quantizer(quantizer.block(rows))
         codes[rows] = quantizer.codes.stored(found).cpu()
-    parts = {"weight": codes, "weight_scale": scales[:1].clone() if scheme.per_tensor else scales}
-    if scheme.label not in FP8_LABELS:
-        parts["weight_offset"] = zeros
+        scales.append(stored)
+    parts = {"weight": codes} | {part: torch.cat([stored[part] for stored in scales]).cpu() for part in scales[0]}
+    if scheme.per_tensor:
+        parts["weight_scale"] = parts["weight_scale"][:1].clone()
+    if scheme.label in FP8_LABELS:
+        del parts["weight_offset"]
     if quantizer.outliers is not None:
         parts["outlier_columns"] = quantizer.outliers.to(torch.int32)
         parts["outlier_weight"] = weight.detach()[:, quantizer.outliers]

@@ -9,16 +9,25 @@ import torch
 
 from ....ops.linear.reference import WEIGHT_BLOCK
 from ....ops.shared.codes import INT8_MAX, INT8_MIN, SMALLEST_SCALE, expand_scale, pack_int4
-from ...runtime.schemes.linear_scheme import FP8_LABELS, W4A16, W8A8_MIXED, LinearInputs, LinearScheme
+from ...runtime.double_linear import ZERO_STEPS, decoded_scale
+from ...runtime.linear_values import half_scale
+from ...runtime.schemes.linear_scheme import (
+    FP8_LABELS,
+    INT4_LABELS,
+    W4A16_DOUBLE,
+    W8A8_MIXED,
+    LinearInputs,
+    LinearScheme,
+)
 from ...runtime.w8a8_linear import outlier_count
 from .gptq import ErrorFeedback, error_feedback, gptq_codes
 from .input_range import FP8_MAX, to_fp8
+from .scale_search import double_parts, least_squares
 
 ROWS = 4096
 """Output channels of a weight that are in float at a time."""
 SEARCHED = 2**18
 """Weights whose range is searched together, so that they stay in the caches of a CPU."""
-NORMAL_HALF = torch.finfo(torch.float16).smallest_normal
 _CLIPS = torch.linspace(1.0, 0.4, 21)
 
 
@@ -66,10 +75,10 @@ def weight_codes(scheme: LinearScheme) -> WeightCodes:
     """The codes of a scheme's weights: int8 from -127 where symmetric, int4 from -8 with scales of `max|w| / 7`."""
     if scheme.label in FP8_LABELS:
         return WeightCodes(int(-FP8_MAX), int(FP8_MAX), FP8_MAX, torch.float8_e4m3fn)
-    lowest, highest, dtype = (-8, 7, torch.uint8) if scheme.label == W4A16 else (INT8_MIN, INT8_MAX, torch.int8)
+    lowest, highest, dtype = (-8, 7, torch.uint8) if scheme.label in INT4_LABELS else (INT8_MIN, INT8_MAX, torch.int8)
     if not scheme.symmetric:
         return WeightCodes(lowest, highest, highest - lowest, dtype, symmetric=False)
-    return WeightCodes(lowest if scheme.label == W4A16 else -highest, highest, highest, dtype)
+    return WeightCodes(lowest if scheme.label in INT4_LABELS else -highest, highest, highest, dtype)
 
 
 def _extremes(grouped: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,6 +117,7 @@ class WeightQuantizer:
         self.outliers = outlier_columns(inputs).to(weight.device) if scheme.label == W8A8_MIXED else None
         self._weight = weight.detach()
         self._searches = scheme.w_method != "MinMax"
+        self._is_double = scheme.label == W4A16_DOUBLE
         self._importance = torch.ones(weight.shape[1], device=weight.device)
         if inputs is not None:
             self._importance = inputs.mean_square.to(weight.device).clamp_min(SMALLEST_SCALE)
@@ -146,9 +156,19 @@ class WeightQuantizer:
             errors += _clip_errors(self.codes, grouped, self._importance, low, high).sum(dim=(1, 2, 3)).cpu()
         return torch.maximum(-low, high) * _CLIPS[int(errors.argmin())]
 
-    def scale_and_zero(self, block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """float32 `[rows, G]` each."""
+    def _double_parts(self, grouped: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What W4A16_DOUBLE stores of a block `[rows, G, K / G]` beside codes."""
+        span, rows = int(self.codes.span), max(1, SEARCHED // self._importance.numel())
+        found = [least_squares(part, self._importance, span, self._searches) for part in grouped.split(rows)]
+        scale, least = (torch.cat(parts).squeeze(-1) for parts in zip(*found, strict=True))
+        return double_parts(scale, least, self.codes.lowest)
+
+    def scales(self, block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """Scale and zero of a block, float32 `[rows, G]` each, and the parts of a layer that they are stored as."""
         grouped = block.unflatten(1, (self.num_groups, -1))
+        if self._is_double:
+            parts = self._double_parts(grouped)
+            return decoded_scale(parts["weight_scale"], parts["row_scale"]), parts["weight_offset"] / ZERO_STEPS, parts
         if self._extent is not None:
             high = self._extent.expand(len(block), 1, 1)
             low = -high
@@ -160,25 +180,26 @@ class WeightQuantizer:
         scale, zero = self.codes.scale_and_zero(low, high)
         if self.num_groups > 1:
             scale = half_scale(scale)
-        return scale.squeeze(-1), zero.squeeze(-1)
+        scale, zero = scale.squeeze(-1), zero.squeeze(-1)
+        return scale, zero, {"weight_scale": scale, "weight_offset": zero}
 
-    def __call__(self, block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Codes `[rows, K]`, scale and zero `[rows, G]` of a block, float32."""
-        scale, zero = self.scale_and_zero(block)
+    def __call__(self, block: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Codes `[rows, K]` of a block, float32, and its scales and zeros as they are stored."""
+        codes, *_, parts = self._coded(block)
+        return codes, parts
+
+    def _coded(self, block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """Codes of a block, and what `scales` gives."""
+        scale, zero, parts = self.scales(block)
         if self._feedback is not None:
-            return gptq_codes(block, self._feedback, scale, zero, self.codes.rounded), scale, zero
+            return gptq_codes(block, self._feedback, scale, zero, self.codes.rounded), scale, zero, parts
         units = block / expand_scale(scale, *block.shape) + expand_scale(zero, *block.shape)
-        return self.codes.rounded(units), scale, zero
+        return self.codes.rounded(units), scale, zero, parts
 
     def decoded(self, block: torch.Tensor) -> torch.Tensor:
         """What the codes of a block stand for, `[rows, K]`."""
-        codes, scale, zero = self(block)
+        codes, scale, zero, _ = self._coded(block)
         return (codes - expand_scale(zero, *block.shape)).mul_(expand_scale(scale, *block.shape))
-
-
-def half_scale(scale: torch.Tensor) -> torch.Tensor:
-    """float32 scales of groups as numbers of float16, in which kernels hold them; very small ones as they are."""
-    return torch.where(scale >= NORMAL_HALF, scale.to(torch.float16).float(), scale)
 
 
 def outlier_columns(inputs: LinearInputs) -> torch.Tensor:

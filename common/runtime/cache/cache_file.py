@@ -2,7 +2,7 @@
 
 Tensors, for layer `i` and `side` key or value; B batch, G KV heads, D head_dim:
 
-    layers.{i}.{side}.{codes,scale,zero,outliers,channels}   rows in use, as `CodeStore` keeps them
+    layers.{i}.{side}.{codes,scale,zero,outliers,channels,second,wide}   rows in use, as `CodeStorage` keeps them
     layers.{i}.{side}.{front,tail}                           tokens in float, as `SegmentStore` keeps them
     layers.{i}.key_mean                                      where the scheme smooths K
     layers.{i}.constant.*                                    static scales, zeros and codebooks (`LayerScales`)
@@ -106,7 +106,8 @@ def constants_of(scales: LayerScales) -> Tensors:
     """Static scales as tensors by name."""
     (key, key_zero), (value, value_zero) = (pair or (None, None) for pair in (scales.key, scales.value))
     parts = {"key": key, "key_zero": key_zero, "value": value, "value_zero": value_zero, "query": scales.query,
-             "key_levels": scales.key_levels, "value_levels": scales.value_levels}  # fmt: skip
+             "key_levels": scales.key_levels, "value_levels": scales.value_levels, "key_mean": scales.key_mean,
+             "key_basis": scales.key_basis, "value_basis": scales.value_basis}  # fmt: skip
     return named("constant.", {name: part for name, part in parts.items() if part is not None})
 
 
@@ -116,4 +117,7 @@ def scales_from(tensors: Tensors, is_folded: bool) -> LayerScales:
     key, value = (
         (found(side), found(f"{side}_zero")) if found(side) is not None else None for side in ("key", "value")
     )
-    return LayerScales(key, value, found("query"), found("key_levels"), found("value_levels"), is_folded)
+    return LayerScales(
+        key, value, found("query"), found("key_levels"), found("value_levels"), is_folded, found("key_mean"),
+        found("key_basis"), found("value_basis"),
+    )  # fmt: skip

@@ -10,11 +10,11 @@ import torch
 
 from ...errors import OctavoError
 from ..schemes.tensor_codec import Codec
-from .dynamic_scales import gaussian_levels
+from .dynamic_scales import known_levels
 from .sliding import STORAGE_STEP, Sliding
 
 SMALLEST_CAPACITY = 64
-_STORAGE_PARTS = ("codes", "scale", "zero", "outliers", "channels")
+_STORAGE_PARTS = ("codes", "scale", "zero", "signs", "residual", "outliers", "channels", "second", "wide")
 
 
 def capacity_for(tokens: int) -> int:
@@ -30,7 +30,7 @@ def capacity_for(tokens: int) -> int:
 
 
 class CodeStorage:
-    """Where the codes of K or of V of one layer lie, `[B, G, capacity, D]`, with their scales, zeros and outliers.
+    """Where the codes of K or of V of one layer lie, `[B, G, capacity, D]`, with all that belongs to them.
 
     Of `length` tokens the first `forgotten` are stored no longer: token n lies in row `n - forgotten`.
 
@@ -60,15 +60,19 @@ class CodeStorage:
         self.sliding = sliding
         self.length = self.forgotten = 0
         self._expected = 0
-        if codec is not None and codec.fixed_scale:
+        if codec is not None and codec.fixed_scale and not codec.dynamic:
             scales = torch.full((1, 1, 1), codec.fixed_scale), None
         self._static_scale, self._static_zero = scales if scales is not None else (None, None)
         self._levels, self._frequencies = levels, frequencies
         self._codes: torch.Tensor | None = None
-        self._scale: torch.Tensor | None = None  # [B, G, capacity / token group, W] where dynamic
+        self._scale: torch.Tensor | None = None  # [B, G, capacity / scale group, W] where dynamic
         self._zero: torch.Tensor | None = None  # likewise, where affine
+        self._signs: torch.Tensor | None = None  # [B, G, capacity, D / 8] uint8, where codes leave a sign
+        self._residual: torch.Tensor | None = None  # the scales of the signs, as `_scale`
         self._outliers: torch.Tensor | None = None  # [B, G, capacity, outliers] float16, where the codec keeps some
-        self._channels: torch.Tensor | None = None  # their channels, uint8
+        self._channels: torch.Tensor | None = None  # their channels, or those of wider codes of a group, uint8
+        self._second: torch.Tensor | None = None  # [B, G, capacity, 1] or [B, G, capacity / tile, D], of a tile
+        self._wide: torch.Tensor | None = None  # [B, G, capacity / scale group, *] uint8, the bits of wider codes
 
     @property
     def _group(self) -> int:
@@ -153,13 +157,23 @@ class CodeStorage:
         self._codes = empty(capacity, self.codec.stored_width(head_dim), self.codec.stored_dtype)
         if self.codec.dynamic:
             num_groups, dtype = self.codec.channel_groups(head_dim), self.codec.stored_scale_dtype
-            self._scale = empty(capacity // self._group, num_groups, dtype)
-            self._zero = empty(capacity // self._group, num_groups, dtype) if self.codec.has_zero else None
+            rows = capacity // self.codec.scale_group
+            self._scale = empty(rows, num_groups, dtype)
+            self._zero = empty(rows, num_groups, dtype) if self.codec.has_zero else None
+            tokens, seconds = self.codec.second_scales(head_dim)
+            self._second = empty(capacity // tokens, seconds, dtype) if seconds else None
+            wide = self.codec.wide_channels(head_dim)
+            if wide:
+                self._channels = empty(rows, wide, torch.uint8)
+                self._wide = empty(rows, wide * self.codec.scale_group * self.codec.wide_bits // 8, torch.uint8)
+        if self.codec.residual_sign:
+            self._signs = empty(capacity, head_dim // 8, torch.uint8)
+            self._residual = empty(capacity, num_groups, dtype)
         if self.codec.outliers:
             self._outliers = empty(capacity, self.codec.outliers, torch.float16)
             self._channels = empty(capacity, self.codec.outliers, torch.uint8)
-        if self.codec.levels == "gaussian":
-            self._levels = gaussian_levels(self.codec.bits, like.device)
+        if self.codec.levels != "calibrated":
+            self._levels = known_levels(self.codec, like.device)
         for name in ("_static_scale", "_static_zero", "_levels", "_frequencies"):
             part = getattr(self, name)
             setattr(self, name, None if part is None else part.to(like.device))
@@ -220,7 +234,7 @@ class CodeStorage:
             setattr(self, f"_{name}", None if part is None else change(part))
 
     def parts(self) -> list[torch.Tensor]:
-        """The storage tensors: codes, and where there are any scales, zeros, outliers, `[B, G, capacity, *]`."""
+        """The storage tensors: codes, and what there is beside them, `[B, G, capacity / tokens of a row, *]`."""
         return list(self._named_parts().values())
 
     def _named_parts(self) -> dict[str, torch.Tensor]:
@@ -267,4 +281,4 @@ class CodeStorage:
         """Forget all tokens, and the storage unless it is of a fixed length."""
         self.length = self.forgotten = self._expected = 0
         if self.max_length is None:
-            self._codes = self._scale = self._zero = self._outliers = self._channels = None
+            self.map_storage(lambda part: None)

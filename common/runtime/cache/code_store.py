@@ -8,12 +8,15 @@ import copy
 import torch
 
 from ....ops import decode, encode, encode_token
-from ....ops.shared.codes import LARGEST_ZERO
+from ....ops.shared.codes import LARGEST_ZERO, expand_scale, pack_indices, pack_signs, unpack_indices, unpack_signs
 from ....ops.shared.registry import eagerly
 from ..rotary import rotated_by_slot
 from .code_storage import CodeStorage
-from .dynamic_scales import group_scale, llamacpp_codes, scale_of_norm
+from .dynamic_scales import group_scale, llamacpp_codes, residual_scale, scale_of_norm
+from .scale_formats import as_floats, rounded_to_e2m1
+from .tile_scales import second_scales
 from .views import Codes
+from .wide_channels import MixedCodes, decode_wide, encode_mixed
 
 
 def split_outliers(
@@ -50,10 +53,10 @@ class CodeStore(CodeStorage):
         codes, codec = self._codes[:, :, start:stop], self.codec
         if codec is None:
             codes.copy_(values)
-        elif codec.dynamic and codec.is_native and codec.rule == "range" and codec.token_group == 1:
+        elif codec.dynamic and codec.is_one_op:
             scale, zero = self._of(self._scale, start, stop), self._of(self._zero, start, stop)
             eagerly(encode_token, values, codes, scale, zero)
-        elif not codec.dynamic and codec.is_native:
+        elif codec.is_one_op:
             eagerly(encode, values, self._static_scale, self._static_zero, codes)
         else:
             self._encode(values.float(), start, stop)
@@ -61,10 +64,11 @@ class CodeStore(CodeStorage):
         return self.codes()
 
     def _of(self, part: torch.Tensor | None, start: int, stop: int) -> torch.Tensor | None:
-        """Rows of a scale, zero or list of outliers that belong to rows `start:stop` of codes, whole groups."""
+        """Rows of a scale or another part that belong to rows `start:stop` of codes, whole groups."""
         if part is None:
             return None
-        return part[:, :, start // self._group : -(-stop // self._group)]
+        group = self._codes.shape[2] // part.shape[2]
+        return part[:, :, start // group : -(-stop // group)]
 
     def _slot(self, row: int) -> int:
         """The slot of a row of the storage."""
@@ -90,24 +94,64 @@ class CodeStore(CodeStorage):
         if not codec.dynamic:
             encode(values, self._static_scale, self._static_zero, codes, bits=codec.bits, levels=self._levels)
             return
-        group = codec.token_group
+        if codec.tile:
+            second = second_scales(codec, values)
+            self._of(self._second, start, stop).copy_(second)
+            values = values / self._by_token(second)
+        group = codec.scale_group
         if group > 1:
             groups = values.unflatten(2, (-1, group)).transpose(-1, -2)  # [B, G, T, D, group]
         else:
             groups = values.unflatten(-1, (codec.channel_groups(values.shape[-1]), -1))  # [B, G, S, W, n]
+        if codec.wide_share:
+            self._encode_mixed(groups, start, stop)
+            return
         scale, zero = group_scale(codec, groups)
         stored = scale_of_norm(codec, groups, scale) if codec.rule == "norm" else scale
         self._of(self._scale, start, stop).copy_(stored)
         if zero is not None:
             self._of(self._zero, start, stop).copy_(zero)
             zero = zero.float()
-        scale = scale.float()
+        scale = as_floats(codec, scale).float()
+        scale = scale.masked_fill(scale == 0, torch.inf)  # what is too small for a scale in e4m3 becomes 0
         if group > 1:  # groups of tokens take the place of heads, so that each has one scale for all of its tokens
             values = values.flatten(0, 1).unflatten(1, (-1, group))
             codes = codes.flatten(0, 1).unflatten(1, (-1, group))
             scale = scale.flatten(0, 1)[:, :, None]
             zero = None if zero is None else zero.flatten(0, 1)[:, :, None]
-        encode(values, scale, zero, codes, bits=codec.bits, levels=self._levels)
+        rounded = values
+        if codec.levels == "e2m1":  # whose ties are no business of an op
+            rounded, scale = rounded_to_e2m1(values / expand_scale(scale, *values.shape[-2:])), scale.new_ones(1)
+        encode(rounded, scale, zero, codes, bits=codec.bits, levels=self._levels)
+        if codec.residual_sign:
+            left = values - self._decoded_codes(start, stop)
+            grouped = left.unflatten(-1, (self._residual.shape[-1], -1))
+            self._of(self._residual, start, stop).copy_(residual_scale(codec, grouped))
+            self._of(self._signs, start, stop).copy_(pack_signs(left >= 0))
+
+    def _by_token(self, second: torch.Tensor) -> torch.Tensor:
+        """Second scales as float32 for each token, `[B, G, S, 1 or D]`."""
+        tokens, _ = self.codec.second_scales(second.shape[-1])
+        return second.float().repeat_interleave(tokens, dim=2)
+
+    def _encode_mixed(self, groups: torch.Tensor, start: int, stop: int) -> None:
+        """Encode groups of tokens `[B, G, T, D, n]` in codes of two widths."""
+        mixed = encode_mixed(self.codec, groups)
+        indices = mixed.indices.mT.flatten(2, 3)
+        self._codes[:, :, start:stop] = pack_indices(indices, self.codec.bits, indices.shape[-1])
+        for name in ("wide", "channels", "scale", "zero"):
+            part = getattr(self, f"_{name}")
+            if part is not None:
+                self._of(part, start, stop).copy_(getattr(mixed, name))
+
+    def _with_wide(self, values: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Values `[B, G, S, D]` with those of wider codes in their places."""
+        indices = unpack_indices(self._codes[:, :, start:stop], self.codec.bits, values.shape[-1])
+        indices = indices.unflatten(2, (-1, self.codec.scale_group)).mT
+        parts = (self._of(part, start, stop) for part in (self._wide, self._channels, self._scale, self._zero))
+        channels, wider = decode_wide(self.codec, MixedCodes(indices, *parts))
+        grouped = values.unflatten(2, (-1, self.codec.scale_group))
+        return grouped.scatter(-1, channels.mT, wider.mT).flatten(2, 3)
 
     def _encode_llamacpp(self, values: torch.Tensor, start: int, stop: int) -> None:
         codec = self.codec
@@ -136,14 +180,31 @@ class CodeStore(CodeStorage):
         else:
             eagerly(encode, values, self._static_scale, self._static_zero, self._codes, position)
 
+    def _decoded_codes(self, start: int, stop: int) -> torch.Tensor:
+        """What `decode` makes of rows `start:stop` of codes, whole groups."""
+        codec, codes = self.codec, self._codes[:, :, start:stop]
+        scale, zero = self._scales_of(start, stop)
+        return decode(codes, scale, zero, codec.scale_group, bits=codec.bits, levels=self._levels)
+
+    def _scales_of(self, start: int, stop: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Scale and zero of rows `start:stop` of codes, as the ops take them: views, but of scales in a byte."""
+        if self._scale is None:
+            return self._static_scale, self._static_zero
+        return as_floats(self.codec, self._of(self._scale, start, stop)), self._of(self._zero, start, stop)
+
     def decoded(self, start: int, stop: int) -> torch.Tensor:
         """The values that rows `start:stop` of codes, whole groups, stand for: float32 `[B, G, S, D]`."""
-        codes, codec = self._codes[:, :, start:stop], self.codec
+        codec = self.codec
         if codec is None:
-            return codes.float()
-        scale = self._static_scale if self._scale is None else self._of(self._scale, start, stop)
-        zero = self._static_zero if self._scale is None else self._of(self._zero, start, stop)
-        values = decode(codes, scale, zero, codec.token_group, bits=codec.bits, levels=self._levels)
+            return self._codes[:, :, start:stop].float()
+        values = self._decoded_codes(start, stop)
+        if codec.wide_share:
+            values = self._with_wide(values, start, stop)
+        if codec.residual_sign:
+            scale = as_floats(codec, self._of(self._residual, start, stop)).float()
+            values += unpack_signs(self._of(self._signs, start, stop)) * expand_scale(scale, *values.shape[-2:])
+        if codec.tile:
+            values = values * self._by_token(self._of(self._second, start, stop))
         if codec.outliers:
             channels = self._of(self._channels, start, stop).long()
             values.scatter_(-1, channels, self._of(self._outliers, start, stop).float())
@@ -152,13 +213,12 @@ class CodeStore(CodeStorage):
         return values
 
     def codes(self, length: torch.Tensor | None = None) -> Codes:
-        """What is stored, as views: no copy, nothing decoded. With `length`, int64 `[1]`, the whole storage."""
+        """What is stored, as views: no copy but of scales in a byte, no code decoded.
+
+        With `length`, int64 `[1]`, the whole storage.
+        """
         rows = self.length - self.forgotten if length is None else self._codes.shape[2]
-
-        def in_use(storage: torch.Tensor | None, static: torch.Tensor | None) -> torch.Tensor | None:
-            return static if storage is None else self._of(storage, 0, rows)
-
-        scale, zero = in_use(self._scale, self._static_scale), in_use(self._zero, self._static_zero)
+        scale, zero = self._scales_of(0, rows)
         decoder = None
         if self.codec is not None and not self.codec.is_native_on(self._codes.device.type):
             as_it_is = self if self.sliding is None else copy.copy(self)  # its storage may be another after this pass

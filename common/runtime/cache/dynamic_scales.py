@@ -7,6 +7,7 @@ import torch
 
 from ....ops.shared.codes import SMALLEST_SCALE, dynamic_scale, scale_for_zero
 from ..schemes.tensor_codec import Codec
+from .scale_formats import E2M1_LEVELS, as_floats, as_stored, shared_exponent
 
 SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 """Parts of the range of a group among which rule "mse" chooses."""
@@ -26,8 +27,19 @@ ScaleAndZero = tuple[torch.Tensor, torch.Tensor | None]
 
 def gaussian_levels(bits: int, device: torch.device) -> torch.Tensor:
     """All levels of `GAUSSIAN_LEVELS`, float32 `[2**bits]`, ascending."""
-    positive = torch.tensor(GAUSSIAN_LEVELS[bits], device=device)
-    return torch.cat((-positive.flip(0), positive))
+    return _both_signs(GAUSSIAN_LEVELS[bits], device)
+
+
+def _both_signs(positive: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    levels = torch.tensor(positive, device=device)
+    return torch.cat((-levels.flip(0), levels))
+
+
+def known_levels(codec: Codec, device: torch.device) -> torch.Tensor | None:
+    """The codebook that a codec has without any calibration, float32 `[2**bits]`, ascending; e2m1 has 0 twice."""
+    if codec.levels == "e2m1":
+        return _both_signs(E2M1_LEVELS, device)
+    return gaussian_levels(codec.bits, device) if codec.levels == "gaussian" else None
 
 
 def _affine(codec: Codec, low: torch.Tensor, high: torch.Tensor) -> ScaleAndZero:
@@ -39,20 +51,26 @@ def _affine(codec: Codec, low: torch.Tensor, high: torch.Tensor) -> ScaleAndZero
 
 
 def _ranged(codec: Codec, groups: torch.Tensor) -> ScaleAndZero:
-    """Rule "range": the ends of the codes are the ends of the values, or symmetric about 0."""
+    """Rule "range": the ends of the codes are the ends of the values, or symmetric about 0, as of "full_range"; clipped
+    where the codec says so."""
     if codec.has_zero:
-        return _affine(codec, groups.amin(dim=-1), groups.amax(dim=-1))
-    return dynamic_scale(groups.abs().amax(dim=-1), codec.ends[1]).to(codec.stored_scale_dtype), None
+        low, high = groups.amin(dim=-1), groups.amax(dim=-1)
+        out = (high - low) * (1 - codec.clip) / 2 if codec.clip != 1 else 0.0
+        return _affine(codec, low + out, high - out)
+    largest = groups.abs().amax(dim=-1)
+    if codec.rule == "ocp":
+        return shared_exponent(largest, codec.most), None
+    return as_stored(codec, dynamic_scale(largest * codec.clip, codec.most)), None
 
 
 def _coded(codec: Codec, groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
     """The values that the codes of `groups` stand for."""
-    step = scale.float()[..., None]
+    step = as_floats(codec, scale).float()[..., None]
     offset = 0.0 if zero is None else zero.float()[..., None]
-    scaled = groups / step + offset
-    if codec.levels == "uniform":
+    scaled = groups / step.masked_fill(step == 0, torch.inf) + offset
+    levels = known_levels(codec, groups.device)
+    if levels is None:
         return (scaled.round().clamp(*codec.ends) - offset) * step
-    levels = gaussian_levels(codec.bits, groups.device)
     return (levels[torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2)] - offset) * step
 
 
@@ -65,7 +83,8 @@ def _tried(codec: Codec, groups: torch.Tensor) -> list[ScaleAndZero]:
         middle, half = (high + low) / 2, (high - low) / 2
         return [_affine(codec, middle - part * half, middle + part * half) for part in SHRINKS]
     scale, _ = _ranged(codec, groups)
-    return [((scale.float() * part).clamp_min(SMALLEST_SCALE).to(scale.dtype), None) for part in SHRINKS]
+    scale = as_floats(codec, scale).float()
+    return [(as_stored(codec, (scale * part).clamp_min(SMALLEST_SCALE)), None) for part in SHRINKS]
 
 
 def _least_error(codec: Codec, groups: torch.Tensor) -> ScaleAndZero:
@@ -87,7 +106,7 @@ def _normal(codec: Codec, groups: torch.Tensor, stretch: float = 1.0) -> ScaleAn
     mean = groups.mean(dim=-1) if codec.has_zero else torch.zeros_like(groups[..., 0])
     spread = (groups - mean[..., None]).square().mean(dim=-1).sqrt() * stretch
     dtype = codec.stored_scale_dtype
-    scale = scale_for_zero(spread.clamp_min(SMALLEST_SCALE), mean.abs(), dtype).to(dtype)
+    scale = as_stored(codec, scale_for_zero(spread.clamp_min(SMALLEST_SCALE), mean.abs(), dtype))
     return scale, (-mean / scale.float()).to(dtype) if codec.has_zero else None
 
 
@@ -97,7 +116,8 @@ def scale_of_norm(codec: Codec, groups: torch.Tensor, scale: torch.Tensor) -> to
     Source: norm correction of vLLM's TurboQuant, which renormalizes what it decodes.
     """
     coded = _coded(codec, groups, scale, None)
-    return (scale.float() * groups.norm(dim=-1) / coded.norm(dim=-1)).to(codec.stored_scale_dtype)
+    norm = coded.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)  # 0 where a scale in e4m3 is
+    return as_stored(codec, as_floats(codec, scale).float() * groups.norm(dim=-1) / norm)
 
 
 def group_scale(codec: Codec, groups: torch.Tensor) -> ScaleAndZero:
@@ -108,6 +128,14 @@ def group_scale(codec: Codec, groups: torch.Tensor) -> ScaleAndZero:
     if codec.rule == "mse":
         return _least_error(codec, groups)
     return _normal(codec, groups) if codec.levels == "gaussian" else _ranged(codec, groups)
+
+
+def residual_scale(codec: Codec, left: torch.Tensor) -> torch.Tensor:
+    """The second scale of groups `[..., n]` of what codes leave: the root of the mean square.
+
+    Source: LMDeploy, quant_policy 42, which stores it in units of the norm of the token.
+    """
+    return as_stored(codec, left.square().mean(dim=-1).sqrt().clamp_min(SMALLEST_SCALE))
 
 
 def llamacpp_codes(groups: torch.Tensor, bits: int, has_zero: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

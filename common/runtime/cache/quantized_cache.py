@@ -234,5 +234,17 @@ class QuantizedCache(Cache):
         super().crop(amount)
 
     def nbytes(self) -> int:
-        """Bytes allocated for codes and dynamic scales, unused capacity included."""
+        """Bytes allocated for codes and dynamic scales, unused capacity included; `used_nbytes` has those in use.
+
+        Storage grows in steps, so that up to a quarter of it waits for tokens; with `max_length` all is there at once.
+        """
         return sum(layer.key_store.nbytes() + layer.value_store.nbytes() for layer in self.layers)
+
+    def used_nbytes(self) -> int:
+        """Bytes of what the tokens in the cache take: codes, dynamic scales, and what is kept in float."""
+        found = 0
+        for layer in self.layers:
+            tokens = int(layer.get_seq_length())
+            for store in (layer.key_store, layer.value_store):
+                found += sum(part.nbytes for part in store.saved(tokens)[1].values())
+        return found

@@ -11,8 +11,9 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from ...errors import OctavoError
+from ..key_center import KeyCenter
 from ..precision import without_autocast
-from ..rotary import hadamard
+from ..rotary import Basis, hadamard
 from ..schemes.kv_scheme import CROP_ROOM, Scheme
 from ..schemes.tensor_codec import Codec
 from ..static_scales import LayerScales
@@ -64,6 +65,10 @@ class QuantizedLayer(CacheLayerMixin):
         self.query_scale = scales.query if scheme.query is not None else None
         if scheme.query is not None and scheme.query.fixed_scale:
             self.query_scale = torch.full((1, 1, 1), scheme.query.fixed_scale)
+        self._center = None if scales.key_mean is None else KeyCenter(scales.key_mean, self._frequencies)
+        self._key_basis, self._value_basis = (
+            None if matrix is None else Basis(matrix) for matrix in (scales.key_basis, scales.value_basis)
+        )
         self._key_mean: torch.Tensor | None = None  # [B, G, 1, D], where the scheme smooths K
         self._mean_of = 0  # tokens that it is the mean of
 
@@ -118,15 +123,21 @@ class QuantizedLayer(CacheLayerMixin):
         return keys, values
 
     def _prepared_key(self, states: torch.Tensor) -> torch.Tensor:
-        """K as it is stored: without its mean and rotated, where the scheme says so."""
+        """K as it is stored: without its mean, and rotated or in a basis, where the scheme says so."""
+        if self.scheme.center_key:
+            states = self._center.left_out(states, self.key_store.length).to(states.dtype)
         if self.scheme.smooth_key:
             if self._key_mean is None:
                 self._key_mean = states.mean(dim=2, keepdim=True, dtype=torch.float32).to(states.dtype)
                 self._mean_of = states.shape[2]
             states = states - self._key_mean.to(states.dtype)
+        if self.scheme.key_basis:
+            return self._key_basis.of(states)
         return hadamard(states) if self.scheme.rotate_key else states
 
     def _prepared_value(self, states: torch.Tensor) -> torch.Tensor:
+        if self.scheme.value_basis:
+            return self._value_basis.of(states)
         return hadamard(states) if self.scheme.rotate_value else states
 
     def _handles(self, keys: Codes | Segments, values: Codes | Segments) -> tuple[Codes | Segments, Codes | Segments]:
@@ -135,6 +146,9 @@ class QuantizedLayer(CacheLayerMixin):
         body.window = 0 if self.sliding is None else self.sliding.window
         body.before_rope = self.scheme.key is not None and self.scheme.key.before_rope
         keys.rotated, values.rotated = self.scheme.rotate_key, self.scheme.rotate_value
+        keys.center = self._center
+        for handle, basis in ((keys, self._key_basis), (values, self._value_basis)):
+            handle.dual = None if basis is None else basis.inverse(self.device)
         keys.folded = True if self.is_folded else None if self.scheme.fold_bias else False
         return keys, values
 

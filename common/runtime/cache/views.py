@@ -13,6 +13,7 @@ import torch
 
 from ....ops.shared.registry import NAMESPACE
 from ...errors import OctavoError
+from ..key_center import KeyCenter
 
 FOLD = "octavo_fold"
 """Attribute of an attention module whose biases are folded (`bias_fold.py`)."""
@@ -42,6 +43,9 @@ class Codes:
         window: tokens that a query sees, of a layer that forgets the others; 0: all.
         decoder: where the attention op does not read such codes, the float32 values `[B, G, *, D]` of rows from, to.
         rotated: whether the values are rotated by `hadamard`.
+        dual: with `[G, D, D]`, what undoes the basis that the values are in: queries are multiplied by its transpose,
+            which is K's business, and outputs by itself, V's; None where channels are as they were.
+        center: of K, what brings back the mean that is left out; None where nothing is.
         folded: whether the values have to be without the bias of their projection; None where either serves.
         before_rope: whether K is stored as it was before RoPE, by slots, which padding at the left would shift.
         wants_gradient: whether the states of this pass require a gradient, which codes do not pass on.
@@ -57,6 +61,8 @@ class Codes:
     window: int = 0
     decoder: Callable[[int, int], torch.Tensor] | None = None
     rotated: bool = False
+    dual: torch.Tensor | None = None
+    center: KeyCenter | None = None
     folded: bool | None = None
     before_rope: bool = False
     wants_gradient: bool = False
@@ -96,7 +102,7 @@ class Segments:
         tail: `[B, G, *, D]`, in float, up to the newest token: all that were before this pass, and this pass's.
         total: tokens stored.
         coded: of a number of tokens, those behind the front that are codes once so many are stored.
-        rotated, folded, wants_gradient: as in `Codes`.
+        rotated, dual, center, folded, wants_gradient: as in `Codes`.
     """
 
     front: torch.Tensor | None
@@ -107,6 +113,8 @@ class Segments:
     rotated: bool = False
     folded: bool | None = None
     wants_gradient: bool = False
+    dual: torch.Tensor | None = None
+    center: KeyCenter | None = None
 
     def __getattr__(self, name: str) -> Any:
         """As in `Codes`."""
@@ -176,7 +184,7 @@ def as_segments(handle: Codes | Segments) -> Segments:
     if hasattr(handle, "edges"):
         return handle
     total = handle.first + handle.codes.shape[2]
-    return Segments(None, handle, handle.codes[:, :, :0], total, lambda _: total, handle.rotated, handle.folded)
+    return Segments(None, handle, handle.codes[:, :, :0], total, lambda _: total)
 
 
 @dataclass(frozen=True)

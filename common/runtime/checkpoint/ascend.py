@@ -15,7 +15,7 @@ from torch import nn
 from ...errors import OctavoError
 from ..linear_kinds import QUANTIZED_LINEARS
 from ..schemes.kv_scheme import Scheme, load_scheme
-from ..schemes.linear_scheme import FP8, FP8_BLOCK, FP8_DYNAMIC, INT4_LABELS, W8A8
+from ..schemes.linear_scheme import FP8, FP8_BLOCK, FP8_DYNAMIC, INT4_LABELS, W4A16_DOUBLE, W8A8
 from ..static_scales import LayerScales, Scales
 from .files import TensorHeader
 
@@ -35,7 +35,8 @@ NOT_TENSORS = (
 )
 OWN_LABEL = "OCTAVO"
 """Label of static scales and codebooks of schemes that Ascend's format has no names for."""
-CACHE_PARTS = ("key_scale", "key_zero", "key_levels", "value_scale", "value_zero", "value_levels", "query_scale")
+CACHE_PARTS = ("key_scale", "key_zero", "key_levels", "value_scale", "value_zero", "value_levels", "query_scale",
+               "key_mean", "key_basis", "value_basis")  # fmt: skip
 SCALAR_DTYPES = {"I64": torch.int64, "F32": torch.float32}
 FLOATS = ("F32", "F16", "BF16")
 WEIGHT_LABELS = tuple(QUANTIZED_LINEARS)
@@ -58,8 +59,11 @@ LINEAR_DTYPES = {
     "outlier_columns": ("I32",),
     "input_order": ("I32",),
     "outlier_weight": FLOATS,
+    "row_scale": FLOATS,
 }
 """Dtypes of the other parts of a quantized linear layer, which are labelled as its weight."""
+DOUBLE_DTYPES = {"weight_scale": ("U8",), "weight_offset": ("I8",)}
+"""The same of W4A16_DOUBLE, where they differ."""
 STORED_AS = {
     "bias": (("FLOAT",), FLOATS),
     "kv_cache_scale": (("C8", "W8A8"), FLOATS),
@@ -94,8 +98,8 @@ def _is_ascend(scheme: Scheme, preset: str) -> bool:
     """Whether a layer is stored as Ascend's format stores the preset: nothing is left out, rotated or kept in float."""
     other = load_scheme(preset)
     same = (scheme.key, scheme.value, scheme.query) == (other.key, other.value, other.query)
-    changes = scheme.fold_bias or scheme.is_segmented or scheme.rotate_key or scheme.rotate_value or scheme.smooth_key
-    return same and not changes and not scheme.layers
+    turns = scheme.rotate_key or scheme.rotate_value or scheme.smooth_key or scheme.has_bases
+    return same and not (scheme.fold_bias or scheme.is_segmented or turns) and not scheme.layers
 
 
 def is_c8(scheme: Scheme) -> bool:
@@ -133,7 +137,8 @@ def _constant_tensors(name: str, layer: LayerScales) -> dict[str, torch.Tensor]:
         for part, pair in pairs.items()
         for kind, tensor in zip(("scale", "zero"), pair, strict=True)
     }
-    parts |= {"key_levels": layer.key_levels, "value_levels": layer.value_levels}
+    for part in ("key_levels", "value_levels", "key_mean", "key_basis", "value_basis"):
+        parts[part] = getattr(layer, part)
     return {f"{name}.octavo_cache.{part}": tensor for part, tensor in parts.items() if tensor is not None}
 
 
@@ -277,7 +282,8 @@ def _labels_and_dtypes(part: str, of_module: str | None) -> tuple[tuple[str, ...
     if kind is not None and part == "weight":
         return (of_module,), WEIGHT_DTYPES.get(of_module, ("I8",))
     if part in LINEAR_DTYPES:
-        return (of_module,) if kind is not None and part in kind.PARTS else (), LINEAR_DTYPES[part]
+        dtypes = DOUBLE_DTYPES.get(part) if of_module == W4A16_DOUBLE else None
+        return (of_module,) if kind is not None and part in kind.PARTS else (), dtypes or LINEAR_DTYPES[part]
     return STORED_AS.get(part, (("FLOAT",), FLOATS))
 
 

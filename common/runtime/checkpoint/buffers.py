@@ -16,6 +16,7 @@ from ..quantized_embedding import QuantizedEmbedding, TiedLinear
 from ..schemes.kv_scheme import Scheme
 from ..schemes.linear_scheme import EMBEDDING, FP8_BLOCK, WEIGHT_ONLY
 from ..static_scales import LayerScales, Scales
+from ..statistics_checks import is_basis
 from .ascend import C8_MODULES, DESCRIPTION_FILE, FA_PARTS, SCALAR_DTYPES, c8_place, is_c8, is_fa
 
 MOST_VALUE = 2**24
@@ -32,7 +33,7 @@ class StaticScale(nn.Module):
 
 
 class CacheConstants(nn.Module):
-    """`octavo_cache` of an attention module: static scales, zeros and codebooks of a layer, float32."""
+    """`octavo_cache` of an attention module: static scales, zeros, codebooks and bases of a layer, float32."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
         super().__init__()
@@ -66,6 +67,11 @@ def constant_shapes(scheme: Scheme, heads: int, kv_heads: int, head_dim: int) ->
                 shapes[f"{part}_zero"] = shape
         if codec.levels == "calibrated":
             shapes[f"{part}_levels"] = (2**codec.bits,)
+    if scheme.center_key:
+        shapes["key_mean"] = (kv_heads, 1, head_dim)
+    for part in ("key", "value"):
+        if getattr(scheme, f"{part}_basis"):
+            shapes[f"{part}_basis"] = (kv_heads, head_dim, head_dim)
     return shapes
 
 
@@ -241,6 +247,8 @@ def _read_constants(name: str, attention: nn.Module, is_folded: bool) -> LayerSc
     for part, tensor in found.items():
         if not (are_scales(tensor) if part.endswith("scale") else torch.isfinite(tensor).all()):
             raise OctavoError(f"checkpoint: {name}.octavo_cache.{part} is no positive number; convert the model again")
+        if part.endswith("basis") and not is_basis(tensor):
+            raise OctavoError(f"checkpoint: {name}.octavo_cache.{part} cannot be undone; convert the model again")
         if part.endswith("levels") and not (tensor.diff() >= 0).all():
             raise OctavoError(f"checkpoint: {name}.octavo_cache.{part} do not ascend; convert the model again")
         if part.endswith("zero") and bool((tensor.abs() * found[part.replace("zero", "scale")] > MOST_VALUE).any()):
@@ -251,4 +259,5 @@ def _read_constants(name: str, attention: nn.Module, is_folded: bool) -> LayerSc
     )
     return LayerScales(
         key, value, found.get("query_scale"), found.get("key_levels"), found.get("value_levels"), is_folded,
+        found.get("key_mean"), found.get("key_basis"), found.get("value_basis"),
     )  # fmt: skip

@@ -19,6 +19,7 @@ from ..strict_json import parse_json
 from .tensor_codec import Codec, check_types
 
 PREFILLS = ("codes", "float")
+BASES = ("", "balanced", "oscar")
 PRESETS = (
     "ascend-c8",
     "ascend-fa",
@@ -29,8 +30,12 @@ PRESETS = (
     "int8-token",
     "k4v2",
     "k8v4",
+    "kitty-2",
     "kivi-2",
     "kivi-4",
+    "kvarn-2",
+    "kvarn-4",
+    "kvarn-k4v2",
     "kvquant-2",
     "kvquant-3",
     "kvquant-4",
@@ -40,18 +45,32 @@ PRESETS = (
     "lmdeploy-int4",
     "lmdeploy-int8",
     "lmdeploy-int8-ptq",
+    "mxfp4",
+    "mxfp8",
+    "nvfp4",
     "octavo-2",
+    "octavo-2c",
     "octavo-2t",
+    "octavo-2tc",
     "octavo-3",
+    "octavo-3c",
     "octavo-3t",
+    "octavo-3tc",
     "octavo-4",
+    "octavo-4c",
     "octavo-4t",
+    "octavo-4tc",
     "octavo-8",
+    "openvino-u4",
+    "openvino-u8",
+    "ort-int8-channel",
+    "oscar-2",
     "saw-int4",
     "turboquant-3",
     "turboquant-4",
     "turboquant-k3v4",
     "turboquant-k8v4",
+    "turboquant-lmdeploy",
     "turboquant-mse-2",
     "turboquant-mse-3",
     "turboquant-mse-4",
@@ -105,6 +124,12 @@ class Scheme:
         rotate_value: likewise v; the output is rotated back.
         smooth_key: k is stored less the mean of the first pass of each sequence, which no softmax notices; so codes
             depend on how long that pass is.
+        center_key: k is stored less the mean that calibration found before RoPE, turned to each token's slot, which
+            comes back exactly in attention.
+        key_basis: k is stored, per KV head, in the basis that calibration found, and q is given that of its dual, which
+            leaves q . k: "balanced" spreads the error over what queries ask for and keys hold (`bases.py`), "oscar"
+            is the rotation of OSCAR by the queries' covariance; "" leaves channels as they are.
+        value_basis: likewise v, "oscar" by the covariance of values that are attended to; the output is turned back.
         fold_bias: where the model allows, biases of k and v are left out of the cache and come back exactly in
             attention (`bias_fold.py`). Ascend's formats count them in.
         origin: which system the scheme comes from, and what it rests on.
@@ -122,6 +147,9 @@ class Scheme:
     rotate_key: bool = False
     rotate_value: bool = False
     smooth_key: bool = False
+    center_key: bool = False
+    key_basis: str = ""
+    value_basis: str = ""
     fold_bias: bool = True
     origin: str = ""
 
@@ -134,6 +162,7 @@ class Scheme:
                 raise OctavoError(f"scheme {self.name}: float_layers {index!r} is no layer number")
         if self.prefill not in PREFILLS:
             raise OctavoError(f"scheme {self.name}: prefill {self.prefill!r} is none of {', '.join(PREFILLS)}")
+        self._check_bases()
         if self.sinks < 0 or self.window < 0:
             raise OctavoError(f"scheme {self.name}: sinks and window are numbers of tokens, 0 for none")
         if self.query is not None and self.query.granularity not in ("head", "tensor"):
@@ -181,6 +210,26 @@ class Scheme:
                     f"own, not {other!r}"
                 )
 
+    def _check_bases(self) -> None:
+        """Raise an `OctavoError` of a basis that is none, or that goes with nothing else that is asked for."""
+        for part in ("key", "value"):
+            basis, codec = getattr(self, f"{part}_basis"), getattr(self, part)
+            if basis not in BASES or (part, basis) == ("value", "balanced"):
+                known = [name for name in BASES if name and (part, name) != ("value", "balanced")]
+                raise OctavoError(f"scheme {self.name}: {part}_basis {basis!r} is none of {', '.join(known)}")
+            if basis and (getattr(self, f"rotate_{part}") or codec is None or codec.is_calibrated or codec.before_rope):
+                raise OctavoError(
+                    f"scheme {self.name}: '{part}_basis' is of dynamic scales after RoPE, and excludes 'rotate_{part}'"
+                )
+        if self.key_basis and self.query is not None:
+            raise OctavoError(f"scheme {self.name}: 'key_basis' is of queries in float; leave out 'query'")
+        if self.center_key and (self.key is None or self.key.is_calibrated or self.key.before_rope or self.smooth_key):
+            raise OctavoError(
+                f"scheme {self.name}: 'center_key' is of dynamic scales after RoPE, and excludes 'smooth_key'"
+            )
+        if self.center_key and self.prefill == "float":
+            raise OctavoError(f"scheme {self.name}: prefill 'float' excludes 'center_key'")
+
     @property
     def _has_key_range(self) -> bool:
         """Whether the ranges that go with codebooks of K are of what this scheme stores."""
@@ -200,7 +249,13 @@ class Scheme:
     @property
     def is_static(self) -> bool:
         """Whether the scheme needs a calibration."""
-        return self._some_codec(lambda codec: codec.is_calibrated)
+        return self.has_bases or self._some_codec(lambda codec: codec.is_calibrated)
+
+    @property
+    def has_bases(self) -> bool:
+        """Whether the calibration has to find the mean of K, or bases."""
+        own = self.center_key or bool(self.key_basis or self.value_basis)
+        return own or any(layer.has_bases for layer in self._others())
 
     @property
     def has_codebooks(self) -> bool:
@@ -223,8 +278,8 @@ class Scheme:
         """Whether single ops write and read what a layer stores, so that one graph serves every step."""
         layers = [self, *self._others()]
         codecs = [codec for layer in layers for codec in (layer.key, layer.value) if codec is not None]
-        is_whole = not any(layer.is_segmented or layer.smooth_key for layer in layers)
-        return is_whole and all(codec.is_native and codec.rule == "range" for codec in codecs)
+        is_whole = not any(layer.is_segmented or layer.smooth_key or layer.center_key for layer in layers)
+        return is_whole and all(codec.is_one_op for codec in codecs)
 
     def step(self, codec: Codec | None) -> int:
         """How many tokens become codes at a time; 1 where they do at once."""
@@ -299,6 +354,8 @@ class Scheme:
                     )
                 changed[part] = dataclasses.replace(codec, granularity="tensor", fixed_scale=1.0)
         result = dataclasses.replace(self, **changed)
+        if result.has_bases:
+            raise OctavoError(f"scheme {self.name}: the bases of K and V come from texts; there are none of 1")
         if result.is_static:
             raise OctavoError(f"scheme {self.name}: 'layers' names static scales of its own; say 'fixed_scale' there")
         return result

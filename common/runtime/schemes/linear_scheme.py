@@ -8,17 +8,20 @@ from ...errors import OctavoError
 
 W8A8, W8A8_DYNAMIC, W8A16, W4A16 = "W8A8", "W8A8_DYNAMIC", "W8A16", "W4A16"
 FP8, FP8_DYNAMIC, W8A8_MIXED = "WFP8AFP8", "WFP8AFP8_DYNAMIC", "W8A8_MIXED"
-LINEAR_LABELS = (W8A8, W8A8_DYNAMIC, W8A16, W4A16, FP8, FP8_DYNAMIC, W8A8_MIXED)
-"""Kinds of quantized linear layers, named as Ascend's descriptions label them; W8A8_MIXED is Octavo's own: int8 by
-token, and in float the input channels with the largest outliers, in the manner of LLM.int8() (arXiv 2208.07339)."""
+W4A16_DOUBLE = "W4A16_DOUBLE"
+LINEAR_LABELS = (W8A8, W8A8_DYNAMIC, W8A16, W4A16, W4A16_DOUBLE, FP8, FP8_DYNAMIC, W8A8_MIXED)
+"""Kinds of quantized linear layers, named as Ascend's descriptions label them. Two are Octavo's own: W8A8_MIXED, int8
+by token, and in float the input channels with the largest outliers, in the manner of LLM.int8() (arXiv 2208.07339); and
+W4A16_DOUBLE, in groups whose scales and zero points are in 8 bits themselves, as Q4_K of llama.cpp has them in 6, and
+QLoRA (arXiv 2305.14314) scales in 8."""
 W4A16_ORDERED, W8A16_ORDERED, FP8_BLOCK = "W4A16_ORDERED", "W8A16_ORDERED", "WFP8AFP8_BLOCK"
 HELD_LABELS = (W4A16_ORDERED, W8A16_ORDERED, FP8_BLOCK)
 """Kinds of Octavo's own that hold the codes of other checkpoints, and that nothing is quantized to: groups of input
 channels that act-order (GPTQ) mixed up, and fp8 with a scale for each block of 128 x 128 weights (DeepSeek)."""
 EMBEDDING = "W8A16_EMBEDDING"
 """Label of an embedding in int8, and of the last linear that is tied to it; Octavo's own."""
-WEIGHT_ONLY = (W8A16, W4A16, W8A16_ORDERED, W4A16_ORDERED)
-INT4_LABELS = (W4A16, W4A16_ORDERED)
+WEIGHT_ONLY = (W8A16, W4A16, W4A16_DOUBLE, W8A16_ORDERED, W4A16_ORDERED)
+INT4_LABELS = (W4A16, W4A16_DOUBLE, W4A16_ORDERED)
 STATIC = (W8A8, FP8)
 """Those whose inputs are quantized by scales from calibration."""
 FP8_LABELS = (FP8, FP8_DYNAMIC)
@@ -40,8 +43,8 @@ class LinearScheme:
 
     Attributes:
         label: one of `LINEAR_LABELS` or `HELD_LABELS`.
-        group_size: input channels that share a scale of the weight, for W8A16 and W4A16; 0 is per output channel.
-        symmetric: whether weights have no zero point; only W8A16 and W4A16 may have one.
+        group_size: input channels that share a scale of the weight, for weight-only labels; 0 is per output channel.
+        symmetric: whether weights have no zero point; only W8A16 and W4A16 may have one, and W4A16_DOUBLE always has.
         per_tensor: one scale for a whole weight, for fp8.
         w_method: how codes of a weight are chosen: "MinMax" rounds to nearest over its range, "MSE" over the range of
             least squared error, "GPTQ" feeds the error of each column to those that follow (arXiv 2210.17323).
@@ -64,6 +67,8 @@ class LinearScheme:
             raise OctavoError(f"linear layers: group_size {self.group_size} is none of {GROUP_SIZES}")
         if (self.group_size or not self.symmetric) and self.label not in WEIGHT_ONLY:
             raise OctavoError(f"linear layers: {self.label} has symmetric weights with a scale per output channel")
+        if self.label == W4A16_DOUBLE:
+            object.__setattr__(self, "symmetric", False)
         if self.per_tensor and self.label not in FP8_LABELS:
             raise OctavoError(f"linear layers: a scale per tensor is for fp8, not {self.label}")
         if self.w_method not in WEIGHT_METHODS:

@@ -19,10 +19,18 @@ CODE_DTYPES = {
 }
 """Types of codes, and the dtype of the tensors that hold them (`ops/shared/codes.py`)."""
 CODE_BITS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2, "fp8_e4m3": 8, "fp8_e5m2": 8}
-SCALE_DTYPES = {"float32": torch.float32, "float16": torch.float16}
+SCALE_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "e8m0": torch.uint8,
+}
+"""Types of dynamic scales, and the dtype of the tensors that hold them (`cache/scale_formats.py`)."""
+SHORT_SCALES = ("fp8_e4m3", "e8m0")
+"""Those that the ops do not know, which read such scales as float32."""
 GRANULARITIES = ("channel", "head", "tensor", "token")
-RULES = ("range", "mse", "norm", "llamacpp")
-LEVELS = ("uniform", "gaussian", "calibrated")
+RULES = ("range", "full_range", "ocp", "mse", "norm", "llamacpp")
+LEVELS = ("uniform", "gaussian", "e2m1", "calibrated")
 OUTLIER_BITS = 16 + 8
 """An outlier is a float16 and the number of its channel."""
 MOST_NUMBER = 2**24
@@ -53,16 +61,31 @@ class Codec:
         symmetric: zero is 0; otherwise each scale has a zero point beside it (integers only).
         group_size: of granularity "token", the channels that share a scale, 0 for all of a head; of dynamic "channel",
             the tokens that do.
-        scale_dtype: what dynamic scales and zeros are stored in, "float32" or "float16".
-        rule: how a dynamic scale follows from the values: "range" takes in all of them, or with gaussian levels their
-            standard deviation; "mse" looks near that for the least squared error; "norm" codes as "range" does and then
-            takes the scale by which the codes have the norm of the values; "llamacpp" is ggml's for blocks of 32 (Q8_0,
-            Q4_0, Q4_1).
+        scale_dtype: what dynamic scales and zeros are stored in, "float32" or "float16"; or scales without zeros in
+            "fp8_e4m3" (NVFP4) or "e8m0", the next power of two (MX).
+        rule: how a scale follows from the values: "range" takes in all of them, or with gaussian levels their
+            standard deviation; "full_range" lets the smallest code, -128, stand for the largest |x| (static scales
+            too); "ocp" is OCP's for scales in e8m0, 2^(floor(log2 max|x|) - floor(log2 largest code)), which clips the
+            largest values now and then; "mse" looks near "range" for the least squared error; "norm" codes as "range"
+            does and then takes the scale by which the codes have the norm of the values; "llamacpp" is ggml's for
+            blocks of 32 (Q8_0, Q4_0, Q4_1).
         levels: "uniform"; "gaussian", the best levels of a normal distribution (Lloyd-Max), with scale and zero from
-            the standard deviation and mean of a group; "calibrated", a codebook per layer from calibration.
+            the standard deviation and mean of a group; "e2m1", the values of a float of 4 bits, 0 to 6; "calibrated",
+            a codebook per layer from calibration.
+        residual_sign: one more bit a value, the sign of what its code leaves, times a second scale of the group: the
+            root of the mean square of that.
         outliers: values per token and head that are kept in float16 beside the codes, those farthest out.
         before_rope: K is coded as it was before RoPE, which is applied where it is read.
-        fixed_scale: a static scale of this value, which needs no calibration; 0 for one from calibration.
+        clip: of rule "range", the part of the range between the smallest and the largest value, about its middle, that
+            codes take in; what lies outside gets the code of its end.
+        fixed_scale: a static scale of this value, which needs no calibration; 0 for one from calibration. Dynamic
+            scales in fp8_e4m3 are in units of it (the second scale of NVFP4, per tensor); 0 for units of 1.
+        tile: tokens that are balanced together before they are coded: x = (code - zero) * scale * second, where the
+            second scale is one per channel of the tile beside scales per token, and one per token beside scales per
+            channel (`tile_scales.py`); 0 for no second scale.
+        wide_share: of granularity "channel", the share of a head's channels whose codes are wider: in each group of
+            tokens those largest on average (`wide_channels.py`).
+        wide_dtype: the type of these wider codes, of two or four bits more than the others.
     """
 
     dtype: str = "int8"
@@ -73,14 +96,19 @@ class Codec:
     scale_dtype: str = "float32"
     rule: str = "range"
     levels: str = "uniform"
+    residual_sign: bool = False
     outliers: int = 0
     before_rope: bool = False
     fixed_scale: float = 0.0
+    tile: int = 0
+    wide_share: float = 0.0
+    wide_dtype: str = "int4"
+    clip: float = 1.0
 
     def __post_init__(self) -> None:
         check_types("codec", self)
         choices = {"dtype": CODE_DTYPES, "granularity": GRANULARITIES, "scale_dtype": SCALE_DTYPES, "rule": RULES,
-                   "levels": LEVELS}  # fmt: skip
+                   "levels": LEVELS, "wide_dtype": CODE_DTYPES}  # fmt: skip
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise OctavoError(f"codec: {name} {getattr(self, name)!r} is none of {', '.join(known)}")
@@ -99,21 +127,65 @@ class Codec:
             (self.dynamic and self.granularity == "channel" and self.group_size < 2,
              "dynamic scales per channel serve groups of tokens; set 'group_size'"),
             (is_fp8 and not self.symmetric, "fp8 has no zero points; leave 'symmetric' at true"),
-            (self.rule != "range" and (not self.dynamic or is_fp8), "'rule' is of dynamic scales of integers"),
+            (self.rule not in ("range", "full_range") and not self.dynamic, "'rule' is of dynamic scales"),
+            (self.rule not in ("range", "ocp") and is_fp8, "'rule' is of scales of integers"),
+            (self.rule == "ocp" and (self.scale_dtype != "e8m0" or self.levels == "gaussian"),
+             "'rule' ocp is of scales in e8m0, and of no gaussian levels"),
+            (self.rule == "full_range" and (has_levels or not self.symmetric),
+             "'rule' full_range is of symmetric uniform levels"),
             (self.rule == "llamacpp" and not (is_token and self.group_size and self.dtype in ("int8", "int4")),
              "'rule' llamacpp is of int8 and int4 per token in groups of channels"),
             (has_levels and self.bits > 4, "'levels' are of 4 bits and fewer"),
+            (self.levels == "e2m1" and (self.bits != 4 or not self.symmetric or not self.dynamic),
+             "'levels' e2m1 are of int4, symmetric, with dynamic scales"),
             (self.levels == "calibrated" and self.rule != "range", "'rule' mse is of levels uniform and gaussian"),
             (has_levels and self.rule == "llamacpp", "'rule' llamacpp is of uniform levels"),
             (self.rule == "norm" and not (self.levels == "gaussian" and self.symmetric),
              "'rule' norm is of symmetric gaussian levels"),
             (self.levels == "gaussian" and not self.dynamic, "'levels' gaussian is of dynamic scales"),
             (self.levels == "calibrated" and self.symmetric, "'levels' calibrated has zeros; set 'symmetric' to false"),
+            (self.scale_dtype in SHORT_SCALES and not (self.dynamic and self.symmetric),
+             f"'scale_dtype' {self.scale_dtype} is of dynamic symmetric codecs"),
+            (self.rule == "llamacpp" and self.scale_dtype in SHORT_SCALES, "'rule' llamacpp is of scales in floats"),
+            (self.residual_sign and not (is_token and self.rule != "llamacpp"),
+             "'residual_sign' is of scales per token, by other rules than llamacpp"),
             (self.outliers < 0 or bool(self.outliers and self.token_group > 1),
              "'outliers' is a number per token, which groups of tokens exclude"),
-            (self.fixed_scale < 0 or bool(self.fixed_scale and (self.dynamic or not self.symmetric or has_levels)),
-             "'fixed_scale' is of static symmetric codecs"),
+            (not 0 < self.clip <= 1, "'clip' is a part of the range, above 0 and up to 1"),
+            (self.clip != 1 and (not self.dynamic or self.rule != "range" or has_levels or is_fp8),
+             "'clip' is of dynamic scales of integers by rule range, in uniform levels"),
+            (self.fixed_scale < 0 or bool(self.fixed_scale and not self._takes_fixed_scale),
+             "'fixed_scale' is of static symmetric codecs, and of dynamic scales in fp8_e4m3"),
+            *self._contradictions_of_groups(),
         ]  # fmt: skip
+
+    def _contradictions_of_groups(self) -> list[tuple[bool, str]]:
+        """Those of what only groups of tokens have."""
+        is_grouped, is_mixed = self.dynamic and self.granularity == "channel", bool(self.wide_share)
+        bits = CODE_BITS[self.wide_dtype]
+        return [
+            (self.tile < 0 or self.tile == 1 or bool(self.tile and not self.dynamic),
+             "'tile' is a number of tokens that have dynamic scales, 0 for none"),
+            (bool(self.tile) and is_grouped and self.tile != self.group_size,
+             "a 'tile' of scales per channel is a group of their tokens; set 'group_size' to it"),
+            (bool(self.tile) and self.rule == "llamacpp", "'rule' llamacpp has no second scales; leave 'tile' out"),
+            (not 0 <= self.wide_share < 1 or (is_mixed and not is_grouped),
+             "'wide_share' is a part of the channels of dynamic scales per channel, 0 for none"),
+            (is_mixed and not (self.stored_dtype == torch.uint8 and bits - self.bits in (2, 4)
+                               and self.wide_dtype.startswith("int")),
+             "'wide_dtype' has 2 or 4 bits more than 'dtype': int4 beside int2, int8 beside int4"),
+            (is_mixed and (self.group_size % 4 != 0 or self.rule == "norm" or self.levels == "calibrated"
+                           or (self.levels != "uniform" and bits > 4)),
+             "'wide_share' is of groups of a multiple of 4 tokens, rules range and mse, levels of 4 bits and fewer"),
+            ((is_mixed or bool(self.tile)) and self.scale_dtype in SHORT_SCALES,
+             "'tile' and 'wide_share' are of scales in float16 and float32"),
+        ]  # fmt: skip
+
+    @property
+    def _takes_fixed_scale(self) -> bool:
+        if self.dynamic:
+            return self.scale_dtype == "fp8_e4m3"
+        return self.symmetric and self.levels == "uniform"
 
     @property
     def bits(self) -> int:
@@ -123,7 +195,14 @@ class Codec:
     @property
     def ends(self) -> tuple[float, float]:
         """What the smallest and largest code stand for before scale and zero: -1 and 1 with a calibrated codebook."""
-        return (-1.0, 1.0) if self.levels == "calibrated" else code_range(self.stored_dtype, self.bits)
+        own = {"calibrated": 1.0, "e2m1": 6.0}.get(self.levels)
+        return code_range(self.stored_dtype, self.bits) if own is None else (-own, own)
+
+    @property
+    def most(self) -> float:
+        """What the largest |x| becomes before a scale without a zero."""
+        first, last = self.ends
+        return -first if self.rule == "full_range" else last
 
     @property
     def stored_dtype(self) -> torch.dtype:
@@ -148,16 +227,59 @@ class Codec:
     @property
     def is_native(self) -> bool:
         """Whether the attention op reads the codes as they are; others are decoded block by block."""
-        return self.bits >= 4 and self.levels == "uniform" and not self.outliers and not self.before_rope
+        return self.bits >= 4 and self.levels == "uniform" and self.is_whole
 
     def is_native_on(self, device: str) -> bool:
         """Whether the attention op of a type of device does: that of the CPU reads fewer bits and codebooks as well."""
-        return self.is_native or (device == "cpu" and not self.outliers and not self.before_rope)
+        return self.is_native or (device == "cpu" and self.is_whole)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether `(code - zero) * scale` is all there is to a value of K or V."""
+        return not (self.outliers or self.before_rope or self.residual_sign or self.tile or self.wide_share)
+
+    @property
+    def is_one_op(self) -> bool:
+        """Whether one op makes codes, and scales where they are dynamic: `encode` or `encode_token`."""
+        is_plain = self.rule == "range" and self.clip == 1 and self.scale_dtype not in SHORT_SCALES
+        is_dynamic_op = is_plain and self.token_group == 1
+        return self.is_native and (is_dynamic_op or not self.dynamic)
+
+    @property
+    def scale_group(self) -> int:
+        """Consecutive tokens that share a dynamic scale."""
+        return self.group_size if self.dynamic and self.granularity == "channel" else 1
 
     @property
     def token_group(self) -> int:
-        """Consecutive tokens that share a scale and so become codes together."""
-        return self.group_size if self.dynamic and self.granularity == "channel" else 1
+        """Consecutive tokens that become codes together."""
+        return self.tile or self.scale_group
+
+    @property
+    def wide(self) -> "Codec":
+        """The codec of the channels whose codes are wider."""
+        return dataclasses.replace(self, dtype=self.wide_dtype, wide_share=0.0, tile=0)
+
+    @property
+    def wide_bits(self) -> int:
+        """Bits that their codes have more than the others."""
+        return CODE_BITS[self.wide_dtype] - self.bits
+
+    def wide_channels(self, head_dim: int) -> int:
+        """How many of `head_dim` channels have wider codes, at least one where any have.
+
+        Raises:
+            OctavoError: these are more than numbers of 8 bits tell apart.
+        """
+        if self.wide_share and head_dim > MOST_CHANNELS:
+            raise OctavoError(f"codec: 'wide_share' is of heads of up to {MOST_CHANNELS} channels, not {head_dim}")
+        return max(1, int(self.wide_share * head_dim + 1e-6)) if self.wide_share else 0
+
+    def second_scales(self, head_dim: int) -> tuple[int, int]:
+        """Tokens that share second scales, and how many these are; none without a tile."""
+        if not self.tile:
+            return 1, 0
+        return (1, 1) if self.granularity == "channel" else (self.tile, head_dim)
 
     def stored_width(self, head_dim: int) -> int:
         """Columns of the tensor that holds codes of `head_dim` channels.
@@ -169,7 +291,7 @@ class Codec:
             raise OctavoError(
                 f"codec: {self.outliers} outliers are of heads of more channels, up to 256, not {head_dim}"
             )
-        fraction = {4: 2, 3: 8, 2: 4}.get(self.bits, 1)
+        fraction = 8 if self.residual_sign else {4: 2, 3: 8, 2: 4}.get(self.bits, 1)
         if head_dim % fraction:
             raise OctavoError(f"codec: {self.dtype} needs heads of a multiple of {fraction} channels, not {head_dim}")
         return head_dim * self.bits // 8
@@ -187,12 +309,16 @@ class Codec:
         return head_dim // self.group_size if self.group_size else 1
 
     def token_bits(self, head_dim: int) -> float:
-        """Bits of one token of one head of `head_dim` channels, dynamic scales, zeros and outliers included."""
-        total = float(self.bits * head_dim + OUTLIER_BITS * self.outliers)
+        """Bits of one token of one head of `head_dim` channels, with all that belongs to them.
+
+        That is dynamic scales and zeros, second scales, signs, outliers, wider codes and numbers of channels.
+        """
+        total = float((self.bits + self.residual_sign) * head_dim + OUTLIER_BITS * self.outliers)
+        each = 8 * self.stored_scale_dtype.itemsize
         if self.dynamic:
-            each = 8 * self.stored_scale_dtype.itemsize * (1 + self.has_zero)
-            total += each * self.channel_groups(head_dim) / self.token_group
-        return total
+            total += each * (1 + self.has_zero + self.residual_sign) * self.channel_groups(head_dim) / self.scale_group
+        tokens, seconds = self.second_scales(head_dim)
+        return total + each * seconds / tokens + self.wide_channels(head_dim) * (self.wide_bits + 8 / self.scale_group)
 
     def constant_bits(self, heads: int, head_dim: int) -> int:
         """Bits of a layer that do not grow with the tokens: static scales and zeros, and a codebook, in float32."""

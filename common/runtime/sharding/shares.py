@@ -23,11 +23,12 @@ from ..checkpoint.ascend import described_name
 from ..checkpoint.files import TensorHeader
 from ..decoder import Decoder
 from ..model_sizes import KV_SHARE, attention_sizes
-from ..schemes.linear_scheme import FP8_DYNAMIC, HELD_LABELS, W4A16, W8A8_DYNAMIC, W8A8_MIXED, WEIGHT_ONLY
+from ..schemes.linear_scheme import FP8_DYNAMIC, HELD_LABELS, INT4_LABELS, W8A8_DYNAMIC, W8A8_MIXED, WEIGHT_ONLY
 from .ranks import Ranks
 
 Range = tuple[int, int]
-_OF_OUTPUTS = ("weight", "weight_scale", "weight_offset", "quant_bias", "deq_scale", "bias", "outlier_weight")
+_OF_OUTPUTS = ("weight", "weight_scale", "weight_offset", "row_scale", "quant_bias", "deq_scale", "bias",
+               "outlier_weight")  # fmt: skip
 """Parts of a linear that have a row for each output channel, or are one for all."""
 _INT4_BYTES = "U8"
 MAX_CHANNELS = WEIGHT_BLOCK
@@ -224,7 +225,7 @@ class Shares:
             self._groups(linear, own, groups)
         extra = MAX_CHANNELS if has_token_scale(label, groups) else 0
         zero = f"{linear}.weight_offset" if extra and label in WEIGHT_ONLY else None
-        if label == W4A16 and headers[f"{linear}.weight"].dtype == _INT4_BYTES:
+        if label in INT4_LABELS and headers[f"{linear}.weight"].dtype == _INT4_BYTES:
             if (own[1] - own[0]) % WEIGHT_BLOCK:
                 raise OctavoError(
                     f"tp_plan: {linear}: int4 lies in blocks of {WEIGHT_BLOCK} input channels, and the "

@@ -1,6 +1,7 @@
 """Conversions from Python: what is asked for, what comes back, and errors that name fields."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from safetensors import safe_open
 
 from octavo import ConversionReport, ConvertRequest, OctavoError, convert, load_scheme
 from octavo.common.convert.api import main
+from octavo.common.convert.report import duration
 from octavo.common.runtime.schemes.linear_scheme import LinearScheme
 from octavo.models import llama3, qwen2
 
@@ -40,6 +42,12 @@ def test_a_report_says_what_was_made(report: ConversionReport, source: Path) -> 
     assert 0 < report.fidelity.kl < 1 and report.fidelity.tokens > 0 and report.seconds > 0
     layers = range(3)
     assert {cost.name for cost in report.costs} >= {f"model.layers.{index}.self_attn.q_proj" for index in layers}
+
+
+def test_how_long_it_took_is_said(report: ConversionReport) -> None:
+    assert report.summary().splitlines()[-1] == f"took {duration(report.seconds)}"
+    said = {7.94: "7.9 s", 59.96: "1 min 0 s", 79: "1 min 19 s", 3599.6: "1 h 0 min", 7530: "2 h 5 min"}
+    assert {seconds: duration(seconds) for seconds in said} == said
 
 
 def test_a_report_is_saved_as_json(report: ConversionReport, tmp_path: Path) -> None:
@@ -86,7 +94,8 @@ def test_the_script_prints_the_summary_and_writes_the_same(
     assert capsys.readouterr().out == "", "nothing is printed"
     output.rename(tmp_path / "first")
     assert main(llama3.ARCHITECTURE, convert_flags(source, output, *flags)) == 0
-    assert capsys.readouterr().out == f"{found.summary()}\n"
+    said = capsys.readouterr().out.splitlines()
+    assert said[:-1] == found.summary().splitlines()[:-1] and re.fullmatch(r"took \d+\.\d s", said[-1])
     assert files_below(output) == files_below(tmp_path / "first")
     for file in files_below(output):
         assert (output / file).read_bytes() == (tmp_path / "first" / file).read_bytes(), file
@@ -96,9 +105,10 @@ def test_what_a_summary_says_of_odd_groups_and_few_tokens(tmp_path: Path) -> Non
     source = save_source(tmp_path / "source", tiny_llama(intermediate_size=96))
     asked = {"linear": LinearScheme("W8A16", group_size=64), "calibration": ["Rain fell."], "float_outliers": 1}
     summary = convert(ConvertRequest(source, tmp_path / "out", **asked)).summary().splitlines()
-    assert summary[-1] == "linears of 96 input channels have groups of 32: 64 do not divide them"
-    assert summary[-2] == f"wrote {tmp_path / 'out'}: 20 linears in W8A16 (inputs on the CPU in int8), attention float"
-    assert summary[-3].startswith("fewer than 100 tokens") and summary[-4].endswith("of the one calibration text")
+    assert summary[-1].startswith("took ")
+    assert summary[-2] == "linears of 96 input channels have groups of 32: 64 do not divide them"
+    assert summary[-3] == f"wrote {tmp_path / 'out'}: 20 linears in W8A16 (inputs on the CPU in int8), attention float"
+    assert summary[-4].startswith("fewer than 100 tokens") and summary[-5].endswith("of the one calibration text")
 
 
 def test_the_architecture_is_the_one_of_the_checkpoint_or_given(source: Path, tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ DEFAULTS: dict[str, Any] = {
     "w_sym": True,
     "open_outlier": True,
     "group_size": None,
+    "scale_bits": None,
     "fa_amp": 0,
     "target": None,
     "pdmix": False,
@@ -68,6 +69,7 @@ DEFAULTS: dict[str, Any] = {
     "quantization": None,
     "w_method": "MinMax",
     "max_kl": None,
+    "w_bits_mean": None,
 }
 
 
@@ -78,7 +80,7 @@ def test_no_treatment_has_a_name() -> None:
 
 def test_defaults() -> None:
     flags = vars(parse_flags("llama3", REQUIRED))
-    derived = {"recipe_group": None, "recipe_sym": True, "linear": LinearScheme()}
+    derived = {"recipe_group": None, "recipe_sym": True, "recipe_scale_bits": None, "linear": LinearScheme()}
     assert flags == {"model_path": "in", "save_directory": Path("out"), **DEFAULTS, **derived}
     assert REFUSED.keys() <= DEFAULTS.keys()
 
@@ -165,6 +167,7 @@ REACHES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "quantization": (("fp8",), {"linear": LinearScheme("WFP8AFP8_DYNAMIC")}),
     "w_sym": (("False", "--a_bit", "16"), {"linear": LinearScheme("W8A16", symmetric=False)}),
     "group_size": (("32", "--a_bit", "16"), {"linear": LinearScheme("W8A16", group_size=32)}),
+    "scale_bits": (("8", "--w_bit", "4", "--a_bit", "16"), {"linear": LinearScheme("W4A16_DOUBLE", group_size=32)}),
     "w_method": (("GPTQ",), {"linear": LinearScheme(w_method="GPTQ")}),
     "anti_method": (("m2",), {"anti_method": "m2"}),
     "use_kvcache_quant": (("True",), {"scheme": "ascend-c8"}),
@@ -178,6 +181,10 @@ REACHES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "is_dynamic": (("True",), {"linear": LinearScheme("W8A8_DYNAMIC")}),
     "disable_level": (("L3",), {"float_outliers": 3}),
     "fa_amp": (("2",), {"float_costliest": 2}),
+    "w_bits_mean": (
+        ("5", "--w_bit", "4", "--a_bit", "16"),
+        {"linear": LinearScheme("W4A16", group_size=64), "mean_bits": 5},
+    ),
     "max_kl": (("0.5",), {"max_kl": 0.5}),
     "target": (("vllm-ascend",), {"target": "vllm-ascend"}),
     "pdmix": (("True",), {"pdmix": True}),

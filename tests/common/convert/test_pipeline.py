@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from octavo.common.convert.api import main
+from octavo.common.convert.api import converted, main
 from octavo.common.convert.calibration.streams import Stream
 from octavo.common.convert.flags import parse_request
 from octavo.common.convert.request import ConvertRequest
@@ -19,6 +19,7 @@ from octavo.models import llama3, qwen2
 
 from ...support import (
     TEXTS,
+    assert_one_error_line,
     convert_flags,
     quantized_tensors,
     random_ids,
@@ -37,6 +38,7 @@ KINDS = {
     "W8A8_DYNAMIC": ("--is_dynamic", "True"),
     "W8A16": ("--w_bit", "8", "--a_bit", "16"),
     "W4A16": ("--w_bit", "4", "--a_bit", "16", "--group_size", "32"),
+    "W4A16_DOUBLE": ("--w_bit", "4", "--a_bit", "16", "--scale_bits", "8"),
     "WFP8AFP8": ("--quantization", "wfp8afp8"),
     "WFP8AFP8_DYNAMIC": ("--quantization", "fp8"),
     "W8A8_MIXED": ("--quantization", "w8a8_mixed"),
@@ -114,10 +116,10 @@ def test_what_is_summed_up_is_what_loads(
 
 ENDS = {"W8A16", "W8A16_EMBEDDING"}
 RECIPES = {
-    "four-bit": ({"W4A16", *ENDS}, "int8-token"),
+    "four-bit": ({"W4A16_DOUBLE", *ENDS}, "int8-token"),
     "eight-bit": (ENDS, "int8-token"),
     "w8a8-fp8": ({"W8A8_DYNAMIC", *ENDS}, "vllm-fp8-head"),
-    "smallest": ({"W4A16", *ENDS}, "octavo-4"),
+    "smallest": ({"W4A16_DOUBLE", *ENDS}, "octavo-4"),
     "w8a8-c8": ({"W8A8_DYNAMIC"}, "ascend-c8"),
     "ascend": ({"W8A8"}, "ascend-c8"),
     "ascend-fa": ({"W8A8"}, "ascend-fa"),
@@ -136,10 +138,10 @@ def test_recipes(name: str, source: Path, tmp_path: Path) -> None:
 
 def test_flags_override_a_recipe(source: Path, tmp_path: Path) -> None:
     target = tmp_path / "out"
-    flags = ("--preset", "four-bit", "--group_size", "32", "--w_method", "MinMax", "--scheme", "octavo-8")
+    flags = ("--preset", "four-bit", "--group_size", "64", "--w_method", "MinMax", "--scheme", "octavo-8")
     assert main(llama3.ARCHITECTURE, convert_flags(source, target, *flags)) == 0
     description = json.loads((target / "quant_model_description.json").read_text())
-    assert description["group_size"] == 32 and description["octavo_scheme"]["name"] == "octavo-8"
+    assert description["group_size"] == 64 and description["octavo_scheme"]["name"] == "octavo-8"
 
 
 def test_flags_of_another_name_take_the_place_of_a_recipes(source: Path, tmp_path: Path) -> None:
@@ -151,15 +153,20 @@ def test_flags_of_another_name_take_the_place_of_a_recipes(source: Path, tmp_pat
         "W8A8_DYNAMIC",
         0,
         "ascend-c8",
-        "m3",
+        "",
     )
     found = parsed("--preset", "ascend", "--scheme", "int8-token")
     assert (found.linear.label, found.scheme) == ("W8A8", "int8-token")
-    assert parsed("--preset", "smallest", "--group_size", "32").linear.group_size == 32
+    assert parsed("--preset", "smallest", "--group_size", "64").linear.group_size == 64
     for same in ("--w_bit", "4"), ("--a_bit", "16"), ("--w_sym", "False"):
         found = parsed("--preset", "four-bit", *same).linear
-        assert (found.label, found.group_size, found.symmetric, found.w_method) == ("W4A16", 64, False, "GPTQ")
-    assert parsed("--preset", "four-bit", "--w_sym", "True").linear.symmetric
+        assert (found.label, found.group_size, found.symmetric, found.w_method) == ("W4A16_DOUBLE", 32, False, "GPTQ")
+    found = parsed("--preset", "four-bit", "--w_sym", "True").linear
+    assert (found.label, found.symmetric) == ("W4A16", True)
+    for plain in ("--scale_bits", "16"), ("--format", "awq"), ("--target", "vllm-ascend"):
+        found = parsed("--preset", "four-bit", *plain).linear
+        assert (found.label, found.group_size, found.symmetric) == ("W4A16", 32, False)
+    assert parsed("--preset", "four-bit", "--format", "gguf").linear.label == "W4A16_DOUBLE"
     assert parsed("--preset", "four-bit", "--w_bit", "8", "--a_bit", "8").linear.label == "W8A8"
 
 
@@ -185,6 +192,25 @@ def test_the_costliest_parts_stay_in_float_and_a_table_says_why(
             if is_attention
             else stored[f"{name}.weight"].is_floating_point()
         )
+
+
+def test_linears_that_cost_most_for_their_size_are_in_int8(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--w_bit", "4", "--a_bit", "16", "--scale_bits", "8", "--scheme", "int8-token")
+    reports = {}
+    for most in (None, 5.5, 7.0):
+        target = tmp_path / str(most)
+        more = () if most is None else ("--w_bits_mean", str(most))
+        reports[most] = converted(parse_request(llama3.ARCHITECTURE, convert_flags(source, target, *flags, *more)))
+    counts = {most: [*report.linears.values()].count("W8A16") for most, report in reports.items()}
+    assert counts[None] == 0 < counts[5.5] < counts[7.0] < 21
+    assert all(most - 0.5 < reports[most].bits_per_weight <= most for most in (5.5, 7.0))
+    model = llama3.ARCHITECTURE.model_class.from_pretrained(tmp_path / "5.5").eval()
+    labels = {name: part.LABEL for name, part in model.named_modules() if isinstance(part, QuantizedLinear)}
+    assert labels == dict(reports[5.5].linears)
+    assert main(llama3.ARCHITECTURE, convert_flags(source, tmp_path / "out", *flags, "--w_bits_mean", "4.5")) == 1
+    assert_one_error_line(capsys.readouterr().err, "--w_bits_mean 4.5: weights of W4A16_DOUBLE take", "give more")
 
 
 def test_a_limit_that_is_kept(source: Path, tmp_path: Path) -> None:

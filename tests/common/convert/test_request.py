@@ -59,6 +59,9 @@ def test_what_is_written_in_several_ways_is_equal() -> None:
         ({"device": "tpu"}, "device tpu: is none of cpu"),
         ({"max_kl": 0}, "max_kl 0: is no positive number"),
         ({"max_kl": float("nan")}, "max_kl nan: is no positive number"),
+        ({"mean_bits": 5}, "mean_bits 5: is of linears in int4 (W4A16, W4A16_DOUBLE), not W8A8"),
+        ({"mean_bits": -1, "linear": "w4a16"}, "mean_bits -1: is no positive number"),
+        ({"mean_bits": 5, "linear": "w4a16", "format": "awq"}, "mean_bits 5: awq does not read linears of 4 and of 8"),
         ({"max_shard_gb": -1}, "max_shard_gb -1: is no positive number"),
         ({"max_shard_gb": float("inf")}, "max_shard_gb inf: is no size; give None"),
         ({"trust_remote_code": "False"}, "trust_remote_code 'False': is neither True nor False"),
@@ -91,9 +94,13 @@ def test_a_job_is_told_by_what_its_bytes_follow_from() -> None:
         "save_statistics": "file", "embeddings": "int8", "target": "mindie", "requantize": True, "pdmix": True,
     }  # fmt: skip
     assert all(request(**{name: value}).decisive_fields() != plain for name, value in others.items())
+    assert request(linear="w4a16", mean_bits=5).decisive_fields() != request(linear="w4a16").decisive_fields()
     floats, integers = (request(linear="w8a16", cpu_activations=part).decisive_fields() for part in ("float", "int8"))
     assert floats != integers
-    told = {"cpu_activations", "scheme", "calibration", "max_kl", "model", "output", "architecture", "resume", "format"}
+    told = {
+        "cpu_activations", "mean_bits", "scheme", "calibration", "max_kl", "model", "output", "architecture", "resume",
+        "format",
+    }  # fmt: skip
     assert {*others, *told} == {field.name for field in dataclasses.fields(ConvertRequest)}, "a new field is told, too"
 
 

@@ -165,6 +165,7 @@ REFUSALS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("--scheme", "int8-token", "--kv_scales", "random"), ("--kv_scales random", "no static scales")),
     (("--scheme", "ascend-c8", "--kv_scales", "none"), ("fp8", "int8")),
     (("--scheme", "kvquant-2", "--kv_scales", "none"), ("fp8", "int2")),
+    (("--scheme", "octavo-2c", "--kv_scales", "none"), ("octavo-2c", "come from texts")),
     (("--kv_scales", "none"), ("no static scales",)),
     (("--scheme", "float", *FLOAT_LINEARS), ("quantizes nothing",)),
     (("--kv_cache_dtype", "auto", *FLOAT_LINEARS), ("quantizes nothing",)),
@@ -215,7 +216,7 @@ def test_directories_load_without_octavo_bit_for_bit(
     of_llama = save_source(tmp_path / "llama", tiny_llama(num_hidden_layers=2).to(dtype))
     of_qwen2 = save_source(tmp_path / "qwen2", Qwen2ForCausalLM.from_pretrained(biased).to(dtype))
     for name, architecture, source in (("llama", ARCHITECTURE, of_llama), ("qwen2", qwen2.ARCHITECTURE, of_qwen2)):
-        for scheme in ("octavo-4", "kvquant-2", "vllm-fp8-head"):
+        for scheme in ("octavo-4", "octavo-2c", "kvquant-2", "vllm-fp8-head"):
             target, expected = tmp_path / f"{name} {scheme}", tmp_path / f"{name} {scheme}.safetensors"
             flags = ("--scheme", scheme, *(FLOAT_LINEARS if scheme != "octavo-4" else ()))
             assert main(architecture, convert_flags(source, target, *flags)) == 0
@@ -243,6 +244,8 @@ DAMAGES: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor], str]] = {
     "too few levels": ("key_levels", lambda t: t[:3], "key_levels"),
     "a scale of another shape": ("key_scale", lambda t: t[:1], "key_scale"),
     "another dtype": ("key_scale", lambda t: t.half(), "key_scale"),
+    "a basis that cannot be undone": ("key_basis", lambda t: t * 0, "key_basis cannot be undone"),
+    "a mean that is no number": ("key_mean", lambda t: t * float("nan"), "key_mean"),
 }
 
 
@@ -253,7 +256,7 @@ def test_damaged_constants_are_one_line(
     from octavo.generate import main as run
 
     part, change, named = DAMAGES[damage]
-    scheme = "vllm-fp8-head" if part == "value_scale" else "kvquant-2"
+    scheme = {"value_scale": "vllm-fp8-head", "key_basis": "octavo-2c", "key_mean": "octavo-2c"}.get(part, "kvquant-2")
     directory = Path(shutil.copytree(converted("--scheme", scheme, *FLOAT_LINEARS), tmp_path / "damaged"))
     file = next(directory.glob("*.safetensors"))
     tensors = load_file(file)

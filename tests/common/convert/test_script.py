@@ -193,6 +193,8 @@ BAD_FLAGS = [
     (["--quantization", "float", "--scheme", "int8-token", "--w_method", "GPTQ"], "--w_method"),
     (["--scheme", "kvquant-4", "--anti_method", "m2"], "codebooks"),
     (["--scheme", "kvquant-4", "--kv_scales", "random"], "--kv_scales random"),
+    (["--scheme", "octavo-4c", "--anti_method", "m2"], "bases of octavo-4c"),
+    (["--scheme", "octavo-4c", "--kv_scales", "random"], "bases of octavo-4c come from texts"),
     (["--anti_method", "m1", "--disable_names", "*", "--scheme", "int8-token"], "--anti_method m1"),
     (["--anti_method", "m1", "--save_statistics", "f"], "--save_statistics"),
     (["--w_bit", "eight"], "--w_bit"),

@@ -15,6 +15,7 @@ from octavo.common.runtime.quantized_linear import QuantizedLinear
 from octavo.common.runtime.schemes.linear_scheme import (
     EMBEDDING,
     HELD_LABELS,
+    INT4_LABELS,
     LINEAR_LABELS,
     W4A16,
     W8A8,
@@ -62,7 +63,7 @@ def test_a_layer_computes_what_its_tensors_say(scheme: LinearScheme, has_bias: b
 @SCHEMES
 def test_codes_are_all_that_is_kept_of_a_weight(scheme: LinearScheme) -> None:
     layer, _, _ = example(scheme)
-    bits = 4 if scheme.label == W4A16 else 8
+    bits = 4 if scheme.label in INT4_LABELS else 8
     outliers = 16 * OUT_FEATURES * 4 + 16 * 4 if scheme.label == W8A8_MIXED else 0
     of_row = IN_FEATURES + 8 * scheme.num_groups(IN_FEATURES)
     beside = 28 * OUT_FEATURES + 8 + 8 * OUT_FEATURES * scheme.num_groups(IN_FEATURES) + outliers
@@ -90,9 +91,9 @@ def test_codes_and_scales_keep_their_dtype(scheme: LinearScheme, dtype: torch.dt
 @SCHEMES
 def test_a_damaged_scale_is_named(scheme: LinearScheme) -> None:
     for value in (0.0, float("nan"), -1.0):
-        for part in ("weight_scale", "input_scale"):
+        for part in ("weight_scale", "input_scale", "row_scale"):
             layer, _, _ = example(scheme)
-            if part not in layer.PARTS:
+            if part not in layer.PARTS or not getattr(layer, part).is_floating_point():
                 continue
             getattr(layer, part).view(-1)[-1] = value
             with pytest.raises(OctavoError, match=rf"a\.b\.{part} is no positive number"):

@@ -9,6 +9,7 @@ import pytest
 
 from octavo.__main__ import main
 from octavo.evaluation import harness
+from octavo.evaluation.recall import recall
 
 from ...support import TEXTS, assert_one_error_line
 
@@ -22,12 +23,34 @@ def test_schemes_of_a_model(source: Path, tmp_path: Path, capsys: pytest.Capture
     file, text = tmp_path / "found.json", tmp_path / "text.txt"
     text.write_text(" ".join(TEXTS) * 3)
     assert main(["evaluate", str(source), *SMALL, "--eval_file", str(text), "--json", str(file)]) == 0
-    said = capsys.readouterr().out.splitlines()
+    captured = capsys.readouterr()
+    said = captured.out.splitlines()
     assert [line.split()[0] for line in said[1:4]] == ["float", "int8-token", "octavo-4"]
     found = json.loads(file.read_text())["results"]
     assert list(found) == ["float", "int8-token", "octavo-4"]
     assert found["int8-token"]["text"]["kl"] > 0 and found["int8-token"]["recall"][0]["asked"] == 2
     assert f"{found['octavo-4']['text']['kl']:.5f}" in said[3]
+    assert f"text, octavo-4: KL {found['octavo-4']['text']['kl']:.5f}, perplexity" in captured.err
+
+
+def test_each_measurement_is_told_once_it_is_made(
+    source: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever stops before the last keeps what was found till then."""
+    asked = iter(range(10))
+
+    def stopped(*arguments: object) -> object:
+        if next(asked) == 2:
+            raise KeyboardInterrupt
+        return recall(*arguments)
+
+    monkeypatch.setattr("octavo.evaluation.evaluating.recall", stopped)
+    assert main(["evaluate", str(source), *SMALL]) == 130
+    captured = capsys.readouterr()
+    told = [line.partition(":")[0] for line in captured.err.replace("\r", "\n").splitlines() if ", " in line]
+    names = ["text, int8-token", "text, octavo-4", "writing, int8-token", "writing, octavo-4", "key-value 300, float"]
+    assert [name for name in told if name in [*names, "key-value 300, octavo-4"]] == names
+    assert "key-value 300, int8-token: " in captured.err and not captured.out
 
 
 def test_a_converted_directory_beside_its_source(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from octavo import kv_bytes_per_token, load_scheme
 from octavo.__main__ import main
@@ -46,11 +47,30 @@ def test_a_converted_directory(
     assert data["float_kv_bytes_per_token"] == 768
     assert data["bytes_on_disk"] == sum(file.stat().st_size for file in directory.iterdir())
     assert data["formats"] and "gguf" in data["refused_formats"]
+    others = data["formats_with_another_cache"]
+    assert others["gguf"] == "--scheme llamacpp-q8_0" and others["fastdeploy"] == "--scheme ascend-c8 --statistics FILE"
+    assert "modelopt" not in others, "which takes no such linears"
+    assert any(line.startswith("with another cache   gguf (--scheme llamacpp-q8_0); ") for line in lines)
     assert "linears              21 in W8A16 in groups of 32; 1 in float" in lines
+    assert data["bits_per_weight"] == 8 + 2 * 32 / 32, "scales and zero points are in float32"
+    assert "bits a weight        10.00 in layers" in lines
     command = lines[-1].split()[1:]
     assert command[0] == "rewrite"
     rewrite = ["rewrite", str(directory), "--format", data["formats"][0], "--save_directory", str(tmp_path / "out")]
     assert main(rewrite) == 0, "a format that is named is one that it fits"
+    rewrite = ["rewrite", str(directory), "--format", "gguf", "--save_directory", str(tmp_path / "gguf")]
+    assert main([*rewrite, *others["gguf"].split()]) == 0, "with the cache that is named beside it, too"
+
+
+def test_bits_of_a_weight_are_counted(converted: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    directory = converted("--quantization", "w4a16_double", "--embeddings", "int8")
+    data, lines = told(directory, capsys)
+    tensors = {name: load_file(file)[name] for file in directory.glob("*.safetensors") for name in load_file(file)}
+    layers = sum(part.nbytes for name, part in tensors.items() if "_proj." in name and not name.endswith("bias"))
+    count = sum(2 * part.numel() for name, part in tensors.items() if name.endswith("_proj.weight"))
+    assert data["bits_per_weight"] == pytest.approx(8 * layers / count) and 4.5 < data["bits_per_weight"] < 5.1
+    assert any(line.startswith("bits a weight") and "in embedding and last linear" in line for line in lines)
+    assert "gguf" in data["formats"] and "--scale_bits 16" in data["refused_formats"]["compressed-tensors"]
 
 
 @pytest.mark.parametrize("name", ["gptq, act-order", "fp8 in blocks"])
@@ -131,7 +151,8 @@ def test_a_hub_id_is_looked_up_by_its_json_alone(
     assert main(["info", "someone/tiny"]) == 0
     assert asked == [["someone/tiny", "*.json"]]
     said = capsys.readouterr().out
-    assert "octavo convert someone/tiny" in said and "not on the disk      model.safetensors; hf download" in said
+    assert "octavo convert someone/tiny" in said and "not in the cache     model.safetensors; hf download" in said
+    assert "\nin the cache " in said and "on the disk" not in said, "what there is of it, which the hub has more of"
     parts = [f"model-0000{part}-of-00003.safetensors" for part in (1, 2, 3)]
     index = {"weight_map": {f"layer.{number}.weight": part for number, part in enumerate(parts)}}
     (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -158,6 +179,6 @@ def test_a_converted_hub_id_needs_its_weights(
         shutil.copy(file, hub[0])
     assert main(["info", "someone/tiny"]) == 0
     said = capsys.readouterr().out
-    assert "not on the disk" not in said
+    assert "not in the cache" not in said and "\nin the cache " in said
     name = json_of("someone/tiny", capsys)["formats"][0]
     assert f"octavo rewrite {hub[0]} --format {name} --save_directory tiny-{name}\n" in said

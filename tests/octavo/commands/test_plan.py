@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from octavo.__main__ import main
-from octavo.common.runtime.schemes.kv_scheme import PRESETS
+from octavo.common.runtime.cache.sizes import kv_bits_per_element
+from octavo.common.runtime.schemes.kv_scheme import PRESETS, load_scheme
 from octavo.planning.report import TELLING
 
-from ...support import assert_one_error_line, save_source, tiny_llama
+from ...support import assert_one_error_line, save_source, tiny_config, tiny_llama
 
 WIDTH = 130
 
@@ -34,10 +35,16 @@ def test_a_plan_is_a_table_of_schemes_and_what_the_words_mean(source: Path, caps
     assert all("in GB of 1,000,000,000 bytes; longest and largest in 2 GB" in title for title in titles)
     rows = [line.split() for line in lines if line.split() and line.split()[0] in TELLING]
     assert [row[0] for row in rows] == [*TELLING, *TELLING]
-    assert rows[9][1:3] == ["32.00", "3,072"] and rows[10][1:3] == ["8.50", "816"]
-    longest = {row[0]: int(row[6].replace(",", "")) for row in rows[8:]}
+    assert rows[9][1:4] == ["32.00", "32.00", "3,072"] and rows[10][1:4] == ["8.50", "8.50", "816"]
+    bits, stored = map(float, rows[13][1:3])
+    assert rows[13][0] == "octavo-4" and bits == pytest.approx(
+        kv_bits_per_element(tiny_config(head_dim=64), load_scheme("octavo-4"), 2000), abs=0.005
+    )
+    assert bits + 0.3 < stored < bits + 0.6  # with the floats by which it can be cropped
+    longest = {row[0]: int(row[7].replace(",", "")) for row in rows[8:]}
     assert longest["octavo-2"] > longest["octavo-4"] > longest["int8-token"] > longest["float"] > 2000
     assert max(map(len, lines)) <= WIDTH
+    assert lines[-1].startswith("With 2 GB: float weights + a float cache serve 2 x 2,000 tokens, and 4,096 at most;")
 
 
 def test_data_are_in_bytes_and_of_all_schemes(source: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -79,6 +79,8 @@ def test_an_error_calls_a_place_as_it_was_given(
         (["Rain", "--prompt", "Snow"], ("not allowed with argument",)),
         (["Rain", "--scheme", "octavo-4", "--statistics", "x"], ("--statistics x: octavo-4 needs no calibration",)),
         (["Rain", "--temperature", "1"], ("--temperature: needs --do_sample",)),
+        (["Rain", "--seed", "1"], ("--seed: needs --do_sample",)),
+        (["Rain", "--system", "You are rain."], ("unrecognized arguments: --system",)),
         (["Rain", "--device_type", "cdua"], ("did you mean cuda?",)),
     ],
 )
@@ -108,7 +110,8 @@ def test_a_chat(
     directory = str(converted(*C8))
     capsys.readouterr()
     monkeypatch.setattr(sys, "stdin", io.StringIO("And then?\n\n"))
-    assert main(["chat", directory, "--prompt", "What fell?", "--max_new_tokens", "3"]) == 0
+    flags = ["--system", "You are rain.", "--do_sample", "--seed", "1", "--top_k", "5", "--top_p", "0.9"]
+    assert main(["chat", directory, "--prompt", "What fell?", "--max_new_tokens", "3", *flags]) == 0
     assert capsys.readouterr().err.count("KV cache of") == 2
 
 

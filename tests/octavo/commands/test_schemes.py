@@ -24,6 +24,9 @@ def test_every_scheme_is_listed_and_has_its_use() -> None:
     named = [line.split()[0] for line in lines[1 : 1 + len(PRESETS)]]
     assert sorted(named) == sorted(PRESETS) == sorted(WHEN) and all(WHEN.values())
     assert max(map(len, lines)) <= WIDEST
+    assert any(
+        line.startswith("bits: of an element of K and V in sequences of 2,048 tokens of a model") for line in lines
+    )
     bits = [schemes._code_bits(load_scheme(name)) for name in named]
     assert bits == sorted(bits, reverse=True)
 
@@ -34,8 +37,8 @@ def test_what_is_only_compared_with_is_listed_when_asked_for(capsys: pytest.Capt
     listed = [line.split()[0] for line in shown.splitlines()[1 : 1 + len(WHEN) - len(COMPARED)]]
     assert sorted(listed) == sorted(set(WHEN) - set(COMPARED)) and max(map(len, shown.splitlines())) <= WIDEST
     assert (
-        "--all lists what is there to be compared with as well: saw, turboquant, turboquant-mse, kivi, kvquant."
-        in shown
+        "--all lists those to be compared with as well: oscar, saw, turboquant, turboquant-mse, kivi, kitty, kvarn, "
+        "kvquant." in shown
     )
     assert main(["schemes", "--all"]) == 0
     shown = capsys.readouterr().out
@@ -82,6 +85,8 @@ def test_codecs_in_words() -> None:
     key = load_scheme("octavo-4").key
     assert (codec_words(key), codec_short(key)) == ("int4 per channel x 64, affine", "int4 channel/64")
     assert codec_words(None) == codec_short(None) == "float"
+    assert codec_words(load_scheme("kitty-2").key) == "int2 per channel x 128, affine, 12.5% int4"
+    assert codec_words(load_scheme("kvarn-4").value) == "int4 per token, affine, second scales"
 
 
 @pytest.mark.parametrize("command", ["schemes", "presets"])

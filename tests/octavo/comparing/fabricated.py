@@ -20,7 +20,7 @@ def record(
         "kind": kind,
         "about": f"about {name}",
         "command": f"octavo run model --scheme {name}",
-        "conditions": {},
+        "conditions": {"bits_at": 2048},
         "bits": bits,
         "weight_bytes": 10_000_000,
         "text": None if kl is None else text,

@@ -16,7 +16,7 @@ def test_the_fewest_bytes_within_both_bounds_are_chosen() -> None:
         in advice.sentences
     )
     assert "weights of 10 MB as in float, and at 512 tokens a cache of 0.236 MB instead" in advice.sentences
-    assert "4.60 bits an element of K and V instead of 32" in advice.sentences
+    assert "an element of K and V takes 4.60 bits instead of 32 at 2,048 tokens" in advice.sentences
     assert "It recalls 9 of 10, float 10" in advice.sentences
 
 

@@ -28,8 +28,7 @@ def test_flags_that_state_an_option_are_told() -> None:
     told = {step.option: step.about for step in preset_steps("four-bit")}
     assert told == {
         "cache": "--scheme int8-token",
-        "linears": "--w_bit 4 --a_bit 16 --group_size 64 --w_sym False",
-        "outliers": "--anti_method m3",
+        "linears": "--w_bit 4 --a_bit 16 --group_size 32 --w_sym False --scale_bits 8",
         "rounding": "--w_method GPTQ",
         "embeddings": "--embeddings int8",
     }

@@ -37,7 +37,11 @@ def constant(scheme: Scheme, config: PreTrainedConfig) -> LayerScales:
         (parts[f"{side}_scale"], parts.get(f"{side}_zero")) if f"{side}_scale" in parts else None
         for side in ("key", "value")
     ]
-    return LayerScales(*sides, parts.get("query_scale"), levels.get("key_levels"), levels.get("value_levels"))
+    bases = {name: torch.eye(HEAD_DIM).expand(part.shape) for name, part in parts.items() if "basis" in name}
+    return LayerScales(
+        *sides, parts.get("query_scale"), levels.get("key_levels"), levels.get("value_levels"),
+        key_mean=parts.get("key_mean"), **bases,
+    )  # fmt: skip
 
 
 def filled(scheme: Scheme, config: PreTrainedConfig, batch: int, passes: list[int]) -> QuantizedCache:
@@ -54,18 +58,12 @@ def filled(scheme: Scheme, config: PreTrainedConfig, batch: int, passes: list[in
     return cache
 
 
-def kept_of(cache: QuantizedCache) -> int:
-    """Bytes of what a cache would write into a file of its tokens."""
-    parts = [layer.saved()[1] for layer in cache.layers]
-    return sum(part.nbytes for layer in parts for name, part in layer.items() if name.startswith(("key.", "value.")))
-
-
 @pytest.mark.parametrize("tokens", [1, 70, 333])
 @pytest.mark.parametrize("scheme", [*map(load_scheme, PRESETS), *OWN], ids=lambda scheme: scheme.name)
 def test_planned_bytes_are_those_of_the_storages(scheme: Scheme, tokens: int) -> None:
     config, batch = tiny_config(head_dim=HEAD_DIM), 2
     planned, cache = cache_size(config, scheme, tokens, batch, torch.float32), filled(scheme, config, batch, [tokens])
-    assert (planned.kept, planned.allocated) == (kept_of(cache), cache.nbytes())
+    assert (planned.kept, planned.allocated) == (cache.used_nbytes(), cache.nbytes())
     assert 0 < planned.kept <= planned.allocated
 
 
@@ -75,7 +73,7 @@ def test_tokens_that_come_one_by_one_take_what_a_prompt_takes(name: str) -> None
     cache = filled(scheme, config, 1, [90, *[1] * 111])
     cache.expect(0)
     planned = cache_size(config, scheme, 201, 1, torch.float32)
-    assert (planned.kept, planned.allocated) == (kept_of(cache), cache.nbytes())
+    assert (planned.kept, planned.allocated) == (cache.used_nbytes(), cache.nbytes())
 
 
 @pytest.mark.parametrize("batch", [1, 8])
@@ -85,7 +83,7 @@ def test_layers_that_slide_take_what_their_window_needs(name: str, batch: int) -
     chunk = tokens_of_chunk(batch)
     cache = filled(scheme, config, batch, [chunk] * (tokens // chunk) + [tokens % chunk])
     planned = cache_size(config, scheme, tokens, batch, torch.float32)
-    assert (planned.kept, planned.allocated) == (kept_of(cache), cache.nbytes())
+    assert (planned.kept, planned.allocated) == (cache.used_nbytes(), cache.nbytes())
     assert cache_size(config, scheme, tokens, batch, torch.float32, settles=True).allocated == planned.allocated
     config.layer_types = ["full_attention"] * 3
     assert planned.allocated < cache_size(config, scheme, tokens, batch, torch.float32).allocated

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from octavo import ConvertRequest, convert
 from octavo.common.convert.flags import recipe_fields
+from octavo.common.runtime.schemes.linear_scheme import LinearScheme
 from octavo.planning.model import read_model
 from octavo.planning.peak import TOKENIZER_BYTES, held_bytes, pass_bytes, peak_of, process_bytes, resident_bytes
 from octavo.planning.table import TRANSFORMERS, Planner
@@ -54,14 +55,26 @@ def test_experts_count_as_often_as_a_token_goes_to_some() -> None:
 
 def test_the_cpu_holds_less_than_the_files_and_an_accelerator_the_same(tmp_path: Path) -> None:
     sizes = {**OF_7B, "num_hidden_layers": 1}
-    for name, kept_of_zeros, kept_of_scales in (("eight-bit", 0, 1), ("four-bit", 0.5, 0.5)):
-        fields = recipe_fields(name)
+    plain = recipe_fields("four-bit") | {"linear": LinearScheme("W4A16", group_size=64, symmetric=False)}
+    for fields, kept_of_zeros, kept_of_scales in ((recipe_fields("eight-bit"), 0, 1), (plain, 0.5, 0.5)):
         weights, linear = planner_of(tmp_path, fields, **sizes).weights("float"), fields["linear"]
         zeros = sum(header_bytes(header) for part, header in weights.headers.items() if part.endswith("weight_offset"))
         scales = sum(header_bytes(header) for part, header in weights.headers.items() if part.endswith("weight_scale"))
         spared = zeros * (1 - kept_of_zeros) + scales * (1 - kept_of_scales)
         assert 0 < spared == weights.nbytes - held_bytes(weights, linear, "cpu")
         assert held_bytes(weights, linear, "cuda") == weights.nbytes == held_bytes(weights, None, "cpu")
+
+
+def test_scales_of_8_bits_are_held_in_16(tmp_path: Path) -> None:
+    fields = recipe_fields("four-bit")
+    weights = planner_of(tmp_path, fields, **{**OF_7B, "num_hidden_layers": 1}).weights("float")
+    codes = {part: header for part, header in weights.headers.items() if ".layers." in part}
+    bits = {part.rpartition(".")[2]: header.dtype for part, header in codes.items()}
+    assert (bits["weight_scale"], bits["weight_offset"]) == ("U8", "I8")
+    more = sum(header_bytes(codes[part]) for part in codes if part.endswith(("weight_scale", "weight_offset")))
+    ends = (header for part, header in weights.headers.items() if part not in codes)
+    less = sum(header_bytes(header) // 2 for header in ends if header.dtype == "F32" and len(header.shape) == 2)
+    assert held_bytes(weights, fields["linear"], "cpu") == weights.nbytes + more - less
 
 
 def test_the_process_counts_what_it_has_imported_and_the_tokenizer() -> None:

@@ -19,11 +19,13 @@ from octavo.ops.shared.codes import (
     pack_codes,
     pack_indices,
     pack_int4,
+    pack_signs,
     stored_width,
     to_codes,
     unpack_codes,
     unpack_indices,
     unpack_int4,
+    unpack_signs,
 )
 
 from ..cuda_double import needs_gpu
@@ -205,3 +207,10 @@ def test_scales_are_quotients_rounded_once(span: float, device: str) -> None:
     assert torch.equal(dynamic_scale(extent.to(device), span).cpu(), expected)
     assert (extent * (1 / torch.tensor(span)) != expected).any(), "what GPUs give by a number that is no tensor"
     assert float(dynamic_scale(torch.zeros(()), span)) == SMALLEST_SCALE
+
+
+def test_signs_are_packed_by_bits() -> None:
+    signs = torch.rand((2, 3, 32), generator=torch.Generator().manual_seed(0)) > 0.5
+    packed = pack_signs(signs)
+    assert packed.shape == (2, 3, 4) and torch.equal(unpack_signs(packed), signs * 2.0 - 1)
+    assert packed[0, 0, 1] == sum(2**bit for bit in range(8) if signs[0, 0, 1 + 4 * bit])

@@ -150,6 +150,7 @@ def test_embeddings_in_int8_are_written_in_float(converted: Callable[..., Path],
 
 REFUSED = {
     "outliers in float": (("--quantization", "w8a8_mixed"), "convert with --is_dynamic True"),
+    "scales in 8 bits": (("--quantization", "w4a16_double"), "convert with --scale_bits 16"),
     "shifted inputs": (("--anti_method", "m2"), "has a bias that the architecture has not"),
     "half a unit": (("--disable_names", "*.q_proj", "*.down_proj"), "are not quantized alike"),
     "a window": (("--scheme", "octavo-4"), "--scheme vllm-fp8 --statistics FILE"),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from gguf.quants import dequantize
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -64,6 +65,17 @@ def test_codes_are_carried_over(kind: str, converted: Callable[..., Path], tmp_p
         assert (found - expected).abs().max() <= least
 
 
+def test_scales_of_8_bits_and_zeros_between_codes_are_carried_over(
+    converted: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = converted("--quantization", "w4a16_double")
+    tensors, _, lines = written(path, tmp_path / "out")
+    tensor = tensors["blk.1.ffn_gate.weight"]
+    expected = OctavoDirectory(path).linear("model.layers.1.mlp.gate_proj").float_weight()
+    assert tensor.tensor_type.name == "Q4_1" and "rounded" not in " ".join(lines)
+    assert (decoded(tensor) - expected).abs().max() <= ROUNDED_LEAST * expected.abs().max()
+
+
 def test_scales_per_channel_are_rounded_and_said_to_be(converted: Callable[..., Path], tmp_path: Path) -> None:
     path = converted("--is_dynamic", "True")
     tensors, _, lines = written(path, tmp_path / "out")
@@ -71,6 +83,35 @@ def test_scales_per_channel_are_rounded_and_said_to_be(converted: Callable[..., 
     expected = OctavoDirectory(path).linear("model.layers.0.self_attn.q_proj").float_weight()
     assert (found - expected).abs().max() <= 2**-11 * expected.abs().max()
     assert any("21 linears" in line and "scales rounded to float16" in line for line in lines)
+
+
+def with_scale(path: Path, target: Path, steps: float) -> Path:
+    """A copy of a directory, one scale of which is so many times the least number of float16."""
+    shutil.copytree(path, target)
+    file = next(target.glob("quant_model_weight_*.safetensors"))
+    tensors = load_file(file)
+    tensors["model.layers.0.mlp.up_proj.weight_scale"][5] = steps * 2.0**-24
+    save_file(tensors, file, metadata={"format": "pt"})
+    return target
+
+
+def test_small_scales_are_rounded_where_that_costs_little(converted: Callable[..., Path], tmp_path: Path) -> None:
+    """Below the normal numbers of float16 there are fewer of them: what is moved is measured, and said."""
+    path = with_scale(converted("--is_dynamic", "True"), tmp_path / "small", 307.4)
+    tensors, _, lines = written(path, tmp_path / "out")
+    up = tensors["blk.0.ffn_up.weight"]
+    expected = OctavoDirectory(path).linear("model.layers.0.mlp.up_proj")
+    moved = (decoded(up) - expected.float_weight()).abs().amax(dim=1)
+    assert up.tensor_type.name == "Q8_0" and 0 < moved[5] < expected.scale[5, 0] / 2
+    assert any("moves weights by at most 0.13% of the largest" in line for line in lines), "0.4 of 307.4"
+
+
+def test_scales_that_float16_has_no_room_for(converted: Callable[..., Path], tmp_path: Path) -> None:
+    path = with_scale(converted("--is_dynamic", "True"), tmp_path / "tiny", 1.4)
+    tensors, _, lines = written(path, tmp_path / "out")
+    assert tensors["blk.0.ffn_up.weight"].tensor_type.name == "F16"
+    assert any(line.startswith("model.layers.0.mlp.up_proj: in float16, since float16 has no room") for line in lines)
+    assert any("20 linears" in line and "scales rounded" in line for line in lines)
 
 
 def test_the_tokenizer_and_the_facts_go_with_it(converted: Callable[..., Path], tmp_path: Path) -> None:

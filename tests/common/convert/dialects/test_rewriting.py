@@ -22,7 +22,7 @@ from octavo.common.convert.request import ConvertRequest
 from octavo.common.errors import OctavoError
 from octavo.models.llama3 import ARCHITECTURE
 
-from ....support import assert_one_error_line, convert_flags, files_below
+from ....support import assert_one_error_line, convert_flags, edit_json, files_below, save_source, tiny_llama
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -58,6 +58,24 @@ def test_an_interruption_leaves_nothing_half_written(
         assert os.listdir(tmp_path) == []
     rewrite(RewriteRequest(path, target, FORMAT))
     assert os.listdir(tmp_path) == ["out"] and digests(path) == before
+
+
+@pytest.mark.parametrize("name", ["compressed-tensors", "gptq"])
+def test_what_is_decoded_is_in_the_dtype_of_the_source(name: str, tmp_path: Path) -> None:
+    """Also where norms, which are then all that is left in float, are in another."""
+    model = tiny_llama().to(torch.bfloat16)
+    for part, module in model.named_modules():
+        if "norm" in part:
+            module.float()
+    flags = ("--quantization", "w8a16", "--group_size", "32", "--embeddings", "int8", "--scheme", "float")
+    source = save_source(tmp_path / "source", model)
+    edit_json(source / "config.json", dtype="bfloat16")
+    assert convert(ARCHITECTURE, convert_flags(source, tmp_path / "ours", *flags)) == 0
+    assert {header.dtype for header in OctavoDirectory(tmp_path / "ours").floats().values()} == {"F32"}
+    rewrite(RewriteRequest(tmp_path / "ours", tmp_path / "theirs", name))
+    stored = load_file(tmp_path / "theirs" / "model.safetensors")
+    dtypes = {stored[f"{part}.weight"].dtype for part in ("model.embed_tokens", "lm_head")}
+    assert dtypes == {torch.bfloat16} and stored["model.norm.weight"].dtype == torch.float32
 
 
 def test_files_of_a_given_size(converted: Callable[..., Path], tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from octavo.common.runtime.schemes.linear_scheme import (
     FP8_DYNAMIC,
     LINEAR_LABELS,
     W4A16,
+    W4A16_DOUBLE,
     W8A8,
     W8A8_DYNAMIC,
     W8A8_MIXED,
@@ -139,7 +140,8 @@ def every_scheme() -> list[LinearScheme]:
         LinearScheme(label, size, way) for label in (W8A16, W4A16) for size in (0, 32, 128) for way in (True, False)
     ]
     fp8 = [LinearScheme(label, per_tensor=one) for label in (FP8, FP8_DYNAMIC) for one in (True, False)]
-    return [LinearScheme(label) for label in (W8A8, W8A8_DYNAMIC, W8A8_MIXED)] + groups + fp8
+    double = [LinearScheme(W4A16_DOUBLE, size) for size in (0, 32)]
+    return [LinearScheme(label) for label in (W8A8, W8A8_DYNAMIC, W8A8_MIXED)] + groups + double + fp8
 
 
 def name_of(scheme: LinearScheme) -> str:
@@ -160,6 +162,7 @@ def layer_of(linear: nn.Linear, inputs: LinearInputs, scheme: LinearScheme) -> n
 LARGEST_ERROR = {
     W8A16: 0.008,
     W4A16: 0.12,
+    W4A16_DOUBLE: 0.12,
     FP8: 0.05,
     FP8_DYNAMIC: 0.05,
     W8A8: 0.06,

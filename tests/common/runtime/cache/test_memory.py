@@ -51,6 +51,17 @@ def test_dynamic_scales_take_four_bytes_per_token_and_head(cache: Callable[..., 
     assert filled.nbytes() == sum(storage_sizes(filled)) == 2048 * 2 * GROUPS * (WIDTH + 4) * LAYERS
 
 
+def test_what_is_used_is_told_apart_from_what_is_allocated(cache: Callable[..., QuantizedCache]) -> None:
+    of_token = 2 * GROUPS * (WIDTH + 4) * LAYERS
+    for filled in (cache("int8-token", max_length=500), cache("int8-token")):
+        assert filled.used_nbytes() == 0
+        fill(filled, 300)
+        fill(filled, 1)
+        assert filled.used_nbytes() == 301 * of_token < filled.nbytes()
+        filled.crop(-41)
+        assert filled.used_nbytes() == 260 * of_token
+
+
 def test_a_fixed_length_is_allocated_once_and_refuses_more(cache: Callable[..., QuantizedCache]) -> None:
     fixed = cache("ascend-c8", max_length=100)
     fill(fixed, 1)
@@ -58,7 +69,7 @@ def test_a_fixed_length_is_allocated_once_and_refuses_more(cache: Callable[..., 
     for _ in range(99):
         fill(fixed, 1)
     assert fixed.layers[0].key_store.codes().codes.data_ptr() == place
-    assert fixed.nbytes() == 100 * 2 * GROUPS * WIDTH * LAYERS
+    assert fixed.nbytes() == fixed.used_nbytes() == 100 * 2 * GROUPS * WIDTH * LAYERS
     assert fixed.layers[0].get_max_length() == 100
     with pytest.raises(OctavoError, match="max_length=100"):
         fill(fixed, 1)

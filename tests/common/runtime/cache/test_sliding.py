@@ -9,8 +9,7 @@ import torch
 import transformers
 from transformers import DynamicCache
 
-from octavo.common.convert.calibration.codebooks import fit_codebooks
-from octavo.common.convert.calibration.observe import calibrate
+from octavo.common.convert.calibration.whole import calibrate_whole
 from octavo.common.errors import OctavoError
 from octavo.common.runtime.attention import SlidingWindow, quantized_attention
 from octavo.common.runtime.cache.quantized_cache import QuantizedCache
@@ -20,7 +19,7 @@ from octavo.common.runtime.static_scales import Statistics, scales_of
 from octavo.common.stock_model import prepare
 from octavo.ops.shared.registry import NAMESPACE
 
-from ....support import random_ids, randomized, tiny_config, with_cache
+from ....support import random_ids, randomized, shortened, tiny_config, with_cache
 from ....tolerances import TOLERANCES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -30,7 +29,7 @@ SIZES = {"num_hidden_layers": LAYERS, "head_dim": WIDTH}
 LONG = 450
 CUTS = ((LONG,), (300, 1, 40, 1, 89, *(1,) * 19), (380, *(1,) * 70))
 SCHEMES = {
-    **{name: load_scheme(name) for name in PRESETS},
+    **{name: shortened(load_scheme(name)) for name in PRESETS},
     "a float window longer than the window": Scheme.from_dict({**load_scheme("octavo-4").to_dict(), "window": 100}),
     "layers that differ": Scheme.from_dict({**load_scheme("octavo-2").to_dict(), "layers": {"1": "int8-token"}}),
 }
@@ -74,7 +73,7 @@ def reader(name: str, is_folded: bool = True) -> torch.nn.Module:
 def statistics(name: str) -> Statistics:
     torch.manual_seed(0)
     model, samples = MODELS[name](), [{"input_ids": random_ids(1, 250)}]
-    return fit_codebooks(model, samples, calibrate(model, [], samples))
+    return calibrate_whole(model, samples, map(load_scheme, PRESETS))
 
 
 def keeps_all(config: transformers.PreTrainedConfig) -> transformers.PreTrainedConfig:

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from octavo.common.convert.calibration.codebooks import fit_codebooks
-from octavo.common.convert.calibration.observe import calibrate
+from octavo.common.convert.calibration.whole import calibrate_whole
 from octavo.common.errors import OctavoError
 from octavo.common.runtime.cache.quantized_cache import QuantizedCache
 from octavo.common.runtime.schemes.kv_scheme import PRESETS, load_scheme
@@ -54,7 +53,7 @@ def assistant() -> torch.nn.Module:
 def cache(model: torch.nn.Module) -> Make:
     """`cache(preset, ...)`: an empty cache."""
     float_model, samples = tiny_llama(**SIZES), [{"input_ids": random_ids(1, 250, vocabulary=64)}]
-    statistics = fit_codebooks(float_model, samples, calibrate(float_model, [], samples))
+    statistics = calibrate_whole(float_model, samples, map(load_scheme, PRESETS))
 
     def make(preset: str, **arguments: Any) -> QuantizedCache:
         scheme = load_scheme(preset)

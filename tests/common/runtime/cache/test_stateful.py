@@ -17,15 +17,14 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as some
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
-from octavo.common.convert.calibration.codebooks import fit_codebooks
-from octavo.common.convert.calibration.observe import calibrate
+from octavo.common.convert.calibration.whole import calibrate_whole
 from octavo.common.errors import OctavoError
 from octavo.common.runtime.attention import SlidingWindow, quantized_attention
 from octavo.common.runtime.cache.quantized_cache import QuantizedCache
 from octavo.common.runtime.schemes.kv_scheme import PRESETS, Scheme, load_scheme
 from octavo.common.runtime.static_scales import Scales, scales_of
 
-from ....support import random_ids, tiny_config, tiny_llama
+from ....support import random_ids, shortened, tiny_config, tiny_llama
 from ....tolerances import TOLERANCES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -48,14 +47,24 @@ def changed(preset: str, **fields: Any) -> Scheme:
 
 
 SCHEMES = {
-    **{name: load_scheme(name) for name in PRESETS},
+    **{name: shortened(load_scheme(name)) for name in PRESETS},
     "smoothed": changed("int8-token", smooth_key=True),
     "smoothed in groups": changed("octavo-4", smooth_key=True),
     "first pass in float": changed("ascend-c8", prefill="float"),
     "layers that differ": changed("octavo-2", layers={"1": "int8-token"}),
 }
 
-SCHEMES_THAT_SLIDE = ("float", "int8-token", "ascend-c8", "kivi-2", "kvquant-4", "octavo-4", "smoothed")
+SCHEMES_THAT_SLIDE = (
+    "float",
+    "int8-token",
+    "ascend-c8",
+    "kitty-2",
+    "kivi-2",
+    "kvarn-2",
+    "kvquant-4",
+    "octavo-4",
+    "smoothed",
+)
 """Of a model whose first layer slides."""
 
 
@@ -64,7 +73,7 @@ def scales_for(scheme: Scheme) -> Scales | None:
     if not scheme.is_static:
         return None
     model, samples = tiny_llama(**SIZES), [{"input_ids": random_ids(1, 250)}]
-    return scales_of(scheme, fit_codebooks(model, samples, calibrate(model, [], samples)))
+    return scales_of(scheme, calibrate_whole(model, samples, map(load_scheme, PRESETS)))
 
 
 class CacheMachine(RuleBasedStateMachine):

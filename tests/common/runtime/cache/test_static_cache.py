@@ -148,6 +148,7 @@ def test_schemes_that_no_single_op_writes_and_reads_are_refused(name: str) -> No
         scales = [LayerScales()] * 5 if scheme.is_static else None
         assert QuantizedCache(config, scheme, scales=scales, max_length=40, compileable=True).is_compileable
         return
-    assert name.startswith(("kivi", "kvquant", "octavo", "llamacpp", "k4v2", "turboquant"))
+    others = ("kivi", "kvquant", "octavo", "llamacpp", "k4v2", "kitty", "kvarn", "turboquant", "mxfp", "nvfp", "oscar")
+    assert name.startswith(others)
     with pytest.raises(OctavoError, match="compileable"):
         QuantizedCache(config, scheme, scales=[LayerScales()] * 5, max_length=40, compileable=True)

@@ -29,6 +29,7 @@ from octavo.common.runtime.schemes.kv_scheme import load_scheme
 from octavo.common.runtime.schemes.linear_scheme import (
     FP8,
     FP8_DYNAMIC,
+    INT4_LABELS,
     LINEAR_LABELS,
     W4A16,
     W8A8,
@@ -126,7 +127,7 @@ def test_a_checkpoint_comes_back(kind: str, scheme: LinearScheme, tmp_path: Path
     with torch.no_grad():
         expected = by_hand(ids).logits
     torch.testing.assert_close(found, expected, atol=10 * TOLERANCES["logits"], rtol=0)
-    limit = 0.6 if scheme.label == W4A16 else 0.2
+    limit = 0.6 if scheme.label in INT4_LABELS else 0.2
     assert rmse_in_std(found, plain) < limit
     for name, tensor in loaded.state_dict().items():
         assert tensor.dtype == tensors[name].dtype and torch.equal(tensor.float(), tensors[name].float()), name
@@ -139,7 +140,7 @@ def test_layers_of_one_model_may_be_of_all_kinds(tmp_path: Path) -> None:
     model = tiny_llama(num_hidden_layers=2).bfloat16()
     *names, last = linear_names(model)
     kinds = every_scheme()
-    schemes = {name: kinds[index * 5 % len(kinds)] for index, name in enumerate(names)}
+    schemes = {name: kinds[index * 2 % len(kinds)] for index, name in enumerate(names)}
     assert {scheme.label for scheme in schemes.values()} == set(LINEAR_LABELS)
     labels = {name: scheme.label for name, scheme in schemes.items()}
     tensors = quantized_tensors_of(model, schemes)

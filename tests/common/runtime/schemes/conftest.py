@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from octavo.common.convert.calibration.codebooks import fit_codebooks
-from octavo.common.convert.calibration.observe import calibrate
+from octavo.common.convert.calibration.whole import calibrate_whole
 from octavo.common.runtime.cache.quantized_cache import QuantizedCache
+from octavo.common.runtime.schemes.kv_scheme import PRESETS, load_scheme
 from octavo.common.runtime.static_scales import Statistics, scales_of
 from octavo.common.stock_model import prepare
 
@@ -22,7 +22,7 @@ def found() -> dict[str, Statistics]:
     result = {}
     for kind in ("llama", "qwen2"):
         model = build(kind)
-        result[kind] = fit_codebooks(model, samples, calibrate(model, [], samples))
+        result[kind] = calibrate_whole(model, samples, map(load_scheme, PRESETS))
     return {**result, "qwen2 folded": result["qwen2"]}
 
 

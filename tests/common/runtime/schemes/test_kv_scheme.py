@@ -61,6 +61,8 @@ def test_layers_that_are_counted_from_the_end_are_those_of_a_model() -> None:
         scheme.of_layer(0)
 
 
+TOKEN = {"granularity": "token", "dynamic": True}
+CHANNEL = {"dtype": "int2", "granularity": "channel", "dynamic": True, "group_size": 32}
 BAD: list[tuple[Any, str]] = [
     ("int7", ", ".join(PRESETS)),
     ({}, "name"),
@@ -75,6 +77,16 @@ BAD: list[tuple[Any, str]] = [
     ({"name": "x", "key": {"granularity": "token"}}, "dynamic"),
     ({"name": "x", "key": {"granularity": "head", "dynamic": True}}, "static"),
     ({"name": "x", "key": {"bits": 8}}, "bits"),
+    ({"name": "x", "key": {"scale_dtype": "e8m0"}}, "e8m0 is of dynamic symmetric"),
+    ({"name": "x", "key": {**TOKEN, "symmetric": False, "scale_dtype": "fp8_e4m3"}}, "of dynamic symmetric"),
+    ({"name": "x", "key": {**TOKEN, "rule": "ocp"}}, "scales in e8m0"),
+    ({"name": "x", "key": {**TOKEN, "symmetric": False, "rule": "full_range"}}, "symmetric uniform"),
+    ({"name": "x", "key": {"rule": "mse"}}, "dynamic scales"),
+    ({"name": "x", "key": {**TOKEN, "dtype": "fp8_e4m3", "rule": "mse"}}, "of integers"),
+    ({"name": "x", "key": {"dtype": "int4", "levels": "e2m1"}}, "e2m1 are of int4"),
+    ({"name": "x", "key": {**TOKEN, "dtype": "int3", "levels": "e2m1"}}, "e2m1 are of int4"),
+    ({"name": "x", "key": {"residual_sign": True}}, "'residual_sign' is of scales per token"),
+    ({"name": "x", "key": {**TOKEN, "fixed_scale": 1.0}}, "'fixed_scale'"),
     ({"name": "x", "query": {"granularity": "channel"}}, "per head"),
     ({"name": "x", "prefill": "both"}, "both"),
     ({"name": "x", "sinks": "4"}, "sinks '4' is no int"),
@@ -102,6 +114,21 @@ BAD: list[tuple[Any, str]] = [
     ({"name": "x", "sinks": 10**18}, "sinks"),
     ({"name": "x", "key": {"fixed_scale": float("nan")}}, "fixed_scale"),
     ({"name": "x", "key": {"granularity": "token", "dynamic": True, "group_size": 2**40}}, "group_size"),
+    ({"name": "x", "key": {"tile": 128}}, "'tile' is a number of tokens that have dynamic scales"),
+    ({"name": "x", "key": {**TOKEN, "tile": 1}}, "'tile' is a number"),
+    ({"name": "x", "key": {**CHANNEL, "tile": 64}}, "set 'group_size' to it"),
+    ({"name": "x", "key": {**TOKEN, "tile": 64, "outliers": 1}}, "'outliers' is a number per token"),
+    ({"name": "x", "key": {**TOKEN, "tile": 64, "group_size": 32, "rule": "llamacpp"}}, "leave 'tile' out"),
+    ({"name": "x", "key": {**TOKEN, "wide_share": 0.5}}, "'wide_share' is a part of the channels"),
+    ({"name": "x", "key": {**CHANNEL, "wide_share": 1.0}}, "'wide_share' is a part"),
+    ({"name": "x", "key": {**CHANNEL, "wide_share": float("nan")}}, "wide_share"),
+    ({"name": "x", "key": {**CHANNEL, "wide_share": 0.5, "wide_dtype": "int5"}}, "wide_dtype 'int5' is none of"),
+    ({"name": "x", "key": {**CHANNEL, "wide_share": 0.5, "wide_dtype": "fp8_e4m3"}}, "int8 beside int4"),
+    ({"name": "x", "key": {**CHANNEL, "wide_share": 0.5, "dtype": "int3"}}, "2 or 4 bits more"),
+    ({"name": "x", "key": {**CHANNEL, "wide_share": 0.5, "group_size": 34}}, "multiple of 4 tokens"),
+    ({"name": "x", "key": {**CHANNEL, "wide_share": 0.5, "scale_dtype": "e8m0"}}, "float16 and float32"),
+    ({"name": "x", "key": {**TOKEN, "tile": 32, "scale_dtype": "fp8_e4m3"}}, "float16 and float32"),
+    ({"name": "x", "value": {**TOKEN, "tile": 48}, "key": {**CHANNEL, "dtype": "int4"}}, "32 and 48 tokens do not fit"),
 ]
 
 
@@ -124,6 +151,13 @@ def test_what_is_no_scheme(data: Any, part: str) -> None:
         ({"dtype": "int2", "granularity": "token", "dynamic": True, "scale_dtype": "float16"}, 16 + 2),
         ({"dtype": "int2", "dynamic": True, "symmetric": False, "group_size": 32}, 16 + 64 * 8 / 32),
         ({"dtype": "int4", "outliers": 2}, 32 + 2 * 3),
+        ({**TOKEN, "dtype": "int4", "tile": 128}, 32 + 4 + 4 * 64 / 128),
+        ({**CHANNEL, "tile": 32, "scale_dtype": "float16"}, 16 + 2 * 64 / 32 + 2),
+        ({**CHANNEL, "wide_share": 0.125}, 16 + 4 * 64 / 32 + 8 * (2 / 8 + 1 / 32)),
+        ({**CHANNEL, "dtype": "int4", "wide_dtype": "int8", "wide_share": 0.01}, 32 + 4 * 64 / 32 + 4 / 8 + 1 / 32),
+        ({**TOKEN, "group_size": 32, "scale_dtype": "e8m0"}, 64 + 2),
+        ({**TOKEN, "dtype": "int4", "levels": "e2m1", "group_size": 16, "scale_dtype": "fp8_e4m3"}, 32 + 4),
+        ({**TOKEN, "dtype": "int3", "scale_dtype": "float16", "residual_sign": True}, 24 + 2 + 8 + 2),
     ],
 )
 def test_bits_of_a_token_count_its_scales(fields: dict[str, Any], size: float) -> None:
@@ -133,6 +167,13 @@ def test_bits_of_a_token_count_its_scales(fields: dict[str, Any], size: float) -
 def test_groups_divide_a_head() -> None:
     with pytest.raises(OctavoError, match="head of 80"):
         Codec(granularity="token", dynamic=True, group_size=32).channel_groups(80)
+
+
+def test_numbers_of_wider_channels_have_8_bits() -> None:
+    codec = Codec(**CHANNEL, wide_share=0.125)
+    assert (codec.wide_channels(256), codec.wide_channels(4)) == (32, 1)
+    with pytest.raises(OctavoError, match="up to 256 channels, not 264"):
+        codec.wide_channels(264)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,46 @@
+"""A table of the best schemes of few bits, Octavo's and others', by what they lose and what they recall."""
+
+from quality import FLOAT_WEIGHTS, PROSE
+from quality_tables import LENGTHS, MODELS_SCORED, OURS, WINDOWS, bits_at, quality_of
+from recall_tables import FILE, MODEL, share
+from rows import Row, markdown, read_rows, scores
+
+from octavo.common.runtime.schemes.kv_scheme import PRESETS, load_scheme
+
+CEILINGS = (4.6, 3.6, 2.6)
+"""Bits of an element of K and V at 2,048 tokens, at most."""
+KINDS = {
+    "Octavo, calibrated": lambda name: name.startswith(OURS) and load_scheme(name).is_static,
+    "Octavo": lambda name: name.startswith(OURS) and not load_scheme(name).is_static,
+    "others' best": lambda name: not name.startswith(OURS),
+}
+SHORTEST = "1600"
+
+
+def digest_table() -> str:
+    """Of each kind the scheme of the least KL on the first model, of at most so many bits."""
+    found = {model: quality_of(model, WINDOWS[model], PROSE) for model in MODELS_SCORED}
+    first = found[MODELS_SCORED[0]]
+    asked = [row for row in read_rows(FILE) if (row["model"], row["kind"], row["tokens"]) == (MODEL, "words", SHORTEST)]
+    heads = [f"{model}: KL" for model in MODELS_SCORED]
+    rows = [("bits, at most", "", "scheme", "bits", *heads, f"recalled of {int(SHORTEST):,} tokens")]
+    for ceiling in CEILINGS:
+        for kind, holds in KINDS.items():
+            fitting = [name for name in PRESETS if holds(name) and bits_at(name, LENGTHS[0]) <= ceiling]
+            scored = {
+                name: float(first[FLOAT_WEIGHTS + name]["kl"]) for name in fitting if FLOAT_WEIGHTS + name in first
+            }
+            if scored:
+                best = min(scored, key=scored.__getitem__)
+                losses = [scores(found[model].get(FLOAT_WEIGHTS + best))[0] for model in MODELS_SCORED]
+                bits = f"{bits_at(best, LENGTHS[0]):.2f}"
+                rows.append((f"{ceiling}", kind, f"`{best}`", bits, *losses, _recalled(asked, best)))
+    return (
+        f"{markdown(rows, 3)}\n\nKL(float || quantized) in nats per token, {WINDOWS[MODELS_SCORED[0]]} windows of "
+        f"{MODELS_SCORED[0]} and {WINDOWS[MODELS_SCORED[1]]} of {MODELS_SCORED[1]} of {LENGTHS[0]:,} tokens of English "
+        f"Wikipedia; pairs of a list that are found again by their keys, with Wilson's 95 % interval, {MODEL}."
+    )
+
+
+def _recalled(asked: list[Row], name: str) -> str:
+    return share({row["list"]: row["answers"] for row in asked if row["scheme"] == name} or None)

@@ -1,0 +1,215 @@
+"""Calibration of what K and V are stored in: the mean of K before RoPE, and bases of each KV head.
+
+K before RoPE has a large mean in most heads; what is left of it lies in few directions, and queries ask for few. With
+codes of one width, errors of all channels of what is stored are alike, and the errors of scores are least in a basis
+that spreads both evenly.
+
+To first order, errors e_j of the keys change the output of a query by `s sum_j p_tj (q_t . e_j) (v_j - o_t)`, with p
+the weights of attention, o the output and s the scaling. So queries count by `sum_j p_tj^2 |v_j - o_t|^2`, which gives
+the metric A = E[q q'], and keys by what queries give them, which gives B = E[x x'] of K less its mean. Of all bases T,
+in which x is stored as T x with errors in proportion to the mean of its squares, `sum_c (T^-T A T^-1)_cc` times that
+mean is least where both are the same and even: with A^1/2 B A^1/2 = U L U' and the Hadamard matrix H, in
+`T = H L^-1/4 U' A^1/2` ("balanced"). By Cauchy and Schwarz, no T has less than `(sum_c L_c^1/2)^2 / D`.
+
+"oscar": `x U H`, U the eigenvectors of the covariance of queries (K), and of values by their weights in attention (V)
+(OSCAR, arXiv 2605.17757; its permutation of channels is left out, since a scale serves all of a head).
+
+Sinks, and pairs of a query and one of the newest keys, are left out: no scheme with bases codes these.
+
+G KV heads, H query heads, S tokens, D head_dim, R channels that RoPE turns.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from ....ops.shared.registry import NAMESPACE
+from ...architecture import stated_or_known
+from ...errors import OctavoError
+from ...runtime.decoder import attention_modules
+from ...runtime.rotary import hadamard, rope_constants, rotated_by_slot, slot_table
+from ...runtime.static_scales import Statistics
+from .observe import left_out_biases
+
+WEIGHING = f"{NAMESPACE}_weigh"
+SINKS, NEWEST = 4, 8
+"""Tokens at the start of a text, and newest ones of a query, that count for nothing."""
+TEXT_LENGTH = 2048
+"""Tokens of the texts that bases come from, which samples are joined to."""
+MOST_TEXTS = 4
+SHORTEST = 64
+SMALLEST_PART = 1e-3
+"""What is added to the diagonal of A and of B, by its mean: directions that no text has shown may come."""
+
+
+def joined(samples: Iterable[dict[str, torch.Tensor]], length: int = TEXT_LENGTH) -> list[torch.Tensor]:
+    """Token ids `[1, S]` of samples one behind the other, cut into texts of `length`, the first `MOST_TEXTS`.
+
+    Raises:
+        OctavoError: they are too short together.
+    """
+    ids = torch.cat([sample["input_ids"][0] for sample in samples])[: length * MOST_TEXTS]
+    texts = [text[None] for text in ids.split(length)]
+    if len(texts) > 1 and texts[-1].shape[1] < length:
+        texts.pop()
+    if not texts or texts[0].shape[1] < SHORTEST:
+        raise OctavoError(f"bases of K and V need calibration texts of at least {SHORTEST} tokens; give longer ones")
+    return texts
+
+
+def _balanced(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """M `[G, D, D]`, float64, of which x M is stored, from A and B `[G, D, D]`; M = T' of the module's T."""
+
+    def steady(moments: torch.Tensor) -> torch.Tensor:
+        mean = moments.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None, None].clamp_min(torch.finfo(torch.float32).tiny)
+        return moments / mean + SMALLEST_PART * torch.eye(moments.shape[1], dtype=moments.dtype)
+
+    size, directions = torch.linalg.eigh(steady(queries))
+    root = (directions * size.sqrt()[:, None]) @ directions.transpose(1, 2)
+    size, directions = torch.linalg.eigh(root @ steady(keys) @ root)
+    return hadamard(root @ directions * size.clamp_min(size[:, -1:] * 1e-12)[:, None] ** -0.25)
+
+
+class _Moments:
+    """Second moments of q, K and V of one attention, weighted, and first ones of K.
+
+    Args:
+        key_bias: what folding leaves out of K, `[G, 1, D]`, or None.
+        frequencies, factor: as in `AttentionObserver`.
+    """
+
+    def __init__(self, key_bias: torch.Tensor | None, frequencies: torch.Tensor, factor: float) -> None:
+        self._bias = None if key_bias is None else (key_bias * factor)[:, 0].double().cpu()
+        self._frequencies = frequencies
+        self._sums: dict[str, torch.Tensor] = {}
+
+    def _add(self, name: str, value: torch.Tensor) -> None:
+        value = value.double().cpu()
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> None:
+        """See `[1, H or G, S, D]` states after RoPE of a text."""
+        query, key, value = (part[0].float() for part in (query, key, value))
+        groups, tokens, width = key.shape
+        reads = query.shape[0] // groups
+        by_query, by_key = self._weights(query, key, value, scaling)
+        self._add("count", torch.tensor(float(tokens - SINKS)))
+        before = rotated_by_slot(key[None], self._frequencies, 0, backwards=True)[0]
+        self._add("mean", before[:, SINKS:].sum(dim=1))
+        q = query.reshape(groups, reads * tokens, width)
+        self._add("q", (q * by_query.reshape(groups, -1, 1)).transpose(1, 2) @ q)
+        self._add("all q", q.transpose(1, 2) @ q)
+        self._add("v", (value * by_key[1][..., None]).transpose(1, 2) @ value)
+        turns = slot_table(tuple(self._frequencies.tolist())).rows(tokens, key.device)[:tokens]
+        still = turns.new_ones(tokens, width - turns.shape[1])
+        turns = torch.cat((turns, still), dim=-1).expand(groups, -1, -1)  # [G, S, D]: cos, sin, and 1
+        weighted = key * by_key[0][..., None]
+        self._add("k", weighted.transpose(1, 2) @ key)
+        self._add("turned k", turns.transpose(1, 2) @ weighted)
+        self._add("turned", (turns * by_key[0][..., None]).transpose(1, 2) @ turns)
+
+    @staticmethod
+    def _weights(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What queries count for, `[H, S]`, and keys and values, `[2, G, S]`."""
+        heads, tokens, _ = query.shape
+        reads = heads // key.shape[0]
+        coded = torch.ones(tokens, tokens, dtype=torch.bool, device=key.device).tril(-NEWEST)
+        coded[:, :SINKS] = False
+        hidden = torch.ones_like(coded).triu(1)
+        by_query, by_key = query.new_zeros(heads, tokens), query.new_zeros(2, key.shape[0], tokens)
+        for head in range(heads):
+            group = head // reads
+            scores = (query[head] @ key[group].T * scaling).masked_fill_(hidden, -torch.inf)
+            share = torch.softmax(scores, dim=-1)
+            output = share @ value[group]
+            distance = torch.cdist(output, value[group]).square_()
+            share = share.square_() * coded
+            by_key[1, group] += share.sum(dim=0)
+            share *= distance
+            by_query[head] = share.sum(dim=1)
+            by_key[0, group] += (share * query[head].square().sum(dim=1, keepdim=True)).sum(dim=0)
+        return by_query, by_key
+
+    def _spread(self, mean: torch.Tensor) -> torch.Tensor:
+        """B: the weighted second moments of `k - R_n mean`, `[G, D, D]`.
+
+        R_n mean is P (cos, sin, 1) with a P that follows from the mean, so that sums over tokens are enough.
+        """
+        half = len(self._frequencies)
+        first, second, rest = mean[:, :half], mean[:, half : 2 * half], mean[:, 2 * half :]
+        places = torch.zeros(*mean.shape, mean.shape[1], dtype=mean.dtype)
+        index = torch.arange(half)
+        places[:, index, index], places[:, index, half + index] = first, -second
+        places[:, half + index, index], places[:, half + index, half + index] = second, first
+        others = torch.arange(2 * half, mean.shape[1])
+        places[:, others, others] = rest
+        cross = places @ self._sums["turned k"]
+        return self._sums["k"] - cross - cross.transpose(1, 2) + places @ self._sums["turned"] @ places.transpose(1, 2)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What was found, by the names of `static_scales.py` within a layer."""
+        mean = self._sums["mean"] / self._sums["count"]
+        found = {"k.mean": mean, "k.balanced": _balanced(self._sums["q"], self._spread(mean))}
+        if self._bias is not None:
+            found["k.folded.mean"] = mean - self._bias
+        for name, moments in (("k.oscar", self._sums["all q"]), ("v.oscar", self._sums["v"])):
+            found[name] = hadamard(torch.linalg.eigh(moments).eigenvectors)
+        return {name: tensor.float() for name, tensor in found.items()}
+
+
+def _weighing_attention(
+    module: nn.Module, query: Any, key: Any, value: Any, mask: Any, scaling: float | None = None, **kwargs: Any
+) -> Any:
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    module.moments(query, key, value, scaling)
+    return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
+
+
+def find_bases(model: nn.Module, samples: Iterable[dict[str, torch.Tensor]], statistics: Statistics) -> Statistics:
+    """Run a float model over samples, joined to longer texts, and add means and bases to its statistics.
+
+    The model is left as it was.
+
+    Args:
+        model: a causal language model of an architecture of the zoo.
+        samples: keyword arguments of the model, `[1, S]` ids and mask each.
+        statistics: what `observe.calibrate` found.
+
+    Raises:
+        OctavoError: the samples are too short together.
+    """
+    texts = joined(samples)
+    stated_or_known(model)
+    attentions = attention_modules(model)
+    AttentionInterface.register(WEIGHING, _weighing_attention)
+    AttentionMaskInterface.register(WEIGHING, sdpa_mask)
+    for _, attention in attentions:
+        frequencies, factor = rope_constants(model.config, attention.head_dim, attention.layer_idx)
+        key_bias, _ = left_out_biases(model, attention.layer_idx)
+        device = next(attention.parameters()).device
+        attention.moments = _Moments(key_bias, frequencies.to(device), factor)
+    before, was_training = model.config._attn_implementation, model.training
+    model.set_attn_implementation(WEIGHING)
+    model.eval()
+    tensors = dict(statistics.tensors)
+    try:
+        with torch.inference_mode():
+            for ids in tqdm(texts, desc="finding bases", unit="text"):
+                model.base_model(input_ids=ids.to(model.device), use_cache=False)
+        for _, attention in attentions:
+            found = attention.moments.tensors()
+            tensors |= {f"layers.{attention.layer_idx}.{name}": tensor for name, tensor in found.items()}
+    finally:
+        model.set_attn_implementation(before)
+        model.train(was_training)
+        for _, attention in attentions:
+            del attention.moments
+    return Statistics(tensors, statistics.metadata)

@@ -1,0 +1,41 @@
+"""The best schemes of few bits, Octavo's beside others'."""
+
+import csv
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from ..support import REPOSITORY
+from .test_quality_tables import record
+
+
+@pytest.fixture
+def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """`benchmarks/digest_tables.py` with rows of its own."""
+    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+    monkeypatch.setattr(import_module("quality_tables"), "FILE", tmp_path / "quality.csv")
+    module = import_module("digest_tables")
+    monkeypatch.setattr(module, "FILE", tmp_path / "recall.csv")
+    return module
+
+
+def test_the_best_of_each_kind_stand_beside_one_another(tables: ModuleType, tmp_path: Path) -> None:
+    record(
+        tmp_path / "quality.csv",
+        ("octavo-2", "2", "", 2.6, 0.07),
+        ("octavo-2tc", "2", "", 2.4, 0.05),
+        ("octavo-2c", "2", "", 2.6, 0.06),
+        ("octavo-4", "2", "", 4.6, 0.01),
+        ("turboquant-mse-2", "2", "", 2.3, 1.1),
+        ("kivi-2", "2", "", 3.9, 0.2),
+    )
+    with (tmp_path / "recall.csv").open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(("model", "scheme", "kind", "tokens", "list", "bits", "answers"))
+        writer.writerow((tables.MODEL, "octavo-2tc", "words", "1600", "0", "3.0", "+" * 9 + "-"))
+    lines = tables.digest_table().splitlines()
+    assert lines[-5].startswith("| 2.6 | Octavo, calibrated | `octavo-2tc` | 2.38 | 0.05000 |  | 90 % (60 to 98) |")
+    assert lines[-4].startswith("| 2.6 | Octavo | `octavo-2` | 2.58 | 0.07000 |"), "that needs no calibration"
+    assert any(line.startswith("| 4.6 | others' best | `kivi-2` | 3.8") for line in lines), "of fewer bits, too"

@@ -1,0 +1,117 @@
+"""Means and bases from calibration: what they are, and that codes lose less in them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from octavo.common.convert.calibration import bases
+from octavo.common.convert.calibration.bases import NEWEST, SINKS, find_bases, joined
+from octavo.common.convert.calibration.observe import calibrate
+from octavo.common.convert.calibration.whole import calibrate_whole
+from octavo.common.errors import OctavoError
+from octavo.common.runtime.rotary import hadamard, rope_constants, rotated_by_slot
+from octavo.common.runtime.schemes.kv_scheme import load_scheme
+from octavo.common.runtime.static_scales import Statistics, load_statistics, scales_of
+
+from ....support import random_ids, tiny_llama
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+IDS = random_ids(1, 90)
+SAMPLES = [{"input_ids": IDS[:, :40]}, {"input_ids": IDS[:, 40:]}]
+
+
+def by_definition(model: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The mean of K of the first layer, A and B, `[G, D]` and `[G, D, D]`, term by term in float64."""
+    states: list[torch.Tensor] = []
+    first = model.model.layers[0].self_attn
+    original = bases._Moments.__call__
+    bases._Moments.__call__ = lambda self, *parts: states.extend(parts) if self is first.moments else None
+    try:
+        with pytest.raises(KeyError):
+            find_bases(model, SAMPLES, Statistics({}, {}))
+    finally:
+        bases._Moments.__call__ = original
+    query, key, value = (part[0].double() for part in states[:3])
+    frequencies, _ = rope_constants(model.config, key.shape[-1])
+    before = rotated_by_slot(key[None].float(), frequencies, 0, backwards=True)[0].double()
+    mean = before[:, SINKS:].mean(dim=1)
+    rest = key - rotated_by_slot(mean[None, :, None].float().expand_as(key[None]), frequencies, 0)[0].double()
+    reads = len(query) // len(key)
+    metric, spread = (torch.zeros(len(key), *[key.shape[-1]] * 2, dtype=torch.float64) for _ in range(2))
+    for head, q in enumerate(query):
+        group = head // reads
+        for t in range(len(q)):
+            share = torch.softmax(key[group, : t + 1] @ q[t] * states[3], dim=0)
+            output = share @ value[group, : t + 1]
+            for j in range(SINKS, t + 1 - NEWEST):
+                weight = share[j] ** 2 * (value[group, j] - output).square().sum()
+                metric[group] += weight * torch.outer(q[t], q[t])
+                spread[group] += weight * q[t].square().sum() * torch.outer(rest[group, j], rest[group, j])
+    return mean, metric, spread
+
+
+def test_bases_are_those_of_the_definition() -> None:
+    model = tiny_llama()
+    mean, metric, spread = by_definition(model)
+    found = find_bases(model, SAMPLES, Statistics({}, {})).tensors
+    torch.testing.assert_close(found["layers.0.k.mean"], mean.float(), atol=1e-5, rtol=1e-4)
+    basis = found["layers.0.k.balanced"].double()
+    eye = torch.eye(basis.shape[1], dtype=torch.float64) * bases.SMALLEST_PART
+    metric, spread = (
+        moments / moments.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None, None] + eye for moments in (metric, spread)
+    )
+    inverse = torch.linalg.inv(basis)
+    stored, asked = basis.transpose(1, 2) @ spread @ basis, inverse @ metric @ inverse.transpose(1, 2)
+    torch.testing.assert_close(stored, asked, atol=1e-3, rtol=1e-3)
+    diagonal = stored.diagonal(dim1=1, dim2=2)
+    torch.testing.assert_close(diagonal, diagonal.mean(dim=1, keepdim=True).expand_as(diagonal), atol=1e-3, rtol=1e-3)
+
+
+def test_the_basis_loses_less_than_a_rotation() -> None:
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.logspace(0, -3, 16, dtype=torch.float64)
+    turns = torch.linalg.qr(torch.randn(2, 16, 16, generator=generator, dtype=torch.float64))[0]
+    queries, keys = ((turn * sizes) @ turn.T for turn in turns)
+    basis = bases._balanced(queries[None], keys[None])[0]
+
+    def error(matrix: torch.Tensor) -> torch.Tensor:
+        """Of scores, where that of what is stored is its mean square, alike in all channels."""
+        inverse = torch.linalg.inv(matrix)
+        return (inverse @ queries @ inverse.T).trace() * (matrix.T @ keys @ matrix).trace() / 16
+
+    assert error(basis) < 0.5 * error(hadamard(torch.eye(16, dtype=torch.float64)))
+
+
+def test_oscar_is_a_rotation() -> None:
+    found = find_bases(tiny_llama(), SAMPLES, Statistics({}, {})).tensors
+    for name in ("layers.1.k.oscar", "layers.1.v.oscar"):
+        basis = found[name]
+        torch.testing.assert_close(basis @ basis.transpose(1, 2), torch.eye(basis.shape[1]).expand_as(basis))
+
+
+def test_statistics_with_bases_come_back_and_serve(tmp_path: Path) -> None:
+    model, scheme = tiny_llama(), load_scheme("octavo-2c")
+    calibrate_whole(model, SAMPLES, [scheme]).save(tmp_path / "s")
+    found = load_statistics(tmp_path / "s")
+    found.check_model(model.config)
+    scales = scales_of(scheme, found)
+    assert scales[0].key_mean.shape == (2, 1, 16) and scales[0].key_basis.shape == (2, 16, 16)
+    assert scales[0].value_basis is None
+    plain = calibrate(model, [], SAMPLES)
+    with pytest.raises(OctavoError, match="hold no bases"):
+        scales_of(scheme, plain)
+    broken = Statistics(found.tensors | {"layers.0.k.balanced": torch.zeros(2, 16, 16)}, found.metadata)
+    broken.save(tmp_path / "t")
+    with pytest.raises(OctavoError, match=r"layers\.0\.k\.balanced holds no bases that can be undone"):
+        load_statistics(tmp_path / "t")
+
+
+def test_texts_are_joined_to_long_ones() -> None:
+    samples = [{"input_ids": random_ids(1, length, seed=length)} for length in (70, 30, 101)]
+    texts = joined(samples, length=80)
+    assert [text.shape[1] for text in texts] == [80, 80], "a rest is left out"
+    assert torch.equal(torch.cat(texts, dim=1), torch.cat([part["input_ids"] for part in samples], dim=1)[:, :160])
+    with pytest.raises(OctavoError, match="need calibration texts of at least 64 tokens"):
+        joined([{"input_ids": random_ids(1, 20)}])

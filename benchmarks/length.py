@@ -101,7 +101,8 @@ class Measured:
 
     def expected(self, number: int, context: int, texts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The logits of float, kept on disk."""
-        name = f"{Path(self._flags.model_path).name}-{self._flags.tokens}-{number}-{context}.pt"
+        parts = Path(self._flags.model_path).name, self._flags.eval_file.stem, self._flags.tokens, number, context
+        name = f"{'-'.join(map(str, parts))}.pt"
         file = self._flags.cache / name
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -135,7 +135,7 @@ def scored_as(found: list[dict[str, Row]], what: str) -> tuple[str, ...]:
 
 def options_table() -> str:
     """Schemes with one option changed, beside the schemes themselves, as far as both were scored alike."""
-    found = [quality_of(model, WINDOWS["smollm2-135m"]) for model in MODELS_SCORED]
+    found = [quality_of(model, WINDOWS[model]) for model in MODELS_SCORED]
     bases = {what.partition(", ")[0] for rows in found for what in rows if ", " in what and not what.endswith(UNFOLDED)}
     if not bases:
         return "No options are measured yet."

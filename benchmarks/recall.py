@@ -48,6 +48,7 @@ def words_of(tokenizer: Any) -> list[str]:
 
 def word_pairs(words: Sequence[str], size: int, chance: random.Random, asked: int) -> Prompt:
     """A list of so many pairs, each key a word of its own; the keys that are asked for lie all over it."""
+    size = min(size, len(words))
     keys = chance.sample(words[: max(WORDS, size)], size)
     pairs = [(key, f"{chance.randrange(100_000):05}") for key in keys]
     lines = "".join(f"The number of the {key} is {value}.\n" for key, value in pairs)

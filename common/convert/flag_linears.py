@@ -82,6 +82,7 @@ def _label_of_scales(flags: argparse.Namespace, label: str) -> str:
         raise OctavoError(f"--scale_bits {flags.scale_bits}: is of W4A16 (--w_bit 4 --a_bit 16), not {label}")
     is_affine = not (flags.w_sym and flags.recipe_sym)
     is_held = is_affine and flags.format in HOLD_SCALE_BITS and flags.target is None
+    is_held = is_held and flags.quantization is None
     bits = (flags.recipe_scale_bits if is_held else None) if flags.scale_bits is None else flags.scale_bits
     if label == W4A16 and bits == 8:
         return W4A16_DOUBLE

@@ -22,7 +22,7 @@ from ..runtime.schemes.kv_scheme import load_scheme
 from ..runtime.schemes.linear_scheme import W8A8, LinearScheme
 from .calibration.streams import Texts
 from .calibration.texts import default_texts, hold_back, read_calibration_file, tokenize
-from .calibration.whole import OF_WHOLE, calibrate_whole
+from .calibration.whole import calibrate_whole, is_of_whole
 from .choices import check_treatment, choose_codes, choose_linears, chosen_scheme, needs_texts
 from .output.bundle import code_digest
 from .output.writer import check_output
@@ -198,13 +198,13 @@ class Job:
         return Conversion(self.architecture, self.source, plan, texts, known, measures)
 
     @cached_property
-    def codebooks(self) -> dict[str, torch.Tensor]:
+    def of_whole(self) -> dict[str, torch.Tensor]:
         """Statistics that only the whole model in memory can give, if the scheme needs any."""
         if not (self.scheme.has_codebooks or self.scheme.has_bases):
             return {}
         model = load_source(self.directory, self.request.device, self.architecture)
         found = calibrate_whole(model, self.samples, [self.scheme])
-        return {name: tensor for name, tensor in found.tensors.items() if any(part in name for part in OF_WHOLE)}
+        return {name: tensor for name, tensor in found.tensors.items() if is_of_whole(name)}
 
     def odd_groups(self, plan: Plan) -> Iterator[tuple[int, int]]:
         """Input channels and size of the groups of linears that cannot have those that were asked for."""

@@ -31,7 +31,7 @@ class Conversion:
         source: the float model.
         plan: what to make of it.
         texts: see `Texts`.
-        known: statistics that only a pass of the whole model gives (codebooks).
+        known: statistics that only a pass of the whole model gives (codebooks, bases).
         measures: whether to measure what each linear and attention costs.
 
     Attributes:

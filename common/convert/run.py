@@ -73,7 +73,7 @@ def _survey(job: Job) -> tuple[list[str], list[str], list[Cost]]:
     floats = worst_outliers(job.source, grouped(job.linears, units), job.samples, request.float_outliers)
     if not (request.float_costliest or request.mean_bits):
         return floats, [], []
-    trial = job.conversion(job.plan(floats), job.codebooks, measures=True)
+    trial = job.conversion(job.plan(floats), job.of_whole, measures=True)
     for index in tqdm(range(len(job.source)), desc="measuring", unit="layer"):
         trial.layer(index)
     costs = [cost for cost in trial.state.costs if cost.name not in job.coded]
@@ -136,7 +136,7 @@ def _mend(job: Job, plan: Plan, stage: Stage, files: PlannedFiles) -> None:
     if not damaged:
         return
     say(f"{stage.path}: damaged in layers {', '.join(map(str, damaged))}: doing them again")
-    conversion = job.conversion(plan, job.codebooks)
+    conversion = job.conversion(plan, job.of_whole)
     for index in tqdm(range(damaged[-1] + 1), desc="mending", unit="layer"):
         tensors = conversion.layer(index)
         if index in damaged:
@@ -205,7 +205,7 @@ def run(job: Job, stage: Stage) -> Made:
     if request.format == OWN_FORMAT:  # what else is written is not for the engines that are warned of
         for note in notes(request.target, plan, job.source):
             say(f"note: {note}")
-    known = job.codebooks if not stage.step else None
+    known = job.of_whole if not stage.step else None
     conversion = job.conversion(plan, known, measures=request.max_kl is not None)
     output, planned = conversion.output, conversion.output.planned()
     labels = {name: plan.described(label) for name, label in output.labels().items()}

@@ -18,7 +18,7 @@ from ..common.runtime.cache.quantized_cache import QuantizedCache
 from ..common.runtime.compatibility import cache_argument
 from ..common.runtime.model_sizes import attention_sizes
 from ..common.runtime.passes import tokens_of_chunk
-from ..common.runtime.schemes.linear_scheme import INT4_LABELS, LinearScheme
+from ..common.runtime.schemes.linear_scheme import INT4_LABELS, W4A16_DOUBLE, LinearScheme
 from ..common.stock_model import prepare
 from .weights import Weights, header_bytes
 
@@ -102,14 +102,16 @@ def process_bytes(config: PreTrainedConfig) -> int:
 
 
 def held_bytes(weights: Weights, linear: LinearScheme | None, device: str) -> int:
-    """Bytes of weights as a device holds them.
+    """Bytes of weights as a device holds them: beside scales and zero points of 8 bits, the floats that they become.
 
     The CPU leaves out zeros that are 0 throughout, and holds scales of groups, and zeros, in float16 where all are
     numbers of it. Those of 8 bits often are too small, and count as they are stored. Files of floats are mapped, of
     which a pass reads all.
     """
-    if device != "cpu" or linear is None:
+    if linear is None:
         return weights.nbytes
+    if device != "cpu":
+        return weights.nbytes + _decoded_scales(weights, linear)
     total = 0
     for name, header in weights.headers.items():
         size, has_groups = header_bytes(header), len(header.shape) == 2 and header.shape[1] > 1
@@ -119,6 +121,15 @@ def held_bytes(weights: Weights, linear: LinearScheme | None, device: str) -> in
             size = math.prod(header.shape) * _HALF
         total += size
     return total
+
+
+def _decoded_scales(weights: Weights, linear: LinearScheme) -> int:
+    """Bytes of the floats that scales and zero points of 8 bits become where a kernel reads them."""
+    if linear.label != W4A16_DOUBLE:
+        return 0
+    ends = (".weight_scale", ".weight_offset")
+    is_code = {name: len(header.shape) == 2 and header.shape[1] > 1 for name, header in weights.headers.items()}
+    return sum(4 * math.prod(weights.headers[name].shape) for name in is_code if name.endswith(ends) and is_code[name])
 
 
 def _mlp_width(config: PreTrainedConfig) -> int:

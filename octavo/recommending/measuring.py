@@ -11,6 +11,7 @@ from tqdm import tqdm
 from ..common.convert.measure.fidelity import Fidelity
 from ..common.errors import OctavoError
 from ..common.runtime.cache.sizes import kv_bytes_per_token
+from ..common.runtime.schemes.kv_scheme import load_scheme
 from ..comparing.candidates import ALL, scheme_names
 from ..counting import counted_bits
 from ..evaluation.evaluating import FLOAT, Plan, evaluate
@@ -19,7 +20,7 @@ from ..evaluation.text import Kept, in_chunks
 from ..generate import Speaker, with_scheme
 from ..wording import WHEN
 
-OWN = tuple(name for name in WHEN if name == "int8-token" or name.startswith("octavo-"))
+OWN = tuple(name for name in WHEN if name.startswith(("octavo-", "int8-token")) and not load_scheme(name).is_static)
 """Schemes that are measured unless others are named: none needs calibration, nor an engine that reads it."""
 
 

@@ -93,12 +93,14 @@ class _Moments:
         value = value.double().cpu()
         self._sums[name] = self._sums[name] + value if name in self._sums else value
 
-    def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> None:
-        """See `[1, H or G, S, D]` states after RoPE of a text."""
+    def __call__(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, mask: torch.Tensor | None
+    ) -> None:
+        """See `[1, H or G, S, D]` states after RoPE of a text; the mask is True where a query sees a key, or None."""
         query, key, value = (part[0].float() for part in (query, key, value))
         groups, tokens, width = key.shape
         reads = query.shape[0] // groups
-        by_query, by_key = self._weights(query, key, value, scaling)
+        by_query, by_key = self._weights(query, key, value, scaling, mask)
         self._add("count", torch.tensor(float(tokens - SINKS)))
         before = rotated_by_slot(key[None], self._frequencies, 0, backwards=True)[0]
         self._add("mean", before[:, SINKS:].sum(dim=1))
@@ -116,14 +118,14 @@ class _Moments:
 
     @staticmethod
     def _weights(
-        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What queries count for, `[H, S]`, and keys and values, `[2, G, S]`."""
         heads, tokens, _ = query.shape
         reads = heads // key.shape[0]
         coded = torch.ones(tokens, tokens, dtype=torch.bool, device=key.device).tril(-NEWEST)
         coded[:, :SINKS] = False
-        hidden = torch.ones_like(coded).triu(1)
+        hidden = torch.ones_like(coded).triu(1) if mask is None else ~mask[0, 0]
         by_query, by_key = query.new_zeros(heads, tokens), query.new_zeros(2, key.shape[0], tokens)
         for head in range(heads):
             group = head // reads
@@ -169,7 +171,7 @@ def _weighing_attention(
     module: nn.Module, query: Any, key: Any, value: Any, mask: Any, scaling: float | None = None, **kwargs: Any
 ) -> Any:
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    module.moments(query, key, value, scaling)
+    module.moments(query, key, value, scaling, mask)
     return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
 
 
@@ -186,17 +188,17 @@ def find_bases(model: nn.Module, samples: Iterable[dict[str, torch.Tensor]], sta
     Raises:
         OctavoError: the samples are too short together.
     """
-    texts = joined(samples)
+    texts = joined(samples, min(TEXT_LENGTH, getattr(model.config, "max_position_embeddings", TEXT_LENGTH)))
     stated_or_known(model)
     attentions = attention_modules(model)
     AttentionInterface.register(WEIGHING, _weighing_attention)
     AttentionMaskInterface.register(WEIGHING, sdpa_mask)
+    before, was_training = model.config._attn_implementation, model.training
     for _, attention in attentions:
         frequencies, factor = rope_constants(model.config, attention.head_dim, attention.layer_idx)
         key_bias, _ = left_out_biases(model, attention.layer_idx)
         device = next(attention.parameters()).device
         attention.moments = _Moments(key_bias, frequencies.to(device), factor)
-    before, was_training = model.config._attn_implementation, model.training
     model.set_attn_implementation(WEIGHING)
     model.eval()
     tensors = dict(statistics.tensors)

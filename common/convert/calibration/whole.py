@@ -1,5 +1,6 @@
 """Calibration of a float model that is in memory as a whole: all that some schemes rest on."""
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,8 +13,12 @@ from .bases import find_bases
 from .codebooks import fit_codebooks
 from .observe import calibrate
 
-OF_WHOLE = (".levels.", ".before.", ".mean", ".balanced", ".oscar")
-"""Parts of the names of statistics that come from a whole model alone."""
+_OF_WHOLE = re.compile(r"layers\..*\.(?:levels\.\d|before\.(?:low|high)|mean|balanced|oscar)")
+
+
+def is_of_whole(name: str) -> bool:
+    """Whether a tensor of statistics comes from a whole model alone."""
+    return _OF_WHOLE.fullmatch(name) is not None
 
 
 def calibrate_whole(model: Any, samples: list[dict[str, torch.Tensor]], schemes: Iterable[Scheme]) -> Statistics:

@@ -184,7 +184,10 @@ def _device_map(device: str) -> str | None:
 def _check_spread(model: nn.Module, directory: Path) -> None:
     """Raise an `OctavoError` if accelerate left a part outside of the devices, where nothing is differentiated."""
     if {"cpu", "disk"} & set(map(str, model.hf_device_map.values())):
-        raise OctavoError(f"{named('model')} {directory}: does not fit on the devices as a whole, which codebooks need")
+        raise OctavoError(
+            f"{named('model')} {directory}: does not fit on the devices as a whole, which codebooks and bases "
+            f"need; give {named('device')} cpu, or a scheme without them"
+        )
 
 
 def _decoded_model(source: LayerwiseModel, device: str) -> nn.Module:
@@ -195,8 +198,8 @@ def _decoded_model(source: LayerwiseModel, device: str) -> nn.Module:
     """
     if source.facts.experts is not None:
         raise OctavoError(
-            f"{named('scheme')}: codebooks need the whole model, and experts in codes are not decoded together; give "
-            "the float checkpoint"
+            f"{named('scheme')}: codebooks and bases need the whole model, and experts in codes are not decoded "
+            "together; give the float checkpoint"
         )
     model = AutoModelForCausalLM.from_config(source.config, dtype=torch.float32)
     state = {name: source.tensor(name).float() for name in model.state_dict() if name not in source.tied}

@@ -255,8 +255,9 @@ def _left_out_scores(
     tokens, length = _tokens_of(keys), getattr(keys, "length", None)
     if keys.center is None:
         return PositionScores() if fold is None else fold.terms(query, position_ids, tokens, length)
-    bias = None if fold is None else fold.key_bias_by_slot(position_ids, tokens, query.device)
-    return keys.center.terms(query, tokens, bias)
+    slots = keys.center.rows(tokens, query.device)
+    bias = None if fold is None else fold.key_bias_by_slot(position_ids, tokens, slots)
+    return keys.center.terms(query, slots, bias)
 
 
 @without_autocast

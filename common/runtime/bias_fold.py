@@ -31,6 +31,8 @@ from .sharding.ranks import Ranks
 STEADY_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Those whose angles do not change as a sequence grows."""
 SMALLEST_TABLE = 2048
+MOST_ANGLE_ERROR = 0.02
+"""Largest difference of cos or sin between the angles of a model and those of its config, which float32 rounds."""
 PADDING_POSITION = 1
 """Largest position that padding on the left is given."""
 
@@ -129,6 +131,7 @@ class BiasFold:
         self._bias: torch.Tensor | None = None  # what self._columns and self._rows are for
         self._columns: torch.Tensor | None = None
         self._rows: tuple[torch.Tensor | None, torch.Tensor | None] = None, None
+        self._compared: tuple[torch.Tensor | None, torch.Tensor | None] = None, None
         self._floats: dict[str, tuple[torch.Tensor, int, torch.Tensor]] = {}
 
     def _left_out(self, name: str, linear: nn.Module) -> torch.Tensor:
@@ -181,23 +184,40 @@ class BiasFold:
         return PositionScores(both[..., columns], rows, position_ids[:, -1] - (newest - 1))
 
     def key_bias_by_slot(
-        self, position_ids: torch.Tensor | None, tokens: int, device: torch.device
+        self, position_ids: torch.Tensor | None, tokens: int, slots: torch.Tensor
     ) -> torch.Tensor | None:
         """The folded bias of k, turned as it is at the position of slot 0: float32 `[B or 1, G, D]`; None without one.
 
+        Args:
+            slots: cos and sin by slot, `[P, D]`, by which it is turned from there on.
+
         Raises:
-            OctavoError: as `terms`.
+            OctavoError: as `terms`, and where the model turns by other angles than those of its config.
         """
         if self._key is None or not len(self._chosen_columns()):
             return None
         if position_ids is None:
             raise OctavoError("attention is given no position_ids, which folded biases need; use fold_bias=False")
-        table = self._table.rows(self._table.length_for(position_ids, tokens), device)
+        table = self._table.rows(self._table.length_for(position_ids, tokens), slots.device)
+        self._check_angles(table, slots)
         start = position_ids[:, -1] - (tokens - 1)
         rows = table[start.abs()]
         half = rows.shape[-1] // 2
         rows = torch.cat((rows[:, :half], rows[:, half:] * start.sign()[:, None]), dim=-1)
         return turned(self._left_out("key", self._key).view(-1, self._width), rows[:, None])
+
+    def _check_angles(self, table: torch.Tensor, slots: torch.Tensor) -> None:
+        """Raise an `OctavoError` unless both tables are of the same angles, but for the factor of cos and sin."""
+        if self._compared[0] is table and self._compared[1] is slots:
+            return
+        rows = min(len(table), len(slots))
+        if bool(((table[:rows] - slots[:rows] * table[0, 0]).abs() > MOST_ANGLE_ERROR).any()):
+            raise OctavoError(
+                "the rotary embedding of this model turns by other angles than its config says, as after "
+                "model.to(torch.bfloat16); load it with from_pretrained(..., dtype=torch.bfloat16), or give a scheme "
+                "without 'center_key'"
+            )
+        self._compared = table, slots
 
     def key_terms(
         self, position_ids: torch.Tensor, tokens: int

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .linear_values import are_scales, half_scale
+from .linear_values import are_offsets, are_scales, half_scale
 from .schemes.linear_scheme import W4A16_DOUBLE
 from .weight_only_linear import W4A16Linear
 
@@ -72,7 +72,11 @@ class W4A16DoubleLinear(W4A16Linear):
         return found | {"weight_scale": scale, "weight_offset": offset}
 
     def _unsound(self) -> Iterator[tuple[str, str]]:
+        if self.weight.dtype == torch.int8 and not are_offsets(self.weight, self.CODES):
+            yield "weight", f"holds codes beyond {self.CODES[0]} and {self.CODES[1]}, those of int4"
         if not are_scales(self.weight_scale):
             yield "weight_scale", "holds codes of 0, which no scale has"
         if not are_scales(self.row_scale * LARGEST_SCALE_CODE):
             yield "row_scale", "is no positive number throughout"
+        elif not torch.isfinite(decoded_scale(self.weight_scale, self.row_scale)).all():
+            yield "row_scale", "is beyond what float16 holds"

@@ -33,27 +33,38 @@ class KeyCenter:
     """
 
     def __init__(self, mean: torch.Tensor, frequencies: torch.Tensor) -> None:
-        self.mean = mean
+        self._mean = mean
         self._table: SlotTable = slot_table(tuple(frequencies.tolist()))
         self._turned = 2 * len(frequencies)
 
+    def _mean_on(self, device: torch.device) -> torch.Tensor:
+        """The mean on a device, where it stays."""
+        if self._mean.device != device:
+            with torch.inference_mode(False):  # it outlives this pass
+                self._mean = self._mean.to(device)
+        return self._mean
+
+    def rows(self, tokens: int, device: torch.device) -> torch.Tensor:
+        """cos and sin of so many slots or more, `[P, R]`."""
+        return self._table.rows(tokens, device)
+
     def left_out(self, key: torch.Tensor, first: int) -> torch.Tensor:
         """`[B, G, S, D]` of slots from `first` on without the mean, in float32 or float64."""
-        rows = self._table.rows(first + key.shape[2], key.device)[first : first + key.shape[2]]
-        return at_least_float32(key) - turned(self.mean.to(key.device), rows)
+        last = first + key.shape[2]
+        return at_least_float32(key) - turned(self._mean_on(key.device), self.rows(last, key.device)[first:last])
 
-    def terms(self, query: torch.Tensor, tokens: int, bias: torch.Tensor | None = None) -> PositionScores:
-        """What the mean adds to the scores of so many stored tokens; the channels that nothing turns add nothing.
+    def terms(self, query: torch.Tensor, slots: torch.Tensor, bias: torch.Tensor | None = None) -> PositionScores:
+        """What the mean adds to the scores; the channels that nothing turns add nothing.
 
         Args:
             query: `[B, H, Q, D]` after RoPE.
+            slots: what `rows` gives of all stored tokens.
             bias: `[B or 1, G, D]` that is left out too, as of slot 0.
         """
         if not self._turned:
             return PositionScores()
-        vector = self.mean[:, 0].to(query.device)[None]
+        vector = self._mean_on(query.device)[None, :, 0]
         vector = (vector if bias is None else vector + bias)[..., : self._turned]
         vector = vector.repeat_interleave(query.shape[1] // vector.shape[1], dim=1)[:, :, None]
         both = pair_products(query[..., : self._turned].float(), vector)
-        start = torch.zeros(1, dtype=torch.int64, device=query.device)
-        return PositionScores(both, self._table.rows(tokens, query.device), start)
+        return PositionScores(both, slots, torch.zeros(1, dtype=torch.int64, device=query.device))

@@ -5,10 +5,13 @@ from typing import Any
 
 import torch
 from torch.nn import functional
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 SMALLEST_SLOTS = 2048
 """Of a table of angles."""
+MOST_CONDITION = 1e5
+"""Of a basis: the largest of its singular values by the smallest."""
 
 
 @lru_cache(maxsize=16)
@@ -115,18 +118,37 @@ class Basis:
 
     def __init__(self, matrix: torch.Tensor) -> None:
         with torch.inference_mode(False), torch.no_grad():  # they outlive this pass
-            self._matrix = matrix.float()
-            self._inverse = torch.linalg.inv(matrix.double()).float()
+            wide = matrix.detach().double().cpu()
+            self._matrix, self._inverse = matrix.detach().float(), torch.linalg.inv_ex(wide)[0].float()
+            self.is_sound = bool((torch.linalg.cond(wide) < MOST_CONDITION).all())
 
     def of(self, x: torch.Tensor) -> torch.Tensor:
         """`[B, G, S, D]` in the basis, in the dtype of x."""
-        self._matrix = self._matrix.to(x.device)
-        return (at_least_float32(x) @ self._matrix.to(at_least_float32(x).dtype)).to(x.dtype)
+        self._move(x.device)
+        wide = at_least_float32(x)
+        return (wide @ self._matrix.to(wide.dtype)).to(x.dtype)
 
     def inverse(self, device: torch.device) -> torch.Tensor:
         """`[G, D, D]`."""
-        self._inverse = self._inverse.to(device)
+        self._move(device)
         return self._inverse
+
+    def _move(self, device: torch.device) -> None:
+        if self._matrix.device != device or self._inverse.device != device:
+            with torch.inference_mode(False):
+                self._matrix, self._inverse = self._matrix.to(device), self._inverse.to(device)
+
+
+_BASES: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def basis_of(matrix: torch.Tensor) -> Basis:
+    """The basis of matrices `[G, D, D]`, worked out once for all caches of a model."""
+    version = 0 if matrix.is_inference() else matrix._version
+    known = _BASES.get(matrix)
+    if known is None or known[0] != version:
+        known = _BASES[matrix] = version, Basis(matrix)
+    return known[1]
 
 
 def by_kv_head(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
@@ -143,7 +165,7 @@ class SlotTable:
     """
 
     def __init__(self, frequencies: tuple[float, ...]) -> None:
-        self._frequencies = torch.tensor(frequencies, dtype=torch.float32)
+        self._frequencies = torch.tensor(frequencies, dtype=torch.float32, device="cpu")
         self._rows: dict[torch.device, torch.Tensor] = {}
 
     def rows(self, length: int, device: torch.device) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 
 from ..errors import OctavoError
 from .model_sizes import MOST_LAYERS, attention_sizes
-from .rotary import rope_constants
+from .rotary import basis_of, rope_constants
 
 _NAME = re.compile(
     r"layers\.(?P<layer>[0-9]{1,6})\.(?:"
@@ -19,15 +19,13 @@ _NAME = re.compile(
 )
 _NEEDED = ("q.radius", "k.radius", "v.low", "v.high")
 _NOT_NEGATIVE = ("max", "radius", "mean_abs", "mean_square")
-MOST_CONDITION = 1e5
-"""Of a basis: the largest of its singular values by the smallest."""
 _WAY_OUT = "write the statistics again with --save_statistics"
 
 
 def is_basis(tensor: torch.Tensor) -> bool:
     """Whether matrices `[G, D, D]` can be undone in float32."""
     square = tensor.dim() == 3 and tensor.shape[1] == tensor.shape[2]
-    return square and bool((torch.linalg.cond(tensor.double()) < MOST_CONDITION).all())
+    return square and basis_of(tensor).is_sound
 
 
 def layer_count(metadata: Mapping[str, str]) -> int:

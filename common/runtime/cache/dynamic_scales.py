@@ -31,7 +31,7 @@ def gaussian_levels(bits: int, device: torch.device) -> torch.Tensor:
 
 
 def _both_signs(positive: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    levels = torch.tensor(positive, device=device)
+    levels = torch.tensor(positive, dtype=torch.float32, device=device)
     return torch.cat((-levels.flip(0), levels))
 
 

@@ -13,7 +13,7 @@ from transformers.cache_utils import CacheLayerMixin
 from ...errors import OctavoError
 from ..key_center import KeyCenter
 from ..precision import without_autocast
-from ..rotary import Basis, hadamard
+from ..rotary import basis_of, hadamard
 from ..schemes.kv_scheme import CROP_ROOM, Scheme
 from ..schemes.tensor_codec import Codec
 from ..static_scales import LayerScales
@@ -65,10 +65,13 @@ class QuantizedLayer(CacheLayerMixin):
         self.query_scale = scales.query if scheme.query is not None else None
         if scheme.query is not None and scheme.query.fixed_scale:
             self.query_scale = torch.full((1, 1, 1), scheme.query.fixed_scale)
-        self._center = None if scales.key_mean is None else KeyCenter(scales.key_mean, self._frequencies)
-        self._key_basis, self._value_basis = (
-            None if matrix is None else Basis(matrix) for matrix in (scales.key_basis, scales.value_basis)
-        )
+        self._center = self._key_basis = self._value_basis = None
+        if scheme.center_key and scales.key_mean is not None:
+            self._center = KeyCenter(scales.key_mean, self._frequencies)
+        if scheme.key_basis and scales.key_basis is not None:
+            self._key_basis = basis_of(scales.key_basis)
+        if scheme.value_basis and scales.value_basis is not None:
+            self._value_basis = basis_of(scales.value_basis)
         self._key_mean: torch.Tensor | None = None  # [B, G, 1, D], where the scheme smooths K
         self._mean_of = 0  # tokens that it is the mean of
 
@@ -91,12 +94,27 @@ class QuantizedLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocate storage of the shapes, dtype and device of the first `[B, G, S, D]` states."""
+        self._check_bases()
         self.device = key_states.device
         self.key_store.allocate(key_states, key_states.shape[2])
         self.value_store.allocate(value_states, value_states.shape[2])
         if self.query_scale is not None:
             self.query_scale = self.query_scale.to(self.device)
         self.is_initialized = True
+
+    def _check_bases(self) -> None:
+        """Raise an `OctavoError` if the scales lack a mean or a basis that the scheme stores K or V by."""
+        scheme = self.scheme
+        for field, wanted, found in (
+            ("center_key", scheme.center_key, self._center),
+            ("key_basis", scheme.key_basis, self._key_basis),
+            ("value_basis", scheme.value_basis, self._value_basis),
+        ):
+            if wanted and found is None:
+                raise OctavoError(
+                    f"scheme {scheme.name}: the scales of this cache hold nothing for {field!r}; give statistics= of a "
+                    "calibration for it"
+                )
 
     @without_autocast
     def update(

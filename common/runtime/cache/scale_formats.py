@@ -3,6 +3,8 @@
 A scale in e8m0 is 2^(byte - 127), from 2^-126 to 2^127; one in fp8_e4m3 is in units of `Codec.fixed_scale`, or of 1.
 """
 
+import math
+
 import torch
 
 from ....ops.shared.codes import CODE_RANGES
@@ -28,7 +30,7 @@ def shared_exponent(largest: torch.Tensor, most: float) -> torch.Tensor:
     2^(floor(log2 largest) - floor(log2 most)), by which the largest code may be exceeded, and is then what is stored.
     Source: OCP Microscaling Formats (MX) 1.0, section 6.3.
     """
-    own = int(_exponent(torch.tensor(float(most)))) - 127
+    own = math.frexp(most)[1] - 1
     return (_exponent(largest.contiguous()) - own).clamp(1, 254).to(torch.uint8)
 
 

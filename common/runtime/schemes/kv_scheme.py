@@ -371,6 +371,7 @@ def bits_per_element(scheme: Scheme, heads: int, width: int, length: int = 2048,
     """Bits that an element of K and V takes, everything counted, in sequences of `length` tokens.
 
     Codes, scales, zeros, outliers and codebooks; sinks and the float window in 16 bits, the window at its mean size.
+    Means and bases (`center_key`, `key_basis`, `value_basis`) count as weights of the model, and not here.
 
     Args:
         heads, width: G and D.

@@ -146,6 +146,8 @@ class Codec:
             (self.levels == "calibrated" and self.symmetric, "'levels' calibrated has zeros; set 'symmetric' to false"),
             (self.scale_dtype in SHORT_SCALES and not (self.dynamic and self.symmetric),
              f"'scale_dtype' {self.scale_dtype} is of dynamic symmetric codecs"),
+            (self.rule in ("mse", "norm") and self.scale_dtype == "e8m0",
+             "'rule' mse and norm choose among scales, of which e8m0 has powers of two alone"),
             (self.rule == "llamacpp" and self.scale_dtype in SHORT_SCALES, "'rule' llamacpp is of scales in floats"),
             (self.residual_sign and not (is_token and self.rule != "llamacpp"),
              "'residual_sign' is of scales per token, by other rules than llamacpp"),

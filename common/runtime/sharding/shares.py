@@ -23,7 +23,15 @@ from ..checkpoint.ascend import described_name
 from ..checkpoint.files import TensorHeader
 from ..decoder import Decoder
 from ..model_sizes import KV_SHARE, attention_sizes
-from ..schemes.linear_scheme import FP8_DYNAMIC, HELD_LABELS, INT4_LABELS, W8A8_DYNAMIC, W8A8_MIXED, WEIGHT_ONLY
+from ..schemes.linear_scheme import (
+    FP8_DYNAMIC,
+    HELD_LABELS,
+    INT4_LABELS,
+    W4A16_DOUBLE,
+    W8A8_DYNAMIC,
+    W8A8_MIXED,
+    WEIGHT_ONLY,
+)
 from .ranks import Ranks
 
 Range = tuple[int, int]
@@ -224,6 +232,10 @@ class Shares:
         if groups > 1:
             self._groups(linear, own, groups)
         extra = MAX_CHANNELS if has_token_scale(label, groups) else 0
+        if extra and label == W4A16_DOUBLE:
+            raise OctavoError(
+                f"tp_plan: {linear}: {label} of one group has no code of 0 to pad with; convert with --group_size 32"
+            )
         zero = f"{linear}.weight_offset" if extra and label in WEIGHT_ONLY else None
         if label in INT4_LABELS and headers[f"{linear}.weight"].dtype == _INT4_BYTES:
             if (own[1] - own[0]) % WEIGHT_BLOCK:

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from octavo.common.convert.calibration.whole import calibrate_whole
 from octavo.common.errors import OctavoError
 from octavo.common.runtime.cache import segment_store
 from octavo.common.runtime.cache.quantized_cache import QuantizedCache
@@ -12,7 +13,7 @@ from octavo.common.runtime.key_center import KeyCenter
 from octavo.common.runtime.rotary import rotated_by_slot
 from octavo.common.runtime.schemes.kv_scheme import Scheme
 from octavo.common.runtime.schemes.tensor_codec import Codec
-from octavo.common.runtime.static_scales import LayerScales
+from octavo.common.runtime.static_scales import LayerScales, scales_of
 from octavo.common.stock_model import prepare
 
 from ...support import random_ids, tiny_llama, with_cache
@@ -87,6 +88,44 @@ def test_rows_of_different_lengths(name: str) -> None:
         assert torch.equal(plain.generate(row, **arguments)[0], found[30 - row.shape[1] :])
 
 
+def test_scales_without_what_the_scheme_stores_by_are_refused() -> None:
+    model = prepare(tiny_llama())
+    cache = QuantizedCache(model.config, "octavo-2c", scales=[LayerScales()] * model.config.num_hidden_layers)
+    with pytest.raises(OctavoError, match="hold nothing for 'center_key'; give statistics="):
+        model(random_ids(1, 5), **with_cache(cache))
+
+
+@torch.inference_mode()
+def test_scales_with_more_than_the_scheme_stores_by_change_nothing() -> None:
+    model, ids = prepare(tiny_llama()), random_ids(1, 30)
+    found = [
+        model(ids, **with_cache(QuantizedCache(model.config, "int8-token", scales=given))).logits
+        for given in (None, scales(model))
+    ]
+    assert torch.equal(*found)
+
+
+@torch.inference_mode()
+def test_angles_that_are_not_those_of_the_config_are_refused() -> None:
+    model = prepare(tiny_qwen2())
+    rotary = model.model.rotary_emb
+    rotary.inv_freq = rotary.inv_freq.bfloat16().float()
+    with pytest.raises(OctavoError, match="turns by other angles than its config says"):
+        model(random_ids(1, 200), **with_cache(exact_cache(model)))
+
+
+@torch.inference_mode()
+def test_codes_without_floats_beside_them() -> None:
+    model, ids, codec = prepare(tiny_llama()), random_ids(2, 60), Codec("int8", "token", dynamic=True)
+    plain = Scheme("plain", codec, codec)
+    based = Scheme("based", codec, codec, center_key=True, key_basis="balanced", value_basis="oscar")
+    found = scales_of(based, calibrate_whole(tiny_llama(), [{"input_ids": random_ids(1, 200)}], [based]))
+    caches = QuantizedCache(model.config, plain), QuantizedCache(model.config, based, scales=found)
+    wanted = tiny_llama()(ids).logits
+    errors = [model(ids, **with_cache(cache)).logits - wanted for cache in caches]
+    assert errors[1].square().mean() < 4 * errors[0].square().mean(), "a wrong term would be as large as the logits"
+
+
 @pytest.mark.parametrize("turned", [16, 8])
 def test_scores_of_the_mean_are_those_that_are_left_out(turned: int) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -95,7 +134,7 @@ def test_scores_of_the_mean_are_those_that_are_left_out(turned: int) -> None:
     center = KeyCenter(mean, frequencies)
     left = key - center.left_out(key, 7)
     torch.testing.assert_close(left, rotated_by_slot(mean[None].expand_as(key), frequencies, 7))
-    terms = center.terms(query, 12)
+    terms = center.terms(query, center.rows(12, query.device))
     found = terms.query @ terms.table[7:12].T
     expected = query @ left.repeat_interleave(2, dim=1).transpose(2, 3)
     beside = query[..., turned:] @ mean[:, :, turned:].repeat_interleave(2, dim=0).transpose(1, 2)

@@ -5,10 +5,12 @@ import copy
 import pytest
 import torch
 
+from octavo.common.convert.calibration.whole import calibrate_whole
 from octavo.common.runtime.cache.quantized_cache import QuantizedCache
 from octavo.common.runtime.cache.segment_store import SegmentStore
 from octavo.common.runtime.precision import kept_dtype
 from octavo.common.runtime.schemes.kv_scheme import PRESETS, Scheme, load_scheme
+from octavo.common.runtime.static_scales import scales_of
 from octavo.common.stock_model import prepare
 from octavo.models.llama3.modeling_llama_fa3 import LlamaForCausalLM
 
@@ -87,6 +89,17 @@ def test_tokens_that_stay_in_float_are_in_the_dtype_of_the_last_pass(
             assert {part.dtype for part in floats} == {kept_dtype(last)}
         elif store.codec is None:
             assert store.codes().codes.dtype == last
+
+
+@pytest.mark.parametrize("preset", ["octavo-4c", "octavo-4tc"])
+@pytest.mark.parametrize("way", WAYS)
+def test_centered_keys_in_other_dtypes(way: str, preset: str, models: dict[torch.dtype, torch.nn.Module]) -> None:
+    scheme, samples = load_scheme(preset), [{"input_ids": random_ids(1, 250)}]
+    scales = scales_of(scheme, calibrate_whole(tiny_llama(**SIZES), samples, [scheme]))
+    config = models[FLOAT32].config
+    wanted = logits(models, QuantizedCache(config, scheme, scales=scales), ((FLOAT32, None),) * 3)
+    found = logits(models, QuantizedCache(config, scheme, scales=scales), WAYS[way])
+    assert divergence(wanted, found) < TOLERANCES["kl of a tiny model in 16 bits"]
 
 
 @pytest.mark.parametrize("way", WAYS)

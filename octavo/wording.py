@@ -24,7 +24,7 @@ WHEN = {
     "octavo-2": "fewest bytes; recalls and copies worse",
     "octavo-2c": "octavo-2, calibrated: loses less",
     "octavo-2t": "the same of single tokens; loses much",
-    "octavo-2tc": "octavo-2t, calibrated: recalls",
+    "octavo-2tc": "octavo-2t, calibrated: loses less",
     "ascend-c8": "MindIE, vllm-ascend, ONNX Runtime",
     "ascend-fa": "MindIE, attention in int8 (FAQuant)",
     "ort-int8-channel": "ONNX Runtime, int8_per_channel",

@@ -22,7 +22,7 @@ from ..runtime.schemes.kv_scheme import load_scheme
 from ..runtime.schemes.linear_scheme import W8A8, LinearScheme
 from .calibration.streams import Texts
 from .calibration.texts import default_texts, hold_back, read_calibration_file, tokenize
-from .calibration.whole import calibrate_whole, is_of_whole
+from .calibration.whole import is_of_whole, whole_statistics
 from .choices import check_treatment, choose_codes, choose_linears, chosen_scheme, needs_texts
 from .output.bundle import code_digest
 from .output.writer import check_output
@@ -203,7 +203,7 @@ class Job:
         if not (self.scheme.has_codebooks or self.scheme.has_bases):
             return {}
         model = load_source(self.directory, self.request.device, self.architecture)
-        found = calibrate_whole(model, self.samples, [self.scheme])
+        found = whole_statistics(model, self.samples, [self.scheme])
         return {name: tensor for name, tensor in found.tensors.items() if is_of_whole(name)}
 
     def odd_groups(self, plan: Plan) -> Iterator[tuple[int, int]]:

@@ -22,6 +22,7 @@ from .sources import SOURCES
 _NOT_COMPARED = (
     (re.compile(r"^(checkpoint, MB +\S+) +\S+$", re.MULTILINE), r"\1 (not compared)"),  # the code counts, too
     (re.compile(r"[0-9.]+ tokens/s"), "(not compared) tokens/s"),
+    (re.compile(r"^took .*\n?", re.MULTILINE), ""),
 )
 
 

@@ -39,7 +39,7 @@ def serving(
     def listen() -> None:
         for line in child.stderr:
             lines.append(line)
-            if "Application startup complete" in line:
+            if "Uvicorn running on" in line:
                 is_up.set()
         is_up.set()
 

@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from ...runtime.schemes.kv_scheme import Scheme
-from ...runtime.static_scales import Statistics
+from ...runtime.static_scales import Statistics, statistics_facts
 from .bases import find_bases
 from .codebooks import fit_codebooks
 from .observe import calibrate
@@ -21,10 +21,19 @@ def is_of_whole(name: str) -> bool:
     return _OF_WHOLE.fullmatch(name) is not None
 
 
-def calibrate_whole(model: Any, samples: list[dict[str, torch.Tensor]], schemes: Iterable[Scheme]) -> Statistics:
-    """Ranges of q, K and V, and codebooks and bases where some scheme has any; raises as what finds them does."""
+def whole_statistics(
+    model: Any, samples: list[dict[str, torch.Tensor]], schemes: Iterable[Scheme], found: Statistics | None = None
+) -> Statistics:
+    """Codebooks and bases where some scheme has any, added to what is `found` already; raises as what finds them."""
     schemes = list(schemes)
-    found = calibrate(model, [], tqdm(samples, desc="calibrating", unit="text"))
+    found = Statistics({}, statistics_facts(model.config, 0)) if found is None else found
     if any(scheme.has_codebooks for scheme in schemes):
         found = fit_codebooks(model, samples, found)
     return find_bases(model, samples, found) if any(scheme.has_bases for scheme in schemes) else found
+
+
+def calibrate_whole(model: Any, samples: list[dict[str, torch.Tensor]], schemes: Iterable[Scheme]) -> Statistics:
+    """Ranges of q, K and V, and codebooks and bases where some scheme has any; raises as `whole_statistics`."""
+    return whole_statistics(
+        model, samples, schemes, calibrate(model, [], tqdm(samples, desc="calibrating", unit="text"))
+    )

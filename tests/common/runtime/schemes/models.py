@@ -25,7 +25,7 @@ SMALL_STEPS = (
     "openvino-u8", "ort-int8-channel",
 )  # fmt: skip
 COARSE = (
-    "octavo-2", "octavo-2t", "kivi-2", "k4v2", "kvquant-2",
+    "octavo-2", "octavo-2c", "octavo-2t", "octavo-2tc", "oscar-2", "kivi-2", "k4v2", "kvquant-2",
     "turboquant-mse-2", "turboquant-mse-3", "turboquant-3", "turboquant-k3v4", "turboquant-lmdeploy",
     "kvarn-2", "kvarn-k4v2", "kitty-2",
 )  # fmt: skip

@@ -22,7 +22,8 @@ from ..errors import OctavoError
 from .cache.views import FOLD, Codes, Piece, Segments, as_segments, block_size, pieces, runs
 from .gradients import refuse_gradient
 from .precision import without_autocast
-from .rotary import by_kv_head, hadamard, steady_length
+from .rotary import steady_length
+from .stored_form import as_stored_keys, as_values, left_out_scores
 
 DECODED_BLOCK = 4096
 """Tokens decoded at a time, at most, where the attention op does not read the codes of a scheme."""
@@ -241,25 +242,6 @@ def _over_stored(
     return mask
 
 
-def _stored_query(query: torch.Tensor, keys: Codes | Segments) -> torch.Tensor:
-    """The query for K as it is stored: rotated, or in the dual of K's basis."""
-    if keys.dual is not None:
-        return by_kv_head(query, keys.dual.transpose(1, 2))
-    return hadamard(query) if keys.rotated else query
-
-
-def _left_out_scores(
-    query: torch.Tensor, keys: Codes | Segments, fold: Any, position_ids: torch.Tensor | None
-) -> PositionScores:
-    """What is left out of K adds to the scores: a folded bias, and the mean of the cache's scheme."""
-    tokens, length = _tokens_of(keys), getattr(keys, "length", None)
-    if keys.center is None:
-        return PositionScores() if fold is None else fold.terms(query, position_ids, tokens, length)
-    slots = keys.center.rows(tokens, query.device)
-    bias = None if fold is None else fold.key_bias_by_slot(position_ids, tokens, slots)
-    return keys.center.terms(query, slots, bias)
-
-
 @without_autocast
 def quantized_attention(
     module: torch.nn.Module,
@@ -320,20 +302,17 @@ def quantized_attention(
     attention_mask = _over_stored(attention_mask, keys, first, query.shape[2])
     is_plain = not any(hasattr(side, "edges") or side.decoder for side in (keys, values))
     call = _Call(
-        _stored_query(query, keys),
+        as_stored_keys(query, keys),
         keys.query_scale,
         attention_mask if isinstance(attention_mask, torch.Tensor) else None,
         query.shape[-1] ** -0.5 if scaling is None else scaling,
         causal,
         attention_mask.size if isinstance(attention_mask, SlidingWindow) else 0,
-        _left_out_scores(query, keys, fold, kwargs.get("position_ids")),
+        left_out_scores(query, keys, _tokens_of(keys), fold, kwargs.get("position_ids")),
         first,
     )
     output = call.codes(keys, values) if is_plain else call.segments(as_segments(keys), as_segments(values))
-    if values.rotated:
-        output = hadamard(output)
-    if values.dual is not None:
-        output = by_kv_head(output.transpose(1, 2), values.dual).transpose(1, 2)
+    output = as_values(output, values)
     if fold is not None:
         output = fold.with_value_bias(output)
     if torch.is_grad_enabled() and (query.requires_grad or getattr(keys, "wants_gradient", False)):

@@ -24,13 +24,12 @@ from .decoder import Decoder, attention_modules, decoder_layers, linear_of, stat
 from .foldable_linear import FoldableLinear, changes_of
 from .key_center import pair_products
 from .quantized_linear import QuantizedLinear
-from .rotary import is_rotated, partial_rotary_factor, turned
+from .rotary import is_rotated, partial_rotary_factor, positions_made_for, turned
 from .schemes.kv_scheme import Scheme
 from .sharding.ranks import Ranks
 
 STEADY_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Those whose angles do not change as a sequence grows."""
-SMALLEST_TABLE = 2048
 MOST_ANGLE_ERROR = 0.02
 """Largest difference of cos or sin between the angles of a model and those of its config, which float32 rounds."""
 PADDING_POSITION = 1
@@ -55,9 +54,8 @@ class RotaryTable:
         """`[P, D]` float32 with P at least `length`: cos of the D / 2 rotary pairs and then their sin."""
         rows = self._rows.get(device)  # layers may lie on several
         if rows is None or rows.shape[0] < length:
-            size = max(SMALLEST_TABLE, 1 << (length - 1).bit_length())
             with torch.inference_mode(False), torch.no_grad():  # it outlives this pass, and may be read by another mode
-                positions = torch.arange(size, device=device)[None]
+                positions = torch.arange(positions_made_for(length), device=device)[None]
                 cos, sin = self._rotary(torch.zeros(1, dtype=torch.float32, device=device), positions, *self._kind)
                 half = cos.shape[-1] // 2
                 rows = torch.cat((cos[0, :, :half], sin[0, :, :half]), dim=-1).contiguous().to(device)

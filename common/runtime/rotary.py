@@ -8,8 +8,8 @@ from torch.nn import functional
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-SMALLEST_SLOTS = 2048
-"""Of a table of angles."""
+SMALLEST_TABLE = 2048
+"""Rows of a table of angles."""
 MOST_CONDITION = 1e5
 """Of a basis: the largest of its singular values by the smallest."""
 
@@ -157,6 +157,11 @@ def by_kv_head(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     return (heads @ matrix[:, None].to(heads.dtype)).flatten(1, 2).to(x.dtype)
 
 
+def positions_made_for(length: int) -> int:
+    """Rows of a table that is made for so many positions: it doubles, so that it is made anew seldom."""
+    return max(SMALLEST_TABLE, 1 << (length - 1).bit_length())
+
+
 class SlotTable:
     """cos and sin of the angles of all slots up to one, float32, which grows as it is asked to.
 
@@ -172,9 +177,8 @@ class SlotTable:
         """`[P, R]` with P at least `length`: cos of the R / 2 pairs and then their sin."""
         rows = self._rows.get(device)
         if rows is None or rows.shape[0] < length:
-            size = max(SMALLEST_SLOTS, 1 << (length - 1).bit_length())
             with torch.inference_mode(False):  # it outlives this pass
-                slots = torch.arange(size, device=device, dtype=torch.float32)
+                slots = torch.arange(positions_made_for(length), device=device, dtype=torch.float32)
                 angles = slots[:, None] * self._frequencies.to(device)
                 rows = self._rows[device] = torch.cat((angles.cos(), angles.sin()), dim=-1)
         return rows

@@ -25,17 +25,15 @@ from typing import Any
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from ....ops.shared.registry import NAMESPACE
 from ...architecture import stated_or_known
 from ...errors import OctavoError
 from ...runtime.decoder import attention_modules
-from ...runtime.rotary import hadamard, rope_constants, rotated_by_slot, slot_table
+from ...runtime.rotary import hadamard, rotated_by_slot, slot_table
 from ...runtime.static_scales import Statistics
-from .observe import left_out_biases
+from .observe import attention_replaced, left_out_biases
 
 WEIGHING = f"{NAMESPACE}_weigh"
 SINKS, NEWEST = 4, 8
@@ -191,27 +189,22 @@ def find_bases(model: nn.Module, samples: Iterable[dict[str, torch.Tensor]], sta
     texts = joined(samples, min(TEXT_LENGTH, getattr(model.config, "max_position_embeddings", TEXT_LENGTH)))
     stated_or_known(model)
     attentions = attention_modules(model)
-    AttentionInterface.register(WEIGHING, _weighing_attention)
-    AttentionMaskInterface.register(WEIGHING, sdpa_mask)
-    before, was_training = model.config._attn_implementation, model.training
-    for _, attention in attentions:
-        frequencies, factor = rope_constants(model.config, attention.head_dim, attention.layer_idx)
-        key_bias, _ = left_out_biases(model, attention.layer_idx)
-        device = next(attention.parameters()).device
-        attention.moments = _Moments(key_bias, frequencies.to(device), factor)
-    model.set_attn_implementation(WEIGHING)
+
+    def make(attention: nn.Module, frequencies: torch.Tensor, factor: float) -> _Moments:
+        return _Moments(left_out_biases(model, attention.layer_idx)[0], frequencies, factor)
+
+    was_training, tensors = model.training, dict(statistics.tensors)
     model.eval()
-    tensors = dict(statistics.tensors)
     try:
-        with torch.inference_mode():
+        with (
+            torch.inference_mode(),
+            attention_replaced(model, attentions, WEIGHING, _weighing_attention, "moments", make),
+        ):
             for ids in tqdm(texts, desc="finding bases", unit="text"):
                 model.base_model(input_ids=ids.to(model.device), use_cache=False)
-        for _, attention in attentions:
-            found = attention.moments.tensors()
-            tensors |= {f"layers.{attention.layer_idx}.{name}": tensor for name, tensor in found.items()}
+            for _, attention in attentions:
+                found = attention.moments.tensors()
+                tensors |= {f"layers.{attention.layer_idx}.{name}": tensor for name, tensor in found.items()}
     finally:
-        model.set_attn_implementation(before)
         model.train(was_training)
-        for _, attention in attentions:
-            del attention.moments
     return Statistics(tensors, statistics.metadata)

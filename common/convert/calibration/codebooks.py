@@ -16,9 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 from tqdm import tqdm
-from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from ....ops.shared.registry import NAMESPACE
 from ...architecture import stated_or_known
@@ -26,10 +24,10 @@ from ...errors import OctavoError
 from ...runtime.cache.code_store import split_outliers
 from ...runtime.cache.dynamic_scales import group_scale
 from ...runtime.decoder import attention_modules
-from ...runtime.rotary import rope_constants, rotated_by_slot
+from ...runtime.rotary import rotated_by_slot
 from ...runtime.schemes.tensor_codec import Codec
 from ...runtime.static_scales import Statistics, static_scale
-from .observe import left_out_biases
+from .observe import attention_replaced, left_out_biases
 
 FITTING = f"{NAMESPACE}_fit"
 SKIPPED_TOKENS = 1
@@ -240,34 +238,28 @@ def fit_codebooks(
     if not samples:
         raise OctavoError("codebooks need calibration texts of at least three tokens; give longer ones")
     tokens = sum(sample["input_ids"].shape[1] - SKIPPED_TOKENS for sample in samples)
-    AttentionInterface.register(FITTING, _sampled_attention)
-    AttentionMaskInterface.register(FITTING, sdpa_mask)
     stated_or_known(model)
     attentions = attention_modules(model)
-    for _, attention in attentions:
-        frequencies, factor = rope_constants(model.config, attention.head_dim, attention.layer_idx)
-        biases = left_out_biases(model, attention.layer_idx)
-        device = next(attention.parameters()).device
-        attention.state_sampler = _StateSampler(biases, frequencies.to(device), factor, tokens)
-    before, was_training = model.config._attn_implementation, model.training
+
+    def make(attention: nn.Module, frequencies: torch.Tensor, factor: float) -> _StateSampler:
+        return _StateSampler(left_out_biases(model, attention.layer_idx), frequencies, factor, tokens)
+
+    was_training = model.training
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.set_attn_implementation(FITTING)
     model.eval()
     tensors = dict(statistics.tensors)
     try:
         for parameter in trained:
             parameter.requires_grad_(False)
-        with torch.inference_mode(False), torch.enable_grad():
-            for sample in tqdm(samples, desc="differentiating", unit="text"):
-                _differentiate(model, sample)
-        for _, attention in tqdm(attentions, desc="fitting codebooks", unit="layer"):
-            found = attention.state_sampler.tensors(bits)
-            tensors |= {f"layers.{attention.layer_idx}.{name}": tensor for name, tensor in found.items()}
+        with attention_replaced(model, attentions, FITTING, _sampled_attention, "state_sampler", make):
+            with torch.inference_mode(False), torch.enable_grad():
+                for sample in tqdm(samples, desc="differentiating", unit="text"):
+                    _differentiate(model, sample)
+            for _, attention in tqdm(attentions, desc="fitting codebooks", unit="layer"):
+                found = attention.state_sampler.tensors(bits)
+                tensors |= {f"layers.{attention.layer_idx}.{name}": tensor for name, tensor in found.items()}
     finally:
-        model.set_attn_implementation(before)
         model.train(was_training)
         for parameter in trained:
             parameter.requires_grad_(True)
-        for _, attention in attentions:
-            del attention.state_sampler
     return Statistics(tensors, statistics.metadata)

@@ -1,6 +1,6 @@
 """Calibration: run the float model over texts and keep what scales are derived from (see `static_scales.py`)."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -223,28 +223,48 @@ def _observing_attention(module: nn.Module, query: Any, key: Any, value: Any, *a
 
 
 @contextmanager
+def attention_replaced(
+    model: nn.Module, attentions: list[tuple[str, nn.Module]], name: str, function: Callable, watcher: str,
+    make: Callable[[nn.Module, torch.Tensor, float], Any],
+) -> Iterator[None]:  # fmt: skip
+    """Within it, some attention modules of a model call a function in the place of theirs, and have a watcher each.
+
+    Args:
+        attentions: names and modules, as `attention_modules` gives them.
+        name: of the function among transformers' implementations.
+        function: what transformers calls.
+        watcher: attribute of a module that holds its watcher.
+        make: a watcher, from the module, its angles per token `[R / 2]` on its device, and the factor of cos and sin.
+    """
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    before = model.config._attn_implementation
+    try:
+        for _, attention in attentions:
+            frequencies, factor = rope_constants(model.config, attention.head_dim, attention.layer_idx)
+            device = next(attention.parameters()).device
+            setattr(attention, watcher, make(attention, frequencies.to(device), factor))
+        model.set_attn_implementation(name)
+        yield
+    finally:
+        model.set_attn_implementation(before)
+        for _, attention in attentions:
+            vars(attention).pop(watcher, None)
+
+
+@contextmanager
 def observing_attention(model: nn.Module, attentions: list[tuple[str, nn.Module]]) -> Iterator[None]:
     """Within it, passes of the model show q, k and v to an `attention_observer` of each of some attention modules.
 
     Args:
         attentions: names and modules, as `attention_modules` gives them.
     """
-    AttentionInterface.register(OBSERVING, _observing_attention)
-    AttentionMaskInterface.register(OBSERVING, sdpa_mask)
-    for _, attention in attentions:
-        index = attention.layer_idx
-        frequencies, factor = rope_constants(model.config, attention.head_dim, index)
-        device = next(attention.parameters()).device
-        biases = left_out_biases(model, index)
-        attention.attention_observer = AttentionObserver(biases, frequencies.to(device), factor)
-    before = model.config._attn_implementation
-    model.set_attn_implementation(OBSERVING)
-    try:
+
+    def make(attention: nn.Module, frequencies: torch.Tensor, factor: float) -> AttentionObserver:
+        return AttentionObserver(left_out_biases(model, attention.layer_idx), frequencies, factor)
+
+    with attention_replaced(model, attentions, OBSERVING, _observing_attention, "attention_observer", make):
         yield
-    finally:
-        model.set_attn_implementation(before)
-        for _, attention in attentions:
-            del attention.attention_observer
 
 
 def attention_tensors(attention: nn.Module) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ import torch
 
 from ....ops.shared.codes import nearest_level, pack_indices, unpack_indices
 from ..schemes.tensor_codec import Codec
-from .dynamic_scales import gaussian_levels, group_scale
+from .dynamic_scales import group_scale, known_levels
 
 
 class MixedCodes(NamedTuple):
@@ -34,17 +34,13 @@ class MixedCodes(NamedTuple):
     zero: torch.Tensor | None
 
 
-def _levels_of(codec: Codec, device: torch.device) -> torch.Tensor | None:
-    return gaussian_levels(codec.bits, device) if codec.levels == "gaussian" else None
-
-
 def _indexed(codec: Codec, groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Indices from 0 on, uint8 `[..., n]`, of float32 values, and their scale and zero, `[...]`."""
     scale, zero = group_scale(codec, groups)
     scaled = groups / scale.float()[..., None]
     if zero is not None:
         scaled = scaled + zero.float()[..., None]
-    levels = _levels_of(codec, groups.device)
+    levels = known_levels(codec, groups.device)
     if levels is not None:
         return nearest_level(scaled, levels).to(torch.uint8), scale, zero
     low, high = codec.ends
@@ -73,7 +69,7 @@ def decode_wide(codec: Codec, mixed: MixedCodes) -> tuple[torch.Tensor, torch.Te
     wider = numbers[..., None].expand(*numbers.shape, size)
     packed = mixed.wide.unflatten(-1, (numbers.shape[-1], -1))
     indices = unpack_indices(packed, codec.wide_bits, size) << codec.bits | mixed.indices.gather(-2, wider)
-    levels = _levels_of(codec.wide, indices.device)
+    levels = known_levels(codec.wide, indices.device)
     values = indices.float() + codec.wide.ends[0] if levels is None else levels[indices.int()]
     if mixed.zero is not None:
         values = values - mixed.zero.gather(-1, numbers).float()[..., None]

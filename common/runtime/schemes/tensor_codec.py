@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -257,7 +258,7 @@ class Codec:
         """Consecutive tokens that become codes together."""
         return self.tile or self.scale_group
 
-    @property
+    @cached_property
     def wide(self) -> "Codec":
         """The codec of the channels whose codes are wider."""
         return dataclasses.replace(self, dtype=self.wide_dtype, wide_share=0.0, tile=0)

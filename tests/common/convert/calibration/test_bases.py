@@ -1,13 +1,15 @@
 """Means and bases from calibration: what they are, and that codes lose less in them."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from octavo.common.convert.calibration import bases
 from octavo.common.convert.calibration.bases import NEWEST, SINKS, find_bases, joined
-from octavo.common.convert.calibration.observe import calibrate
+from octavo.common.convert.calibration.observe import attention_replaced, calibrate
 from octavo.common.convert.calibration.whole import calibrate_whole
 from octavo.common.errors import OctavoError
 from octavo.common.runtime.rotary import hadamard, rope_constants, rotated_by_slot
@@ -26,13 +28,20 @@ def by_definition(model: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor, t
     """The mean of K of the first layer, A and B, `[G, D]` and `[G, D, D]`, term by term in float64."""
     states: list[torch.Tensor] = []
     first = model.model.layers[0].self_attn
-    original = bases._Moments.__call__
-    bases._Moments.__call__ = lambda self, *parts: states.extend(parts) if self is first.moments else None
-    try:
-        with pytest.raises(KeyError):
-            find_bases(model, SAMPLES, Statistics({}, {}))
-    finally:
-        bases._Moments.__call__ = original
+
+    def see(*parts: Any) -> None:
+        states.extend(parts)
+
+    def attend(module: torch.nn.Module, *parts: Any, scaling: float, **kwargs: Any) -> Any:
+        if module is first:
+            module.seen(*parts[:3], scaling)
+        return sdpa_attention_forward(module, *parts, scaling=scaling, **kwargs)
+
+    with (
+        torch.inference_mode(),
+        attention_replaced(model, [("", first)], "octavo_test", attend, "seen", lambda *_: see),
+    ):
+        model.model(IDS)
     query, key, value = (part[0].double() for part in states[:3])
     frequencies, _ = rope_constants(model.config, key.shape[-1])
     before = rotated_by_slot(key[None].float(), frequencies, 0, backwards=True)[0].double()

@@ -22,7 +22,8 @@ from ...support import REPOSITORY, TEXTS, tiny_config
 from .test_table import OF_7B, planner_of
 
 TOKENS, NEW = 6000, 8
-TOLERANCE = 0.10
+TOLERANCE, TOLERANCE_OF_ONE_PASS = 0.10, 0.15
+"""A prompt in one pass peaks where the allocator happens to put large tensors: 2.78 to 3.34 GB in eight equal runs."""
 MEGA = 10**6
 
 
@@ -124,4 +125,5 @@ def test_peaks_of_real_models_are_predicted(name: str, testbed: Path, tmp_path: 
     ]
     for scheme, made, directory, flags in cases:
         planned = Planner(model, made, process=process).peak(scheme, TOKENS + NEW, 1).total
-        assert planned == pytest.approx(measured(directory, ids, *flags), rel=TOLERANCE), (scheme, made)
+        within = TOLERANCE_OF_ONE_PASS if scheme == TRANSFORMERS else TOLERANCE
+        assert planned == pytest.approx(measured(directory, ids, *flags), rel=within), (scheme, made)

@@ -15,6 +15,11 @@ from .source.quantized.weight import CodedLinear
 from .spelling import codes_stay, named
 
 
+def _of_texts(scheme: Scheme) -> str:
+    """What a scheme has that only texts and the whole model give."""
+    return "codebooks" if scheme.has_codebooks else "bases" if scheme.has_bases else "sharp layers"
+
+
 def chosen_scheme(request: ConvertRequest) -> Scheme:
     """The scheme of cache and attention that is asked for; with the source's scales, for K and V as engines hold them.
 
@@ -25,8 +30,8 @@ def chosen_scheme(request: ConvertRequest) -> Scheme:
     scheme, scales = load_scheme(request.scheme), request.kv_scales
     if scales != "data" and not scheme.is_static:
         raise OctavoError(f"{named('kv_scales')} {scales}: scheme {scheme.name} has no static scales; leave it out")
-    if scales in ("random", "source") and (scheme.has_codebooks or scheme.has_bases):
-        books = f"the {'codebooks' if scheme.has_codebooks else 'bases'} of {scheme.name} come from texts"
+    if scales in ("random", "source") and scheme.needs_whole:
+        books = f"the {_of_texts(scheme)} of {scheme.name} come from texts"
         raise OctavoError(f"{named('kv_scales')} {scales}: {books}; leave it out")
     if request.linear is None and not scheme.is_quantized and request.embeddings == "float":
         raise OctavoError(f"{named('linear=None')}: scheme {scheme.name} quantizes nothing either; choose another")
@@ -121,8 +126,8 @@ def _check_statistics_file(file: Path | None, output: Path) -> None:
 def check_treatment(request: ConvertRequest, scheme: Scheme) -> None:
     """Raise an `OctavoError` if outliers cannot be treated as asked for, or statistics cannot be saved so."""
     method, statistics = request.anti_method, request.save_statistics
-    if method == OFFSETS and (scheme.has_codebooks or scheme.has_bases):
-        what = "codebooks" if scheme.has_codebooks else "bases"
+    if method == OFFSETS and scheme.needs_whole:
+        what = _of_texts(scheme)
         raise OctavoError(f"{named('anti_method')} m2: shifts what the {what} of {scheme.name} are for; take another")
     if method and statistics:
         raise OctavoError(

@@ -20,6 +20,7 @@ from ..runtime.checkpoint.loading import check_settings, check_stored_sizes
 from ..runtime.decoder import attention_modules
 from ..runtime.schemes.kv_scheme import load_scheme
 from ..runtime.schemes.linear_scheme import W8A8, LinearScheme
+from ..runtime.static_scales import Statistics, sharpest, statistics_facts
 from .calibration.streams import Texts
 from .calibration.texts import default_texts, hold_back, read_calibration_file, tokenize
 from .calibration.whole import is_of_whole, whole_statistics
@@ -200,11 +201,24 @@ class Job:
     @cached_property
     def of_whole(self) -> dict[str, torch.Tensor]:
         """Statistics that only the whole model in memory can give, if the scheme needs any."""
-        if not (self.scheme.has_codebooks or self.scheme.has_bases):
+        if not self.scheme.needs_whole:
             return {}
         model = load_source(self.directory, self.request.device, self.architecture)
         found = whole_statistics(model, self.samples, [self.scheme])
         return {name: tensor for name, tensor in found.tensors.items() if is_of_whole(name)}
+
+    def settle(self, sharp: Iterable[int] | None = None) -> list[int]:
+        """Decide which layers are sharp, if the scheme leaves that to calibration; returns their numbers.
+
+        Args:
+            sharp: what was decided earlier, in a run that was cut off.
+        """
+        if not self.scheme.sharp_share:
+            return []
+        if sharp is None:
+            sharp = sharpest(self.scheme, Statistics(self.of_whole, statistics_facts(self.source.config, 0)))
+        self.scheme = self.scheme.with_sharp(sharp)
+        return sorted(sharp)
 
     def odd_groups(self, plan: Plan) -> Iterator[tuple[int, int]]:
         """Input channels and size of the groups of linears that cannot have those that were asked for."""

@@ -86,8 +86,9 @@ def _begin(job: Job, stage: Stage) -> None:
     """Decide what stays in float, and keep that with a stage in which nothing is finished."""
     if job.request.resume:
         say(f"{stage.damage or f'nothing to resume in {stage.path}'}: starting with the first layer")
+    sharp = job.settle()
     floats, wide, costs = _survey(job)
-    stage.notes = {"floats": floats, "wide": wide, "surveyed": _plain(costs)}
+    stage.notes = {"floats": floats, "wide": wide, "surveyed": _plain(costs), "sharp": sharp}
     if costs:
         say(cost_table(costs, floats, units_of(job.source)))
 
@@ -198,7 +199,9 @@ def run(job: Job, stage: Stage) -> Made:
     """
     request = job.request
     _write_texts(stage.path, job)
-    if not stage.step:
+    if stage.step:
+        job.settle(stage.notes["sharp"])
+    else:
         _begin(job, stage)
     floats, surveyed = stage.notes["floats"], _costs(stage.notes["surveyed"])
     plan = job.plan(floats, stage.notes["wide"])

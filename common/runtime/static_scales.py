@@ -11,11 +11,13 @@ Tensors, for decoder layer `i` (H query heads, G KV heads, D head_dim), all floa
     layers.{i}.{k,v}.levels.{bits}  [2**bits]    codebooks (`codebooks.py`)
     layers.{i}.k.mean, layers.{i}.k.folded.mean  [G, D]  mean before RoPE, with and without the bias (`bases.py`)
     layers.{i}.k.balanced, layers.{i}.{k,v}.oscar  [G, D, D]  bases: x becomes x M (`bases.py`)
+    layers.{i}.k.sharpness        [1]            what errors of K cost where a text repeats itself (`sharpness.py`)
     linears.{name}.{low,high,mean_abs,mean_square}  [K]  of each input channel of a linear layer
 
 Files of earlier versions hold `layers.{i}.{q,k}.max`, too, which nothing is derived from.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,7 @@ class LayerScales:
         folded: whether key and value are for states without the biases of their projections.
         key_mean: float32 `[G, 1, D]`, of K before RoPE, where it is stored less that.
         key_basis, value_basis: float32 `[G, D, D]`, of which x M is stored.
+        is_sharp: whether K has codes of 8 bits in a scheme that leaves it to calibration in which layers it has.
     """
 
     key: tuple[torch.Tensor, torch.Tensor | None] | None = None
@@ -56,6 +59,7 @@ class LayerScales:
     key_mean: torch.Tensor | None = None
     key_basis: torch.Tensor | None = None
     value_basis: torch.Tensor | None = None
+    is_sharp: bool = False
 
 
 Scales = list[LayerScales]
@@ -259,7 +263,40 @@ def _bases(
     return None if key_mean is None else key_mean[:, None], key_basis, value_basis
 
 
+def sharpest(scheme: Scheme, statistics: Statistics) -> frozenset[int]:
+    """The layers whose K a scheme gives 8 bits: of those that are in codes the sharpest, as many as its share has.
+
+    Raises:
+        OctavoError: the statistics do not tell how sharp layers are.
+    """
+    layers = [index for index in range(statistics.layers) if index not in scheme.float_layers]
+    found = {index: statistics.tensors.get(f"layers.{index}.k.sharpness") for index in layers}
+    if any(sharpness is None for sharpness in found.values()):
+        raise OctavoError(
+            f"these statistics do not tell which layers are sharp; convert again with scheme {scheme.name} and "
+            "--save_statistics to find them"
+        )
+    ranked = sorted(layers, key=lambda index: (-float(found[index]), index))
+    return frozenset(ranked[: scheme.sharp_layers(statistics.layers)])
+
+
 def scales_of(scheme: Scheme, statistics: Statistics) -> Scales:
-    """Derive the static scales of a scheme for all layers; raises as `scales_of_layer`."""
+    """Derive the static scales of a scheme for all layers; raises as `scales_of_layer` and `sharpest`."""
     scheme = scheme.of_model(statistics.layers)
-    return [scales_of_layer(scheme, statistics, index) for index in range(statistics.layers)]
+    scales = [scales_of_layer(scheme, statistics, index) for index in range(statistics.layers)]
+    sharp = sharpest(scheme, statistics) if scheme.sharp_share else frozenset()
+    return [dataclasses.replace(layer, is_sharp=index in sharp) for index, layer in enumerate(scales)]
+
+
+def settled(scheme: Scheme, scales: Scales) -> Scheme:
+    """A scheme that leaves nothing to calibration any more: with the layers stated that scales say are sharp.
+
+    Raises:
+        OctavoError: the scheme leaves it to calibration, and the scales do not say.
+    """
+    if not scheme.sharp_share:
+        return scheme
+    sharp = [index for index, layer in enumerate(scales) if layer.is_sharp]
+    if not sharp:
+        raise OctavoError(f"scheme {scheme.name}: its scales do not tell which layers are sharp; pass statistics=FILE")
+    return scheme.with_sharp(sharp)

@@ -14,11 +14,11 @@ _NAME = re.compile(
     r"layers\.(?P<layer>[0-9]{1,6})\.(?:"
     r"(?P<part>q|k)\.(?P<bound>max|radius)|(?P<folded>k\.folded)\.radius|"
     r"v\.(?:folded\.)?(?:low|high)|(?P<before>k\.before)\.(?:low|high)|[kv]\.levels\.(?P<bits>[1-4])|"
-    r"k\.(?:folded\.)?(?P<mean>mean)|k\.(?P<basis>balanced|oscar)|v\.(?P<value_basis>oscar)"
+    r"k\.(?:folded\.)?(?P<mean>mean)|k\.(?P<basis>balanced|oscar)|v\.(?P<value_basis>oscar)|k\.(?P<single>sharpness)"
     r")|linears\..+\.(?P<input>low|high|mean_abs|mean_square)"
 )
 _NEEDED = ("q.radius", "k.radius", "v.low", "v.high")
-_NOT_NEGATIVE = ("max", "radius", "mean_abs", "mean_square")
+_NOT_NEGATIVE = ("max", "radius", "mean_abs", "mean_square", "sharpness")
 _WAY_OUT = "write the statistics again with --save_statistics"
 
 
@@ -50,7 +50,13 @@ def check_statistics(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str,
         found = _NAME.fullmatch(name)
         if found is None or (found["layer"] is not None and not int(found["layer"]) < layers):
             raise OctavoError(f"calibration statistics of {layers} layers: {name} is none of them; {_WAY_OUT}")
-        dims = 1 if found["input"] or found["bits"] else 3 if found["basis"] or found["value_basis"] else 2
+        dims = (
+            1
+            if found["input"] or found["bits"] or found["single"]
+            else 3
+            if found["basis"] or found["value_basis"]
+            else 2
+        )
         if tensor.dtype != torch.float32 or tensor.dim() != dims or 0 in tensor.shape:
             shape = list(tensor.shape)
             raise OctavoError(f"calibration statistics: {name} is {tensor.dtype} of shape {shape}; {_WAY_OUT}")
@@ -96,7 +102,7 @@ def check_statistics_of(tensors: Mapping[str, torch.Tensor], metadata: Mapping[s
     heads, groups, head_dim = attention_sizes(config)
     for name, tensor in tensors.items():
         found = _NAME.fullmatch(name)
-        if found is None or found["layer"] is None or found["bits"]:
+        if found is None or found["layer"] is None or found["bits"] or found["single"]:
             continue
         is_pair = found["bound"] == "radius" or found["folded"]
         wanted = (

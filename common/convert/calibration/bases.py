@@ -19,7 +19,7 @@ Sinks, and pairs of a query and one of the newest keys, are left out: no scheme 
 G KV heads, H query heads, S tokens, D head_dim, R channels that RoPE turns.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -74,6 +74,28 @@ def _balanced(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     return hadamard(root @ directions * size.clamp_min(size[:, -1:] * 1e-12)[:, None] ** -0.25)
 
 
+def squared_shares(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, mask: torch.Tensor | None
+) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor]]:
+    """Of each head of `[H or G, S, D]` states: its number, that of its KV head, p^2 `[S, S]` and o `[S, D]`.
+
+    p^2 is 0 of keys that no scheme codes.
+
+    Args:
+        mask: `[1, 1, S, S]`, True where a query sees a key, or None.
+    """
+    heads, tokens, _ = query.shape
+    coded = torch.ones(tokens, tokens, dtype=torch.bool, device=key.device).tril(-NEWEST)
+    coded[:, :SINKS] = False
+    hidden = torch.ones_like(coded).triu(1) if mask is None else ~mask[0, 0]
+    for head in range(heads):
+        group = head * key.shape[0] // heads
+        scores = (query[head] @ key[group].T * scaling).masked_fill_(hidden, -torch.inf)
+        share = torch.softmax(scores, dim=-1)
+        output = share @ value[group]
+        yield head, group, share.square_() * coded, output
+
+
 class _Moments:
     """Second moments of q, K and V of one attention, weighted, and first ones of K.
 
@@ -120,18 +142,9 @@ class _Moments:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What queries count for, `[H, S]`, and keys and values, `[2, G, S]`."""
         heads, tokens, _ = query.shape
-        reads = heads // key.shape[0]
-        coded = torch.ones(tokens, tokens, dtype=torch.bool, device=key.device).tril(-NEWEST)
-        coded[:, :SINKS] = False
-        hidden = torch.ones_like(coded).triu(1) if mask is None else ~mask[0, 0]
         by_query, by_key = query.new_zeros(heads, tokens), query.new_zeros(2, key.shape[0], tokens)
-        for head in range(heads):
-            group = head // reads
-            scores = (query[head] @ key[group].T * scaling).masked_fill_(hidden, -torch.inf)
-            share = torch.softmax(scores, dim=-1)
-            output = share @ value[group]
+        for head, group, share, output in squared_shares(query, key, value, scaling, mask):
             distance = torch.cdist(output, value[group]).square_()
-            share = share.square_() * coded
             by_key[1, group] += share.sum(dim=0)
             share *= distance
             by_query[head] = share.sum(dim=1)

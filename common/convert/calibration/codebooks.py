@@ -27,7 +27,7 @@ from ...runtime.decoder import attention_modules
 from ...runtime.rotary import rotated_by_slot
 from ...runtime.schemes.tensor_codec import Codec
 from ...runtime.static_scales import Statistics, static_scale
-from .observe import attention_replaced, left_out_biases
+from .observe import attention_replaced, differentiable, left_out_biases
 
 FITTING = f"{NAMESPACE}_fit"
 SKIPPED_TOKENS = 1
@@ -244,22 +244,12 @@ def fit_codebooks(
     def make(attention: nn.Module, frequencies: torch.Tensor, factor: float) -> _StateSampler:
         return _StateSampler(left_out_biases(model, attention.layer_idx), frequencies, factor, tokens)
 
-    was_training = model.training
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.eval()
     tensors = dict(statistics.tensors)
-    try:
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        with attention_replaced(model, attentions, FITTING, _sampled_attention, "state_sampler", make):
-            with torch.inference_mode(False), torch.enable_grad():
-                for sample in tqdm(samples, desc="differentiating", unit="text"):
-                    _differentiate(model, sample)
-            for _, attention in tqdm(attentions, desc="fitting codebooks", unit="layer"):
-                found = attention.state_sampler.tensors(bits)
-                tensors |= {f"layers.{attention.layer_idx}.{name}": tensor for name, tensor in found.items()}
-    finally:
-        model.train(was_training)
-        for parameter in trained:
-            parameter.requires_grad_(True)
+    with attention_replaced(model, attentions, FITTING, _sampled_attention, "state_sampler", make):
+        with differentiable(model):
+            for sample in tqdm(samples, desc="differentiating", unit="text"):
+                _differentiate(model, sample)
+        for _, attention in tqdm(attentions, desc="fitting codebooks", unit="layer"):
+            found = attention.state_sampler.tensors(bits)
+            tensors |= {f"layers.{attention.layer_idx}.{name}": tensor for name, tensor in found.items()}
     return Statistics(tensors, statistics.metadata)

@@ -253,6 +253,23 @@ def attention_replaced(
 
 
 @contextmanager
+def differentiable(model: nn.Module) -> Iterator[None]:
+    """Within it, a model is evaluated with gradients by its states, and by none of its parameters."""
+    was_training = model.training
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval()
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        model.train(was_training)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
 def observing_attention(model: nn.Module, attentions: list[tuple[str, nn.Module]]) -> Iterator[None]:
     """Within it, passes of the model show q, k and v to an `attention_observer` of each of some attention modules.
 

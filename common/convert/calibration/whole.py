@@ -12,8 +12,9 @@ from ...runtime.static_scales import Statistics, statistics_facts
 from .bases import find_bases
 from .codebooks import fit_codebooks
 from .observe import calibrate
+from .sharpness import find_sharpness
 
-_OF_WHOLE = re.compile(r"layers\..*\.(?:levels\.\d|before\.(?:low|high)|mean|balanced|oscar)")
+_OF_WHOLE = re.compile(r"layers\..*\.(?:levels\.\d|before\.(?:low|high)|mean|balanced|oscar|sharpness)")
 
 
 def is_of_whole(name: str) -> bool:
@@ -24,16 +25,22 @@ def is_of_whole(name: str) -> bool:
 def whole_statistics(
     model: Any, samples: list[dict[str, torch.Tensor]], schemes: Iterable[Scheme], found: Statistics | None = None
 ) -> Statistics:
-    """Codebooks and bases where some scheme has any, added to what is `found` already; raises as what finds them."""
+    """Codebooks, bases and sharp layers where some scheme has any, added to what is `found` already.
+
+    Raises:
+        OctavoError: as what finds them.
+    """
     schemes = list(schemes)
     found = Statistics({}, statistics_facts(model.config, 0)) if found is None else found
     if any(scheme.has_codebooks for scheme in schemes):
         found = fit_codebooks(model, samples, found)
-    return find_bases(model, samples, found) if any(scheme.has_bases for scheme in schemes) else found
+    if any(scheme.has_bases for scheme in schemes):
+        found = find_bases(model, samples, found)
+    return find_sharpness(model, samples, found) if any(scheme.sharp_share for scheme in schemes) else found
 
 
 def calibrate_whole(model: Any, samples: list[dict[str, torch.Tensor]], schemes: Iterable[Scheme]) -> Statistics:
-    """Ranges of q, K and V, and codebooks and bases where some scheme has any; raises as `whole_statistics`."""
+    """Ranges of q, K and V, and what `whole_statistics` adds to them, and raises."""
     return whole_statistics(
         model, samples, schemes, calibrate(model, [], tqdm(samples, desc="calibrating", unit="text"))
     )

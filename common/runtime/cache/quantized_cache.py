@@ -15,7 +15,7 @@ from ...errors import OctavoError, first_line
 from ..model_sizes import KV_SHARE, check_cache_sizes, head_dim_of, kv_heads_of
 from ..rotary import rope_constants
 from ..schemes.kv_scheme import CROP_ROOM, Scheme, load_scheme
-from ..static_scales import LayerScales, Scales, load_statistics, scales_of
+from ..static_scales import LayerScales, Scales, load_statistics, scales_of, settled
 from .cache_file import Tensors, named, part_of, read_cache_file, scales_from, write_cache_file
 from .quantized_layer import QuantizedLayer, StaticQuantizedLayer
 from .sliding import sliding_windows
@@ -100,6 +100,7 @@ class QuantizedCache(Cache):
             scales = scales_of(self.scheme, found)
         if scales is not None and len(scales) != count:
             raise OctavoError(f"there are scales for {len(scales)} layers and the model has {count}: another model's?")
+        self.scheme = settled(self.scheme, scales or [])
         self._set_layers(
             [self.scheme.of_layer(index) for index in range(count)],
             scales or [LayerScales()] * count,

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,8 @@ class Scheme:
             leaves q . k: "balanced" spreads the error over what queries ask for and keys hold (`bases.py`), "oscar"
             is the rotation of OSCAR by the queries' covariance; "" leaves channels as they are.
         value_basis: likewise v, "oscar" by the covariance of values that are attended to; the output is turned back.
+        sharp_share: the part of the layers, one at least, whose K has codes of 8 bits: those that calibration found to
+            need exact keys most where a text repeats itself (`sharpness.py`).
         fold_bias: where the model allows, biases of k and v are left out of the cache and come back exactly in
             attention (`bias_fold.py`). Ascend's formats count them in.
         origin: which system the scheme comes from, and what it rests on.
@@ -84,6 +86,7 @@ class Scheme:
     center_key: bool = False
     key_basis: str = ""
     value_basis: str = ""
+    sharp_share: float = 0.0
     fold_bias: bool = True
     origin: str = ""
 
@@ -97,6 +100,7 @@ class Scheme:
         if self.prefill not in PREFILLS:
             raise OctavoError(f"scheme {self.name}: prefill {self.prefill!r} is none of {', '.join(PREFILLS)}")
         self._check_bases()
+        self._check_sharp_share()
         if self.sinks < 0 or self.window < 0:
             raise OctavoError(f"scheme {self.name}: sinks and window are numbers of tokens, 0 for none")
         if self.query is not None and self.query.granularity not in ("head", "tensor"):
@@ -164,6 +168,16 @@ class Scheme:
         if self.center_key and self.prefill == "float":
             raise OctavoError(f"scheme {self.name}: prefill 'float' excludes 'center_key'")
 
+    def _check_sharp_share(self) -> None:
+        """Raise an `OctavoError` of a share that is none, or of K that has no codes of 8 bits beside these."""
+        if not 0 <= self.sharp_share < 1:
+            raise OctavoError(f"scheme {self.name}: 'sharp_share' is a part of the layers, 0 for none")
+        if self.sharp_share and (self.layers or self.query is not None):
+            raise OctavoError(f"scheme {self.name}: 'sharp_share' excludes 'layers' and 'query'")
+        is_narrow = self.key is not None and self.key.dynamic and self.key.dtype in ("int2", "int3", "int4")
+        if self.sharp_share and not (is_narrow and self.key.is_whole):
+            raise OctavoError(f"scheme {self.name}: 'sharp_share' is of a K in dynamic codes of 4 bits and fewer")
+
     @property
     def _has_key_range(self) -> bool:
         """Whether the ranges that go with codebooks of K are of what this scheme stores."""
@@ -183,7 +197,7 @@ class Scheme:
     @property
     def is_static(self) -> bool:
         """Whether the scheme needs a calibration."""
-        return self.has_bases or self._some_codec(lambda codec: codec.is_calibrated)
+        return self.has_bases or bool(self.sharp_share) or self._some_codec(lambda codec: codec.is_calibrated)
 
     @property
     def has_bases(self) -> bool:
@@ -195,6 +209,11 @@ class Scheme:
     def has_codebooks(self) -> bool:
         """Whether the calibration has to fit codebooks."""
         return self._some_codec(lambda codec: codec.levels == "calibrated")
+
+    @property
+    def needs_whole(self) -> bool:
+        """Whether the calibration needs the whole model in memory: for codebooks, bases or which layers are sharp."""
+        return self.has_codebooks or self.has_bases or bool(self.sharp_share)
 
     @property
     def is_segmented(self) -> bool:
@@ -231,7 +250,7 @@ class Scheme:
         return max(0, tokens - self.sinks - self.window) // step * step
 
     def _changed(self, fields: dict[str, Any]) -> "Scheme":
-        return Scheme.from_dict({**self.to_dict(), "layers": {}, "float_layers": [], **fields})
+        return Scheme.from_dict({**self.to_dict(), "layers": {}, "float_layers": [], "sharp_share": 0.0, **fields})
 
     def _other(self, stated: str | dict[str, Any]) -> "Scheme":
         """What `layers` states of some layers."""
@@ -270,7 +289,24 @@ class Scheme:
         for text, stated in self.layers:
             if layer in _layers_of(text):
                 return self._other(stated)
-        return self if not (self.layers or self.float_layers) else self._changed({})
+        return self if not (self.layers or self.float_layers or self.sharp_share) else self._changed({})
+
+    def sharp_layers(self, layers: int) -> int:
+        """How many of so many layers have a K in codes of 8 bits."""
+        return max(1, int(self.sharp_share * layers + 1e-6)) if self.sharp_share else 0
+
+    def with_sharp(self, layers: Iterable[int]) -> "Scheme":
+        """The same with codes of 8 bits for K of these layers, stated as `layers`."""
+        wider = dataclasses.replace(self.key, dtype="int8", levels="uniform", rule="range").to_dict()
+        stated = tuple((str(layer), {"key": wider}) for layer in sorted(layers))
+        return dataclasses.replace(self, sharp_share=0.0, layers=stated)
+
+    def counted(self, layers: int) -> "Scheme":
+        """What takes the bits of this scheme in a model of so many layers, before calibration says which are sharp."""
+        resolved = self.of_model(layers)
+        floats = set(resolved.float_layers)
+        coded = [layer for layer in range(layers) if layer not in floats]
+        return resolved.with_sharp(coded[: self.sharp_layers(layers)]) if self.sharp_share else resolved
 
     def with_scales_of_one(self) -> "Scheme":
         """This scheme with 1 for every static scale, which needs no calibration.

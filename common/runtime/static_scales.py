@@ -47,7 +47,7 @@ class LayerScales:
         folded: whether key and value are for states without the biases of their projections.
         key_mean: float32 `[G, 1, D]`, of K before RoPE, where it is stored less that.
         key_basis, value_basis: float32 `[G, D, D]`, of which x M is stored.
-        is_sharp: whether K has codes of 8 bits in a scheme that leaves it to calibration in which layers it has.
+        is_sharp: whether K has the wider codes of a scheme that leaves it to calibration in which layers it has.
     """
 
     key: tuple[torch.Tensor, torch.Tensor | None] | None = None
@@ -264,7 +264,7 @@ def _bases(
 
 
 def sharpest(scheme: Scheme, statistics: Statistics) -> frozenset[int]:
-    """The layers whose K a scheme gives 8 bits: of those that are in codes the sharpest, as many as its share has.
+    """The layers whose K a scheme gives wider codes: of those that are in codes the sharpest, as many as its share has.
 
     Raises:
         OctavoError: the statistics do not tell how sharp layers are.

@@ -64,8 +64,9 @@ class Scheme:
             leaves q . k: "balanced" spreads the error over what queries ask for and keys hold (`bases.py`), "oscar"
             is the rotation of OSCAR by the queries' covariance; "" leaves channels as they are.
         value_basis: likewise v, "oscar" by the covariance of values that are attended to; the output is turned back.
-        sharp_share: the part of the layers, one at least, whose K has codes of 8 bits: those that calibration found to
-            need exact keys most where a text repeats itself (`sharpness.py`).
+        sharp_share: the part of the layers, one at least, whose K has wider codes: those that calibration found to need
+            exact keys most where a text repeats itself (`sharpness.py`).
+        sharp_dtype: the type of these wider codes: int3, int4 or int8.
         fold_bias: where the model allows, biases of k and v are left out of the cache and come back exactly in
             attention (`bias_fold.py`). Ascend's formats count them in.
         origin: which system the scheme comes from, and what it rests on.
@@ -87,6 +88,7 @@ class Scheme:
     key_basis: str = ""
     value_basis: str = ""
     sharp_share: float = 0.0
+    sharp_dtype: str = "int8"
     fold_bias: bool = True
     origin: str = ""
 
@@ -169,14 +171,22 @@ class Scheme:
             raise OctavoError(f"scheme {self.name}: prefill 'float' excludes 'center_key'")
 
     def _check_sharp_share(self) -> None:
-        """Raise an `OctavoError` of a share that is none, or of K that has no codes of 8 bits beside these."""
+        """Raise an `OctavoError` of a share that is none, or of K whose codes are not narrower than the wider ones."""
         if not 0 <= self.sharp_share < 1:
             raise OctavoError(f"scheme {self.name}: 'sharp_share' is a part of the layers, 0 for none")
         if self.sharp_share and (self.layers or self.query is not None):
             raise OctavoError(f"scheme {self.name}: 'sharp_share' excludes 'layers' and 'query'")
-        is_narrow = self.key is not None and self.key.dynamic and self.key.dtype in ("int2", "int3", "int4")
-        if self.sharp_share and not (is_narrow and self.key.is_whole):
-            raise OctavoError(f"scheme {self.name}: 'sharp_share' is of a K in dynamic codes of 4 bits and fewer")
+        if not self.sharp_share:
+            return
+        wider = ("int2", "int3", "int4", "int8")
+        if self.key is None or self.key.dtype not in wider or not (self.key.dynamic and self.key.is_whole):
+            raise OctavoError(f"scheme {self.name}: 'sharp_share' is of a K in dynamic codes of integers")
+        wider = wider[wider.index(self.key.dtype) + 1 :]
+        if self.sharp_dtype not in wider:
+            raise OctavoError(
+                f"scheme {self.name}: sharp_dtype {self.sharp_dtype!r} is not wider than {self.key.dtype}"
+                + (f": take one of {', '.join(wider)}" if wider else "")
+            )
 
     @property
     def _has_key_range(self) -> bool:
@@ -292,12 +302,13 @@ class Scheme:
         return self if not (self.layers or self.float_layers or self.sharp_share) else self._changed({})
 
     def sharp_layers(self, layers: int) -> int:
-        """How many of so many layers have a K in codes of 8 bits."""
+        """How many of so many layers have a K in wider codes."""
         return max(1, int(self.sharp_share * layers + 1e-6)) if self.sharp_share else 0
 
     def with_sharp(self, layers: Iterable[int]) -> "Scheme":
-        """The same with codes of 8 bits for K of these layers, stated as `layers`."""
-        wider = dataclasses.replace(self.key, dtype="int8", levels="uniform", rule="range").to_dict()
+        """The same with wider codes for K of these layers, stated as `layers`; those of 8 bits by their range."""
+        fields = {"levels": "uniform", "rule": "range"} if self.sharp_dtype == "int8" else {}
+        wider = dataclasses.replace(self.key, dtype=self.sharp_dtype, **fields).to_dict()
         stated = tuple((str(layer), {"key": wider}) for layer in sorted(layers))
         return dataclasses.replace(self, sharp_share=0.0, layers=stated)
 

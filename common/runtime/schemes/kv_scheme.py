@@ -307,7 +307,10 @@ class Scheme:
 
     def with_sharp(self, layers: Iterable[int]) -> "Scheme":
         """The same with wider codes for K of these layers, stated as `layers`; those of 8 bits by their range."""
-        fields = {"levels": "uniform", "rule": "range"} if self.sharp_dtype == "int8" else {}
+        fields = {}
+        if self.sharp_dtype == "int8":  # which has no levels of its own, and is finer than zeros in a byte
+            is_short = self.key.scale_dtype == "fp8_e4m3"
+            fields = {"levels": "uniform", "rule": "range", "scale_dtype": "float16" if is_short else self.key.scale_dtype}
         wider = dataclasses.replace(self.key, dtype=self.sharp_dtype, **fields).to_dict()
         stated = tuple((str(layer), {"key": wider}) for layer in sorted(layers))
         return dataclasses.replace(self, sharp_share=0.0, layers=stated)

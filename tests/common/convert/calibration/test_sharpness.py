@@ -144,7 +144,8 @@ def test_a_share_that_goes_with_nothing_is_refused(changed: dict[str, Any], mess
 
 def test_a_conversion_writes_which_layers_are_sharp(tmp_path: Path) -> None:
     source, file = save_source(tmp_path / "source", tiny_llama()), tmp_path / "statistics.safetensors"
-    convert(ConvertRequest(source, tmp_path / "out", scheme=SHARP, linear=None, calibration=TEXTS, save_statistics=file))
+    fields = {"scheme": SHARP, "linear": None, "calibration": TEXTS, "save_statistics": file}
+    convert(ConvertRequest(source, tmp_path / "out", **fields))
     stated = AutoConfig.from_pretrained(tmp_path / "out", trust_remote_code=True).octavo["scheme"]
     assert "sharp_share" not in stated and [part["key"]["dtype"] for part in stated["layers"].values()] == ["int8"]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)

@@ -6,8 +6,18 @@
 import torch
 
 from ....ops.shared.codes import SMALLEST_SCALE, dynamic_scale, scale_for_zero
-from ..schemes.tensor_codec import Codec
-from .scale_formats import E2M1_LEVELS, as_floats, as_stored, shared_exponent
+from ..schemes.tensor_codec import SHORT_SCALES, Codec
+from .scale_formats import (
+    E2M1_LEVELS,
+    MOST_E4M3,
+    ROUNDING_E4M3,
+    SMALLEST_E4M3,
+    as_floats,
+    as_stored,
+    shared_exponent,
+    zero_as_floats,
+    zero_as_stored,
+)
 
 SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 """Parts of the range of a group among which rule "mse" chooses."""
@@ -42,9 +52,26 @@ def known_levels(codec: Codec, device: torch.device) -> torch.Tensor | None:
     return gaussian_levels(codec.bits, device) if codec.levels == "gaussian" else None
 
 
+def _short(codec: Codec, scale: torch.Tensor, middle: torch.Tensor) -> ScaleAndZero:
+    """Scale and zero in fp8_e4m3 that map `middle` to the middle of the codes, of a float32 scale that may be raised.
+
+    It is where the zero would be farther off than codes make up for its rounding, and where e4m3 would have 0; that
+    stays the scale of values so small that 0 is as near to them.
+    """
+    levels = known_levels(codec, scale.device)
+    reach = (codec.ends[1] - codec.ends[0]) / 2 if levels is None else levels[-1].item()
+    smallest = SMALLEST_E4M3 * (codec.fixed_scale or 1.0)
+    raised = torch.maximum(scale, middle.abs() / min(MOST_E4M3, reach / ROUNDING_E4M3)).clamp_min(smallest)
+    is_nothing = middle.abs() + scale * reach < smallest / 2
+    stored = as_stored(codec, raised.masked_fill(is_nothing, 0.0))
+    return stored, zero_as_stored(-middle / as_floats(codec, stored).masked_fill(is_nothing, torch.inf))
+
+
 def _affine(codec: Codec, low: torch.Tensor, high: torch.Tensor) -> ScaleAndZero:
     """Scale and zero that map `low` and `high` to the ends of the codes, the zero by the scale as it is stored."""
     first, last = codec.ends
+    if codec.scale_dtype in SHORT_SCALES:
+        return _short(codec, dynamic_scale(high - low, last - first), (low + high) / 2)
     dtype, farthest = codec.stored_scale_dtype, torch.maximum(low.abs(), high.abs())
     scale = scale_for_zero(dynamic_scale(high - low, last - first), farthest, dtype).to(dtype)
     return scale, (first - low / scale.float()).to(dtype)
@@ -66,7 +93,7 @@ def _ranged(codec: Codec, groups: torch.Tensor) -> ScaleAndZero:
 def _coded(codec: Codec, groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
     """The values that the codes of `groups` stand for."""
     step = as_floats(codec, scale).float()[..., None]
-    offset = 0.0 if zero is None else zero.float()[..., None]
+    offset = 0.0 if zero is None else zero_as_floats(codec, zero).float()[..., None]
     scaled = groups / step.masked_fill(step == 0, torch.inf) + offset
     levels = known_levels(codec, groups.device)
     if levels is None:
@@ -105,6 +132,8 @@ def _normal(codec: Codec, groups: torch.Tensor, stretch: float = 1.0) -> ScaleAn
     """Levels "gaussian": mean and standard deviation, or a multiple of that, become 0 and 1."""
     mean = groups.mean(dim=-1) if codec.has_zero else torch.zeros_like(groups[..., 0])
     spread = (groups - mean[..., None]).square().mean(dim=-1).sqrt() * stretch
+    if codec.has_zero and codec.scale_dtype in SHORT_SCALES:
+        return _short(codec, spread, mean)
     dtype = codec.stored_scale_dtype
     scale = as_stored(codec, scale_for_zero(spread.clamp_min(SMALLEST_SCALE), mean.abs(), dtype))
     return scale, (-mean / scale.float()).to(dtype) if codec.has_zero else None

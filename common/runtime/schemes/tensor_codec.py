@@ -148,6 +148,8 @@ class Codec:
             (self.scale_dtype == "e8m0" and not (self.dynamic and self.symmetric),
              "'scale_dtype' e8m0 is of dynamic symmetric codecs"),
             (self.scale_dtype == "fp8_e4m3" and not self.dynamic, "'scale_dtype' fp8_e4m3 is of dynamic codecs"),
+            (self.scale_dtype == "fp8_e4m3" and self.has_zero and self.bits > 4,
+             "'scale_dtype' fp8_e4m3 has zeros for codes of 4 bits and fewer; more are finer than it"),
             (self.rule in ("mse", "norm") and self.scale_dtype == "e8m0",
              "'rule' mse and norm choose among scales, of which e8m0 has powers of two alone"),
             (self.rule == "llamacpp" and self.scale_dtype in SHORT_SCALES, "'rule' llamacpp is of scales in floats"),

@@ -13,7 +13,7 @@ from ....ops.shared.registry import eagerly
 from ..rotary import rotated_by_slot
 from .code_storage import CodeStorage
 from .dynamic_scales import group_scale, llamacpp_codes, residual_scale, scale_of_norm
-from .scale_formats import as_floats, rounded_to_e2m1
+from .scale_formats import as_floats, rounded_to_e2m1, zero_as_floats
 from .tile_scales import second_scales
 from .views import Codes
 from .wide_channels import MixedCodes, decode_wide, encode_mixed
@@ -111,7 +111,7 @@ class CodeStore(CodeStorage):
         self._of(self._scale, start, stop).copy_(stored)
         if zero is not None:
             self._of(self._zero, start, stop).copy_(zero)
-            zero = zero.float()
+            zero = zero_as_floats(codec, zero).float()
         scale = as_floats(codec, scale).float()
         scale = scale.masked_fill(scale == 0, torch.inf)  # what is too small for a scale in e4m3 becomes 0
         if group > 1:  # groups of tokens take the place of heads, so that each has one scale for all of its tokens
@@ -187,10 +187,11 @@ class CodeStore(CodeStorage):
         return decode(codes, scale, zero, codec.scale_group, bits=codec.bits, levels=self._levels)
 
     def _scales_of(self, start: int, stop: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Scale and zero of rows `start:stop` of codes, as the ops take them: views, but of scales in a byte."""
+        """Scale and zero of rows `start:stop` of codes, as the ops take them: views, but of those in a byte."""
         if self._scale is None:
             return self._static_scale, self._static_zero
-        return as_floats(self.codec, self._of(self._scale, start, stop)), self._of(self._zero, start, stop)
+        scale, zero = self._of(self._scale, start, stop), self._of(self._zero, start, stop)
+        return as_floats(self.codec, scale), None if zero is None else zero_as_floats(self.codec, zero)
 
     def decoded(self, start: int, stop: int) -> torch.Tensor:
         """The values that rows `start:stop` of codes, whole groups, stand for: float32 `[B, G, S, D]`."""
@@ -213,7 +214,7 @@ class CodeStore(CodeStorage):
         return values
 
     def codes(self, length: torch.Tensor | None = None) -> Codes:
-        """What is stored, as views: no copy but of scales in a byte, no code decoded.
+        """What is stored, as views: no copy but of scales and zeros in a byte, no code decoded.
 
         With `length`, int64 `[1]`, the whole storage.
         """

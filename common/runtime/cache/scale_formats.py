@@ -1,6 +1,8 @@
-"""Dynamic scales as they are stored: as floats, or in a byte, fp8_e4m3 (NVFP4) or e8m0 (OCP MX); and values of e2m1.
+"""Dynamic scales and zeros as they are stored: as floats, or in a byte, fp8_e4m3 (NVFP4) or e8m0 (OCP MX); and values
+of e2m1.
 
-A scale in e8m0 is 2^(byte - 127), from 2^-126 to 2^127; one in fp8_e4m3 is in units of `Codec.fixed_scale`, or of 1.
+A scale in e8m0 is 2^(byte - 127), from 2^-126 to 2^127; one in fp8_e4m3 is in units of `Codec.fixed_scale`, or of 1. A
+zero in fp8_e4m3 is its distance from the middle of the codes, near which e4m3 is finest.
 """
 
 import math
@@ -13,7 +15,11 @@ from ..schemes.tensor_codec import SHORT_SCALES, Codec
 E2M1_LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """The positive values of a float of 4 bits, one of them of the sign, two of the exponent and one of the mantissa, and
 0. Source: OCP Microscaling Formats (MX) 1.0."""
-
+MOST_E4M3 = CODE_RANGES[torch.float8_e4m3fn][1]
+SMALLEST_E4M3 = 2.0**-9
+"""The smallest positive value of fp8_e4m3."""
+ROUNDING_E4M3 = 2.0**-4
+"""By this part of it a value is rounded at most, of those from 2^-6 on."""
 
 _ALL_BUT_ONE = 2**23 - 1
 """Added to a float32 it changes the exponent, unless the float is a power of two."""
@@ -40,8 +46,7 @@ def as_stored(codec: Codec, scale: torch.Tensor) -> torch.Tensor:
         return (scale.contiguous().view(torch.int32) + _ALL_BUT_ONE >> 23).clamp(1, 254).to(torch.uint8)
     if codec.scale_dtype != "fp8_e4m3":
         return scale.to(codec.stored_scale_dtype)
-    dtype = torch.float8_e4m3fn
-    return (scale / (codec.fixed_scale or 1.0)).clamp_max(CODE_RANGES[dtype][1]).to(dtype)
+    return (scale / (codec.fixed_scale or 1.0)).clamp_max(MOST_E4M3).to(torch.float8_e4m3fn)
 
 
 def as_floats(codec: Codec, scale: torch.Tensor) -> torch.Tensor:
@@ -51,6 +56,16 @@ def as_floats(codec: Codec, scale: torch.Tensor) -> torch.Tensor:
     if codec.scale_dtype == "e8m0":
         return (scale.to(torch.int32) << 23).view(torch.float32)
     return scale.float() * (codec.fixed_scale or 1.0)
+
+
+def zero_as_stored(distance: torch.Tensor) -> torch.Tensor:
+    """A zero in fp8_e4m3, of its float32 distance from the middle of the codes: it saturates."""
+    return distance.clamp(-MOST_E4M3, MOST_E4M3).to(torch.float8_e4m3fn)
+
+
+def zero_as_floats(codec: Codec, zero: torch.Tensor) -> torch.Tensor:
+    """What a stored zero stands for, as of `as_floats`."""
+    return zero if codec.scale_dtype not in SHORT_SCALES else zero.float() + codec.middle
 
 
 def rounded_to_e2m1(x: torch.Tensor) -> torch.Tensor:

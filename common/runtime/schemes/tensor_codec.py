@@ -28,7 +28,7 @@ SCALE_DTYPES = {
 }
 """Types of dynamic scales, and the dtype of the tensors that hold them (`cache/scale_formats.py`)."""
 SHORT_SCALES = ("fp8_e4m3", "e8m0")
-"""Those that the ops do not know, which read such scales as float32."""
+"""Those that the ops do not know, which read such scales and zeros as float32."""
 GRANULARITIES = ("channel", "head", "tensor", "token")
 RULES = ("range", "full_range", "ocp", "mse", "norm", "llamacpp")
 LEVELS = ("uniform", "gaussian", "e2m1", "calibrated")
@@ -62,8 +62,8 @@ class Codec:
         symmetric: zero is 0; otherwise each scale has a zero point beside it (integers only).
         group_size: of granularity "token", the channels that share a scale, 0 for all of a head; of dynamic "channel",
             the tokens that do.
-        scale_dtype: what dynamic scales and zeros are stored in, "float32" or "float16"; or scales without zeros in
-            "fp8_e4m3" (NVFP4) or "e8m0", the next power of two (MX).
+        scale_dtype: what dynamic scales and zeros are stored in, "float32", "float16" or "fp8_e4m3" (NVFP4; a zero as
+            its distance from `middle`); or scales without zeros in "e8m0", the next power of two (MX).
         rule: how a scale follows from the values: "range" takes in all of them, or with gaussian levels their
             standard deviation; "full_range" lets the smallest code, -128, stand for the largest |x| (static scales
             too); "ocp" is OCP's for scales in e8m0, 2^(floor(log2 max|x|) - floor(log2 largest code)), which clips the
@@ -145,8 +145,11 @@ class Codec:
              "'rule' norm is of symmetric gaussian levels"),
             (self.levels == "gaussian" and not self.dynamic, "'levels' gaussian is of dynamic scales"),
             (self.levels == "calibrated" and self.symmetric, "'levels' calibrated has zeros; set 'symmetric' to false"),
-            (self.scale_dtype in SHORT_SCALES and not (self.dynamic and self.symmetric),
-             f"'scale_dtype' {self.scale_dtype} is of dynamic symmetric codecs"),
+            (self.scale_dtype == "e8m0" and not (self.dynamic and self.symmetric),
+             "'scale_dtype' e8m0 is of dynamic symmetric codecs"),
+            (self.scale_dtype == "fp8_e4m3" and not self.dynamic, "'scale_dtype' fp8_e4m3 is of dynamic codecs"),
+            (self.scale_dtype == "fp8_e4m3" and self.has_zero and self.bits > 4,
+             "'scale_dtype' fp8_e4m3 has zeros for codes of 4 bits and fewer; more are finer than it"),
             (self.rule in ("mse", "norm") and self.scale_dtype == "e8m0",
              "'rule' mse and norm choose among scales, of which e8m0 has powers of two alone"),
             (self.rule == "llamacpp" and self.scale_dtype in SHORT_SCALES, "'rule' llamacpp is of scales in floats"),
@@ -200,6 +203,11 @@ class Codec:
         """What the smallest and largest code stand for before scale and zero: -1 and 1 with a calibrated codebook."""
         own = {"calibrated": 1.0, "e2m1": 6.0}.get(self.levels)
         return code_range(self.stored_dtype, self.bits) if own is None else (-own, own)
+
+    @property
+    def middle(self) -> float:
+        """What lies as far from the smallest as from the largest code: 0 of a codebook, which is symmetric."""
+        return 0.0 if self.levels != "uniform" else sum(self.ends) / 2
 
     @property
     def most(self) -> float:

@@ -35,7 +35,12 @@ for file in sorted(Path(sys.argv[1]).glob("*.safetensors")):
     assert torch.equal(found, torch.load(file.with_suffix(".pt"))), file
     print(file.name)
 """
-SAVED = {**SCHEMES, "smoothed": Scheme.from_dict({**load_scheme("octavo-4").to_dict(), "smooth_key": True})}
+IN_BYTES = {**load_scheme("octavo-2").key.to_dict(), "group_size": 16, "scale_dtype": "fp8_e4m3"}
+SAVED = {
+    **SCHEMES,
+    "smoothed": Scheme.from_dict({**load_scheme("octavo-4").to_dict(), "smooth_key": True}),
+    "zeros in a byte": Scheme.from_dict({**load_scheme("octavo-2").to_dict(), "key": IN_BYTES}),
+}
 
 
 def filled(scheme: Scheme, name: str = "qwen2", **arguments: Any) -> QuantizedCache:

@@ -30,6 +30,9 @@ CODECS: dict[str, Codec | None] = {
     "channel, 2 tokens": Codec("int4", dynamic=True, symmetric=False, group_size=2),
     "channel, 6 tokens": Codec("int8", dynamic=True, group_size=6),
     "channel, 12 tokens": Codec("int2", dynamic=True, symmetric=False, group_size=12),
+    "channel, 6 tokens, in a byte": Codec(
+        "int3", dynamic=True, symmetric=False, group_size=6, scale_dtype="fp8_e4m3", rule="mse"
+    ),
 }
 
 

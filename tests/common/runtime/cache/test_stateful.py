@@ -52,6 +52,7 @@ SCHEMES = {
     "smoothed in groups": changed("octavo-4", smooth_key=True),
     "first pass in float": changed("ascend-c8", prefill="float"),
     "layers that differ": changed("octavo-2", layers={"1": "int8-token"}),
+    "zeros in a byte": changed("octavo-2", key={**load_scheme("octavo-2").key.to_dict(), "scale_dtype": "fp8_e4m3"}),
 }
 
 SCHEMES_THAT_SLIDE = (

@@ -78,7 +78,9 @@ BAD: list[tuple[Any, str]] = [
     ({"name": "x", "key": {"granularity": "head", "dynamic": True}}, "static"),
     ({"name": "x", "key": {"bits": 8}}, "bits"),
     ({"name": "x", "key": {"scale_dtype": "e8m0"}}, "e8m0 is of dynamic symmetric"),
-    ({"name": "x", "key": {**TOKEN, "symmetric": False, "scale_dtype": "fp8_e4m3"}}, "of dynamic symmetric"),
+    ({"name": "x", "key": {**TOKEN, "symmetric": False, "scale_dtype": "e8m0"}}, "e8m0 is of dynamic symmetric"),
+    ({"name": "x", "key": {"scale_dtype": "fp8_e4m3"}}, "fp8_e4m3 is of dynamic"),
+    ({"name": "x", "key": {**TOKEN, "symmetric": False, "scale_dtype": "fp8_e4m3"}}, "zeros for codes of 4 bits"),
     ({"name": "x", "key": {**TOKEN, "rule": "ocp"}}, "scales in e8m0"),
     ({"name": "x", "key": {**TOKEN, "symmetric": False, "rule": "full_range"}}, "symmetric uniform"),
     ({"name": "x", "key": {"rule": "mse"}}, "dynamic scales"),
@@ -128,6 +130,7 @@ BAD: list[tuple[Any, str]] = [
     ({"name": "x", "key": {**CHANNEL, "wide_share": 0.5, "group_size": 34}}, "multiple of 4 tokens"),
     ({"name": "x", "key": {**CHANNEL, "wide_share": 0.5, "scale_dtype": "e8m0"}}, "float16 and float32"),
     ({"name": "x", "key": {**TOKEN, "tile": 32, "scale_dtype": "fp8_e4m3"}}, "float16 and float32"),
+    ({"name": "x", "key": {**CHANNEL, "wide_share": 0.5, "scale_dtype": "fp8_e4m3"}}, "float16 and float32"),
     ({"name": "x", "value": {**TOKEN, "tile": 48}, "key": {**CHANNEL, "dtype": "int4"}}, "32 and 48 tokens do not fit"),
 ]
 
@@ -158,6 +161,7 @@ def test_what_is_no_scheme(data: Any, part: str) -> None:
         ({**TOKEN, "group_size": 32, "scale_dtype": "e8m0"}, 64 + 2),
         ({**TOKEN, "dtype": "int4", "levels": "e2m1", "group_size": 16, "scale_dtype": "fp8_e4m3"}, 32 + 4),
         ({**TOKEN, "dtype": "int3", "scale_dtype": "float16", "residual_sign": True}, 24 + 2 + 8 + 2),
+        ({**CHANNEL, "symmetric": False, "group_size": 64, "scale_dtype": "fp8_e4m3"}, 16 + 2 * 64 / 64),
     ],
 )
 def test_bits_of_a_token_count_its_scales(fields: dict[str, Any], size: float) -> None:

@@ -305,13 +305,16 @@ class Scheme:
         """How many of so many layers have a K in wider codes."""
         return max(1, int(self.sharp_share * layers + 1e-6)) if self.sharp_share else 0
 
+    def _fields_of_8_bits(self) -> dict[str, str]:
+        """What changes with wider codes of 8 bits, which have no levels and are finer than zeros in a byte."""
+        if self.sharp_dtype != "int8":
+            return {}
+        floats = {"scale_dtype": "float16"} if self.key.scale_dtype == "fp8_e4m3" else {}
+        return {"levels": "uniform", "rule": "range", **floats}
+
     def with_sharp(self, layers: Iterable[int]) -> "Scheme":
         """The same with wider codes for K of these layers, stated as `layers`; those of 8 bits by their range."""
-        fields = {}
-        if self.sharp_dtype == "int8":  # which has no levels of its own, and is finer than zeros in a byte
-            is_short = self.key.scale_dtype == "fp8_e4m3"
-            fields = {"levels": "uniform", "rule": "range", "scale_dtype": "float16" if is_short else self.key.scale_dtype}
-        wider = dataclasses.replace(self.key, dtype=self.sharp_dtype, **fields).to_dict()
+        wider = dataclasses.replace(self.key, dtype=self.sharp_dtype, **self._fields_of_8_bits()).to_dict()
         stated = tuple((str(layer), {"key": wider}) for layer in sorted(layers))
         return dataclasses.replace(self, sharp_share=0.0, layers=stated)
 

@@ -62,7 +62,10 @@ def joined(samples: Iterable[dict[str, torch.Tensor]], length: int = TEXT_LENGTH
 
 
 def _balanced(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """M `[G, D, D]`, float64, of which x M is stored, from A and B `[G, D, D]`; M = T' of the module's T."""
+    """M `[G, D, D]`, float64, of which x M is stored, from A and B `[G, D, D]`; M = T' of the module's T.
+
+    In the unit in which the mean of the squares of x M is 1 where B is that of x x', as scales in a byte want it.
+    """
 
     def steady(moments: torch.Tensor) -> torch.Tensor:
         mean = moments.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None, None].clamp_min(torch.finfo(torch.float32).tiny)
@@ -71,7 +74,9 @@ def _balanced(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     size, directions = torch.linalg.eigh(steady(queries))
     root = (directions * size.sqrt()[:, None]) @ directions.transpose(1, 2)
     size, directions = torch.linalg.eigh(root @ steady(keys) @ root)
-    return hadamard(root @ directions * size.clamp_min(size[:, -1:] * 1e-12)[:, None] ** -0.25)
+    basis = hadamard(root @ directions * size.clamp_min(size[:, -1:] * 1e-12)[:, None] ** -0.25)
+    squares = (basis.transpose(1, 2) @ keys @ basis).diagonal(dim1=1, dim2=2).mean(dim=1)
+    return basis / squares.sqrt().clamp_min(torch.finfo(torch.float32).tiny)[:, None, None]
 
 
 def squared_shares(
@@ -132,6 +137,7 @@ class _Moments:
         still = turns.new_ones(tokens, width - turns.shape[1])
         turns = torch.cat((turns, still), dim=-1).expand(groups, -1, -1)  # [G, S, D]: cos, sin, and 1
         weighted = key * by_key[0][..., None]
+        self._add("weight", by_key[0].sum(dim=1))
         self._add("k", weighted.transpose(1, 2) @ key)
         self._add("turned k", turns.transpose(1, 2) @ weighted)
         self._add("turned", (turns * by_key[0][..., None]).transpose(1, 2) @ turns)
@@ -170,7 +176,8 @@ class _Moments:
     def tensors(self) -> dict[str, torch.Tensor]:
         """What was found, by the names of `static_scales.py` within a layer."""
         mean = self._sums["mean"] / self._sums["count"]
-        found = {"k.mean": mean, "k.balanced": _balanced(self._sums["q"], self._spread(mean))}
+        weight = self._sums["weight"].clamp_min(torch.finfo(torch.float32).tiny)[:, None, None]
+        found = {"k.mean": mean, "k.balanced": _balanced(self._sums["q"], self._spread(mean) / weight)}
         if self._bias is not None:
             found["k.folded.mean"] = mean - self._bias
         for name, moments in (("k.oscar", self._sums["all q"]), ("v.oscar", self._sums["v"])):

@@ -21,9 +21,6 @@ from .scale_formats import (
 
 SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 """Parts of the range of a group among which rule "mse" chooses."""
-SHIFT = 0.25
-"""By so much of a code it also moves the range to either side where zeros are in a byte, which rounds them by as much;
-with this less is lost than with zeros in float16 and no such choice."""
 STRETCHES = (1.0, 0.85, 0.9, 0.95, 1.05, 1.1, 1.15, 1.2)
 """Multiples of the standard deviation of a group among which it does with gaussian levels."""
 GAUSSIAN_LEVELS = {
@@ -110,10 +107,8 @@ def _tried(codec: Codec, groups: torch.Tensor) -> list[ScaleAndZero]:
     if codec.has_zero:
         low, high = groups.amin(dim=-1), groups.amax(dim=-1)
         middle, half = (high + low) / 2, (high - low) / 2
-        middles = [middle]
-        if codec.scale_dtype in SHORT_SCALES:
-            step = dynamic_scale(high - low, codec.ends[1] - codec.ends[0])
-            middles += [middle - SHIFT * step, middle + SHIFT * step]
+        is_short = codec.scale_dtype in SHORT_SCALES  # then zeros on either side of the nearest are tried as well
+        middles = [middle * (1 + part) for part in ((0.0, -ROUNDING_E4M3, ROUNDING_E4M3) if is_short else (0.0,))]
         return [_affine(codec, at - part * half, at + part * half) for part in SHRINKS for at in middles]
     scale, _ = _ranged(codec, groups)
     scale = as_floats(codec, scale).float()

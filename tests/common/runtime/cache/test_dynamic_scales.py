@@ -7,6 +7,7 @@ from hypothesis import strategies as some
 
 from octavo.common.runtime.cache.code_store import CodeStore
 from octavo.common.runtime.cache.dynamic_scales import GAUSSIAN_LEVELS, gaussian_levels, group_scale, scale_of_norm
+from octavo.common.runtime.cache.scale_formats import as_floats, zero_as_floats
 from octavo.common.runtime.schemes.kv_scheme import load_scheme
 from octavo.common.runtime.schemes.tensor_codec import Codec
 from octavo.common.runtime.static_scales import static_scale
@@ -27,17 +28,21 @@ MSE_CODECS = [
     Codec("int2", **TOKEN, levels="gaussian", **HALF),
     Codec("int3", **TOKEN, levels="gaussian", symmetric=False),
     Codec("int4", **TOKEN, levels="gaussian"),
+    Codec("int4", **CHANNEL, symmetric=False, scale_dtype="fp8_e4m3"),
 ]
 
 
 def through_codes(codec: Codec, groups: torch.Tensor) -> torch.Tensor:
     """What the codes of groups `[N, n]`, a scale each, stand for."""
-    scale, zero = (None if part is None else part.float()[None, :, None, None] for part in group_scale(codec, groups))
+    scale, zero = group_scale(codec, groups)
+    scale = as_floats(codec, scale).float()[:, None, None]
+    zero = None if zero is None else zero_as_floats(codec, zero).float()[:, None, None]
     levels = gaussian_levels(codec.bits, groups.device) if codec.levels == "gaussian" else None
     width = codec.stored_width(groups.shape[1])
     codes = torch.empty((1, len(groups), 1, width), dtype=codec.stored_dtype)
-    encode(groups[None, :, None], scale[0], None if zero is None else zero[0], codes, bits=codec.bits, levels=levels)
-    return decode(codes, scale[0], None if zero is None else zero[0], 1, codec.bits, levels)[0, :, 0]
+    divisor = scale.masked_fill(scale == 0, torch.inf)
+    encode(groups[None, :, None], divisor, zero, codes, bits=codec.bits, levels=levels)
+    return decode(codes, scale, zero, 1, codec.bits, levels)[0, :, 0]
 
 
 @settings(deadline=None, max_examples=40)
@@ -64,6 +69,16 @@ def test_the_least_squared_error_is_worth_its_time(codec: Codec) -> None:
     by_range = Codec(**{**codec.to_dict(), "rule": "range"})
     best, plain = ((through_codes(one, values) - values).square().mean() for one in (codec, by_range))
     assert best < (0.999 if codec.levels == "gaussian" else 0.95) * plain
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_zeros_in_a_byte_lose_next_to_nothing(bits: int) -> None:
+    """Since the neighbours of the nearest are tried: of 4 bits, 3 % more are lost without."""
+    values = torch.randn((4000, 64), generator=torch.Generator().manual_seed(0))
+    half = Codec(f"int{bits}", **CHANNEL, symmetric=False, **HALF)
+    short = Codec(**{**half.to_dict(), "scale_dtype": "fp8_e4m3"})
+    in_half, in_bytes = ((through_codes(codec, values) - values).square().mean() for codec in (half, short))
+    assert in_bytes < 1.01 * in_half
 
 
 @pytest.mark.parametrize("bits", GAUSSIAN_LEVELS)

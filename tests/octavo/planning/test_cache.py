@@ -46,7 +46,7 @@ def constant(scheme: Scheme, config: PreTrainedConfig) -> LayerScales:
 
 def filled(scheme: Scheme, config: PreTrainedConfig, batch: int, passes: list[int]) -> QuantizedCache:
     """A cache that holds random tokens."""
-    scheme = scheme.of_model(config.num_hidden_layers)
+    scheme = scheme.counted(config.num_hidden_layers)
     scales = [constant(scheme.of_layer(index), config) for index in range(config.num_hidden_layers)]
     cache = QuantizedCache(config, scheme, scales=scales)
     cache.expect(sum(passes))

@@ -155,7 +155,7 @@ def what_it_took(speaker: Speaker, cache: Any, new_tokens: int, seconds: float) 
     )
     return (
         f"{new_tokens} tokens, {new_tokens / seconds:.1f} tokens/s; KV cache of {tokens} tokens: {used:,} bytes "
-        f"({cache.nbytes():,} allocated), {plain:,} in {str(model.dtype).removeprefix('torch.')}"
+        f"({cache.nbytes():,} allocated); {str(model.dtype).removeprefix('torch.')} would take {plain:,}"
     )
 
 

@@ -171,7 +171,8 @@ class Job:
         if layers:
             scheme = dataclasses.replace(scheme, float_layers=tuple(sorted({*scheme.float_layers, *layers})))
         in_codes = linears or self.request.embeddings == "int8"
-        if not (in_codes or any(scheme.of_layer(index).is_quantized for index in range(len(names)))):
+        counted = scheme.counted(len(names))
+        if not (in_codes or any(counted.of_layer(index).is_quantized for index in range(len(names)))):
             raise OctavoError("every linear and attention stays in float; nothing would be quantized")
         stored = source_dtype(self.headers)
         return Plan(
@@ -209,6 +210,8 @@ class Job:
 
     def settle(self, sharp: Iterable[int] | None = None) -> list[int]:
         """Decide which layers are sharp, if the scheme leaves that to calibration; returns their numbers.
+
+        Layers that a survey leaves in float later are not replaced by others.
 
         Args:
             sharp: what was decided earlier, in a run that was cut off.

@@ -303,7 +303,7 @@ def fold_biases(
     """
     decoder, facts = model.base_model, stated_decoder(model)
     table = RotaryTable(decoder.get_submodule(facts.rotary)) if has_keys else None
-    scheme = None if scheme is None else scheme.of_model(model.config.num_hidden_layers)
+    scheme = None if scheme is None else scheme.counted(model.config.num_hidden_layers)
     count = 0
     for (_, layer), (name, attention) in zip(decoder_layers(model), attention_modules(model), strict=True):
         index = attention.layer_idx

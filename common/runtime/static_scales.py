@@ -47,7 +47,8 @@ class LayerScales:
         folded: whether key and value are for states without the biases of their projections.
         key_mean: float32 `[G, 1, D]`, of K before RoPE, where it is stored less that.
         key_basis, value_basis: float32 `[G, D, D]`, of which x M is stored.
-        is_sharp: whether K has the wider codes of a scheme that leaves it to calibration in which layers it has.
+        is_sharp: whether K has the wider codes of a scheme that leaves it to calibration in which layers it has; None
+            of other schemes.
     """
 
     key: tuple[torch.Tensor, torch.Tensor | None] | None = None
@@ -59,7 +60,7 @@ class LayerScales:
     key_mean: torch.Tensor | None = None
     key_basis: torch.Tensor | None = None
     value_basis: torch.Tensor | None = None
-    is_sharp: bool = False
+    is_sharp: bool | None = None
 
 
 Scales = list[LayerScales]
@@ -283,8 +284,10 @@ def sharpest(scheme: Scheme, statistics: Statistics) -> frozenset[int]:
 def scales_of(scheme: Scheme, statistics: Statistics) -> Scales:
     """Derive the static scales of a scheme for all layers; raises as `scales_of_layer` and `sharpest`."""
     scheme = scheme.of_model(statistics.layers)
-    scales = [scales_of_layer(scheme, statistics, index) for index in range(statistics.layers)]
-    sharp = sharpest(scheme, statistics) if scheme.sharp_share else frozenset()
+    if not scheme.sharp_share:
+        return [scales_of_layer(scheme, statistics, index) for index in range(statistics.layers)]
+    sharp = sharpest(scheme, statistics)
+    scales = scales_of(scheme.with_sharp(sharp), statistics)
     return [dataclasses.replace(layer, is_sharp=index in sharp) for index, layer in enumerate(scales)]
 
 
@@ -296,7 +299,6 @@ def settled(scheme: Scheme, scales: Scales) -> Scheme:
     """
     if not scheme.sharp_share:
         return scheme
-    sharp = [index for index, layer in enumerate(scales) if layer.is_sharp]
-    if not sharp:
+    if not scales or any(layer.is_sharp is None for layer in scales):
         raise OctavoError(f"scheme {scheme.name}: its scales do not tell which layers are sharp; pass statistics=FILE")
-    return scheme.with_sharp(sharp)
+    return scheme.with_sharp(index for index, layer in enumerate(scales) if layer.is_sharp)

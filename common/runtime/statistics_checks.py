@@ -57,7 +57,8 @@ def check_statistics(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str,
             if found["basis"] or found["value_basis"]
             else 2
         )
-        if tensor.dtype != torch.float32 or tensor.dim() != dims or 0 in tensor.shape:
+        is_single = not found["single"] or len(tensor) == 1
+        if tensor.dtype != torch.float32 or tensor.dim() != dims or 0 in tensor.shape or not is_single:
             shape = list(tensor.shape)
             raise OctavoError(f"calibration statistics: {name} is {tensor.dtype} of shape {shape}; {_WAY_OUT}")
         last = name.rpartition(".")[2]

@@ -27,6 +27,8 @@ OPTIONS = (
     "center_key",
     "key_basis",
     "value_basis",
+    "sharp_share",
+    "sharp_dtype",
     "prefill",
     "layers",
     "float_layers",

@@ -132,7 +132,8 @@ def cache_size(
             exact.
     """
     config = config.get_text_config(decoder=True)
-    windows, sizes, scheme = sliding_windows(config), attention_sizes(config), scheme.counted(config.num_hidden_layers)
+    windows, sizes = sliding_windows(config), attention_sizes(config)
+    scheme = scheme.counted(config.num_hidden_layers, windows)
     kinds = Counter((scheme.of_layer(index), window) for index, window in enumerate(windows))
     total = CacheSize(0, 0, 0)
     with torch.inference_mode():

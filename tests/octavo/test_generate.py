@@ -171,7 +171,10 @@ def test_a_prompt_is_continued(converted: Callable[..., Path], capsys: pytest.Ca
     assert captured.out == tiny_tokenizer().decode(expected[0], skip_special_tokens=True) + "\n"
     stored = expected.shape[1] - 1
     report = captured.err.splitlines()[-1]
-    assert f"KV cache of {stored} tokens: {stored * 192:,} bytes" in report and f"float32 would take {stored * 768:,}" in report
+    assert (
+        f"KV cache of {stored} tokens: {stored * 192:,} bytes" in report
+        and f"float32 would take {stored * 768:,}" in report
+    )
 
 
 def test_samples_are_as_the_flags_say_and_else_as_the_model_does(

@@ -46,7 +46,9 @@ SMALLEST_PART = 1e-3
 """What is added to the diagonal of A and of B, by its mean: directions that no text has shown may come."""
 
 
-def joined(samples: Iterable[dict[str, torch.Tensor]], length: int = TEXT_LENGTH) -> list[torch.Tensor]:
+def joined(
+    samples: Iterable[dict[str, torch.Tensor]], length: int = TEXT_LENGTH, what: str = "bases of K and V"
+) -> list[torch.Tensor]:
     """Token ids `[1, S]` of samples one behind the other, cut into texts of `length`, the first `MOST_TEXTS`.
 
     Raises:
@@ -57,7 +59,7 @@ def joined(samples: Iterable[dict[str, torch.Tensor]], length: int = TEXT_LENGTH
     if len(texts) > 1 and texts[-1].shape[1] < length:
         texts.pop()
     if not texts or texts[0].shape[1] < SHORTEST:
-        raise OctavoError(f"bases of K and V need calibration texts of at least {SHORTEST} tokens; give longer ones")
+        raise OctavoError(f"{what} need calibration texts of at least {SHORTEST} tokens; give longer ones")
     return texts
 
 
@@ -76,7 +78,7 @@ def _balanced(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     size, directions = torch.linalg.eigh(root @ steady(keys) @ root)
     basis = hadamard(root @ directions * size.clamp_min(size[:, -1:] * 1e-12)[:, None] ** -0.25)
     squares = (basis.transpose(1, 2) @ keys @ basis).diagonal(dim1=1, dim2=2).mean(dim=1)
-    return basis / squares.sqrt().clamp_min(torch.finfo(torch.float32).tiny)[:, None, None]
+    return basis / torch.where(squares > 0, squares, 1.0).sqrt()[:, None, None]
 
 
 def squared_shares(

@@ -8,14 +8,14 @@ To first order, errors e_j of the keys change the log-likelihood by `s sum_j p_t
 g_t the gradient by the output o_t of a head. Tokens are drawn from the predictions themselves, so that half the square
 of that is the KL of the predictions (Fisher information). Queries count by `sum_j (s p_tj g_t . (v_j - o_t))^2`, which
 gives the metric A = E[q q']; with B the covariance of the keys, a layer costs in proportion to
-`sum_c (L_c^1/2)^2 / D`, L the eigenvalues of A^1/2 B A^1/2: the least that codes of one width cost in any basis
+`(sum_c L_c^1/2)^2 / D`, L the eigenvalues of A^1/2 B A^1/2: the least that codes of one width cost in any basis
 (`bases.py`), the sum over its KV heads.
 
 G KV heads, H query heads, S tokens, D head_dim.
 """
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,7 +27,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ....ops.shared.registry import NAMESPACE
 from ...architecture import stated_or_known
-from ...runtime.decoder import attention_modules, decoder_layers
+from ...errors import OctavoError
+from ...runtime.decoder import attention_modules, capped_logits, decoder_layers, stated_decoder
 from ...runtime.rotary import rotated_by_slot
 from ...runtime.static_scales import Statistics
 from .bases import SINKS, TEXT_LENGTH, joined, squared_shares
@@ -50,13 +51,18 @@ def repeating_itself(ids: torch.Tensor) -> torch.Tensor:
 
 
 class _Follower:
-    """A and B of one attention, float64 `[G, D, D]`."""
+    """A and B of one attention, float64 `[G, D, D]`.
 
-    def __init__(self, frequencies: torch.Tensor) -> None:
-        self._frequencies = frequencies
-        self._sums: list[torch.Tensor] = []
+    Args:
+        frequencies: as in `AttentionObserver`.
+        seen: called once it has seen the text.
+    """
 
-    def _covariance(self, key: torch.Tensor) -> torch.Tensor:
+    def __init__(self, frequencies: torch.Tensor, seen: Callable[[], Any]) -> None:
+        self._frequencies, self._seen = frequencies, seen
+        self._metric = self._covariance = torch.empty(0)
+
+    def _covariance_of(self, key: torch.Tensor) -> torch.Tensor:
         """B of `[G, S, D]`: of K less its mean before RoPE, turned to each slot."""
         before = rotated_by_slot(key[None], self._frequencies, 0, backwards=True)
         before = before - before[:, :, SINKS:].mean(dim=2, keepdim=True)
@@ -80,15 +86,16 @@ class _Follower:
             by_query[head] = (share * noticed.square_()).sum(dim=1)
         query = query.reshape(groups, -1, query.shape[-1]).double()
         weighted = query * by_query.reshape(groups, -1, 1)
-        self._sums.append(torch.stack((weighted.transpose(1, 2) @ query / key.shape[1], self._covariance(key))).cpu())
+        self._metric = (weighted.transpose(1, 2) @ query / key.shape[1]).cpu()
+        self._covariance = self._covariance_of(key).cpu()
+        self._seen()
 
     def sharpness(self) -> torch.Tensor:
         """`[1]`, float32."""
-        metric, covariance = sum(self._sums) / len(self._sums)
-        size, directions = torch.linalg.eigh(metric)
+        size, directions = torch.linalg.eigh(self._metric)
         root = (directions * size.clamp_min(0).sqrt()[:, None]) @ directions.transpose(1, 2)
-        shared = torch.linalg.eigvalsh(root @ covariance @ root).clamp_min(0)
-        return (shared.sqrt().sum(dim=1).square().sum() / metric.shape[-1])[None].float()
+        shared = torch.linalg.eigvalsh(root @ self._covariance @ root).clamp_min(0)
+        return (shared.sqrt().sum(dim=1).square().sum() / root.shape[-1])[None].float()
 
 
 def _followed_attention(
@@ -120,12 +127,20 @@ def _checkpointed(layers: list[nn.Module]) -> Iterator[None]:
 
 
 def _differentiate_predictions(model: nn.Module, ids: torch.Tensor) -> None:
-    """Differentiate the log-likelihood of tokens that are drawn from a model's own predictions behind `[1, S]` ids."""
+    """Differentiate the log-likelihood of tokens that are drawn from a model's own predictions behind `[1, S]` ids.
+
+    Raises:
+        OctavoError: the predictions are no numbers.
+    """
+    facts, config = stated_decoder(model), model.config.get_text_config(decoder=True)
     states = model.base_model(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
     last = states.detach().requires_grad_()
     generator = torch.Generator(last.device).manual_seed(0)
     for rows in last[0].split(ROWS):
-        likely = torch.log_softmax(model.get_output_embeddings()(rows).float(), dim=-1)
+        logits = capped_logits(facts, config, model.get_output_embeddings()(rows).float())
+        likely = torch.log_softmax(logits, dim=-1)
+        if not likely.isfinite().all():
+            raise OctavoError("sharp layers: the model overflows on the calibration text")
         drawn = torch.multinomial(likely.detach().exp(), 1, generator=generator)
         likely.gather(1, drawn).sum().backward()
     states.backward(last.grad)
@@ -135,7 +150,7 @@ def find_sharpness(model: nn.Module, samples: Iterable[dict[str, torch.Tensor]],
     """Run a float model over a text that repeats itself, forwards and backwards, and add how sharp its layers are.
 
     The model is left as it was. On top of a forward pass it needs memory for the activations of one layer and for q,
-    K and V of all.
+    K and V of all, and for the logits of 256 tokens.
 
     Args:
         model: a causal language model of an architecture of the zoo.
@@ -143,24 +158,26 @@ def find_sharpness(model: nn.Module, samples: Iterable[dict[str, torch.Tensor]],
         statistics: what `observe.calibrate` found.
 
     Raises:
-        OctavoError: the samples are too short together.
+        OctavoError: the samples are too short together, or the model overflows on them.
     """
-    text = joined(samples, min(TEXT_LENGTH, getattr(model.config, "max_position_embeddings", TEXT_LENGTH)))[0]
+    longest = min(TEXT_LENGTH, getattr(model.config, "max_position_embeddings", TEXT_LENGTH))
+    text = joined(samples, longest, "sharp layers")[0]
     stated_or_known(model)
     attentions, tensors = attention_modules(model), dict(statistics.tensors)
 
-    def make(attention: nn.Module, frequencies: torch.Tensor, factor: float) -> _Follower:
-        return _Follower(frequencies)
-
     layers = [layer for _, layer in decoder_layers(model)]
+    progress = tqdm(total=len(attentions), desc="finding sharp layers", unit="layer")
+
+    def make(attention: nn.Module, frequencies: torch.Tensor, factor: float) -> _Follower:
+        return _Follower(frequencies, progress.update)
+
     with (
+        progress,
         attention_replaced(model, attentions, FOLLOWING, _followed_attention, "follower", make),
         differentiable(model),
         _checkpointed(layers),
-        tqdm(total=1, desc="finding sharp layers", unit="text") as progress,
     ):
         _differentiate_predictions(model, repeating_itself(text))
-        progress.update()
         for _, attention in attentions:
             tensors[f"layers.{attention.layer_idx}.k.sharpness"] = attention.follower.sharpness()
     return Statistics(tensors, statistics.metadata)

@@ -31,7 +31,7 @@ from ...runtime.linear_values import is_zero
 from ...runtime.quantized_linear import QuantizedLinear
 from ...runtime.schemes.kv_scheme import Scheme
 from ...runtime.schemes.linear_scheme import EMBEDDING, W8A16
-from ...runtime.static_scales import Scales, Statistics, scales_of
+from ...runtime.static_scales import Scales, Statistics, scales_of, settled
 from ..job import source_dtype
 from ..output.shards import SAFETENSORS_DTYPES, TensorFiles
 from ..output.sizes import bits_per_weight
@@ -301,6 +301,7 @@ class OctavoDirectory:
         other, scheme = copy.copy(self), scheme.of_model(self.form.layers)
         if statistics is not None:
             statistics.check_model(self.form.config)
+            scheme = settled(scheme, scales_of(scheme, statistics))
             scheme, other._statistics = as_engines_hold(scheme), statistics
         other.form = replace(self.form, scheme=scheme, folds=False)
         return other

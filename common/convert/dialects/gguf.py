@@ -17,7 +17,7 @@ from ....ops.shared.codes import pack_int4
 from ...progress import progress
 from ...runtime.schemes.linear_scheme import FP8_LABELS, INT4_LABELS, STATIC, W8A8_MIXED
 from ..output.shards import SAFETENSORS_DTYPES
-from .caches import FLOAT, kind_of, online_name, quantized_layers, why_not
+from .caches import FLOAT, ONLINE, kind_of, online_name, quantized_layers, why_not
 from .dialect import RUN, Dialect, Engine, Target
 from .directory import LinearCodes, OctavoDirectory
 from .form import Form, LinearForm
@@ -63,7 +63,8 @@ def _check(form: Form) -> Iterator[str]:
 
 def _cache(form: Form) -> str | None:
     layers = quantized_layers(form)
-    return online_name(layers[0], CACHES) if len(layers) == form.layers else None
+    is_whole = len(layers) == form.layers and kind_of(form, CACHES) == ONLINE
+    return online_name(layers[0], CACHES) if is_whole else None
 
 
 def rounding(scale: torch.Tensor) -> float:

@@ -27,7 +27,7 @@ def form_of_plan(job: Job, plan: Plan) -> Form:
     return Form(
         architecture=job.architecture,
         config=source.config,
-        scheme=as_engines_hold(plan.scheme),
+        scheme=as_engines_hold(plan.scheme.counted(source.config.num_hidden_layers)),
         linears=linears,
         float_linears=tuple(name for name in modules if name not in linears),
         has_coded_embedding=plan.quantizes_embeddings,

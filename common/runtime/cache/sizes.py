@@ -12,7 +12,7 @@ COUNTED_LENGTH = 2048
 
 
 def _layer_schemes(config: PreTrainedConfig, scheme: Scheme) -> list[Scheme]:
-    resolved = scheme.counted(config.num_hidden_layers)
+    resolved = scheme.counted(config.num_hidden_layers, sliding_windows(config))
     return [resolved.of_layer(index) for index in range(config.num_hidden_layers)]
 
 

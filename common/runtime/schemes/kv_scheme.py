@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -172,12 +172,12 @@ class Scheme:
 
     def _check_sharp_share(self) -> None:
         """Raise an `OctavoError` of a share that is none, or of K whose codes are not narrower than the wider ones."""
-        if not 0 <= self.sharp_share < 1:
-            raise OctavoError(f"scheme {self.name}: 'sharp_share' is a part of the layers, 0 for none")
-        if self.sharp_share and (self.layers or self.query is not None):
-            raise OctavoError(f"scheme {self.name}: 'sharp_share' excludes 'layers' and 'query'")
         if not self.sharp_share:
             return
+        if not 0 < self.sharp_share < 1:
+            raise OctavoError(f"scheme {self.name}: 'sharp_share' is a part of the layers, 0 for none")
+        if self.layers or self.query is not None:
+            raise OctavoError(f"scheme {self.name}: 'sharp_share' excludes 'layers' and 'query'")
         wider = ("int2", "int3", "int4", "int8")
         if self.key is None or self.key.dtype not in wider or not (self.key.dynamic and self.key.is_whole):
             raise OctavoError(f"scheme {self.name}: 'sharp_share' is of a K in dynamic codes of integers")
@@ -187,6 +187,16 @@ class Scheme:
                 f"scheme {self.name}: sharp_dtype {self.sharp_dtype!r} is not wider than {self.key.dtype}"
                 + (f": take one of {', '.join(wider)}" if wider else "")
             )
+        self._sharp_codec()
+
+    def _sharp_codec(self) -> Codec:
+        """The wider codec of K; one of 8 bits goes by the whole range, and is finer than scales and zeros in a byte."""
+        fields: dict[str, Any] = {"dtype": self.sharp_dtype}
+        if self.sharp_dtype == "int8":
+            fields |= {"levels": "uniform", "rule": "range", "clip": 1.0}
+            if self.key.scale_dtype == "fp8_e4m3":
+                fields |= {"scale_dtype": "float16", "fixed_scale": 0.0}
+        return dataclasses.replace(self.key, **fields)
 
     @property
     def _has_key_range(self) -> bool:
@@ -290,40 +300,44 @@ class Scheme:
         """The scheme of one layer: this one, float where `float_layers` lists it, or what `layers` says of it.
 
         Raises:
-            ValueError: some layers are counted from the end: ask the scheme that `of_model` gives.
+            ValueError: some layers are counted from the end: ask the scheme that `of_model` gives. Calibration has not
+                said yet which are sharp: ask what `settled` or `counted` gives.
         """
         if any(index < 0 for index in self.float_layers):
             raise ValueError(f"scheme {self.name}: float_layers {self.float_layers} are those of no model yet")
+        if self.sharp_share:
+            raise ValueError(f"scheme {self.name}: it is not known yet which layers are sharp")
         if layer in self.float_layers:
             return Scheme(name="float")
         for text, stated in self.layers:
             if layer in _layers_of(text):
                 return self._other(stated)
-        return self if not (self.layers or self.float_layers or self.sharp_share) else self._changed({})
+        return self if not (self.layers or self.float_layers) else self._changed({})
 
     def sharp_layers(self, layers: int) -> int:
         """How many of so many layers have a K in wider codes."""
         return max(1, int(self.sharp_share * layers + 1e-6)) if self.sharp_share else 0
 
-    def _fields_of_8_bits(self) -> dict[str, str]:
-        """What changes with wider codes of 8 bits, which have no levels and are finer than zeros in a byte."""
-        if self.sharp_dtype != "int8":
-            return {}
-        floats = {"scale_dtype": "float16"} if self.key.scale_dtype == "fp8_e4m3" else {}
-        return {"levels": "uniform", "rule": "range", **floats}
-
     def with_sharp(self, layers: Iterable[int]) -> "Scheme":
-        """The same with wider codes for K of these layers, stated as `layers`; those of 8 bits by their range."""
-        wider = dataclasses.replace(self.key, dtype=self.sharp_dtype, **self._fields_of_8_bits()).to_dict()
+        """The same with the wider codes for K of these layers, stated as `layers`."""
+        wider = self._sharp_codec().to_dict()
         stated = tuple((str(layer), {"key": wider}) for layer in sorted(layers))
-        return dataclasses.replace(self, sharp_share=0.0, layers=stated)
+        return dataclasses.replace(self, sharp_share=0.0, sharp_dtype="int8", layers=stated)
 
-    def counted(self, layers: int) -> "Scheme":
-        """What takes the bits of this scheme in a model of so many layers, before calibration says which are sharp."""
+    def counted(self, layers: int, windows: Sequence[int | None] | None = None) -> "Scheme":
+        """What takes the bits of this scheme in a model of so many layers, before calibration says which are sharp.
+
+        Args:
+            windows: of the layers, as `sliding_windows` gives them. Those that see all count as sharp first, so that
+                a cache with other sharp layers is not larger.
+        """
         resolved = self.of_model(layers)
-        floats = set(resolved.float_layers)
-        coded = [layer for layer in range(layers) if layer not in floats]
-        return resolved.with_sharp(coded[: self.sharp_layers(layers)]) if self.sharp_share else resolved
+        if not self.sharp_share:
+            return resolved
+        coded = [layer for layer in range(layers) if layer not in set(resolved.float_layers)]
+        if windows is not None:
+            coded.sort(key=lambda layer: windows[layer] is not None)
+        return resolved.with_sharp(coded[: self.sharp_layers(layers)])
 
     def with_scales_of_one(self) -> "Scheme":
         """This scheme with 1 for every static scale, which needs no calibration.
@@ -341,8 +355,9 @@ class Scheme:
                     )
                 changed[part] = dataclasses.replace(codec, granularity="tensor", fixed_scale=1.0)
         result = dataclasses.replace(self, **changed)
-        if result.has_bases:
-            raise OctavoError(f"scheme {self.name}: the bases of K and V come from texts; there are none of 1")
+        if result.has_bases or result.sharp_share:
+            what = "bases of K and V" if result.has_bases else "sharp layers"
+            raise OctavoError(f"scheme {self.name}: the {what} come from texts; there are none of 1")
         if result.is_static:
             raise OctavoError(f"scheme {self.name}: 'layers' names static scales of its own; say 'fixed_scale' there")
         return result

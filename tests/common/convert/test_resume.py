@@ -223,6 +223,14 @@ def test_a_layer_of_codebooks_in_one_of_several_files_is_done_again(
     assert_same_bytes(tmp_path / "out", tmp_path / "whole")
 
 
+def test_which_layers_are_sharp_is_kept(deep_source: Path, tmp_path: Path) -> None:
+    flags = ("--scheme", "octavo-2tc")
+    assert main(ARCHITECTURE, convert_flags(deep_source, tmp_path / "whole", *flags)) == 0
+    stopped(deep_source, tmp_path / "out", *flags)
+    assert main(ARCHITECTURE, convert_flags(deep_source, tmp_path / "out", *flags, "--resume")) == 0
+    assert_same_bytes(tmp_path / "out", tmp_path / "whole")
+
+
 def test_resuming_nothing_says_so(deep_source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(ARCHITECTURE, convert_flags(deep_source, tmp_path / "out", "--resume")) == 0
     assert f"nothing to resume in {stage_path(tmp_path / 'out')}" in capsys.readouterr().err

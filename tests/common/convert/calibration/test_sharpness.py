@@ -6,24 +6,25 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM
 
 from octavo import ConvertRequest, QuantizedCache, convert
 from octavo.common.convert.calibration import sharpness
 from octavo.common.convert.calibration.bases import NEWEST, SINKS
 from octavo.common.convert.calibration.sharpness import find_sharpness, repeating_itself
 from octavo.common.convert.calibration.whole import calibrate_whole
+from octavo.common.convert.dialects.directory import OctavoDirectory
 from octavo.common.errors import OctavoError
 from octavo.common.runtime.rotary import rope_constants, rotated_by_slot
 from octavo.common.runtime.schemes.kv_scheme import Scheme, load_scheme
 from octavo.common.runtime.schemes.tensor_codec import Codec
 from octavo.common.runtime.static_scales import LayerScales, Statistics, load_statistics, scales_of, settled
 
-from ....support import TEXTS, random_ids, save_source, tiny_llama
+from ....support import TEXTS, random_ids, randomized, save_source, tiny_config, tiny_llama
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SAMPLES = [{"input_ids": random_ids(1, 90)}]
+SAMPLES = [{"input_ids": random_ids(1, 300)}]
 NARROW = Codec("int4", "token", dynamic=True)
 SHARP = Scheme("sharp", NARROW, NARROW, sharp_share=0.5)
 
@@ -59,6 +60,7 @@ def by_definition(seen: list[Any], frequencies: torch.Tensor) -> float:
 
 
 def test_sharpness_is_that_of_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SAMPLES[0], "input_ids", random_ids(1, 90))  # term by term takes its time
     model, seen = tiny_llama(), []
     call: Callable[..., None] = sharpness._Follower.__call__
 
@@ -80,7 +82,29 @@ def test_queries_that_are_larger_make_a_layer_sharper() -> None:
         model = tiny_llama()
         with torch.no_grad():
             model.model.layers[layer].self_attn.q_proj.weight *= 4
-        assert sharpnesses(model)[layer] > 4 * before[layer]
+        assert sharpnesses(model)[layer] > 2 * before[layer]
+
+
+def test_predictions_are_those_of_the_model() -> None:
+    """Granite divides the outputs of its last linear."""
+
+    def granite(divisor: float) -> GraniteForCausalLM:
+        torch.manual_seed(0)
+        sizes = tiny_config().to_dict() | {"tie_word_embeddings": False, "logits_scaling": divisor}
+        return randomized(GraniteForCausalLM(GraniteConfig(**{**sizes, "model_type": "granite"})))
+
+    divided, plain = granite(8.0), granite(1.0)
+    with torch.no_grad():
+        plain.lm_head.weight /= 8
+    assert sharpnesses(divided) == pytest.approx(sharpnesses(plain), rel=1e-4)
+
+
+def test_a_model_that_overflows_is_told() -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        model.lm_head.weight.fill_(torch.inf)
+    with pytest.raises(OctavoError, match="sharp layers: the model overflows on the calibration text"):
+        sharpnesses(model)
 
 
 def test_the_model_stays_as_it_was() -> None:
@@ -114,16 +138,36 @@ def test_the_sharpest_layers_have_wider_keys() -> None:
     assert {rest.of_layer(index).key and rest.of_layer(index).key.dtype for index in range(4)} == {None, "int8"}
 
 
+def test_nothing_is_sharp_where_all_layers_are_in_float() -> None:
+    floats = Scheme("sharp", NARROW, NARROW, sharp_share=0.5, float_layers=(0, 1, 2))
+    found = settled(floats, scales_of(floats, calibrate_whole(tiny_llama(), SAMPLES, [floats])))
+    assert found.layers == () and not found.sharp_share
+
+
+def test_a_scheme_of_which_sharp_layers_are_not_known_tells_of_no_layer() -> None:
+    with pytest.raises(ValueError, match="not known yet which layers are sharp"):
+        SHARP.of_layer(0)
+    counted = SHARP.counted(4, windows=[64, 64, None, None])
+    assert [counted.of_layer(index).key.dtype for index in range(4)] == ["int4", "int4", "int8", "int8"]
+
+
+def test_wider_codes_take_in_the_whole_range() -> None:
+    narrow = Codec("int4", "token", dynamic=True, scale_dtype="fp8_e4m3", fixed_scale=0.5, clip=0.9)
+    wider = Scheme("s", narrow, narrow, sharp_share=0.5).counted(2).of_layer(0).key
+    assert (wider.dtype, wider.scale_dtype, wider.fixed_scale, wider.clip) == ("int8", "float16", 0.0, 1.0)
+
+
 def test_what_says_nothing_of_sharp_layers_is_refused(tmp_path: Path) -> None:
-    plain = calibrate_whole(tiny_llama(), SAMPLES, [load_scheme("octavo-2c")])
+    plain = calibrate_whole(tiny_llama(), SAMPLES, [load_scheme("oscar-2")])
     with pytest.raises(OctavoError, match="do not tell which layers are sharp; convert again with scheme sharp"):
         scales_of(SHARP, plain)
     with pytest.raises(OctavoError, match="do not tell which layers are sharp; pass statistics=FILE"):
         QuantizedCache(tiny_llama().config, SHARP, scales=[LayerScales()] * 3)
     found = calibrate_whole(tiny_llama(), SAMPLES, [SHARP])
-    Statistics(found.tensors | {"layers.0.k.sharpness": -torch.ones(1)}, found.metadata).save(tmp_path / "s")
-    with pytest.raises(OctavoError, match=r"layers\.0\.k\.sharpness is negative"):
-        load_statistics(tmp_path / "s")
+    for tensor, fault in ((-torch.ones(1), "negative"), (torch.ones(2), r"torch\.float32 of shape \[2\]")):
+        Statistics(found.tensors | {"layers.0.k.sharpness": tensor}, found.metadata).save(tmp_path / "s")
+        with pytest.raises(OctavoError, match=rf"layers\.0\.k\.sharpness is {fault}"):
+            load_statistics(tmp_path / "s")
 
 
 @pytest.mark.parametrize(
@@ -151,3 +195,5 @@ def test_a_conversion_writes_which_layers_are_sharp(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     own = QuantizedCache(model.config, SHARP, statistics=file).scheme
     assert own.to_dict() == stated == model.new_cache().scheme.to_dict()
+    written = OctavoDirectory(tmp_path / "out").with_cache(SHARP, load_statistics(file)).form
+    assert [written.scheme.of_layer(index).key.dtype for index in range(3)].count("int8") == 1

@@ -177,6 +177,8 @@ class QuantizedCausalLM(HasAdapters):
             list_experts(self)
             keep_stored_names(self.base_model)
         self.scheme: Scheme = load_scheme(recipe.get("scheme", "float")).of_model(config.num_hidden_layers)
+        if self.scheme.sharp_share:
+            raise OctavoError(f"config.json: octavo.scheme {self.scheme.name} does not say which layers are sharp")
         attach_buffers(self, self.scheme, recipe)
         if self.scheme.is_quantized:
             fold_biases(self, self.scheme, ranks=None if shared is None else shared.ranks)

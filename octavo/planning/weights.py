@@ -141,7 +141,7 @@ def converted_weights(
     names = {torch_dtype: name for name, torch_dtype in FLOAT_DTYPES.items()}
     stated = architecture.floats(config, dtype)
     plan = Plan(
-        scheme,
+        scheme.counted(source.config.num_hidden_layers),
         request.linear,
         tuple(choose_linears(source.model, request, stated, source.facts.head)),
         request.anti_method,

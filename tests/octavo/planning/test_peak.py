@@ -22,8 +22,8 @@ from ...support import REPOSITORY, TEXTS, tiny_config
 from .test_table import OF_7B, planner_of
 
 TOKENS, NEW = 6000, 8
-TOLERANCE, TOLERANCE_OF_ONE_PASS = 0.10, 0.15
-"""A prompt in one pass peaks where the allocator happens to put large tensors: 2.78 to 3.34 GB in eight equal runs."""
+TOLERANCE, TOLERANCE_OF_ONE_PASS = 0.10, 0.20
+"""A prompt in one pass peaks where the allocator happens to put large tensors: 2.70 to 3.34 GB in ten equal runs."""
 MEGA = 10**6
 
 

@@ -143,7 +143,7 @@ def test_a_length_has_to_be_given() -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_schemes_that_no_single_op_writes_and_reads_are_refused(name: str) -> None:
     """llama.cpp's rule among them, which the op would replace by its own in silence."""
-    scheme, config = load_scheme(name), tiny_config(head_dim=32, num_hidden_layers=5)
+    scheme, config = load_scheme(name).counted(5), tiny_config(head_dim=32, num_hidden_layers=5)
     if scheme.is_compileable:
         scales = [LayerScales()] * 5 if scheme.is_static else None
         assert QuantizedCache(config, scheme, scales=scales, max_length=40, compileable=True).is_compileable

@@ -11,7 +11,7 @@ from octavo.common.runtime.cache import segment_store
 from octavo.common.runtime.cache.quantized_cache import QuantizedCache
 from octavo.common.runtime.key_center import KeyCenter
 from octavo.common.runtime.rotary import rotated_by_slot
-from octavo.common.runtime.schemes.kv_scheme import Scheme
+from octavo.common.runtime.schemes.kv_scheme import Scheme, load_scheme
 from octavo.common.runtime.schemes.tensor_codec import Codec
 from octavo.common.runtime.static_scales import LayerScales, scales_of
 from octavo.common.stock_model import prepare
@@ -90,7 +90,8 @@ def test_rows_of_different_lengths(name: str) -> None:
 
 def test_scales_without_what_the_scheme_stores_by_are_refused() -> None:
     model = prepare(tiny_llama())
-    cache = QuantizedCache(model.config, "octavo-2c", scales=[LayerScales()] * model.config.num_hidden_layers)
+    layers = model.config.num_hidden_layers
+    cache = QuantizedCache(model.config, load_scheme("octavo-2c").counted(layers), scales=[LayerScales()] * layers)
     with pytest.raises(OctavoError, match="hold nothing for 'center_key'; give statistics="):
         model(random_ids(1, 5), **with_cache(cache))
 

@@ -17,10 +17,9 @@ from ...errors import OctavoError, did_you_mean
 from ..model_sizes import MOST_LAYERS
 from ..strict_json import parse_json
 from .preset_names import KV_CACHE_DTYPES, PRESETS
+from .scheme_checks import check_scheme
 from .tensor_codec import Codec, check_types
 
-PREFILLS = ("codes", "float")
-BASES = ("", "balanced", "oscar")
 SMALLEST_STEP = 16
 """Tokens leave a float window so many at a time at least, so that a prompt is not cut into single queries."""
 LONGEST_NAME = 100
@@ -99,41 +98,7 @@ class Scheme:
         for index in self.float_layers:
             if type(index) is not int or not -MOST_LAYERS <= index < MOST_LAYERS:
                 raise OctavoError(f"scheme {self.name}: float_layers {index!r} is no layer number")
-        if self.prefill not in PREFILLS:
-            raise OctavoError(f"scheme {self.name}: prefill {self.prefill!r} is none of {', '.join(PREFILLS)}")
-        self._check_bases()
-        self._check_sharp_share()
-        if self.sinks < 0 or self.window < 0:
-            raise OctavoError(f"scheme {self.name}: sinks and window are numbers of tokens, 0 for none")
-        if self.query is not None and self.query.granularity not in ("head", "tensor"):
-            raise OctavoError(
-                f"scheme {self.name}: q is quantized per head or tensor with static scales, or not at all"
-            )
-        if self.query is not None:
-            key_dtype = self.key.dtype if self.key else ""
-            if self.query.dtype != (key_dtype if key_dtype.startswith("fp8") else "int8"):
-                raise OctavoError(f"scheme {self.name}: q is quantized to the fp8 type of K, or else to int8")
-        if self.value is not None and self.value.before_rope:
-            raise OctavoError(f"scheme {self.name}: V is not rotated by RoPE; 'before_rope' is for K")
-        if self.key is not None and self.key.levels == "calibrated" and not self._has_key_range:
-            raise OctavoError(
-                f"scheme {self.name}: 'levels' calibrated of K is of static scales per channel before RoPE"
-            )
-        if self.key is not None and self.key.before_rope and self.rotate_key:
-            raise OctavoError(f"scheme {self.name}: 'rotate_key' and a K stored before RoPE exclude each other")
-        if self.prefill == "float" and self.is_segmented:
-            raise OctavoError(f"scheme {self.name}: prefill 'float' excludes sinks, a window and groups of tokens")
-        if self.smooth_key and self.key is not None and self.key.is_calibrated:
-            raise OctavoError(
-                f"scheme {self.name}: 'smooth_key' is of dynamic scales; those from calibration count it in"
-            )
-        if self.rotate_value and self.value is not None and self.value.levels == "calibrated":
-            raise OctavoError(f"scheme {self.name}: 'rotate_value' and a calibrated codebook of V exclude each other")
-        steps = sorted((self.step(self.key), self.step(self.value)))
-        if steps[1] % steps[0]:
-            raise OctavoError(
-                f"scheme {self.name}: groups of {steps[0]} and {steps[1]} tokens do not fit into one another"
-            )
+        check_scheme(self)
         for text, other in self.layers:
             _layers_of(text)
             if isinstance(other, str):
@@ -149,59 +114,6 @@ class Scheme:
                     f"scheme {self.name}: layers {text}: a preset's name or an object of fields without layers of its "
                     f"own, not {other!r}"
                 )
-
-    def _check_bases(self) -> None:
-        """Raise an `OctavoError` of a basis that is none, or that goes with nothing else that is asked for."""
-        for part in ("key", "value"):
-            basis, codec = getattr(self, f"{part}_basis"), getattr(self, part)
-            if basis not in BASES or (part, basis) == ("value", "balanced"):
-                known = [name for name in BASES if name and (part, name) != ("value", "balanced")]
-                raise OctavoError(f"scheme {self.name}: {part}_basis {basis!r} is none of {', '.join(known)}")
-            if basis and (getattr(self, f"rotate_{part}") or codec is None or codec.is_calibrated or codec.before_rope):
-                raise OctavoError(
-                    f"scheme {self.name}: '{part}_basis' is of dynamic scales after RoPE, and excludes 'rotate_{part}'"
-                )
-        if self.key_basis and self.query is not None:
-            raise OctavoError(f"scheme {self.name}: 'key_basis' is of queries in float; leave out 'query'")
-        if self.center_key and (self.key is None or self.key.is_calibrated or self.key.before_rope or self.smooth_key):
-            raise OctavoError(
-                f"scheme {self.name}: 'center_key' is of dynamic scales after RoPE, and excludes 'smooth_key'"
-            )
-        if self.center_key and self.prefill == "float":
-            raise OctavoError(f"scheme {self.name}: prefill 'float' excludes 'center_key'")
-
-    def _check_sharp_share(self) -> None:
-        """Raise an `OctavoError` of a share that is none, or of K whose codes are not narrower than the wider ones."""
-        if not self.sharp_share:
-            return
-        if not 0 < self.sharp_share < 1:
-            raise OctavoError(f"scheme {self.name}: 'sharp_share' is a part of the layers, 0 for none")
-        if self.layers or self.query is not None:
-            raise OctavoError(f"scheme {self.name}: 'sharp_share' excludes 'layers' and 'query'")
-        wider = ("int2", "int3", "int4", "int8")
-        if self.key is None or self.key.dtype not in wider or not (self.key.dynamic and self.key.is_whole):
-            raise OctavoError(f"scheme {self.name}: 'sharp_share' is of a K in dynamic codes of integers")
-        wider = wider[wider.index(self.key.dtype) + 1 :]
-        if self.sharp_dtype not in wider:
-            raise OctavoError(
-                f"scheme {self.name}: sharp_dtype {self.sharp_dtype!r} is not wider than {self.key.dtype}"
-                + (f": take one of {', '.join(wider)}" if wider else "")
-            )
-        self._sharp_codec()
-
-    def _sharp_codec(self) -> Codec:
-        """The wider codec of K; one of 8 bits goes by the whole range, and is finer than scales and zeros in a byte."""
-        fields: dict[str, Any] = {"dtype": self.sharp_dtype}
-        if self.sharp_dtype == "int8":
-            fields |= {"levels": "uniform", "rule": "range", "clip": 1.0}
-            if self.key.scale_dtype == "fp8_e4m3":
-                fields |= {"scale_dtype": "float16", "fixed_scale": 0.0}
-        return dataclasses.replace(self.key, **fields)
-
-    @property
-    def _has_key_range(self) -> bool:
-        """Whether the ranges that go with codebooks of K are of what this scheme stores."""
-        return self.key.before_rope and not self.key.dynamic and self.key.granularity == "channel"
 
     def _some_codec(self, holds: Callable[[Codec], bool]) -> bool:
         """Whether something holds of a codec of any layer."""
@@ -320,7 +232,7 @@ class Scheme:
 
     def with_sharp(self, layers: Iterable[int]) -> "Scheme":
         """The same with the wider codes for K of these layers, stated as `layers`."""
-        wider = self._sharp_codec().to_dict()
+        wider = self.key.widened(self.sharp_dtype).to_dict()
         stated = tuple((str(layer), {"key": wider}) for layer in sorted(layers))
         return dataclasses.replace(self, sharp_share=0.0, sharp_dtype="int8", layers=stated)
 

@@ -20,6 +20,8 @@ CODE_DTYPES = {
 }
 """Types of codes, and the dtype of the tensors that hold them (`ops/shared/codes.py`)."""
 CODE_BITS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2, "fp8_e4m3": 8, "fp8_e5m2": 8}
+INTEGERS = ("int2", "int3", "int4", "int8")
+"""Those of integers, the narrowest first."""
 SCALE_DTYPES = {
     "float32": torch.float32,
     "float16": torch.float16,
@@ -270,6 +272,15 @@ class Codec:
     def wide(self) -> "Codec":
         """The codec of the channels whose codes are wider."""
         return dataclasses.replace(self, dtype=self.wide_dtype, wide_share=0.0, tile=0)
+
+    def widened(self, dtype: str) -> "Codec":
+        """The same with codes of more bits; those of int8 go by the whole range, finer than scales in a byte allow."""
+        fields: dict[str, Any] = {"dtype": dtype}
+        if dtype == "int8":
+            fields |= {"levels": "uniform", "rule": "range", "clip": 1.0}
+            if self.scale_dtype == "fp8_e4m3":
+                fields |= {"scale_dtype": "float16", "fixed_scale": 0.0}
+        return dataclasses.replace(self, **fields)
 
     @property
     def wide_bits(self) -> int:

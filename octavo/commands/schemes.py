@@ -118,7 +118,8 @@ def _details(codec: Codec | None) -> str:
     more += [f"{codec.outliers} outlier(s) per token and head in float16"] if codec.outliers else []
     more += [f"balanced in tiles of {codec.tile} tokens"] if codec.tile else []
     more += ["as it was before RoPE"] if codec.before_rope else []
-    more += [f"scale {codec.fixed_scale:g}"] if codec.fixed_scale else []
+    unit = "scales in units of" if codec.dynamic else "scale"
+    more += [f"{unit} {codec.fixed_scale:g}"] if codec.fixed_scale else []
     return ", ".join([codec_words(codec), kind, *more])
 
 

@@ -149,12 +149,10 @@ def _loaded(model_class: Any, directory: Path, device: str) -> Any:
 def what_it_took(speaker: Speaker, cache: Any, new_tokens: int, seconds: float) -> str:
     """Speed and cache size of one answer, as a line."""
     model, tokens = speaker.model, cache.get_seq_length()
-    used, plain = (
-        kept_kv_bytes(model.config, scheme, tokens, model.dtype.itemsize)
-        for scheme in (speaker.scheme, load_scheme("float"))
-    )
+    plain = kept_kv_bytes(model.config, load_scheme("float"), tokens, model.dtype.itemsize)
     return (
-        f"{new_tokens} tokens, {new_tokens / seconds:.1f} tokens/s; KV cache of {tokens} tokens: {used:,} bytes "
+        f"{new_tokens} tokens, {new_tokens / seconds:.1f} tokens/s; KV cache of {tokens} tokens: "
+        f"{cache.used_nbytes():,} bytes "
         f"({cache.nbytes():,} allocated); {str(model.dtype).removeprefix('torch.')} would take {plain:,}"
     )
 

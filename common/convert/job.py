@@ -220,6 +220,8 @@ class Job:
             return []
         if sharp is None:
             sharp = sharpest(self.scheme, Statistics(self.of_whole, statistics_facts(self.source.config, 0)))
+        narrow, wide = self.scheme.key.dtype, self.scheme.sharp_dtype
+        say(f"sharp layers: {', '.join(map(str, sorted(sharp)))}: K in {wide} there, and in {narrow} in the others")
         self.scheme = self.scheme.with_sharp(sharp)
         return sorted(sharp)
 

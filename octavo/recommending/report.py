@@ -44,8 +44,9 @@ def _cells(row: Measured, recalls: bool, others: Sequence[Measured]) -> list[str
 def notes(found: Sequence[Measured]) -> list[str]:
     """What the figures do not tell, in lines."""
     plain = found[0].recall
-    if plain is not None and not plain.right:
-        return [f"recall: float itself answers none of {plain.asked}, so that it decides nothing here", *UNTOLD]
+    if plain is not None and 2 * plain.right < plain.asked:
+        own = plain.right or "none"
+        return [f"recall: float itself answers {own} of {plain.asked}, so that it decides nothing here", *UNTOLD]
     return list(UNTOLD)
 
 

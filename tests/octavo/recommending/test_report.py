@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import pytest
+
 from octavo.common.convert.measure.fidelity import Fidelity
 from octavo.evaluation.recall import Score
 from octavo.recommending.measuring import Limits, Measured
@@ -57,9 +59,11 @@ def test_recall_is_a_limit_of_its_own() -> None:
     )
 
 
-def test_recall_that_float_does_not_show_either_decides_nothing() -> None:
-    rows = [dataclasses.replace(PLAIN, recall=Score(0, 20)), measured("octavo-4", 4.5, 0.006, "", 0)]
-    assert notes(rows)[0].startswith("recall: float itself answers none of 20") and len(notes(ROWS)) < len(notes(rows))
+@pytest.mark.parametrize(("right", "said"), [(0, "none"), (9, "9")])
+def test_recall_that_float_does_not_show_either_decides_nothing(right: int, said: str) -> None:
+    rows = [dataclasses.replace(PLAIN, recall=Score(right, 20)), measured("octavo-4", 4.5, 0.006, "", 0)]
+    assert notes(rows)[0].startswith(f"recall: float itself answers {said} of 20")
+    assert len(notes(ROWS)) < len(notes(rows))
 
 
 def test_where_none_passes_the_nearest_is_said() -> None:

@@ -32,8 +32,7 @@ left() { echo $((total - (SECONDS - started))); }
 if ! "$python" -c "import octavo" 2>/dev/null; then
     "$python" -m pip install --quiet --no-index --no-build-isolation --no-deps --editable . || {
         mkdir -p .cache/gpu/octavo
-        ln -sfn "$PWD/octavo/__init__.py" .cache/gpu/octavo/__init__.py
-        for part in common models ops; do ln -sfn "$PWD/$part" ".cache/gpu/octavo/$part"; done
+        for part in octavo/* common models ops; do ln -sfn "$PWD/$part" ".cache/gpu/octavo/${part##*/}"; done
         export PYTHONPATH="$PWD/.cache/gpu${PYTHONPATH:+:$PYTHONPATH}"
     }
 fi

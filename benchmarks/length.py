@@ -32,9 +32,10 @@ from octavo.common.runtime.cache.sizes import kv_bits_per_element
 from octavo.common.runtime.schemes.kv_scheme import PRESETS, Scheme, load_scheme
 from octavo.evaluation.reading import Reader
 from octavo.generate import Speaker
+from octavo.machine import device_name
 
 COLUMNS = ("commit", "model", "what", "text", "window", "context", "bits", "kl", "perplexity", "float_perplexity",
-           "top1")  # fmt: skip
+           "top1", "tokens", "machine")  # fmt: skip
 LAST = 1024
 """Tokens whose predictions are scored."""
 PASSAGE = 128
@@ -88,11 +89,12 @@ class Measured:
     """A float model, in both forms, and its logits."""
 
     def __init__(self, flags: argparse.Namespace) -> None:
-        self._flags, self._model_of = flags, cache(lambda folds: load_model(flags.model_path, folds, torch.float32))
+        self._flags = flags
+        self._model_of = cache(lambda folds: load_model(flags.model_path, folds, torch.float32, flags.device))
         self.tokenizer = AutoTokenizer.from_pretrained(flags.model_path)
         text = flags.eval_file.read_text(encoding="utf-8")
         ids = self.tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
-        self.windows = [window[0] for window in windows(ids, flags.tokens, PLACES)[: flags.windows]]
+        self.windows = [window[0].to(flags.device) for window in windows(ids, flags.tokens, PLACES)[: flags.windows]]
 
     def speaker(self, scheme: Scheme) -> Speaker:
         """What reads through a cache of a scheme."""
@@ -129,12 +131,14 @@ def measure(flags: argparse.Namespace) -> Iterator[Row]:
     """A row for each window, scheme, context and text that has none yet, until the time is over."""
     done = {key_of(row) for row in read_rows(FILE)}
     started, version, name, measured = time.monotonic(), commit(), Path(flags.model_path).name, Measured(flags)
+    machine = device_name(torch.device(flags.device))
     for number, ids in enumerate(measured.windows):
         texts = texts_of(ids, measured.tokenizer)
         for what in flags.scheme:
             scheme = scheme_of(what)
             for context in (flags.short, flags.tokens):
                 facts = {"commit": version, "model": name, "what": what, "window": str(number), "context": str(context)}
+                facts |= {"tokens": str(flags.tokens), "machine": machine}
                 if all(key_of(facts | {"text": text}) in done for text in texts):
                     continue
                 if time.monotonic() - started > flags.seconds:
@@ -159,6 +163,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=8192, help="tokens of a window")
     parser.add_argument("--short", type=int, default=2048, help="the shorter context of the same last tokens")
     parser.add_argument("--windows", type=int, default=1, help="windows of the text, 8 at most")
+    parser.add_argument("--device", default="cpu", help="where the model runs")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no pass later than that")
     flags = parser.parse_args()
     if not flags.statistics.exists():

@@ -14,7 +14,7 @@ OURS = ("octavo-", "int8-token")
 
 def key_of(row: Row) -> tuple[str, ...]:
     """What a row is of."""
-    return tuple(row[part] for part in ("model", "what", "text", "window", "context"))
+    return tuple(row[part] for part in ("model", "what", "text", "window", "context", "tokens"))
 
 
 Windows = dict[str, tuple[Row, Row]]

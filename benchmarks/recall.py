@@ -32,8 +32,9 @@ from octavo.common.runtime.schemes.kv_scheme import CROP_ROOM, PRESETS, load_sch
 from octavo.evaluation.reading import Reader
 from octavo.evaluation.recall import ROOM, Prompt, key_values, largest
 from octavo.generate import Speaker, with_scheme
+from octavo.machine import device_name
 
-COLUMNS = ("commit", "model", "scheme", "tokens", "list", "bits", "cache_bytes", "answers", "kind")
+COLUMNS = ("commit", "model", "scheme", "tokens", "list", "bits", "cache_bytes", "answers", "kind", "machine")
 ASKED = {"words": 50, "names": 40}
 """Questions on a list, by its kind."""
 WORD, WORDS = re.compile("Ġ[a-z]{5,9}"), 3000
@@ -62,16 +63,18 @@ def measure(flags: argparse.Namespace) -> Iterator[Row]:
     """A row for each list, length and scheme that has none yet, until the time is over."""
     done = {key_of(row) for row in read_rows(FILE)}
     started, version, name = time.monotonic(), commit(), Path(flags.model_path).name
+    machine = device_name(torch.device(flags.device))
     tokenizer = AutoTokenizer.from_pretrained(flags.model_path)
 
     @cache
     def plain(folds_bias: bool) -> Speaker:
-        return Speaker(load_model(flags.model_path, folds_bias, torch.bfloat16), tokenizer, load_scheme(FLOAT), list)
+        model = load_model(flags.model_path, folds_bias, torch.bfloat16, flags.device)
+        return Speaker(model, tokenizer, load_scheme(FLOAT), list)
 
     for number, tokens in itertools.product(range(flags.lists), flags.tokens):
         prompt = _prompt(tokenizer, flags.kind, tokens, number)
         for asked in tqdm(flags.scheme, desc=f"{tokens:,} tokens, list {number}", unit="scheme"):
-            row = {"commit": version, "model": name, "scheme": asked, "kind": flags.kind}
+            row = {"commit": version, "model": name, "scheme": asked, "kind": flags.kind, "machine": machine}
             row |= {"tokens": str(tokens), "list": str(number)}
             if key_of(row) in done:
                 continue
@@ -121,6 +124,7 @@ def main() -> int:
     parser.add_argument("--tokens", nargs="+", type=int, default=[1600, 4096, 8192], help="lengths of prompts")
     parser.add_argument("--kind", choices=list(ASKED), default="words", help="of lists")
     parser.add_argument("--lists", type=int, default=2, help="lists of each length")
+    parser.add_argument("--device", default="cpu", help="where the model runs")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no list later than that")
     flags = parser.parse_args()
     if not flags.statistics.exists():

@@ -32,9 +32,9 @@ def load_float(model_path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     return model, AutoTokenizer.from_pretrained(model_path)
 
 
-def load_model(model_path: str, folds_bias: bool, dtype: torch.dtype) -> PreTrainedModel:
+def load_model(model_path: str, folds_bias: bool, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
     """A model whose attention reads codes, its biases of k and v folded or not."""
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype).eval()
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype).eval().to(device)
     if folds_bias:
         return prepare(model)
     model.set_attn_implementation(NAMESPACE)

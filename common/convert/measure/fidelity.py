@@ -40,12 +40,18 @@ class Comparison:
 
     def add(self, float_logits: torch.Tensor, quantized_logits: torch.Tensor, targets: torch.Tensor) -> None:
         """See both models' logits `[T, V]` for the next tokens `[T]`."""
-        expected, actual = (logits.double().log_softmax(-1).cpu() for logits in (float_logits, quantized_logits))
-        target = targets[:, None].cpu()
-        self._sums[0] += (expected.exp() * (expected - actual)).sum()
-        self._sums[1] -= actual.gather(1, target).sum()
-        self._sums[2] -= expected.gather(1, target).sum()
-        self._sums[3] += (expected.argmax(-1) == actual.argmax(-1)).sum()
+        device = quantized_logits.device
+        expected, actual = (
+            logits.to(device).double().log_softmax(-1) for logits in (float_logits, quantized_logits)
+        )
+        target = targets[:, None].to(device)
+        sums = (
+            (expected.exp() * (expected - actual)).sum(),
+            -actual.gather(1, target).sum(),
+            -expected.gather(1, target).sum(),
+            (expected.argmax(-1) == actual.argmax(-1)).sum(),
+        )
+        self._sums += torch.stack([part.double() for part in sums]).cpu()
         self.tokens += len(targets)
 
     def fidelity(self) -> Fidelity:

@@ -41,9 +41,7 @@ class Comparison:
     def add(self, float_logits: torch.Tensor, quantized_logits: torch.Tensor, targets: torch.Tensor) -> None:
         """See both models' logits `[T, V]` for the next tokens `[T]`."""
         device = quantized_logits.device
-        expected, actual = (
-            logits.to(device).double().log_softmax(-1) for logits in (float_logits, quantized_logits)
-        )
+        expected, actual = (logits.to(device).double().log_softmax(-1) for logits in (float_logits, quantized_logits))
         target = targets[:, None].to(device)
         sums = (
             (expected.exp() * (expected - actual)).sum(),

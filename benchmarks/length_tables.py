@@ -21,31 +21,36 @@ Windows = dict[str, tuple[Row, Row]]
 """By window: the row of the short context and that of the long one."""
 
 
-def pairs_of(model: str) -> dict[str, dict[str, Windows]]:
-    """Rows of a model by scheme and text, of the windows that were read at both contexts; the newest of each."""
-    newest = {key_of(row): row for row in read_rows(FILE) if row["model"] == model}
-    contexts = sorted({row["context"] for row in newest.values()}, key=int)
+def pairs_of(model: str, tokens: str) -> dict[str, dict[str, Windows]]:
+    """Rows by scheme and text, of windows of so many tokens read whole and in the short context; the newest of each."""
+    newest = {key_of(row): row for row in read_rows(FILE) if (row["model"], row["tokens"]) == (model, tokens)}
     found: dict[str, dict[str, Windows]] = {}
-    for (_, what, text, window, context), long in newest.items():
-        short = newest.get((model, what, text, window, contexts[0]))
-        if context == contexts[-1] != contexts[0] and short is not None:
+    for (_, what, text, window, context, _), short in newest.items():
+        long = newest.get((model, what, text, window, tokens, tokens))
+        if context != tokens and long is not None:
             found.setdefault(what, {}).setdefault(text, {})[window] = (short, long)
     return found
 
 
+def _all_pairs() -> list[tuple[str, dict[str, dict[str, Windows]]]]:
+    """Each model, and what was measured of it, once for each length of windows."""
+    rows = read_rows(FILE)
+    lengths = {model: {row["tokens"] for row in rows if row["model"] == model} for model in MODELS}
+    return [(model, pairs_of(model, tokens)) for model in MODELS for tokens in sorted(lengths[model], key=int) or [""]]
+
+
 def length_table() -> str:
     """What every scheme and part of one loses at length that was measured."""
-    return "\n\n".join(_table(model, pairs_of(model)) for model in MODELS)
+    return "\n\n".join(_table(model, pairs) for model, pairs in _all_pairs())
 
 
 def length_digest() -> str:
     """The same of the schemes that are Octavo's, and only of whole ones."""
-    found = {model: pairs_of(model) for model in MODELS}
-    own = {
-        model: {what: texts for what, texts in pairs.items() if what.startswith(OURS) and ", " not in what}
-        for model, pairs in found.items()
-    }
-    return "\n\n".join(_table(model, pairs) for model, pairs in own.items())
+    own = [
+        (model, {what: texts for what, texts in pairs.items() if what.startswith(OURS) and ", " not in what})
+        for model, pairs in _all_pairs()
+    ]
+    return "\n\n".join(_table(model, pairs) for model, pairs in own)
 
 
 def _table(model: str, found: dict[str, dict[str, Windows]]) -> str:

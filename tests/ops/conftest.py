@@ -22,8 +22,10 @@ def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
     def allocate_poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
         tensor = allocate(*args, **kwargs)
         if tensor.is_floating_point():
-            return tensor.fill_(float("nan"))
-        return tensor if tensor.dtype == torch.bool else tensor.fill_(torch.iinfo(tensor.dtype).max)
+            tensor.detach().fill_(float("nan"))  # Inductor allocates some that take gradients
+        elif tensor.dtype != torch.bool:
+            tensor.fill_(torch.iinfo(tensor.dtype).max)
+        return tensor
 
     return allocate_poisoned
 

@@ -33,6 +33,14 @@ SHARED_MEMORY = {80: 163, 89: 99, 90: 227}
 """KiB that a program may have, by compute capability."""
 needs_triton = pytest.mark.skipif(triton is None, reason="Triton is not installed: pip install triton")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+def opcheck_on_gpu(op: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> None:
+    """`torch.library.opcheck`, but for what it cannot do: compare codes in fp8 on a GPU, where they have no product."""
+    tensors = [part for part in (*args, *(kwargs or {}).values()) if isinstance(part, torch.Tensor)]
+    first = any(part.is_floating_point() and part.element_size() == 1 for part in tensors)
+    torch.library.opcheck(op, args, kwargs, test_utils=OPCHECKS[first:])
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from octavo.ops.attention.call import ATTENTION_CALL
 from octavo.ops.attention.cuda import attention_cuda, attention_lse_cuda
 
 from .cuda_attention_calls import GROUPS, assert_both_close, assert_close, attend, attend_lse, call, with_positions
-from .cuda_double import SHARED_MEMORY, compiled, needs_gpu, needs_triton
+from .cuda_double import SHARED_MEMORY, compiled, needs_gpu, needs_triton, opcheck_on_gpu
 
 PRESETS = {
     "int8 per channel": ("int8", "int8", ("channel", "channel", "channel", "channel"), (1, 1), False),
@@ -131,9 +131,9 @@ def test_positions_on_a_gpu(name: str, queries: int) -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_opcheck_and_compile_on_a_gpu(name: str) -> None:
     arguments = to_gpu(preset_call(name, 1, 200, torch.bfloat16, unused=56))
-    torch.library.opcheck(torch.ops.octavo.attention.default, (), arguments)
+    opcheck_on_gpu(torch.ops.octavo.attention.default, (), arguments)
     positions = to_gpu(with_positions(arguments, 32))
-    torch.library.opcheck(torch.ops.octavo.attention_lse.default, (), positions)
+    opcheck_on_gpu(torch.ops.octavo.attention_lse.default, (), positions)
 
     def step(query: torch.Tensor) -> torch.Tensor:
         return attention(**{**arguments, "query": query * 1}) * 1

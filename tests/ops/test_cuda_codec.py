@@ -11,7 +11,7 @@ from octavo.ops.codec.reference import decode_reference, encode_reference, encod
 from octavo.ops.shared.codes import stored_width
 
 from ..tolerances import TOLERANCES
-from .cuda_double import compiled, interpreted, needs_gpu, needs_triton
+from .cuda_double import compiled, interpreted, needs_gpu, needs_triton, opcheck_on_gpu
 
 DTYPES = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)
 FORMATS = (*((dtype, 4) for dtype in DTYPES), (torch.uint8, 3), (torch.uint8, 2))
@@ -296,10 +296,10 @@ def test_on_a_gpu(dtype: torch.dtype, bits: int, tokens: int) -> None:
 @needs_gpu
 def test_opcheck_on_a_gpu() -> None:
     values, codes = torch.randn(1, 2, 3, 16).cuda(), torch.zeros((1, 2, 3, 16), dtype=torch.int8).cuda()
-    torch.library.opcheck(torch.ops.octavo.encode.default, (values, torch.ones(2, 1, 16).cuda(), None, codes))
-    torch.library.opcheck(torch.ops.octavo.encode_token.default, (values, codes, torch.zeros(1, 2, 3, 1).cuda()))
-    torch.library.opcheck(torch.ops.octavo.decode.default, (codes, None, None))
+    opcheck_on_gpu(torch.ops.octavo.encode.default, (values, torch.ones(2, 1, 16).cuda(), None, codes))
+    opcheck_on_gpu(torch.ops.octavo.encode_token.default, (values, codes, torch.zeros(1, 2, 3, 1).cuda()))
+    opcheck_on_gpu(torch.ops.octavo.decode.default, (codes, None, None))
     packed, levels = codes.view(torch.uint8)[..., :6].contiguous(), torch.rand(8).sort().values.cuda()
     arguments = (values, torch.ones(2, 1, 16).cuda(), None, packed, None, 3, levels)
-    torch.library.opcheck(torch.ops.octavo.encode.default, arguments)
-    torch.library.opcheck(torch.ops.octavo.decode.default, (packed, None, None, 1, 3, levels))
+    opcheck_on_gpu(torch.ops.octavo.encode.default, arguments)
+    opcheck_on_gpu(torch.ops.octavo.decode.default, (packed, None, None, 1, 3, levels))

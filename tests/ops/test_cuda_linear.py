@@ -24,7 +24,7 @@ from octavo.ops.linear.reference import (
 from octavo.ops.shared.codes import pack_int4
 
 from ..tolerances import TOLERANCES
-from .cuda_double import SHARED_MEMORY, compiled, interpreted, needs_gpu, needs_triton
+from .cuda_double import SHARED_MEMORY, compiled, interpreted, needs_gpu, needs_triton, opcheck_on_gpu
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 ROWS, COLUMNS = st.sampled_from([1, 3, 16, 20, 70]), st.sampled_from([1, 17, 40, 130])
@@ -266,7 +266,7 @@ def test_opcheck_compile_and_graph_on_a_gpu(index: int) -> None:
     op, arguments = gpu_calls()[index]
     arguments = on_gpu(arguments)
     x = torch.randn(3, 128, dtype=torch.bfloat16, device="cuda")
-    torch.library.opcheck(op.default, (x, *arguments))
+    opcheck_on_gpu(op.default, (x, *arguments))
     expected = op(x, *arguments)
     compiled_op = torch.compile(lambda values: op(values, *arguments) * 1, fullgraph=True)
     assert torch.equal(compiled_op(x), expected)

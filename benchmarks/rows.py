@@ -14,7 +14,7 @@ def append_rows(file: Path, columns: Sequence[str], rows: Iterable[Row]) -> None
     file.parent.mkdir(exist_ok=True)
     is_new = not file.exists()
     with file.open("a", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, columns)
+        writer = csv.DictWriter(stream, columns, lineterminator="\n")
         if is_new:
             writer.writeheader()
         for row in rows:

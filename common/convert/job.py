@@ -120,6 +120,8 @@ class Job:
         made, is_static = [] if self.coded else self.linears, self.scheme.is_static and not self._keeps_all_scales
         self.calibrates = needs_texts(request, is_static, made)
         self.samples = samples if self.calibrates else samples[:1]
+        in_all = needs_texts(request, is_static and self.scheme.has_ranges, made)
+        self.observed = self.samples if in_all else samples[:1]  # bases and sharp layers have passes of their own
 
     def _float_linears(self) -> list[str]:
         """Names of the linears to quantize, all of them in float in the source."""
@@ -196,7 +198,7 @@ class Job:
     ) -> Conversion:
         """The model at its start."""
         random = random_samples(self.source.config) if self.request.kv_scales == "random" else None
-        texts = Texts(self.samples, self.held_back, random)
+        texts = Texts(self.observed, self.held_back, random)
         return Conversion(self.architecture, self.source, plan, texts, known, measures)
 
     @cached_property

@@ -164,7 +164,8 @@ class _Call:
             mask = mask[..., start - self.first : stop - self.first]
         if position.query is not None:
             position = PositionScores(position.query[:, :, first:last], position.table, position.start + start)
-        length = torch.tensor([piece.seen - start], device=query.device) if last - first > 1 or self.window else None
+        sees_less = last - first > 1 or self.window
+        length = query.new_full((1,), piece.seen - start, dtype=torch.int64) if sees_less else None  # no copy, no wait
         query_scale = self.query_scale if keys.scale is not None else None
         visibility = Visibility(mask, self.causal, length, self.window)
         return attention_lse(*ATTENTION_CALL.flat(self._of(query, query_scale, keys, values, visibility, position)))

@@ -128,7 +128,7 @@ def attention_lse_reference(call: AttentionCall) -> tuple[torch.Tensor, torch.Te
     best = torch.full((batch, heads, queries, 1), float("-inf"), dtype=dtype, device=q.device)
     total = torch.zeros_like(best)
     output = torch.zeros((batch, heads, queries, width), dtype=dtype, device=q.device)
-    length = torch.tensor([keys], device=q.device) if visibility.length is None else visibility.length
+    length = q.new_full((1,), keys, dtype=torch.int64) if visibility.length is None else visibility.length
     length = length.clamp(-LARGEST_COUNT, LARGEST_COUNT)
     for start, stop, parts in _blocks(call):
         key_block, value_block = (

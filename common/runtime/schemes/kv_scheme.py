@@ -129,7 +129,12 @@ class Scheme:
     @property
     def is_static(self) -> bool:
         """Whether the scheme needs a calibration."""
-        return self.has_bases or bool(self.sharp_share) or self._some_codec(lambda codec: codec.is_calibrated)
+        return self.has_bases or bool(self.sharp_share) or self.has_ranges
+
+    @property
+    def has_ranges(self) -> bool:
+        """Whether the calibration has to see the ranges of q, K or V on all texts."""
+        return self._some_codec(lambda codec: codec.is_calibrated)
 
     @property
     def has_bases(self) -> bool:

@@ -2,7 +2,7 @@
 
 from quality import FLOAT_WEIGHTS, PROSE
 from quality_tables import LENGTHS, MODELS_SCORED, OURS, WINDOWS, bits_at, quality_of
-from recall_tables import FILE, MODEL, share
+from recall_tables import FILE, FLOAT, MODEL, share
 from rows import Row, markdown, read_rows, scores
 
 from octavo.common.runtime.schemes.kv_scheme import PRESETS, load_scheme
@@ -14,16 +14,18 @@ KINDS = {
     "Octavo": lambda name: name.startswith(OURS) and not load_scheme(name).is_static,
     "others' best": lambda name: not name.startswith(OURS),
 }
-SHORTEST = "1600"
+ASKED = ("1600", "8192")
+"""Tokens of the lists in which schemes are asked for values."""
 
 
 def digest_table() -> str:
     """Of each kind the scheme of the least KL on the first model, of at most so many bits."""
     found = {model: quality_of(model, WINDOWS[model], PROSE) for model in MODELS_SCORED}
     first = found[MODELS_SCORED[0]]
-    asked = [row for row in read_rows(FILE) if (row["model"], row["kind"], row["tokens"]) == (MODEL, "words", SHORTEST)]
+    asked = [row for row in read_rows(FILE) if (row["model"], row["kind"]) == (MODEL, "words")]
     heads = [f"{model}: KL" for model in MODELS_SCORED]
-    rows = [("bits, at most", "", "scheme", "bits", *heads, f"recalled of {int(SHORTEST):,} tokens")]
+    heads += [f"recalled of {int(tokens):,} tokens" for tokens in ASKED]
+    rows = [("bits, at most", "", "scheme", "bits", *heads)]
     for ceiling in CEILINGS:
         for kind, holds in KINDS.items():
             fitting = [name for name in PRESETS if holds(name) and bits_at(name, LENGTHS[0]) <= ceiling]
@@ -34,13 +36,16 @@ def digest_table() -> str:
                 best = min(scored, key=scored.__getitem__)
                 losses = [scores(found[model].get(FLOAT_WEIGHTS + best))[0] for model in MODELS_SCORED]
                 bits = f"{bits_at(best, LENGTHS[0]):.2f}"
-                rows.append((f"{ceiling}", kind, f"`{best}`", bits, *losses, _recalled(asked, best)))
+                recalled = [_recalled(asked, best, tokens) for tokens in ASKED]
+                rows.append((f"{ceiling}", kind, f"`{best}`", bits, *losses, *recalled))
     return (
         f"{markdown(rows, 3)}\n\nKL(float || quantized) in nats per token, {WINDOWS[MODELS_SCORED[0]]} windows of "
         f"{MODELS_SCORED[0]} and {WINDOWS[MODELS_SCORED[1]]} of {MODELS_SCORED[1]} of {LENGTHS[0]:,} tokens of English "
-        f"Wikipedia; pairs of a list that are found again by their keys, with Wilson's 95 % interval, {MODEL}."
+        f"Wikipedia; pairs of a list that are found again by their keys, with Wilson's 95 % interval, {MODEL}, of "
+        f"which float finds {' and '.join(_recalled(asked, FLOAT, tokens) for tokens in ASKED)}."
     )
 
 
-def _recalled(asked: list[Row], name: str) -> str:
-    return share({row["list"]: row["answers"] for row in asked if row["scheme"] == name} or None)
+def _recalled(asked: list[Row], name: str, tokens: str) -> str:
+    found = {row["list"]: row["answers"] for row in asked if (row["scheme"], row["tokens"]) == (name, tokens)}
+    return share(found or None)

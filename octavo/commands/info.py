@@ -52,12 +52,21 @@ def _linears(form: Form) -> dict[str, int]:
     return dict(found.most_common()) | ({"float": len(form.float_linears)} if form.float_linears else {})
 
 
+def _side(config: Any, scheme: Scheme, side: str) -> str:
+    """How K or V is stored, in words: in most layers, and in which others otherwise."""
+    layers: dict[str, list[int]] = {}
+    for index in range(config.num_hidden_layers):
+        layers.setdefault(codec_words(getattr(scheme.of_layer(index), side)), []).append(index)
+    usual, *others = sorted(layers, key=lambda words: -len(layers[words]))
+    return "; ".join((usual, *(f"in layers {', '.join(map(str, layers[words]))} {words}" for words in others)))
+
+
 def _cache(config: Any, scheme: Scheme, itemsize: int) -> dict[str, Any]:
     """What a scheme stores of K and V, and its bytes."""
     return {
         "scheme": scheme.name,
-        "key": codec_words(scheme.key),
-        "value": codec_words(scheme.value),
+        "key": _side(config, scheme, "key"),
+        "value": _side(config, scheme, "value"),
         "kv_bytes_per_token": kv_bytes_per_token(config, scheme, itemsize),
         "float_kv_bytes_per_token": kv_bytes_per_token(config, load_scheme("float"), itemsize),
     }
@@ -191,7 +200,8 @@ def lines_of(facts: dict[str, Any]) -> list[str]:
         rows.append(("bits a weight", "; ".join(counted)))
     if "scheme" in facts:
         rows.append(("embedding", facts["embedding"]))
-        rows.append(("KV cache", f"{facts['scheme']}: K {facts['key']}; V {facts['value']}"))
+        rows.append(("KV cache", facts["scheme"]))
+        rows += [("K", facts["key"]), ("V", facts["value"])]
     if served:
         rows.append(("KV cache, per token", _times(facts)))
     where = "on the disk" if Path(facts["model"]).is_dir() else "in the cache"  # of transformers, of a hub id

@@ -40,7 +40,7 @@ SINKS, NEWEST = 4, 8
 """Tokens at the start of a text, and newest ones of a query, that count for nothing."""
 TEXT_LENGTH = 1024
 """Tokens of the texts that bases and sharp layers come from, which samples are joined to (docs/tried.md)."""
-MOST_TEXTS = 3
+MOST_TEXTS = 5
 SHORTEST = 64
 SMALLEST_PART = 1e-3
 """What is added to the diagonal of A and of B, by its mean: directions that no text has shown may come."""

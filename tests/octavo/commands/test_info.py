@@ -62,6 +62,18 @@ def test_a_converted_directory(
     assert main([*rewrite, *others["gguf"].split()]) == 0, "with the cache that is named beside it, too"
 
 
+def test_layers_that_are_stored_otherwise_are_named(
+    converted: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = converted("--scheme", "octavo-4c")
+    data, lines = told(directory, capsys)
+    stated = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    ((sharp, _),) = load_scheme(stated["octavo"]["scheme"]).layers
+    assert data["key"] == f"int4 per channel x 64, affine; in layers {sharp} int8 per channel x 64, affine"
+    assert f"K                    {data['key']}" in lines
+    assert data["value"] == "int4 per token, gaussian levels"
+
+
 def test_bits_of_a_weight_are_counted(converted: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     directory = converted("--quantization", "w4a16_double", "--embeddings", "int8")
     data, lines = told(directory, capsys)

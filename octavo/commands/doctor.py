@@ -3,6 +3,7 @@
 import argparse
 import json
 import textwrap
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..common.doctor.report import add_flags as add_weights_flags
 from ..common.doctor.report import report_of
 from ..common.doctor.text import render
 from ..common.errors import OctavoError
+from ..common.runtime.schemes.kv_scheme import PRESETS
 from ..comparing.advice import MAX_KL
 from ..comparing.candidates import ALL
 from ..counting import bits_note
@@ -20,14 +22,18 @@ from ..evaluation.evaluating import Plan
 from ..evaluation.flags import conditions_of, plan_of
 from ..generate import load_stock
 from ..place import find_place
-from ..recommending.measuring import OWN, Limits, Measured, Measurement
+from ..recommending.calibrating import calibrated
+from ..recommending.measuring import CALIBRATED, OWN, Limits, Measured, Measurement
 from ..recommending.report import advice, notes, table
 
 CONTEXT = 8192
 WIDTH = 120
 """Of the lines below the table."""
 OF_RECALL = ("lengths", "trials")
-OF_MEASURING = ("kl", "schemes", "context", "eval_file", "windows", "length", "recall", *OF_RECALL, "device_type")
+OF_MEASURING = (
+    *("kl", "schemes", "calibrate", "calib_file", "context", "eval_file", "windows", "length", "recall", *OF_RECALL),
+    "device_type",
+)
 
 
 def add_flags(parser: OneLineParser) -> None:
@@ -42,6 +48,9 @@ def add_flags(parser: OneLineParser) -> None:
         f"to measure, all of those named, or {ALL} (default {' '.join(OWN)}: the fewest bits first, until one passes)"
     )
     add("--schemes", nargs="+", metavar="NAME", help=about)
+    about = f"also measure {' '.join(CALIBRATED)}, by a calibration, as of a conversion"
+    add("--calibrate", action="store_true", help=about)
+    add("--calib_file", type=Path, metavar="FILE", help="texts of --calibrate (default: those that come with Octavo)")
     about = f"tokens of the sequences in which bits are counted (default {CONTEXT})"
     add("--context", type=positive, default=CONTEXT, metavar="N", help=about)
     add("--eval_file", type=Path, metavar="FILE", help="text to read (default: one that comes with Octavo)")
@@ -68,21 +77,36 @@ def _plan(flags: argparse.Namespace) -> Plan:
             raise OctavoError(f"--{name}: is of --measure; give that too, or leave it out")
         if flags.recall is None and name in OF_RECALL and gives(flags.words, f"--{name}"):
             raise OctavoError(f"--{name}: is of --recall POINTS; give that too, or leave it out")
+    if flags.calib_file is not None and not flags.calibrate:
+        raise OctavoError("--calib_file: is of --calibrate; give that too, or leave it out")
+    if flags.calibrate and flags.statistics is not None:
+        raise OctavoError("--calibrate: finds what --statistics has; give one of them")
     tasks = [] if flags.recall is None else ["key-value"]
     usual = {"last": 0, "written": 0, "prompts": 1, "sampled": False, "tasks": tasks, "lengths": [flags.lengths]}
     return plan_of(argparse.Namespace(**{**vars(flags), **usual}))
 
 
+def _statistics(flags: argparse.Namespace, directory: Path) -> AbstractContextManager[Path | None]:
+    """What calibrated schemes rest on, if anything."""
+    if not flags.calibrate:
+        return nullcontext(flags.statistics)
+    named = CALIBRATED if flags.schemes is None else PRESETS if flags.schemes == [ALL] else flags.schemes
+    return calibrated(directory, flags.calib_file, named, flags.device_type)
+
+
 def _measured(flags: argparse.Namespace, plan: Plan) -> list[Measured]:
     check_device(flags.device_type)
-    reference = load_stock(find_place(flags.model_path).directory, "float", None, flags.device_type)
-    measurement = Measurement(reference, plan, Limits(flags.kl, flags.recall), flags.context)
-    return measurement.run(flags.schemes, flags.statistics)
+    directory = find_place(flags.model_path).directory
+    with _statistics(flags, directory) as statistics:
+        reference = load_stock(directory, "float", None, flags.device_type)
+        measurement = Measurement(reference, plan, Limits(flags.kl, flags.recall), flags.context)
+        return measurement.run(flags.schemes, statistics)
 
 
 def _data(flags: argparse.Namespace, plan: Plan, found: list[Measured], said: str) -> dict[str, Any]:
     conditions = {name: value for name, value in vars(flags).items() if name in OF_MEASURING}
-    conditions["eval_file"] = None if flags.eval_file is None else str(flags.eval_file)
+    for name in ("eval_file", "calib_file"):
+        conditions[name] = None if conditions[name] is None else str(conditions[name])
     return {"conditions": conditions, "results": [each.as_json() for each in found], "advice": said}
 
 
@@ -101,7 +125,7 @@ def run(flags: argparse.Namespace) -> None:
             print(json.dumps(report, indent=2))
         return
     found = _measured(flags, plan)
-    said = advice(found, Limits(flags.kl, flags.recall), flags.model_path)
+    said = advice(found, Limits(flags.kl, flags.recall), flags.model_path, flags.calib_file)
     if flags.json:
         print(json.dumps({**report, "measured": _data(flags, plan, found, said)}, indent=2))
         return

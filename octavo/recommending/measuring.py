@@ -22,6 +22,8 @@ from ..wording import WHEN
 
 OWN = tuple(name for name in WHEN if name.startswith(("octavo-", "int8-token")) and not load_scheme(name).is_static)
 """Schemes that are measured unless others are named: none needs calibration, nor an engine that reads it."""
+CALIBRATED = tuple(name for name in WHEN if name.startswith("octavo-") and load_scheme(name).is_static)
+"""Those that are measured beside them where there are statistics."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,8 @@ def _candidates(
 ) -> list[_Candidate]:
     """Those to measure, the fewest bits first; where none is named, those that the model bears."""
     found, leaves_out = [], asked is None or list(asked) == [ALL]
-    for name in OWN if asked is None else scheme_names(asked, statistics):
+    own = OWN if statistics is None else (*OWN, *CALIBRATED)
+    for name in own if asked is None else scheme_names(asked, statistics):
         try:
             found.append(_candidate(name, reference, context, statistics))
         except OctavoError as error:
@@ -120,7 +123,8 @@ class Measurement:
         """The float model first, then schemes, the fewest bits first.
 
         Args:
-            asked: names or files, or `ALL`, all of which are measured; None: `OWN`, until one keeps the limits.
+            asked: names or files, or `ALL`, all of which are measured; None: `OWN`, and `CALIBRATED` if there are
+                statistics, until one keeps the limits.
             statistics: of a calibration, for schemes that need one.
 
         Raises:

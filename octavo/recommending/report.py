@@ -2,11 +2,12 @@
 
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 
 from ..common.command import aligned
-from ..common.runtime.schemes.kv_scheme import PRESETS
+from ..common.runtime.schemes.kv_scheme import PRESETS, load_scheme
 from ..place import usual_output
-from .measuring import Limits, Measured
+from .measuring import CALIBRATED, Limits, Measured
 
 UNTOLD = (
     "KL on a short text does not tell: in long contexts copying and recall suffer first, with 3 bits and fewer most "
@@ -43,15 +44,22 @@ def _cells(row: Measured, recalls: bool, others: Sequence[Measured]) -> list[str
 
 def notes(found: Sequence[Measured]) -> list[str]:
     """What the figures do not tell, in lines."""
-    plain = found[0].recall
+    plain, others = found[0].recall, []
     if plain is not None and 2 * plain.right < plain.asked:
         own = plain.right or "none"
-        return [f"recall: float itself answers {own} of {plain.asked}, so that it decides nothing here", *UNTOLD]
-    return list(UNTOLD)
+        others.append(f"recall: float itself answers {own} of {plain.asked}, so that it decides nothing here")
+    if not any(load_scheme(each.scheme).is_static for each in found[1:]):
+        names = ", ".join(CALIBRATED)
+        others.append(f"{names} lose less in as many bits, by a calibration: --calibrate measures them, too")
+    return [*others, *UNTOLD]
 
 
-def advice(found: Sequence[Measured], limits: Limits, model: str) -> str:
-    """What to choose, in a line."""
+def advice(found: Sequence[Measured], limits: Limits, model: str, calib_file: Path | None = None) -> str:
+    """What to choose, in a line.
+
+    Args:
+        calib_file: texts that calibrated schemes rest on; None: those that come with Octavo.
+    """
     _, *others = found
     fit = [each for each in others if each.passes]
     bound = f"a KL of {limits.kl:g} at most"
@@ -62,7 +70,7 @@ def advice(found: Sequence[Measured], limits: Limits, model: str) -> str:
     best = min(fit, key=lambda each: (each.bits, each.fidelity.kl))
     return (
         f"Choose {best.scheme}: of those measured the fewest bits, {best.bits:.2f}, with {bound}; its KL is "
-        f"{best.fidelity.kl:.2g}: {command(best.scheme, model)}"
+        f"{best.fidelity.kl:.2g}: {command(best.scheme, model, calib_file)}"
     )
 
 
@@ -76,7 +84,8 @@ def _nearest(others: Sequence[Measured]) -> str:
     return f"the nearest is {best.scheme}, with a KL of {best.fidelity.kl:.2g} at {best.bits:.2f} bits"
 
 
-def command(scheme: str, model: str) -> str:
+def command(scheme: str, model: str, calib_file: Path | None = None) -> str:
     """What converts a model with a scheme of its KV cache."""
     output = usual_output(model, f"-{scheme}" if scheme in PRESETS else "-octavo")
-    return shlex.join(["octavo", "convert", model, "--scheme", scheme, "--save_directory", str(output)])
+    texts = ["--calib_file", str(calib_file)] if calib_file and load_scheme(scheme).is_static else []
+    return shlex.join(["octavo", "convert", model, "--scheme", scheme, *texts, "--save_directory", str(output)])

@@ -40,7 +40,10 @@ def whole_statistics(
 
 
 def calibrate_whole(model: Any, samples: list[dict[str, torch.Tensor]], schemes: Iterable[Scheme]) -> Statistics:
-    """Ranges of q, K and V, and what `whole_statistics` adds to them, and raises."""
-    return whole_statistics(
-        model, samples, schemes, calibrate(model, [], tqdm(samples, desc="calibrating", unit="text"))
-    )
+    """Ranges of q, K and V, and what `whole_statistics` adds to them, and raises.
+
+    The ranges are of the first sample alone where no scheme rests on them.
+    """
+    schemes = list(schemes)
+    seen = samples if any(scheme.has_ranges for scheme in schemes) else samples[:1]
+    return whole_statistics(model, samples, schemes, calibrate(model, [], tqdm(seen, desc="calibrating", unit="text")))

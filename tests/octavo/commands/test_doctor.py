@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from octavo.__main__ import main
+from octavo.common.convert.calibration.texts import default_texts
 from octavo.common.runtime.cache.sizes import kv_bits_per_element
 from octavo.common.runtime.schemes.kv_scheme import load_scheme
 from octavo.recommending import measuring
-from octavo.recommending.measuring import OWN
+from octavo.recommending.measuring import CALIBRATED, OWN
 
 from ...support import assert_one_error_line, tiny_config
 
@@ -50,6 +51,26 @@ def test_the_usual_schemes_are_measured_until_one_passes(source: Path, capsys: p
     found = measured(capsys, str(source), *SMALL, "--kl", str(max(second, nearest["fidelity"]["kl"])))["results"]
     assert found[-1]["passes"] and not any(row["passes"] for row in found[:-1])
     assert [row["fidelity"] for row in found[1:]] == [row["fidelity"] for row in rows[: len(found) - 1]]
+
+
+def test_calibrated_schemes_are_measured_beside_the_usual_ones(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = tmp_path / "own texts.txt"
+    texts.write_text("\n".join(default_texts()[:20]), encoding="utf-8")
+    found = measured(capsys, str(source), *SMALL, "--kl", "1e-9", "--calibrate")
+    assert {row["scheme"] for row in found["results"]} == {"float", *OWN, *CALIBRATED}
+    kls = {row["scheme"]: row["fidelity"]["kl"] for row in found["results"][1:]}
+    assert kls["octavo-2c"] < kls["octavo-2"] and kls["octavo-2tc"] < kls["octavo-2t"]
+
+    words = [*SMALL, "--kl", "9", "--calibrate", "--calib_file", str(texts), "--schemes", "octavo-2c", "int8-token"]
+    found = measured(capsys, str(source), *words)
+    assert f"--scheme octavo-2c --calib_file '{texts}' --save_directory" in found["advice"]
+    assert found["conditions"]["calib_file"] == str(texts)
+    assert found["results"][1]["fidelity"]["kl"] != kls["octavo-2c"], "other texts give another basis"
+
+    assert main(["doctor", str(source), *SMALL, "--kl", "9"]) == 0
+    assert "--calibrate measures them, too" in " ".join(capsys.readouterr().out.split())
 
 
 def test_all_that_are_named_are_measured_and_the_fewest_bits_that_pass_are_advised(
@@ -125,6 +146,9 @@ def test_usual_schemes_that_the_model_does_not_bear_are_left_out(
     ("flags", "parts"),
     [
         (["--kl", "0.1"], ("--kl: is of --measure", "leave it out")),
+        (["--calibrate"], ("--calibrate: is of --measure", "leave it out")),
+        ([*SMALL, "--calib_file", "T"], ("--calib_file: is of --calibrate", "leave it out")),
+        ([*SMALL, "--calibrate", "--calib_file", "T"], ("--calib_file T: cannot be read",)),
         ([*SMALL, "--trials", "5"], ("--trials: is of --recall POINTS", "leave it out")),
         ([*SMALL, "--schemes", "octavo-44"], ("octavo-44", "did you mean octavo-4")),
         ([*SMALL, "--schemes", "float"], ("--schemes: there is nothing to measure beside float",)),

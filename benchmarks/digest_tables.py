@@ -38,11 +38,12 @@ def digest_table() -> str:
                 bits = f"{bits_at(best, LENGTHS[0]):.2f}"
                 recalled = [_recalled(asked, best, tokens) for tokens in ASKED]
                 rows.append((f"{ceiling}", kind, f"`{best}`", bits, *losses, *recalled))
+    plain = [_recalled(asked, FLOAT, tokens) for tokens in ASKED]
     return (
         f"{markdown(rows, 3)}\n\nKL(float || quantized) in nats per token, {WINDOWS[MODELS_SCORED[0]]} windows of "
         f"{MODELS_SCORED[0]} and {WINDOWS[MODELS_SCORED[1]]} of {MODELS_SCORED[1]} of {LENGTHS[0]:,} tokens of English "
-        f"Wikipedia; pairs of a list that are found again by their keys, with Wilson's 95 % interval, {MODEL}, of "
-        f"which float finds {' and '.join(_recalled(asked, FLOAT, tokens) for tokens in ASKED)}."
+        f"Wikipedia; pairs of lists, two or one of them, that are found again by their keys, with Wilson's 95 % "
+        f"interval, {MODEL}" + (f", of which float finds {' and '.join(plain)}." if all(plain) else ".")
     )
 
 

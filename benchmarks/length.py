@@ -103,12 +103,14 @@ class Measured:
 
     def expected(self, number: int, context: int, texts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The logits of float, kept on disk."""
-        parts = Path(self._flags.model_path).name, self._flags.eval_file.stem, self._flags.tokens, number, context
+        model, device = Path(self._flags.model_path).name, torch.device(self._flags.device).type
+        parts = model, self._flags.eval_file.stem, self._flags.tokens, number, context, device
         name = f"{'-'.join(map(str, parts))}.pt"
         file = self._flags.cache / name
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(last_logits(self.speaker(load_scheme(FLOAT)), texts, context), file.with_suffix(".part"))
+            found = last_logits(self.speaker(load_scheme(FLOAT)), texts, context)
+            torch.save({text: logits.cpu() for text, logits in found.items()}, file.with_suffix(".part"))
             file.with_suffix(".part").rename(file)
         return torch.load(file, mmap=True)
 
@@ -129,7 +131,7 @@ def _score(expected: torch.Tensor, found: torch.Tensor, targets: torch.Tensor) -
 
 def measure(flags: argparse.Namespace) -> Iterator[Row]:
     """A row for each window, scheme, context and text that has none yet, until the time is over."""
-    done = {key_of(row) for row in read_rows(FILE)}
+    done = {(*key_of(row), row["machine"]) for row in read_rows(FILE)}
     started, version, name, measured = time.monotonic(), commit(), Path(flags.model_path).name, Measured(flags)
     machine = device_name(torch.device(flags.device))
     for number, ids in enumerate(measured.windows):
@@ -139,7 +141,7 @@ def measure(flags: argparse.Namespace) -> Iterator[Row]:
             for context in (flags.short, flags.tokens):
                 facts = {"commit": version, "model": name, "what": what, "window": str(number), "context": str(context)}
                 facts |= {"tokens": str(flags.tokens), "machine": machine}
-                if all(key_of(facts | {"text": text}) in done for text in texts):
+                if all((*key_of(facts | {"text": text}), machine) in done for text in texts):
                     continue
                 if time.monotonic() - started > flags.seconds:
                     return

@@ -1,6 +1,7 @@
 """The tables of what schemes lose at length, from `results/length.csv`."""
 
 import math
+from collections.abc import Callable
 from statistics import mean
 
 from rows import RESULTS, Row, markdown, read_rows
@@ -24,40 +25,40 @@ Windows = dict[str, tuple[Row, Row]]
 def pairs_of(model: str, tokens: str) -> dict[str, dict[str, Windows]]:
     """Rows by scheme and text, of windows of so many tokens read whole and in the short context; the newest of each."""
     newest = {key_of(row): row for row in read_rows(FILE) if (row["model"], row["tokens"]) == (model, tokens)}
+    shortest = min((row["context"] for row in newest.values()), key=int, default=tokens)
     found: dict[str, dict[str, Windows]] = {}
     for (_, what, text, window, context, _), short in newest.items():
         long = newest.get((model, what, text, window, tokens, tokens))
-        if context != tokens and long is not None:
+        if context == shortest != tokens and long is not None:
             found.setdefault(what, {}).setdefault(text, {})[window] = (short, long)
     return found
 
 
-def _all_pairs() -> list[tuple[str, dict[str, dict[str, Windows]]]]:
-    """Each model, and what was measured of it, once for each length of windows."""
-    rows = read_rows(FILE)
-    lengths = {model: {row["tokens"] for row in rows if row["model"] == model} for model in MODELS}
-    return [(model, pairs_of(model, tokens)) for model in MODELS for tokens in sorted(lengths[model], key=int) or [""]]
-
-
 def length_table() -> str:
     """What every scheme and part of one loses at length that was measured."""
-    return "\n\n".join(_table(model, pairs) for model, pairs in _all_pairs())
+    return _tables(lambda what: True)
 
 
 def length_digest() -> str:
     """The same of the schemes that are Octavo's, and only of whole ones."""
-    own = [
-        (model, {what: texts for what, texts in pairs.items() if what.startswith(OURS) and ", " not in what})
-        for model, pairs in _all_pairs()
-    ]
-    return "\n\n".join(_table(model, pairs) for model, pairs in own)
+    return _tables(lambda what: what.startswith(OURS) and ", " not in what)
 
 
-def _table(model: str, found: dict[str, dict[str, Windows]]) -> str:
-    """A table of one model."""
-    whole = {what: texts for what, texts in found.items() if PROSE in texts and REPEATS in texts}
+def _tables(holds: Callable[[str], bool]) -> str:
+    """A table for each model and length of windows, of the schemes and parts of one that are wanted."""
+    rows, found = read_rows(FILE), []
+    for model in MODELS:
+        lengths = sorted({row["tokens"] for row in rows if row["model"] == model}, key=int)
+        tables = [_table(model, pairs_of(model, tokens), holds) for tokens in lengths]
+        found += [table for table in tables if table] or [f"{model}: not measured yet."]
+    return "\n\n".join(found)
+
+
+def _table(model: str, found: dict[str, dict[str, Windows]], holds: Callable[[str], bool]) -> str:
+    """A table of one model; empty if there is nothing to show."""
+    whole = {what: texts for what, texts in found.items() if PROSE in texts and REPEATS in texts and holds(what)}
     if not whole:
-        return f"{model}: not measured yet."
+        return ""
     rows_of = {what: [pair for windows in texts.values() for pair in windows.values()] for what, texts in whole.items()}
     short, long = (f"{int(row['context']):,}" for row in next(iter(rows_of.values()))[0])
     heads = (f"prose: KL at {short}", f"at {long}", "ratio", f"copies: KL at {short}", f"at {long}", "ratio")

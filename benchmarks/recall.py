@@ -61,7 +61,7 @@ def word_pairs(words: Sequence[str], size: int, chance: random.Random, asked: in
 
 def measure(flags: argparse.Namespace) -> Iterator[Row]:
     """A row for each list, length and scheme that has none yet, until the time is over."""
-    done = {key_of(row) for row in read_rows(FILE)}
+    done = {(*key_of(row), row["machine"]) for row in read_rows(FILE)}
     started, version, name = time.monotonic(), commit(), Path(flags.model_path).name
     machine = device_name(torch.device(flags.device))
     tokenizer = AutoTokenizer.from_pretrained(flags.model_path)
@@ -76,7 +76,7 @@ def measure(flags: argparse.Namespace) -> Iterator[Row]:
         for asked in tqdm(flags.scheme, desc=f"{tokens:,} tokens, list {number}", unit="scheme"):
             row = {"commit": version, "model": name, "scheme": asked, "kind": flags.kind, "machine": machine}
             row |= {"tokens": str(tokens), "list": str(number)}
-            if key_of(row) in done:
+            if (*key_of(row), machine) in done:
                 continue
             if time.monotonic() - started > flags.seconds:
                 return

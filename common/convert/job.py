@@ -118,10 +118,11 @@ class Job:
             )
         check_target(request.target, plan, self.source)
         made, is_static = [] if self.coded else self.linears, self.scheme.is_static and not self._keeps_all_scales
-        self.calibrates = needs_texts(request, is_static, made)
+        is_asked = needs_texts(request, False, made)
+        self.calibrates = is_asked or is_static
         self.samples = samples if self.calibrates else samples[:1]
-        in_all = needs_texts(request, is_static and self.scheme.has_ranges, made)
-        self.observed = self.samples if in_all else samples[:1]  # bases and sharp layers have passes of their own
+        # Layer by layer ranges alone are observed; bases and sharp layers have passes of their own.
+        self.observed = samples if is_asked or (is_static and self.scheme.has_ranges) else samples[:1]
 
     def _float_linears(self) -> list[str]:
         """Names of the linears to quantize, all of them in float in the source."""

@@ -53,7 +53,7 @@ def _linears(form: Form) -> dict[str, int]:
 
 
 def _side(config: Any, scheme: Scheme, side: str) -> str:
-    """How K or V is stored, in words: in most layers, and in which others otherwise."""
+    """The codecs of K or V in words: that of most layers, and in which layers others."""
     layers: dict[str, list[int]] = {}
     for index in range(config.num_hidden_layers):
         layers.setdefault(codec_words(getattr(scheme.of_layer(index), side)), []).append(index)

@@ -69,14 +69,13 @@ def test_a_variant_that_is_not_there_is_named(length: ModuleType) -> None:
     assert "\n" not in str(caught.value)
 
 
-def record(file: Path, *rows: tuple[str, str, str, str, float]) -> None:
-    """Write rows of (scheme, text, window, context, KL), of windows of 8,192 tokens."""
+def record(file: Path, *rows: tuple[str, str, str, str, float, str]) -> None:
+    """Write rows of (scheme, text, window, context, KL, tokens of the window)."""
     rest = {"model": "smollm2-135m", "bits": "4.5", "perplexity": "11", "float_perplexity": "10", "top1": "0.9"}
-    rest["tokens"] = "8192"
     with file.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, (*rest, "what", "text", "window", "context", "kl"))
+        fields = ("what", "text", "window", "context", "kl", "tokens")
+        writer = csv.DictWriter(stream, (*rest, *fields))
         writer.writeheader()
-        fields = ("what", "text", "window", "context", "kl")
         writer.writerows({**rest, **dict(zip(fields, row, strict=True))} for row in rows)
 
 
@@ -84,11 +83,26 @@ def test_a_ratio_is_of_the_same_windows(tables: ModuleType) -> None:
     assert "not measured yet" in tables.length_table()
     record(
         tables.FILE,
-        *(("octavo-4", text, "0", context, kl) for text in ("prose", "repeats") for context, kl in
-          (("2048", 0.002), ("8192", 0.003))),
-        ("octavo-4", "prose", "1", "2048", 0.5),
-        ("octavo-4, K alone", "repeats", "0", "8192", 0.5),
+        *(("octavo-4", text, "0", context, kl, "8192") for text in ("prose", "repeats") for context, kl in
+          (("2048", 0.002), ("4096", 0.9), ("8192", 0.003))),
+        ("octavo-4", "prose", "1", "2048", 0.5, "8192"),
+        ("octavo-4, K alone", "repeats", "0", "8192", 0.5, "8192"),
     )  # fmt: skip
     row = "| octavo-4 | 4.50 | 0.00200 | 0.00300 | 1.50 | 0.00200 | 0.00300 | 1.50 | +10.00 % | 90.0 % |"
-    assert tables.length_table().splitlines()[2:3] == [row]
+    assert tables.length_table().splitlines()[2:3] == [row], "of the shortest context and the whole window"
     assert "K alone" not in tables.length_table(), "half of its rows are missing"
+
+
+def test_each_length_of_windows_has_a_table(tables: ModuleType) -> None:
+    record(
+        tables.FILE,
+        *(("octavo-4", text, "0", context, 0.001 * int(context) / 1024, tokens) for text in ("prose", "repeats")
+          for tokens in ("8192", "16384") for context in ("2048", tokens)),
+        *(("kivi-4", text, "0", context, 0.1, "32768") for text in ("prose", "repeats") for context in
+          ("2048", "32768")),
+    )  # fmt: skip
+    first, second, third, other = tables.length_table().split("\n\n")
+    for table, tokens, ratio in ((first, "8,192", "4.00"), (second, "16,384", "8.00"), (third, "32,768", "1.00")):
+        assert table.startswith(f"| smollm2-135m | bits at {tokens} |") and f"| {ratio} |" in table.splitlines()[2]
+    assert other == "qwen2.5-coder-0.5b: not measured yet."
+    assert tables.length_digest().split("\n\n") == [first, second, other], "which leaves out those of others"

@@ -133,7 +133,7 @@ class Scheme:
 
     @property
     def has_ranges(self) -> bool:
-        """Whether the calibration has to see the ranges of q, K or V on all texts."""
+        """Whether the calibration has to see all texts, for ranges of q, K or V, or for codebooks."""
         return self._some_codec(lambda codec: codec.is_calibrated)
 
     @property

@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from octavo.common.convert.api import main
+from octavo.common.convert.job import Job
+from octavo.common.convert.request import ConvertRequest
 from octavo.common.runtime.schemes.kv_scheme import load_scheme
 from octavo.models import qwen2
 from octavo.models.llama3 import ARCHITECTURE
@@ -49,6 +51,30 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> str:
     file = tmp_path_factory.mktemp("schemes") / "my scheme.json"
     file.write_text(json.dumps(OWN))
     return str(file)
+
+
+@pytest.mark.parametrize(
+    ("asked", "sees_all"),
+    [
+        ({"scheme": "octavo-4c", "linear": None}, False),
+        ({"scheme": "octavo-2tc", "linear": "w8a16"}, False),
+        ({"scheme": "octavo-4c", "linear": "w8a8"}, True),
+        ({"scheme": "octavo-4c", "linear": None, "save_statistics": "statistics.safetensors"}, True),
+        ({"scheme": "ascend-c8"}, True),
+        ({"scheme": "ascend-fa"}, True),
+        ({"scheme": "kvquant-2"}, True),
+        ({"scheme": "octavo-4", "linear": "w8a16"}, False),
+    ],
+    ids=str,
+)
+def test_all_texts_are_observed_layer_by_layer_where_ranges_are_asked_for(
+    asked: dict[str, Any], sees_all: bool, source: Path, tmp_path: Path
+) -> None:
+    asked = {**asked, "save_statistics": tmp_path / asked["save_statistics"]} if "save_statistics" in asked else asked
+    job = Job(ConvertRequest(str(source), tmp_path / "out", calibration=["one text", "and others"] * 4, **asked))
+    is_calibrated = load_scheme(asked["scheme"]).is_static
+    assert len(job.observed) == (len(job.samples) if sees_all else 1)
+    assert len(job.samples) == (7 if is_calibrated else 1), "bases come from all of them"
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.masking_utils import (
     and_masks,
     causal_mask_function,
@@ -14,8 +15,10 @@ from transformers.masking_utils import (
 )
 
 from octavo.common.errors import OctavoError
+from octavo.common.runtime import attention
 from octavo.common.runtime.attention import Codes, SlidingWindow, causal_or_explicit_mask, quantized_attention
 from octavo.common.runtime.cache.quantized_cache import QuantizedCache
+from octavo.common.stock_model import prepare
 from octavo.models.llama3.modeling_llama_fa3 import LlamaForCausalLM
 
 from ...support import CACHE_NAME, random_ids, tiny_config, tiny_llama, with_cache
@@ -38,6 +41,31 @@ def sdpa(mask: torch.Tensor | None, **arguments: Any) -> torch.Tensor:
 
 
 CAUSAL = torch.ones(6, 11, dtype=torch.bool).tril(5)
+
+
+class Called(TorchDispatchMode):
+    """Names of what PyTorch is called for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("queries", [1, 70])
+def test_attention_by_pieces_copies_nothing_from_the_host(monkeypatch: pytest.MonkeyPatch, queries: int) -> None:
+    monkeypatch.setattr(attention, "_is_one_call", lambda *_: False)
+    model, ids = prepare(tiny_llama()), random_ids(1, 100 + queries)
+    cache = QuantizedCache(model.config, "octavo-4")
+    with torch.no_grad():
+        model(ids[:, :100], **with_cache(cache))
+        with Called() as called:
+            model(ids[:, 100:], **with_cache(cache))
+    assert any("octavo.attention_lse" in name for name in called.names)
+    assert "aten.lift_fresh.default" not in called.names, "a tensor made of a number on the host"
 
 
 def test_values_that_are_stored_in_float_are_attended_to_as_they_are() -> None:

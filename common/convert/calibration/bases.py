@@ -38,9 +38,9 @@ from .observe import attention_replaced, left_out_biases
 WEIGHING = f"{NAMESPACE}_weigh"
 SINKS, NEWEST = 4, 8
 """Tokens at the start of a text, and newest ones of a query, that count for nothing."""
-TEXT_LENGTH = 1024
-"""Tokens of the texts that bases and sharp layers come from, which samples are joined to (docs/tried.md)."""
-MOST_TEXTS = 5
+TEXT_LENGTH = 2048
+"""Tokens of the texts that bases and sharp layers come from; docs/tried.md has what shorter ones lose."""
+MOST_TEXTS = 4
 SHORTEST = 64
 SMALLEST_PART = 1e-3
 """What is added to the diagonal of A and of B, by its mean: directions that no text has shown may come."""

@@ -44,7 +44,7 @@ def recall_digest() -> str:
     if not found:
         return "Recall is not measured yet."
     lengths = sorted({tokens for _, tokens in found}, key=int)
-    rows = [("scheme", "bits", *(f"right at {int(tokens):,}" for tokens in lengths))]
+    rows = [("scheme", f"stored at {int(lengths[0]):,}, bits", *(f"right at {int(tokens):,}" for tokens in lengths))]
     for scheme in sorted(bits, key=lambda name: -bits[name]):
         cells = [share(found.get((scheme, tokens))) for tokens in lengths]
         rows.append((f"`{scheme}`", f"{bits[scheme]:.2f}", *cells))

@@ -130,6 +130,11 @@ def run(flags: argparse.Namespace) -> None:
         print(json.dumps({**report, "measured": _data(flags, plan, found, said)}, indent=2))
         return
     print("\n".join(["", *table(found, plan.lengths), ""]))
-    for note in (bits_note(flags.context), *conditions_of(plan, flags.eval_file is None), *notes(found)):
+    conditions = conditions_of(plan, flags.eval_file is None)
+    if flags.calibrate and flags.calib_file is None and flags.eval_file is None:
+        conditions.append(
+            "--calibrate: on the end of that text, of which the windows are the start unless there are many"
+        )
+    for note in (bits_note(flags.context), *conditions, *notes(found)):
         print(textwrap.fill(note, WIDTH, subsequent_indent="  "))
     print(f"\n{said}")

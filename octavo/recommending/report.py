@@ -6,14 +6,17 @@ from pathlib import Path
 
 from ..common.command import aligned
 from ..common.runtime.schemes.kv_scheme import PRESETS, load_scheme
+from ..evaluation.recall import Score
 from ..place import usual_output
 from .measuring import CALIBRATED, Limits, Measured
 
 UNTOLD = (
-    "KL on a short text does not tell: in long contexts copying and recall suffer first, with 3 bits and fewer most "
-    "(docs/schemes.md); octavo evaluate MODEL --schemes NAME --lengths N measures recall at any length",
+    "KL on a short text does not tell: in long contexts copying and recall suffer first, with 3 bits and fewer most: "
+    "octavo-4c and octavo-3c keep them best (docs/schemes.md); octavo evaluate MODEL --schemes NAME --lengths N "
+    "measures recall at any length",
     "KL grows with the length, as less of it is sinks and float windows, and differs between texts: --length 2048, "
     "--windows and --eval_file measure more, and take longer",
+    "KL is of the cache alone: octavo convert quantizes linears and embeddings to 8 bits, too, unless told otherwise",
 )
 
 
@@ -42,10 +45,15 @@ def _cells(row: Measured, recalls: bool, others: Sequence[Measured]) -> list[str
     return [row.scheme, f"{row.bits:.2f}", f"{row.token_bytes:,}", *figures, *score, verdict]
 
 
+def _decides_nothing(plain: Score | None) -> bool:
+    """Whether float itself answers less than half."""
+    return plain is not None and 2 * plain.right < plain.asked
+
+
 def notes(found: Sequence[Measured]) -> list[str]:
     """What the figures do not tell, in lines."""
     plain, others = found[0].recall, []
-    if plain is not None and 2 * plain.right < plain.asked:
+    if _decides_nothing(plain):
         own = plain.right or "none"
         others.append(f"recall: float itself answers {own} of {plain.asked}, so that it decides nothing here")
     if not any(load_scheme(each.scheme).is_static for each in found[1:]):
@@ -60,10 +68,10 @@ def advice(found: Sequence[Measured], limits: Limits, model: str, calib_file: Pa
     Args:
         calib_file: texts that calibrated schemes rest on; None: those that come with Octavo.
     """
-    _, *others = found
+    plain, *others = found
     fit = [each for each in others if each.passes]
     bound = f"a KL of {limits.kl:g} at most"
-    if limits.recall is not None:
+    if limits.recall is not None and not _decides_nothing(plain.recall):
         bound += f" and {limits.recall:g} points of recall lost at most"
     if not fit:
         return f"None of these has {bound}; {_nearest(others)}. Raise the limit, or name others by --schemes"

@@ -51,17 +51,17 @@ def _best(scored: dict[str, float], asked: list[Row]) -> list[str]:
     """The scheme of the least KL, and behind it that which recalls best of the most tokens, if it is better at that."""
     if not scored:
         return []
-    right = {name: _marks(asked, name, ASKED[-1]) for name in scored}
+    right = {name: "".join(_answered(asked, name, ASKED[-1]).values()) for name in scored}
     shares = {name: marks.count("+") / len(marks) if marks else -1 for name, marks in right.items()}
     first = min(scored, key=scored.__getitem__)
     best = max(scored, key=lambda name: (shares[name], -scored[name]))
     return [first, best] if shares[best] > shares[first] + BETTER else [first]
 
 
-def _marks(asked: list[Row], name: str, tokens: str) -> str:
-    return "".join(row["answers"] for row in asked if (row["scheme"], row["tokens"]) == (name, tokens))
+def _answered(asked: list[Row], name: str, tokens: str) -> dict[str, str]:
+    """Answers of a scheme by list, the newest of each."""
+    return {row["list"]: row["answers"] for row in asked if (row["scheme"], row["tokens"]) == (name, tokens)}
 
 
 def _recalled(asked: list[Row], name: str, tokens: str) -> str:
-    found = {row["list"]: row["answers"] for row in asked if (row["scheme"], row["tokens"]) == (name, tokens)}
-    return share(found or None)
+    return share(_answered(asked, name, tokens) or None)

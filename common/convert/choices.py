@@ -137,9 +137,9 @@ def check_treatment(request: ConvertRequest, scheme: Scheme) -> None:
     _check_statistics_file(statistics, request.output)
 
 
-def needs_texts(request: ConvertRequest, is_static: bool, linears: list[str]) -> bool:
-    """Whether anything rests on the calibration texts: static scales still to be found, or what is asked for."""
+def needs_texts(request: ConvertRequest, linears: list[str]) -> bool:
+    """Whether anything that is asked for rests on the calibration texts, but for the scheme of the cache."""
     linear = request.linear
     by_inputs = linears and (linear.needs_inputs or request.anti_method or linear.w_method != "MinMax")
     chooses = request.float_outliers or request.float_costliest or request.mean_bits
-    return bool(by_inputs or is_static or request.save_statistics or chooses)
+    return bool(by_inputs or request.save_statistics or chooses)

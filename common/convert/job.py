@@ -22,7 +22,7 @@ from ..runtime.schemes.kv_scheme import load_scheme
 from ..runtime.schemes.linear_scheme import W8A8, LinearScheme
 from ..runtime.static_scales import Statistics, sharpest, statistics_facts
 from .calibration.streams import Texts
-from .calibration.texts import default_texts, hold_back, read_calibration_file, tokenize
+from .calibration.texts import LONGEST_SAMPLE, default_texts, hold_back, read_calibration_file, tokenize
 from .calibration.whole import is_of_whole, whole_statistics
 from .choices import check_treatment, choose_codes, choose_linears, chosen_scheme, needs_texts
 from .output.bundle import code_digest
@@ -46,7 +46,6 @@ from .source.quantized.files import CodedFiles
 from .spelling import named
 from .targets import called_by, check_target, engine_dtype
 
-LONGEST_SAMPLE = 2048
 RANDOM_TOKENS = 512
 """Tokens of `kv_scales="random"`."""
 
@@ -118,7 +117,7 @@ class Job:
             )
         check_target(request.target, plan, self.source)
         made, is_static = [] if self.coded else self.linears, self.scheme.is_static and not self._keeps_all_scales
-        is_asked = needs_texts(request, False, made)
+        is_asked = needs_texts(request, made)
         self.calibrates = is_asked or is_static
         self.samples = samples if self.calibrates else samples[:1]
         # Layer by layer ranges alone are observed; bases and sharp layers have passes of their own.

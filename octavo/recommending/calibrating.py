@@ -5,9 +5,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..common.convert.calibration.texts import default_texts, read_calibration_file, tokenize
+from ..common.convert.calibration.texts import LONGEST_SAMPLE, default_texts, read_calibration_file, tokenize
 from ..common.convert.calibration.whole import calibrate_whole
-from ..common.convert.job import LONGEST_SAMPLE
 from ..common.convert.source.checkpoint import load_source, load_tokenizer
 from ..common.convert.source.config import chosen_architecture
 from ..common.runtime.schemes.kv_scheme import load_scheme

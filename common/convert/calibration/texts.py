@@ -17,6 +17,8 @@ _MARK = "\ufeff"
 """The byte order mark, which begins a file of some tools, and a line where such files were joined."""
 _ARRAY = re.compile(r'\s*\[\s*(["{]|\]?\s*$)')
 """How a JSON array of texts or objects begins; a plain text in brackets does not."""
+LONGEST_SAMPLE = 2048
+"""Tokens of a text that are read."""
 HELD_BACK_SHARE = 8
 MOST_HELD_BACK = 6
 

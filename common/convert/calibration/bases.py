@@ -11,6 +11,9 @@ in which x is stored as T x with errors in proportion to the mean of its squares
 mean is least where both are the same and even: with A^1/2 B A^1/2 = U L U' and the Hadamard matrix H, in
 `T = H L^-1/4 U' A^1/2` ("balanced"). By Cauchy and Schwarz, no T has less than `(sum_c L_c^1/2)^2 / D`.
 
+Slow rotary pairs hardly turn within a calibration text, and do in a long context. RoPE leaves attention as it is where
+all tokens of a text move alike, so A and B are means over the text moved to many positions.
+
 "oscar": `x U H`, U the eigenvectors of the covariance of queries (K), and of values by their weights in attention (V)
 (OSCAR, arXiv 2605.17757; its permutation of channels is left out, since a scale serves all of a head).
 
@@ -31,15 +34,17 @@ from ....ops.shared.registry import NAMESPACE
 from ...architecture import stated_or_known
 from ...errors import OctavoError
 from ...runtime.decoder import attention_modules
-from ...runtime.rotary import hadamard, rotated_by_slot, slot_table
+from ...runtime.rotary import hadamard, rotated_by_slot, slot_table, turned
 from ...runtime.static_scales import Statistics
 from .observe import attention_replaced, left_out_biases
 
 WEIGHING = f"{NAMESPACE}_weigh"
 SINKS, NEWEST = 4, 8
 """Tokens at the start of a text, and newest ones of a query, that count for nothing."""
-TEXT_LENGTH = 2048
-"""Tokens of the texts that bases and sharp layers come from; docs/tried.md has what shorter ones lose."""
+TEXT_LENGTH = 1024
+"""Tokens of the texts that bases and sharp layers come from; docs/tried.md has what longer ones gain."""
+POSITIONS = 8192
+"""Texts are moved within so many, or within those that a model is made for if they are fewer."""
 MOST_TEXTS = 4
 SHORTEST = 64
 SMALLEST_PART = 1e-3
@@ -109,11 +114,12 @@ class _Moments:
     Args:
         key_bias: what folding leaves out of K, `[G, 1, D]`, or None.
         frequencies, factor: as in `AttentionObserver`.
+        positions: texts are moved within so many.
     """
 
-    def __init__(self, key_bias: torch.Tensor | None, frequencies: torch.Tensor, factor: float) -> None:
+    def __init__(self, key_bias: torch.Tensor | None, frequencies: torch.Tensor, factor: float, positions: int) -> None:
         self._bias = None if key_bias is None else (key_bias * factor)[:, 0].double().cpu()
-        self._frequencies = frequencies
+        self._frequencies, self._positions = frequencies, positions
         self._sums: dict[str, torch.Tensor] = {}
 
     def _add(self, name: str, value: torch.Tensor) -> None:
@@ -175,11 +181,18 @@ class _Moments:
         cross = places @ self._sums["turned k"]
         return self._sums["k"] - cross - cross.transpose(1, 2) + places @ self._sums["turned"] @ places.transpose(1, 2)
 
+    def _moved(self, moments: torch.Tensor) -> torch.Tensor:
+        """The mean of `R_n moments R_n'`, `[G, D, D]`, over n of 0, TEXT_LENGTH, and so on."""
+        table = slot_table(tuple(self._frequencies.tolist())).rows(self._positions, moments.device)
+        rows = table[: self._positions : TEXT_LENGTH, None, None].double()
+        return turned(turned(moments, rows).transpose(2, 3), rows).mean(dim=0)
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """What was found, by the names of `static_scales.py` within a layer."""
         mean = self._sums["mean"] / self._sums["count"]
         weight = self._sums["weight"].clamp_min(torch.finfo(torch.float32).tiny)[:, None, None]
-        found = {"k.mean": mean, "k.balanced": _balanced(self._sums["q"], self._spread(mean) / weight)}
+        queries, keys = self._moved(self._sums["q"]), self._moved(self._spread(mean) / weight)
+        found = {"k.mean": mean, "k.balanced": _balanced(queries, keys)}
         if self._bias is not None:
             found["k.folded.mean"] = mean - self._bias
         for name, moments in (("k.oscar", self._sums["all q"]), ("v.oscar", self._sums["v"])):
@@ -208,12 +221,13 @@ def find_bases(model: nn.Module, samples: Iterable[dict[str, torch.Tensor]], sta
     Raises:
         OctavoError: the samples are too short together.
     """
-    texts = joined(samples, min(TEXT_LENGTH, getattr(model.config, "max_position_embeddings", TEXT_LENGTH)))
+    longest = min(POSITIONS, getattr(model.config, "max_position_embeddings", POSITIONS))
+    texts = joined(samples, min(TEXT_LENGTH, longest))
     stated_or_known(model)
     attentions = attention_modules(model)
 
     def make(attention: nn.Module, frequencies: torch.Tensor, factor: float) -> _Moments:
-        return _Moments(left_out_biases(model, attention.layer_idx)[0], frequencies, factor)
+        return _Moments(left_out_biases(model, attention.layer_idx)[0], frequencies, factor, longest)
 
     was_training, tensors = model.training, dict(statistics.tensors)
     model.eval()

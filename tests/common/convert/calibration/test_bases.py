@@ -26,7 +26,10 @@ SAMPLES = [{"input_ids": IDS[:, :40]}, {"input_ids": IDS[:, 40:]}]
 
 
 def by_definition(model: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The mean of K of the first layer, A and B, `[G, D]` and `[G, D, D]`, term by term in float64."""
+    """The mean of K of the first layer, A and B, `[G, D]` and `[G, D, D]`, term by term in float64.
+
+    A and B are of the text where it stands, and of the same moved along all positions of the model.
+    """
     states: list[torch.Tensor] = []
     first = model.model.layers[0].self_attn
 
@@ -49,6 +52,14 @@ def by_definition(model: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor, t
     mean = before[:, SINKS:].mean(dim=1)
     rest = key - rotated_by_slot(mean[None, :, None].float().expand_as(key[None]), frequencies, 0)[0].double()
     reads = len(query) // len(key)
+    places = range(0, model.config.max_position_embeddings, bases.TEXT_LENGTH)
+
+    def moved(x: torch.Tensor) -> torch.Tensor:
+        """`[heads, S, D]` at all places, `[heads, S, N, D]`."""
+        still = rotated_by_slot(x[None].float(), frequencies, 0, backwards=True)
+        return torch.stack([rotated_by_slot(still, frequencies, place)[0].double() for place in places], dim=2)
+
+    queries, rests = moved(query), moved(rest)
     metric, spread = (torch.zeros(len(key), *[key.shape[-1]] * 2, dtype=torch.float64) for _ in range(2))
     for head, q in enumerate(query):
         group = head // reads
@@ -57,8 +68,8 @@ def by_definition(model: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor, t
             output = share @ value[group, : t + 1]
             for j in range(SINKS, t + 1 - NEWEST):
                 weight = share[j] ** 2 * (value[group, j] - output).square().sum()
-                metric[group] += weight * torch.outer(q[t], q[t])
-                spread[group] += weight * q[t].square().sum() * torch.outer(rest[group, j], rest[group, j])
+                metric[group] += weight * queries[head, t].T @ queries[head, t]
+                spread[group] += weight * q[t].square().sum() * rests[group, j].T @ rests[group, j]
     return mean, metric, spread
 
 

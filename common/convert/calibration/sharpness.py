@@ -6,10 +6,10 @@ blur, and on prose that does not repeat itself they do next to nothing.
 
 To first order, errors e_j of the keys change the log-likelihood by `s sum_j p_tj (q_t . e_j) (g_t . (v_j - o_t))`, with
 g_t the gradient by the output o_t of a head. Tokens are drawn from the predictions themselves, so that half the square
-of that is the KL of the predictions (Fisher information). Queries count by `sum_j (s p_tj g_t . (v_j - o_t))^2`, which
-gives the metric A = E[q q']; with B the covariance of the keys, a layer costs in proportion to
-`(sum_c L_c^1/2)^2 / D`, L the eigenvalues of A^1/2 B A^1/2: the least that codes of one width cost in any basis
-(`bases.py`), the sum over its KV heads.
+of that is the KL of the predictions (Fisher information), and only where the text repeats itself. Queries count by
+`sum_j (s p_tj g_t . (v_j - o_t))^2`, which gives the metric A = E[q q']; with B the covariance of the keys, a layer
+costs in proportion to `(sum_c L_c^1/2)^2 / D`, L the eigenvalues of A^1/2 B A^1/2: the least that codes of one width
+cost in any basis (`bases.py`), the sum over its KV heads.
 
 G KV heads, H query heads, S tokens, D head_dim.
 """
@@ -31,10 +31,12 @@ from ...errors import OctavoError
 from ...runtime.decoder import attention_modules, capped_logits, decoder_layers, stated_decoder
 from ...runtime.rotary import rotated_by_slot
 from ...runtime.static_scales import Statistics
-from .bases import SINKS, TEXT_LENGTH, joined, squared_shares
+from .bases import SINKS, joined, squared_shares
 from .observe import attention_replaced, differentiable
 
 FOLLOWING = f"{NAMESPACE}_follow"
+TEXT_LENGTH = 1536
+"""Tokens of the text that repeats itself; of shorter ones other layers are sharp (docs/tried.md)."""
 PASSAGE = 128
 """Tokens that are repeated in one piece."""
 ROWS = 256
@@ -127,7 +129,9 @@ def _checkpointed(layers: list[nn.Module]) -> Iterator[None]:
 
 
 def _differentiate_predictions(model: nn.Module, ids: torch.Tensor) -> None:
-    """Differentiate the log-likelihood of tokens that are drawn from a model's own predictions behind `[1, S]` ids.
+    """Differentiate the log-likelihood of tokens that are drawn from predictions of a model, behind `[1, S]` ids.
+
+    These are its predictions within the second half, and what they read is all of the text.
 
     Raises:
         OctavoError: the predictions are no numbers.
@@ -136,7 +140,7 @@ def _differentiate_predictions(model: nn.Module, ids: torch.Tensor) -> None:
     states = model.base_model(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
     last = states.detach().requires_grad_()
     generator = torch.Generator(last.device).manual_seed(0)
-    for rows in last[0].split(ROWS):
+    for rows in last[0, ids.shape[1] // 2 :].split(ROWS):
         logits = capped_logits(facts, config, model.get_output_embeddings()(rows).float())
         likely = torch.log_softmax(logits, dim=-1)
         if not likely.isfinite().all():

@@ -76,6 +76,16 @@ def test_sharpness_is_that_of_the_definition(monkeypatch: pytest.MonkeyPatch) ->
         assert own == pytest.approx(by_definition(list(parts), frequencies), rel=1e-3) and own > 0
 
 
+def test_predictions_count_where_the_text_repeats_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The output of the last layer goes into the prediction at its own token alone."""
+    gradients: list[torch.Tensor] = []
+    monkeypatch.setattr(sharpness._Follower, "__call__", lambda _, *parts: gradients.append(parts[3]))
+    monkeypatch.setattr(sharpness._Follower, "sharpness", lambda _: torch.ones(1))
+    sharpnesses(tiny_llama())
+    first, second = gradients[0][0].flatten(1).abs().amax(dim=1).split(150)
+    assert not first.any() and second.all()
+
+
 def test_queries_that_are_larger_make_a_layer_sharper() -> None:
     before = sharpnesses(tiny_llama())
     for layer in range(3):

@@ -12,8 +12,8 @@ from .measuring import CALIBRATED, Limits, Measured
 
 UNTOLD = (
     "KL on a short text does not tell: in long contexts copying and recall suffer first, with 3 bits and fewer most: "
-    "octavo-4c and octavo-3c keep them best (docs/schemes.md); octavo evaluate MODEL --schemes NAME --lengths N "
-    "measures recall at any length",
+    "octavo-4c, octavo-3c and octavo-3tc keep them best (docs/schemes.md); octavo evaluate MODEL --schemes NAME "
+    "--lengths N measures recall at any length",
     "KL grows with the length, as less of it is sinks and float windows, and differs between texts: --length 2048, "
     "--windows and --eval_file measure more, and take longer",
     "KL is of the cache alone: octavo convert quantizes linears and embeddings to 8 bits, too, unless told otherwise",

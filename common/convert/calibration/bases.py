@@ -11,8 +11,8 @@ in which x is stored as T x with errors in proportion to the mean of its squares
 mean is least where both are the same and even: with A^1/2 B A^1/2 = U L U' and the Hadamard matrix H, in
 `T = H L^-1/4 U' A^1/2` ("balanced"). By Cauchy and Schwarz, no T has less than `(sum_c L_c^1/2)^2 / D`.
 
-Slow rotary pairs hardly turn within a calibration text, and do in a long context. RoPE leaves attention as it is where
-all tokens of a text move alike, so A and B are means over the text moved to many positions.
+Slow rotary pairs hardly turn within a calibration text, and do in a long context. Attention stays the same where all
+tokens of a text move alike, so A and B are means over the texts as they stand and moved along the positions.
 
 "oscar": `x U H`, U the eigenvectors of the covariance of queries (K), and of values by their weights in attention (V)
 (OSCAR, arXiv 2605.17757; its permutation of channels is left out, since a scale serves all of a head).
@@ -42,9 +42,9 @@ WEIGHING = f"{NAMESPACE}_weigh"
 SINKS, NEWEST = 4, 8
 """Tokens at the start of a text, and newest ones of a query, that count for nothing."""
 TEXT_LENGTH = 1024
-"""Tokens of the texts that bases and sharp layers come from; docs/tried.md has what longer ones gain."""
+"""Tokens of each text that bases come from; docs/tried.md has what longer ones gain."""
 POSITIONS = 8192
-"""Texts are moved within so many, or within those that a model is made for if they are fewer."""
+"""Texts are moved to every `TEXT_LENGTH`th position below this, and below those that a model is made for."""
 MOST_TEXTS = 4
 SHORTEST = 64
 SMALLEST_PART = 1e-3
@@ -114,7 +114,7 @@ class _Moments:
     Args:
         key_bias: what folding leaves out of K, `[G, 1, D]`, or None.
         frequencies, factor: as in `AttentionObserver`.
-        positions: texts are moved within so many.
+        positions: texts are moved to those below it.
     """
 
     def __init__(self, key_bias: torch.Tensor | None, frequencies: torch.Tensor, factor: float, positions: int) -> None:
@@ -183,8 +183,8 @@ class _Moments:
 
     def _moved(self, moments: torch.Tensor) -> torch.Tensor:
         """The mean of `R_n moments R_n'`, `[G, D, D]`, over n of 0, TEXT_LENGTH, and so on."""
-        table = slot_table(tuple(self._frequencies.tolist())).rows(self._positions, moments.device)
-        rows = table[: self._positions : TEXT_LENGTH, None, None].double()
+        angles = torch.arange(0, self._positions, TEXT_LENGTH)[:, None] * self._frequencies.double().cpu()
+        rows = torch.cat((angles.cos(), angles.sin()), dim=-1)[:, None, None]
         return turned(turned(moments, rows).transpose(2, 3), rows).mean(dim=0)
 
     def tensors(self) -> dict[str, torch.Tensor]:

@@ -6,10 +6,10 @@ blur, and on prose that does not repeat itself they do next to nothing.
 
 To first order, errors e_j of the keys change the log-likelihood by `s sum_j p_tj (q_t . e_j) (g_t . (v_j - o_t))`, with
 g_t the gradient by the output o_t of a head. Tokens are drawn from the predictions themselves, so that half the square
-of that is the KL of the predictions (Fisher information), and only where the text repeats itself. Queries count by
-`sum_j (s p_tj g_t . (v_j - o_t))^2`, which gives the metric A = E[q q']; with B the covariance of the keys, a layer
-costs in proportion to `(sum_c L_c^1/2)^2 / D`, L the eigenvalues of A^1/2 B A^1/2: the least that codes of one width
-cost in any basis (`bases.py`), the sum over its KV heads.
+of that is the KL of the predictions (Fisher information). Only predictions within the second half of the text count,
+which repeats the first. Queries count by `sum_j (s p_tj g_t . (v_j - o_t))^2`, which gives the metric A = E[q q']; with
+B the covariance of the keys, a layer costs in proportion to `(sum_c L_c^1/2)^2 / D`, L the eigenvalues of
+A^1/2 B A^1/2: the least that codes of one width cost in any basis (`bases.py`), the sum over its KV heads.
 
 G KV heads, H query heads, S tokens, D head_dim.
 """
@@ -35,8 +35,8 @@ from .bases import SINKS, joined, squared_shares
 from .observe import attention_replaced, differentiable
 
 FOLLOWING = f"{NAMESPACE}_follow"
-TEXT_LENGTH = 1536
-"""Tokens of the text that repeats itself; of shorter ones other layers are sharp (docs/tried.md)."""
+REPEATING_LENGTH = 1536
+"""Tokens of the text that repeats itself; docs/tried.md has which layers others find."""
 PASSAGE = 128
 """Tokens that are repeated in one piece."""
 ROWS = 256
@@ -131,7 +131,7 @@ def _checkpointed(layers: list[nn.Module]) -> Iterator[None]:
 def _differentiate_predictions(model: nn.Module, ids: torch.Tensor) -> None:
     """Differentiate the log-likelihood of tokens that are drawn from predictions of a model, behind `[1, S]` ids.
 
-    These are its predictions within the second half, and what they read is all of the text.
+    Only predictions within the second half count; they attend to the whole text.
 
     Raises:
         OctavoError: the predictions are no numbers.
@@ -164,7 +164,7 @@ def find_sharpness(model: nn.Module, samples: Iterable[dict[str, torch.Tensor]],
     Raises:
         OctavoError: the samples are too short together, or the model overflows on them.
     """
-    longest = min(TEXT_LENGTH, getattr(model.config, "max_position_embeddings", TEXT_LENGTH))
+    longest = min(REPEATING_LENGTH, getattr(model.config, "max_position_embeddings", REPEATING_LENGTH))
     text = joined(samples, longest, "sharp layers")[0]
     stated_or_known(model)
     attentions, tensors = attention_modules(model), dict(statistics.tensors)

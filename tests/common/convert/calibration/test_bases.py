@@ -52,7 +52,7 @@ def by_definition(model: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor, t
     mean = before[:, SINKS:].mean(dim=1)
     rest = key - rotated_by_slot(mean[None, :, None].float().expand_as(key[None]), frequencies, 0)[0].double()
     reads = len(query) // len(key)
-    places = range(0, model.config.max_position_embeddings, bases.TEXT_LENGTH)
+    places = range(0, min(bases.POSITIONS, model.config.max_position_embeddings), bases.TEXT_LENGTH)
 
     def moved(x: torch.Tensor) -> torch.Tensor:
         """`[heads, S, D]` at all places, `[heads, S, N, D]`."""
@@ -88,6 +88,29 @@ def test_bases_are_those_of_the_definition() -> None:
     unit, diagonal = stored[:, :1, :1] / asked[:, :1, :1], stored.diagonal(dim1=1, dim2=2)
     torch.testing.assert_close(stored, asked * unit, atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(diagonal, diagonal.mean(dim=1, keepdim=True).expand_as(diagonal), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("turned", (8, 4, 0))
+def test_moments_are_means_over_texts_that_move(turned: int) -> None:
+    """Term by term, with all of 8 channels turned, half of them and none."""
+    frequencies = 10.0 ** -torch.arange(0, 4, 8 / max(turned, 1))[: turned // 2]
+    x = torch.randn(2, 50, 8, generator=torch.Generator().manual_seed(0))
+    found = bases._Moments(None, frequencies, 1.0, positions=3000)._moved((x.transpose(1, 2) @ x).double())
+    expected = torch.zeros(2, 8, 8)
+    for place in (0, 1024, 2048):
+        for token in x.transpose(0, 1):
+            moved = rotated_by_slot(token[None, :, None], frequencies, place)[0, :, 0]
+            expected += moved[:, :, None] * moved[:, None, :] / 3
+    torch.testing.assert_close(found.float(), expected, atol=1e-2, rtol=1e-3)
+
+
+@pytest.mark.parametrize("longest, places", ((16384, 8), (1500, 2), (500, 1)))
+def test_texts_move_below_the_positions_of_a_model(longest: int, places: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[int] = []
+    moved = bases.turned
+    monkeypatch.setattr(bases, "turned", lambda x, rows: counts.append(len(rows)) or moved(x, rows))
+    find_bases(tiny_llama(max_position_embeddings=longest), SAMPLES, Statistics({}, {}))
+    assert set(counts) == {places}
 
 
 def test_the_basis_loses_less_than_a_rotation() -> None:
